@@ -1,0 +1,8 @@
+"""Measure, forecast and shrink the memory of an LLM fine-tune.
+
+One idea a module; import the one you need (`from course_utils import forecast`). Nothing heavy is
+imported here, so that `import course_utils` is instant and `course_utils.recipe` works without
+torch.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,271 @@
+"""Which GPU is this, or which one are we pretending to have.
+
+The only module of the course that asks `torch.cuda`. Everything it reports about a machine without
+a GPU is `None`, because `torch.cuda` itself answers 0 there, and 0 looks like a measurement.
+
+Not modelled: clocks, power limits, other programs on the same GPU, PCIe and NVLink.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .units import MIB, show_bytes
+
+EMULATE_VARIABLE = "COURSE_EMULATE_GPU"  # set to "T4" to run every lesson as if on a T4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU as a memory budget, a set of kernels and a speed.
+
+    Attributes:
+        name: As the course calls it.
+        total_bytes: Memory that a program can see (`torch.cuda.mem_get_info()[1]`).
+        capability: CUDA compute capability, (major, minor).
+        context_bytes: Memory gone before the first tensor: driver, kernels, cuBLAS handles.
+        matmul_flops: Peak dense half-precision tensor-core FLOP/s, from the data sheet.
+        bandwidth: Peak memory bandwidth in bytes/s, from the data sheet.
+    """
+
+    name: str
+    total_bytes: int
+    capability: tuple[int, int]
+    context_bytes: int
+    matmul_flops: float
+    bandwidth: float
+
+    def __post_init__(self):
+        for field in ("total_bytes", "context_bytes", "matmul_flops", "bandwidth"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f"{field} must be a positive number, got {value!r}; take it from "
+                                 f"the data sheet, or use a preset: {', '.join(PRESETS)}")
+        if self.context_bytes >= self.total_bytes:
+            raise ValueError(f"context_bytes must be below total_bytes ({self.total_bytes}), got "
+                             f"{self.context_bytes}; both are bytes, not MiB")
+        if not (isinstance(self.capability, tuple) and len(self.capability) == 2
+                and all(isinstance(part, int) and part >= 0 for part in self.capability)):
+            raise ValueError(f"capability must be a pair of whole numbers such as (7, 5), got "
+                             f"{self.capability!r}; see developer.nvidia.com/cuda-gpus")
+
+    @property
+    def usable_bytes(self) -> int:
+        """Bytes left for tensors and the allocator's slack: total minus context."""
+        return self.total_bytes - self.context_bytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of one cuBLAS workspace (PyTorch keeps one per thread: forward and backward).
+
+        Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`:
+        4096 KiB x 2 + 16 KiB x 8 by default, 4096 KiB x 8 on compute capability 9.
+        """
+        kib = 4096 * 8 if self.capability[0] == 9 else 4096 * 2 + 16 * 8
+        return kib * 1024
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether the GPU computes in bfloat16 itself, rather than emulating it slowly.
+
+        `torch.cuda.is_bf16_supported()` is True on a T4, because it counts emulation.
+        """
+        return self.capability >= (8, 0)
+
+    @property
+    def has_flash_attention(self) -> bool:
+        """Whether PyTorch's FlashAttention kernel runs here (compute capability 8.0 and up)."""
+        return self.capability >= (8, 0)
+
+
+# total_bytes: `torch.cuda.mem_get_info()` on a T4 and an H200; the others as PyTorch's own
+# out-of-memory messages report them ("total capacity of 39.50 GiB"), give or take 1 % by driver.
+# context_bytes: measured on a T4 and an H200 after a training step; the others take the H200's.
+# Speeds: NVIDIA data sheets, dense fp16 with fp32 accumulation, SXM parts.
+PRESETS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(name="T4", total_bytes=14912 * MIB, capability=(7, 5), context_bytes=141 * MIB,
+            matmul_flops=65e12, bandwidth=320e9),
+        Gpu(name="L4", total_bytes=22563 * MIB, capability=(8, 9), context_bytes=520 * MIB,
+            matmul_flops=121e12, bandwidth=300e9),
+        Gpu(name="A10", total_bytes=22589 * MIB, capability=(8, 6), context_bytes=520 * MIB,
+            matmul_flops=125e12, bandwidth=600e9),
+        Gpu(name="A100-40", total_bytes=40448 * MIB, capability=(8, 0), context_bytes=520 * MIB,
+            matmul_flops=312e12, bandwidth=1555e9),
+        Gpu(name="H100", total_bytes=81003 * MIB, capability=(9, 0), context_bytes=520 * MIB,
+            matmul_flops=989e12, bandwidth=3350e9),
+        Gpu(name="H200", total_bytes=143166 * MIB, capability=(9, 0), context_bytes=520 * MIB,
+            matmul_flops=989e12, bandwidth=4800e9),
+    )
+}
+T4, L4, A10, A100, H100, H200 = PRESETS.values()
+
+
+def preset(name: str) -> Gpu:
+    """The preset GPU of this name, in any letter case.
+
+    Raises:
+        ValueError: No such preset.
+    """
+    for known, gpu in PRESETS.items():
+        if known.lower() == str(name).lower():
+            return gpu
+    raise ValueError(f"gpu must be one of {', '.join(PRESETS)}, got {name!r}; "
+                     "for another card build a hardware.Gpu(...)")
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """The autocast dtype that suits a GPU (`None`: stay in float32) and the reason in a sentence."""
+
+    dtype: str | None
+    reason: str
+
+
+def mixed_precision(gpu: Gpu | None) -> MixedPrecision:
+    """Which half-precision dtype to train in on `gpu` (`None`: no GPU), and why.
+
+    Example:
+        >>> mixed_precision(T4).dtype
+        'float16'
+    """
+    if gpu is None:
+        return MixedPrecision(None, "no GPU: float32, so that results match on every machine")
+    capability = ".".join(map(str, gpu.capability))
+    if gpu.has_bfloat16:
+        return MixedPrecision("bfloat16", f"{gpu.name} has compute capability {capability} >= 8.0: "
+                              "bfloat16 in hardware, float32's range, no loss scaling")
+    return MixedPrecision("float16", f"{gpu.name} has compute capability {capability} < 8.0: "
+                          "float16 tensor cores, bfloat16 only emulated; needs loss scaling")
+
+
+def device() -> str:
+    """Where tensors go: "cuda" when there is a GPU, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+_emulated: Gpu | None = None
+
+
+def detect() -> Gpu | None:
+    """The GPU that this process trains on, the emulated one if any, or `None` without a GPU.
+
+    The environment variable COURSE_EMULATE_GPU (a preset's name) starts the emulation for the
+    whole process, so that a notebook can be executed on a bigger card as if on a T4.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    if _emulated is None and (wanted := os.environ.get(EMULATE_VARIABLE)):
+        contextlib.ExitStack().enter_context(emulate(preset(wanted)))
+    if _emulated is not None:
+        return _emulated
+    properties = torch.cuda.get_device_properties(0)
+    capability = (properties.major, properties.minor)
+    for gpu in PRESETS.values():
+        if gpu.name.lower() in properties.name.lower().replace("-", " ").split():
+            return gpu
+    known = min(PRESETS.values(), key=lambda gpu: abs(gpu.capability[0] - capability[0]))
+    return Gpu(name=properties.name, total_bytes=properties.total_memory, capability=capability,
+               context_bytes=known.context_bytes, matmul_flops=known.matmul_flops,
+               bandwidth=known.bandwidth)
+
+
+def describe(gpu: Gpu | None) -> str:
+    """One line for a set-up cell: what is measured here, what is forecast, in which dtype."""
+    if gpu is None:
+        return (f"No GPU here: bytes are counted on the CPU and forecast for a T4 "
+                f"({show_bytes(T4.total_bytes)}). Every number of the lesson still holds.")
+    return f"{gpu.name}, {show_bytes(gpu.total_bytes)}. {mixed_precision(gpu).reason}."
+
+
+@contextlib.contextmanager
+def emulate(gpu: Gpu) -> Iterator[Gpu]:
+    """Train on the present card as if it were a smaller `gpu`: its memory, its attention kernels.
+
+    Sets the allocator's limit to the smaller card's usable bytes, turns off the attention kernels
+    that the smaller card lacks, and asks cuBLAS for its workspace (which takes effect only when
+    no matrix product has run in this process yet). Speed stays the present card's.
+
+    Raises:
+        ValueError: There is no CUDA device, or it is smaller than `gpu`.
+    """
+    import torch
+
+    global _emulated
+    if not torch.cuda.is_available():
+        raise ValueError(f"emulate needs a CUDA device, got none; on a CPU, forecast for {gpu.name}"
+                         " instead: forecast(recipe, gpu)")
+    total = torch.cuda.get_device_properties(0).total_memory
+    if total < gpu.total_bytes:
+        raise ValueError(f"gpu must be no larger than the present card ({show_bytes(total)}), got "
+                         f"{gpu.name} with {show_bytes(gpu.total_bytes)}; pick a smaller preset")
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    before = _emulated
+    if gpu.capability[0] != 9:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    torch.cuda.set_per_process_memory_fraction(gpu.usable_bytes / total)
+    torch.backends.cuda.enable_flash_sdp(flash and gpu.has_flash_attention)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn and gpu.has_flash_attention)
+    _emulated = gpu
+    try:
+        yield gpu
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before.usable_bytes / total if before else 1.0)
+        torch.backends.cuda.enable_flash_sdp(flash)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        _emulated = before
+
+
+def reset_peak() -> None:
+    """Start a new peak measurement: free cached blocks and set the peaks to what is live now."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_allocated_bytes() -> int | None:
+    """Most bytes in tensors since `reset_peak`, as the CUDA allocator rounds them; `None` on CPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def peak_reserved_bytes() -> int | None:
+    """Most bytes that the allocator held from the driver since `reset_peak`; `None` on CPU."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+
+
+def allocated_bytes() -> int | None:
+    """Bytes in tensors right now; `None` on CPU."""
+    import torch
+
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+
+
+def free_bytes() -> int | None:
+    """Bytes of the GPU that nobody holds, other programs counted; `None` on CPU."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+
+def synchronize() -> None:
+    """Wait until the GPU has done what it was asked to, so that a clock reads the truth."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,349 @@
+"""Count every byte of a training step: who holds it, since which operation, until when.
+
+`MemoryLedger` watches each operation that PyTorch dispatches and keeps one entry per storage, from
+its first appearance until its last reference is gone. It works the same on CPU, on CUDA and on fake
+tensors, because it looks at storages, never at an allocator.
+
+Not modelled: what a kernel allocates and frees inside itself (cuBLAS workspaces, a softmax
+backward's temporary), the allocator's rounding and fragmentation (pass `round_bytes` for the first),
+the CUDA context. On a GPU the first and the last are the difference to `max_memory_allocated`.
+
+Sources: torch/utils/_python_dispatch.py (`TorchDispatchMode`), torch/autograd/graph.py
+(`saved_tensors_hooks`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.modules import module as nn_module
+from torch.optim import optimizer as torch_optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .units import show_bytes
+
+CATEGORIES = ("weights", "adapters", "gradients", "optimizer state", "activations", "temporaries",
+              "inputs")
+
+
+@dataclass(slots=True)
+class Block:
+    """One storage: `n_bytes` bytes, what it is for, and the operation and module that made it."""
+
+    n_bytes: int
+    category: str
+    operation: str
+    module: str
+    phase: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    saved: bool = False  # autograd packed it for backward
+    alive: weakref.ref | None = field(default=None, repr=False)  # its callback reports the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """What a ledger saw. All sizes in bytes.
+
+    Attributes:
+        peak_bytes: Most bytes alive at once.
+        composition: Bytes of each category at the peak.
+        peak_operation, peak_module, peak_phase: What was allocated when the peak was reached.
+        phase_peaks: Most bytes alive in each phase: forward, backward, optimizer, or your own.
+        saved_activation_bytes: Most bytes at once that autograd kept for backward, weights and
+            inputs excluded.
+        live_bytes: Bytes alive at the end.
+        largest: The blocks alive at the peak, largest first.
+        timeline: For each category its bytes alive after each event (allocation or free).
+        phases: The phase of each event.
+    """
+
+    peak_bytes: int
+    composition: dict[str, int]
+    peak_operation: str
+    peak_module: str
+    peak_phase: str
+    phase_peaks: dict[str, int]
+    saved_activation_bytes: int
+    live_bytes: int
+    largest: list[Block]
+    timeline: dict[str, list[int]]
+    phases: list[str]
+
+
+class MemoryLedger(TorchDispatchMode):
+    """Counts live bytes by category while it is active.
+
+    Args:
+        model: Its parameters count as weights, or as adapters when named `lora_`; its gradients and
+            module paths are recognised. Storages met later that belong to nobody count as inputs.
+        optimizer: Its state, where it has some already.
+        inputs: Tensors (or nested containers of them) that count as inputs.
+        budget_bytes: More live bytes than this raise `torch.OutOfMemoryError`.
+        round_bytes: What an allocator makes of a size, e.g. rounding up to 512 bytes.
+        device_type: Count only storages on "cpu" or "cuda"; by default where the model is.
+
+    Raises:
+        torch.OutOfMemoryError: An operation's result does not fit `budget_bytes`.
+
+    Example:
+        >>> with MemoryLedger(device_type="cpu") as ledger:
+        ...     x = torch.zeros(256)
+        ...     y = x + 1
+        >>> ledger.report().peak_bytes
+        2048
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        inputs: object = (),
+        budget_bytes: int | None = None,
+        round_bytes: Callable[[int], int] = lambda n_bytes: n_bytes,
+        device_type: str | None = None,
+    ):
+        super().__init__()
+        if budget_bytes is not None and (isinstance(budget_bytes, bool) or budget_bytes <= 0):
+            raise ValueError(f"budget_bytes must be a positive number of bytes, got "
+                             f"{budget_bytes!r}; None means no limit")
+        self.model, self.budget_bytes, self.round_bytes = model, budget_bytes, round_bytes
+        first = next(model.parameters(), None) if model is not None else None
+        default = first.device.type if first is not None else "cpu"
+        self.device_type = device_type or default
+        self.live_bytes = 0
+        self._blocks: list[Block] = []
+        self._index: dict[int, int] = {}  # address of a live storage -> its block
+        self._initial: list[int] = []  # blocks that existed before the ledger
+        self._events: list[tuple[int, int, str]] = []  # (+1 or -1, block, phase)
+        self._phase: str | None = None
+        self._in_optimizer = False
+        self._modules: list[str] = []  # modules being run, outermost first
+        self._module_of_node: dict[int, str] = {}  # autograd sequence number -> module path
+        self._newest_node = -1
+        self._names = {id(m): name for name, m in model.named_modules()} if model else {}
+        self._hooks = contextlib.ExitStack()
+        if model is not None:
+            self._register_model(model)
+        if optimizer is not None:
+            self._register_optimizer(optimizer)
+        for tensor in tree_leaves(inputs):
+            self._found(tensor, "inputs")
+
+    # --- who owns what ---------------------------------------------------------------------------
+
+    def _register_model(self, model: torch.nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            self._found(parameter, "adapters" if "lora_" in name else "weights")
+            self._found(parameter.grad, "gradients")
+            for tensor in _quantization_state(parameter):
+                self._found(tensor, "weights")
+        for buffer in model.buffers():
+            self._found(buffer, "weights")
+
+    def _register_optimizer(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        for tensor in tree_leaves(list(optimizer.state.values())):
+            self._found(tensor, "optimizer state")
+
+    def _found(self, tensor: object, category: str) -> None:
+        """Name the category of a tensor; one that the ledger did not see being made is as old."""
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type != self.device_type:
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._index:
+            block = self._add(tensor, storage, category, operation="existed before", module="")
+            self._initial.append(block)
+        else:
+            block = self._index[storage._cdata]
+            if self._blocks[block].category in ("activations", "temporaries"):
+                self._blocks[block].category = category
+
+    def _add(self, tensor, storage, category: str, operation: str, module: str) -> int:
+        block, address = len(self._blocks), storage._cdata
+        n_bytes = self.round_bytes(storage.nbytes())
+        ledger = weakref.ref(self)
+
+        def freed(_):
+            if (self := ledger()) is not None:
+                self._index.pop(address, None)
+                self.live_bytes -= n_bytes
+                self._events.append((-1, block, self.phase_now()))
+
+        self._index[address] = block
+        self.live_bytes += n_bytes
+        self._blocks.append(Block(n_bytes, category, operation, module, self.phase_now(),
+                                  tuple(tensor.shape), tensor.dtype,
+                                  alive=weakref.ref(storage, freed)))
+        return block
+
+    # --- where we are ----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Name what happens inside (e.g. "load") instead of forward, backward or optimizer."""
+        before, self._phase = self._phase, name
+        try:
+            yield self
+        finally:
+            self._phase = before
+
+    def phase_now(self) -> str:
+        """The phase of this moment: the one named by `phase`, else what PyTorch is doing."""
+        if self._phase is not None:
+            return self._phase
+        if self._in_optimizer:
+            return "optimizer"
+        return "backward" if torch._C._current_graph_task_id() != -1 else "forward"
+
+    def _module_now(self) -> str:
+        """Path of the running module; in backward, of the one whose forward made the node."""
+        node = torch._C._current_autograd_node()
+        if self._modules:  # forward, or forward again under checkpointing
+            return self._modules[-1]
+        return self._module_of_node.get(node._sequence_nr(), "") if node is not None else ""
+
+    # --- watching --------------------------------------------------------------------------------
+
+    def __enter__(self):
+        hooks = self._hooks
+        keep = hooks.callback
+        keep(nn_module.register_module_forward_pre_hook(self._enter_module).remove)
+        keep(nn_module.register_module_forward_hook(self._leave_module, always_call=True).remove)
+        keep(torch_optimizer.register_optimizer_step_pre_hook(self._start_optimizer).remove)
+        keep(torch_optimizer.register_optimizer_step_post_hook(self._end_optimizer).remove)
+        for parameter in self.model.parameters() if self.model is not None else ():
+            if parameter.requires_grad:
+                keep(parameter.register_post_accumulate_grad_hook(
+                    lambda p: self._found(p.grad, "gradients")).remove)
+        hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        try:
+            return super().__exit__(*error)
+        finally:
+            self._hooks.close()
+            self._modules.clear()
+
+    def _enter_module(self, module, _):
+        self._modules.append(self._names.get(id(module), type(module).__name__))
+
+    def _leave_module(self, *_):
+        self._modules.pop()
+
+    def _start_optimizer(self, *_):
+        self._in_optimizer = True
+
+    def _end_optimizer(self, optimizer, *_):
+        self._in_optimizer = False
+        self._register_optimizer(optimizer)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        block = self._index.get(tensor.untyped_storage()._cdata)
+        if block is not None:
+            self._blocks[block].saved = True
+            if self._blocks[block].category == "temporaries":
+                self._blocks[block].category = "activations"
+        return tensor
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten.lift_fresh.default:  # `torch.tensor(...)` being born
+            for tensor in tree_leaves((args, kwargs)):
+                self._found_unless_known(tensor)
+        self._remember_node()
+        result = func(*args, **kwargs)
+        if not kwargs.get("pin_memory"):  # pinned memory is the host's, not the device's
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device_type:
+                    self._allocated(tensor, func)
+        return result
+
+    def _found_unless_known(self, tensor: object) -> None:
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device_type \
+                and tensor.untyped_storage()._cdata not in self._index:
+            self._found(tensor, "inputs")
+
+    def _remember_node(self) -> None:
+        """Note which module made the newest autograd node: it exists before its first operation."""
+        newest = torch._C._autograd._get_sequence_nr() - 1
+        if newest != self._newest_node:
+            self._newest_node = newest
+            self._module_of_node[newest] = self._module_now()
+
+    def _allocated(self, tensor: torch.Tensor, func) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._index or storage.nbytes() == 0:
+            return
+        if self.budget_bytes is not None:
+            self._check_budget(self.round_bytes(storage.nbytes()))
+        # Forward code that runs inside backward is a checkpoint being recomputed.
+        recomputed = bool(self._modules) and self.phase_now() == "backward"
+        block = self._add(tensor, storage, "activations" if recomputed else "temporaries",
+                          func.__name__, self._module_now())
+        self._events.append((1, block, self._blocks[block].phase))
+
+    def _check_budget(self, wanted: int) -> None:
+        if self.live_bytes + wanted > self.budget_bytes:
+            free = max(0, self.budget_bytes - self.live_bytes)
+            raise torch.OutOfMemoryError(
+                f"Out of memory. Tried to allocate {show_bytes(wanted)}. The budget is "
+                f"{show_bytes(self.budget_bytes)} of which {show_bytes(free)} is free. "
+                f"{show_bytes(self.live_bytes)} is in use, in {self._module_now() or 'no module'}.")
+
+    # --- the result ------------------------------------------------------------------------------
+
+    def report(self) -> MemoryReport:
+        """Replay all events into peak, composition and timeline. Categories are the final ones.
+
+        A gradient is a gradient from its first byte, although only the end of the backward of its
+        parameter proves it.
+        """
+        live = dict.fromkeys(CATEGORIES, 0)
+        for block in self._initial:
+            live[self._blocks[block].category] += self._blocks[block].n_bytes
+        timeline = {category: [n_bytes] for category, n_bytes in live.items()}
+        total = peak = sum(live.values())
+        saved = most_saved = 0
+        phases, phase_peaks = ["start"], {}
+        composition, peak_event = dict(live), -1
+        for event, (sign, index, phase) in enumerate(self._events):
+            block = self._blocks[index]
+            live[block.category] += sign * block.n_bytes
+            total += sign * block.n_bytes
+            if block.saved and block.category == "activations":
+                saved += sign * block.n_bytes
+                most_saved = max(most_saved, saved)
+            for category, n_bytes in live.items():
+                timeline[category].append(n_bytes)
+            phases.append(phase)
+            phase_peaks[phase] = max(phase_peaks.get(phase, 0), total)
+            if total > peak:
+                peak, composition, peak_event = total, dict(live), event
+        cause = self._blocks[self._events[peak_event][1]] if peak_event >= 0 else None
+        return MemoryReport(
+            peak_bytes=peak, composition=composition, phase_peaks=phase_peaks,
+            peak_operation=cause.operation if cause else "existed before",
+            peak_module=cause.module if cause else "", peak_phase=cause.phase if cause else "start",
+            saved_activation_bytes=most_saved, live_bytes=self.live_bytes,
+            largest=self._alive_at(peak_event), timeline=timeline, phases=phases)
+
+    def _alive_at(self, event: int) -> list[Block]:
+        alive = set(self._initial)
+        for sign, index, _ in self._events[: event + 1]:
+            alive.add(index) if sign > 0 else alive.discard(index)
+        return sorted((self._blocks[i] for i in alive), key=lambda block: -block.n_bytes)
+
+
+def _quantization_state(parameter: torch.nn.Parameter) -> Iterable[torch.Tensor]:
+    """The scales of a bitsandbytes 4-bit weight, which are plain attributes, not parameters."""
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
+        state = getattr(state, "state2", None)

@@ -1,0 +1,223 @@
+"""Every choice of a training run in one validated, immutable object.
+
+The same `TrainRecipe` goes to the forecast (no GPU needed) and to the real run, so the two cannot
+disagree about what was asked. Change one with `dataclasses.replace`. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import hardware, shapes
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+CHOICES: dict[str, tuple] = {
+    "base": ("nf4", "float16", "bfloat16", "float32"),
+    "amp_dtype": (None, "float16", "bfloat16"),
+    "attention": ("stock", "explicit_kv", "eager"),
+    "loss": ("full", "chunked"),
+    "norm": ("stock", "native"),
+    "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
+}
+# field: (smallest, largest); the largest catches a slip of the keyboard, not a real run
+WHOLE_NUMBERS = {
+    "micro_batch_size": (1, 4096), "gradient_accumulation_steps": (1, 65536),
+    "world_size": (1, 4096), "sequence_length": (2, 1_048_576), "loss_chunk_tokens": (1, 1_048_576),
+    "lora_alpha": (1, 4096), "max_steps": (1, 10_000_000), "seed": (0, 2**32 - 1),
+    "logging_steps": (1, 1_000_000), "save_steps": (1, 1_000_000),
+}
+FRACTIONS = {"lora_dropout": 1.0, "learning_rate": 1.0, "warmup_fraction": 1.0,
+             "weight_decay": 1.0, "max_grad_norm": 1000.0}
+TRAINER_OPTIM = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit",
+                 "paged_adamw_8bit": "paged_adamw_8bit"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe:
+    """A training run: what is trained, in which precision, on which batch, with which levers.
+
+    Attributes:
+        model: Name in `shapes.NAMES`, a folder with a config.json, or a hub id.
+        base: How the frozen weights are stored. "nf4" is bitsandbytes' 4 bits.
+        double_quant: Whether nf4's scales are quantized too (0.516 instead of 0.563 bytes each).
+        kbit_upcast: Whether every non-4-bit weight becomes float32, as PEFT's
+            `prepare_model_for_kbit_training` does.
+        lora_rank: Rank of the adapters; `None` trains the weights themselves.
+        lora_alpha: Adapters' output is scaled by lora_alpha / lora_rank.
+        lora_dropout: Probability of dropping an adapter's input.
+        lora_targets: Names of the linear layers with adapters, or "all-linear".
+        amp_dtype: Autocast's dtype; `None` computes in the dtype of the weights.
+        micro_batch_size: Sequences in one forward pass on one GPU.
+        gradient_accumulation_steps: Micro batches summed before the optimizer steps.
+        world_size: Data-parallel processes.
+        sequence_length: Tokens in each sequence.
+        padded: Whether batches carry an attention mask, as padded ones do.
+        checkpointed_layers: How many layers recompute their activations in backward, or "all".
+        offload_checkpoints: Whether what checkpointing keeps waits in host memory.
+        attention: Who computes attention: "stock" as transformers does, "explicit_kv" with the
+            key/value heads repeated first, "eager" with the scores written out.
+        loss: "full" builds all logits, "chunked" `loss_chunk_tokens` rows of them at a time.
+        norm: "stock" RMSNorm as in transformers, "native" as PyTorch's one fused operation.
+        optimizer: Name in `CHOICES["optimizer"]`.
+        max_steps: Optimizer steps.
+        warmup_fraction: Part of `max_steps` over which the learning rate rises.
+
+    Raises:
+        ValueError: A field is out of range; the message says what to change.
+
+    Example:
+        >>> TrainRecipe(micro_batch_size=2, gradient_accumulation_steps=16).effective_batch_size
+        32
+    """
+
+    model: str = shapes.BUNDLED
+    base: Literal["nf4", "float16", "bfloat16", "float32"] = "nf4"
+    double_quant: bool = True
+    kbit_upcast: bool = False
+    lora_rank: int | None = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_targets: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    amp_dtype: Literal["float16", "bfloat16"] | None = None
+    micro_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    world_size: int = 1
+    sequence_length: int = 512
+    padded: bool = False
+    checkpointed_layers: int | Literal["all"] = "all"
+    offload_checkpoints: bool = False
+    attention: Literal["stock", "explicit_kv", "eager"] = "stock"
+    loss: Literal["full", "chunked"] = "full"
+    loss_chunk_tokens: int = 512
+    norm: Literal["stock", "native"] = "stock"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "paged_adamw_8bit"
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_fraction: float = 0.03
+    max_steps: int = 100
+    logging_steps: int = 10
+    save_steps: int = 50
+    seed: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.model, str) or not shapes.known(self.model):
+            shapes.hub_id(str(self.model))  # raises with the nearest name
+        for field, choices in CHOICES.items():
+            if (value := getattr(self, field)) not in choices:
+                raise ValueError(f"{field} must be one of {', '.join(map(str, choices))}, got "
+                                 f"{value!r}; pick one of these")
+        for field, (low, high) in WHOLE_NUMBERS.items():
+            self._check_whole(field, getattr(self, field), low, high)
+        for field, high in FRACTIONS.items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) \
+                    or not 0 <= value <= high:
+                raise ValueError(f"{field} must be a number from 0 to {high:g}, got {value!r}; "
+                                 "see TrainRecipe's defaults")
+        for field in ("double_quant", "kbit_upcast", "padded", "offload_checkpoints"):
+            if not isinstance(value := getattr(self, field), bool):
+                raise ValueError(f"{field} must be True or False, got {value!r}; drop the quotes "
+                                 "or the number")
+        if self.checkpointed_layers != "all":
+            self._check_whole("checkpointed_layers", self.checkpointed_layers, 0, 1000)
+        if self.lora_rank is not None:
+            self._check_whole("lora_rank", self.lora_rank, 1, 4096)
+        self._check_combinations()
+
+    @staticmethod
+    def _check_whole(field: str, value: object, low: int, high: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"{field} must be a whole number from {low} to {high}, got {value!r}; "
+                             f"for example {field}={min(max(low, 8), high)}")
+
+    def _check_combinations(self) -> None:
+        if self.lora_dropout == 1:
+            raise ValueError("lora_dropout must be below 1, got 1; 1 drops every input, use 0.05")
+        targets = self.lora_targets
+        if targets != "all-linear" and not (isinstance(targets, tuple) and targets and all(
+                isinstance(name, str) and name for name in targets)):
+            raise ValueError(f"lora_targets must be a tuple of layer names or 'all-linear', got "
+                             f"{targets!r}; for example ('q_proj', 'v_proj')")
+        if self.lora_rank is None and self.base == "nf4":
+            raise ValueError("lora_rank must be a number when base is 'nf4', got None; 4-bit "
+                             "weights cannot be trained, set lora_rank=16 or base='float32'")
+        if self.offload_checkpoints and self.checkpointed_layers == 0:
+            raise ValueError("offload_checkpoints must be False when checkpointed_layers is 0, got "
+                             "True; there is no checkpoint to move, set checkpointed_layers='all'")
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Sequences behind one optimizer step: micro batch x accumulation x world size."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens (padding counted) behind one optimizer step."""
+        return self.effective_batch_size * self.sequence_length
+
+    def check_on(self, gpu: hardware.Gpu) -> None:
+        """Refuse a recipe whose precision `gpu` does not compute in.
+
+        Raises:
+            ValueError: bfloat16 (autocast or base) on a GPU that only emulates it.
+        """
+        for field in ("amp_dtype", "base"):
+            if getattr(self, field) == "bfloat16" and not gpu.has_bfloat16:
+                raise ValueError(f"{field} must be 'float16' on a {gpu.name}, got 'bfloat16'; "
+                                 f"{hardware.mixed_precision(gpu).reason}")
+
+    def for_gpu(self, gpu: hardware.Gpu | None) -> TrainRecipe:
+        """The same recipe in the precision that suits `gpu` (`None`: float32 on a CPU)."""
+        return dataclasses.replace(self, amp_dtype=hardware.mixed_precision(gpu).dtype)
+
+    def to_training_arguments(self, output_dir: str, **overrides: Any) -> TrainingArguments:
+        """`transformers.TrainingArguments` for this recipe, on transformers 5.15 and later.
+
+        Checkpointing is left off: `qlora.checkpoint_layers` decides layer by layer, and Trainer
+        would switch every layer on again. `world_size` is what the launcher (torchrun) makes it.
+
+        Args:
+            output_dir: Folder of the checkpoints.
+            overrides: Any TrainingArguments field, under its newest name.
+
+        Raises:
+            ValueError: An override that this version of transformers does not know.
+        """
+        from transformers import TrainingArguments
+
+        settings: dict[str, Any] = dict(
+            output_dir=output_dir,
+            per_device_train_batch_size=self.micro_batch_size,
+            per_device_eval_batch_size=self.micro_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            max_steps=self.max_steps,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            warmup_steps=self.warmup_fraction,  # below 1: a fraction of max_steps
+            optim=TRAINER_OPTIM[self.optimizer],
+            fp16=self.amp_dtype == "float16",
+            bf16=self.amp_dtype == "bfloat16",
+            logging_steps=self.logging_steps,
+            logging_nan_inf_filter=False,  # the filter replaces a NaN loss by an older, finite one
+            save_steps=self.save_steps,
+            seed=self.seed,
+            data_seed=self.seed,
+            report_to="none",
+        ) | overrides
+        accepted = inspect.signature(TrainingArguments).parameters
+        for new, old in (("activation_checkpointing", "gradient_checkpointing"),
+                         ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")):
+            if new in settings and new not in accepted:  # renamed between 5.15 and 5.23
+                settings[old] = settings.pop(new)
+        for name in settings:
+            if name not in accepted:
+                raise ValueError(f"{name} must be a field of TrainingArguments, got a name that "
+                                 "this version of transformers does not have; see its release notes")
+        return TrainingArguments(**settings)

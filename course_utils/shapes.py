@@ -1,0 +1,129 @@
+"""Model shapes by name: everything about a model except its weights.
+
+A shape is a Hugging Face config, so that forecast and real run build the same classes from it.
+No weights are downloaded here. Not modelled: vision towers, mixtures of experts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+DATA = Path(__file__).parent / "data"
+BUNDLED = "bundled"
+
+_LLAMA3 = dict(
+    model_type="llama", vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5,
+    rope_theta=500000.0, bos_token_id=128000, eos_token_id=128001,
+)
+_QWEN3 = dict(
+    model_type="qwen3", vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6,
+    rope_theta=1000000.0, tie_word_embeddings=True,
+)
+# Each from the config.json of the hub id beside it (ungated copies where the original is gated).
+SHAPES: dict[str, dict] = {
+    "llama-3.2-1b": _LLAMA3 | dict(
+        hub_id="unsloth/Llama-3.2-1B-Instruct", hidden_size=2048, intermediate_size=8192,
+        num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+        tie_word_embeddings=True),
+    "llama-3.2-3b": _LLAMA3 | dict(
+        hub_id="unsloth/Llama-3.2-3B-Instruct", hidden_size=3072, intermediate_size=8192,
+        num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128,
+        tie_word_embeddings=True),
+    "llama-3.1-8b": _LLAMA3 | dict(
+        hub_id="unsloth/Meta-Llama-3.1-8B-Instruct", hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        tie_word_embeddings=False),
+    "llama-2-7b": dict(
+        hub_id="NousResearch/Llama-2-7b-hf", model_type="llama", vocab_size=32000,
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5,
+        tie_word_embeddings=False),
+    "phi-4-mini": dict(
+        hub_id="microsoft/Phi-4-mini-instruct", model_type="phi3", vocab_size=200064,
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=24,
+        num_key_value_heads=8, max_position_embeddings=131072, partial_rotary_factor=0.75,
+        original_max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        bos_token_id=199999, eos_token_id=199999, pad_token_id=199999),
+    "qwen3-0.6b": _QWEN3 | dict(
+        hub_id="Qwen/Qwen3-0.6B", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128),
+    "qwen3-1.7b": _QWEN3 | dict(
+        hub_id="Qwen/Qwen3-1.7B", hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128),
+    "smollm2-1.7b": dict(
+        hub_id="HuggingFaceTB/SmolLM2-1.7B-Instruct", model_type="llama", vocab_size=49152,
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        rope_theta=130000.0, tie_word_embeddings=True),
+}
+NAMES = (BUNDLED, *SHAPES)
+
+
+def known(model: str) -> bool:
+    """Whether `model` is a preset name, a folder or `config.json` on disk, or looks like a hub id."""
+    return model in NAMES or os.path.exists(model) or model.count("/") == 1
+
+
+def hub_id(model: str) -> str:
+    """Where the weights of `model` are: a hub id, or a local folder for the bundled model.
+
+    Raises:
+        ValueError: Not a preset, a local path or a hub id.
+    """
+    if model == BUNDLED:
+        return str(DATA / "model")
+    if model in SHAPES:
+        return SHAPES[model]["hub_id"]
+    if known(model):
+        return model
+    close = difflib.get_close_matches(model.lower(), NAMES, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "or give a folder with a config.json"
+    raise ValueError(f"model must be one of {', '.join(NAMES)}, got {model!r}; {hint}")
+
+
+def config(model: str) -> PretrainedConfig:
+    """The Hugging Face config of a model: preset name, folder, `config.json` path or hub id.
+
+    Only a hub id needs the network.
+
+    Raises:
+        ValueError: Unknown name, or a config.json that is not one of a causal language model.
+        FileNotFoundError: The bundled model's config is missing.
+    """
+    from transformers import AutoConfig
+
+    source = hub_id(model)
+    if model in SHAPES:
+        fields = {key: value for key, value in SHAPES[model].items() if key != "hub_id"}
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    path = Path(source)
+    if model == BUNDLED or path.exists():
+        path = path if path.is_file() else path / "config.json"
+        return _config_from_file(path)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f"model must be reachable on the hub, got {model!r}; check the spelling "
+                         f"and the network, or use one of {', '.join(NAMES)}") from error
+
+
+def _config_from_file(path: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    if not path.is_file():
+        raise FileNotFoundError(f"model must hold a config.json, got {path} which does not exist; "
+                                "for the bundled model reinstall the package or run "
+                                "`git checkout -- course_utils/data`")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"model must be a Hugging Face config.json with a known model_type, got "
+                         f"{path} ({error}); save one with config.save_pretrained") from error

@@ -1,0 +1,48 @@
+"""Bytes and their names: the only place in the course that knows 2**10, 2**20 and 2**30.
+
+Vendors sell memory in GB (10**9 bytes); PyTorch and `nvidia-smi` count in GiB and MiB (2**30 and
+2**20). The T4's "16 GB" is 14.56 GiB that a program can see. Everything here is GiB.
+"""
+
+KIB = 2**10
+MIB = 2**20
+GIB = 2**30
+GB = 10**9  # vendors' unit, for quoting them only
+
+
+def show_bytes(n_bytes: int | None, unit: str = "auto") -> str:
+    """Bytes as text in B, KiB, MiB or GiB; `None` is a quantity that nobody measured.
+
+    Args:
+        n_bytes: A count of bytes, or `None`.
+        unit: "B", "KiB", "MiB", "GiB", or "auto" for the largest that keeps the number above 1.
+
+    Raises:
+        ValueError: The unit has another name.
+
+    Example:
+        >>> show_bytes(536870912)
+        '512.00 MiB'
+        >>> show_bytes(14912 * MIB)
+        '14.56 GiB'
+        >>> show_bytes(None)
+        'not measured on cpu'
+    """
+    sizes = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
+    if n_bytes is None:
+        return "not measured on cpu"
+    if unit == "auto":
+        unit = next((u for u in ("GiB", "MiB", "KiB") if abs(n_bytes) >= sizes[u]), "B")
+    if unit not in sizes:
+        raise ValueError(f"unit must be one of {', '.join(sizes)} or auto, got {unit!r}; pick one")
+    return f"{n_bytes:,} B" if unit == "B" else f"{n_bytes / sizes[unit]:,.2f} {unit}"
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `n`.
+
+    Example:
+        >>> round_up(1, 512), round_up(1024, 512)
+        (512, 1024)
+    """
+    return -(-n // multiple) * multiple
