@@ -1,0 +1,56 @@
+# Each verb sets up what it needs, says what it does, and is safe to repeat.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+# The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
+READY := .venv/ready-$(shell cat requirements.txt constraints.txt pyproject.toml | cksum | tr ' ' -)
+
+.PHONY: help lessons test lab execute lint bench clean
+lessons test execute lint bench: export HF_HUB_OFFLINE := 1
+
+help: ## show these verbs
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1 \t/' | expand -t 18
+
+lessons: $(READY) ## execute every lesson into build/ and write the report; lessons/ stays as it is
+	@echo "Executing the lessons into build/"
+	@$(BIN)/python -m tools.report
+
+test: $(READY) ## run every test: package, notebooks (strict), house (ARGS="-k ledger" for some)
+	@echo "Testing the package, the notebooks and the house"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lab: $(READY) ## open JupyterLab on the lessons
+	@echo "Opening JupyterLab on lessons/ (stop it with Ctrl-C)"
+	@$(BIN)/python -m jupyterlab lessons
+
+execute: $(READY) ## author's verb: make the .ipynb from the .py and run it (LESSON=01 for one)
+	@echo "Rebuilding the committed notebooks from their .py"
+	@$(BIN)/python -m tools.execute $(LESSON)
+
+lint: $(READY) ## check style with ruff
+	@echo "Checking style"
+	@$(BIN)/python -m ruff check .
+
+bench: $(READY) ## measure what the package promises
+	@echo "Measuring"
+	@$(BIN)/python tools/bench.py
+
+clean: ## remove build/ and caches; .venv stays
+	@echo "Removing build/ and caches"
+	@rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	@find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) \
+		-exec rm -rf {} +
+
+$(READY):
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed, $(PYTHON) is not: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Setting up .venv (the first time: some minutes and about 1 GB)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --quiet setuptools
+	@$(PIP) --no-build-isolation --editable '.[dev]' | sed -u '/already satisfied/d'
+	@rm -f .venv/ready-*
+	@touch $@

@@ -1,0 +1,182 @@
+"""Execute every lesson headlessly and report: pages to read under `build/`, a table to glance at.
+
+    python -m tools.report
+
+Writes `build/lessons/NN_topic.ipynb` and `.html` and `build/index.html`; the committed notebooks
+stay as they are. Exits with 1 when a cell fails, after showing its source and the error.
+"""
+
+import html
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+from pygments.formatters import HtmlFormatter
+
+from tools.notebooks import ROOT, LessonError, clean, execute, from_script, lesson_scripts
+
+BUILD = ROOT / "build"
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{style}
+</style>
+<script>MathJax = {{tex: {{inlineMath: [["$", "$"]]}}}};</script>
+<script async src="https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-svg.js"></script>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+VERDICTS = {"not attempted": "not attempted", "right": "right", "not yet": "not yet"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one lesson's run showed."""
+
+    name: str
+    question: str
+    minutes: str
+    cells: int
+    verdicts: Counter
+    seconds: float
+    failure: str = ""
+
+    @property
+    def checks(self) -> str:
+        """Exercise checks shown, by verdict, e.g. `4 (4 not attempted)`."""
+        if self.failure:
+            return "FAILED"
+        parts = ", ".join(f"{count} {verdict}" for verdict, count in self.verdicts.items())
+        return f"{self.verdicts.total()} ({parts})" if parts else "0"
+
+
+def run_lesson(script: Path, folder: Path) -> Result:
+    """Execute one lesson in its own folder; write its notebook and page to `folder`."""
+    notebook = from_script(script)
+    failure = ""
+    start = time.perf_counter()
+    try:
+        execute(notebook, script.parent, _progress(script.stem))
+    except LessonError as error:
+        failure = str(error)
+    seconds = time.perf_counter() - start
+    clean(notebook)
+    opening = "\n".join(cell.source for cell in notebook.cells[:2])
+    title = re.search(r"^# (.+)$", opening, re.MULTILINE)
+    minutes = re.search(r"(\d+)\s*min", opening)
+    question = title[1] if title else script.stem
+    nbformat.write(notebook, folder / f"{script.stem}.ipynb")
+    (folder / f"{script.stem}.html").write_text(_lesson_page(question, notebook), "utf-8")
+    return Result(
+        name=script.stem,
+        question=question,
+        minutes=minutes[1] if minutes else "",
+        cells=sum(cell.cell_type == "code" for cell in notebook.cells),
+        verdicts=Counter(filter(None, map(check_verdict, notebook.cells))),
+        seconds=seconds,
+        failure=failure,
+    )
+
+
+def check_verdict(cell: NotebookNode) -> str:
+    """What an exercise's check cell printed, in a word or two; empty for every other cell."""
+    if "check" not in cell.metadata.get("tags", []):
+        return ""
+    shown = "".join(
+        output.get("text", "") or output.get("data", {}).get("text/plain", "")
+        for output in cell.outputs
+    ).lower()
+    return next((word for mark, word in VERDICTS.items() if mark in shown), "silent")
+
+
+def _progress(name: str):
+    if not sys.stdout.isatty():
+        return None
+    return lambda done, total: print(f"\r{name}: {done}/{total} cells", end="", flush=True)
+
+
+def _style() -> str:
+    light, dark = (
+        HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "github-dark")
+    )
+    ours = (Path(__file__).parent / "report.css").read_text("utf-8")
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{ours}"
+
+
+def _lesson_page(question: str, notebook: NotebookNode) -> str:
+    exporter = HTMLExporter(
+        template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
+    )
+    body, _ = exporter.from_notebook_node(notebook)
+    body = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', body)
+    body = f'<nav><a href="../index.html">All lessons</a></nav>\n<main>\n{body}\n</main>'
+    return PAGE.format(title=html.escape(question), style=_style(), body=body)
+
+
+def _index_page(results: list[Result]) -> str:
+    rows = "\n".join(
+        f'<tr><td><a href="lessons/{r.name}.html">{html.escape(r.question)}</a></td>'
+        f"<td>{r.minutes}</td><td>{r.cells}</td><td>{r.checks}</td><td>{r.seconds:.1f}</td></tr>"
+        for r in results
+    )
+    body = f"""<main>
+<h1>Make it fit</h1>
+<p>The lessons as they ran on this machine on {time.strftime("%Y-%m-%d")}.</p>
+<table>
+<thead><tr><th>Lesson</th><th>Minutes to take</th><th>Code cells</th><th>Checks</th>
+<th>Seconds to run</th></tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+</main>"""
+    return PAGE.format(title="Lessons", style=_style(), body=body)
+
+
+def table(results: list[Result]) -> str:
+    """The closing table: per lesson seconds, code cells and checks."""
+    width = max(len(r.name) for r in results)
+    lines = [f"{'lesson':{width}}  seconds  cells  checks"]
+    lines += [f"{r.name:{width}}  {r.seconds:7.1f}  {r.cells:5}  {r.checks}" for r in results]
+    seconds, cells = sum(r.seconds for r in results), sum(r.cells for r in results)
+    checks = sum(r.verdicts.total() for r in results)
+    return "\n".join([*lines, f"{'all':{width}}  {seconds:7.1f}  {cells:5}  {checks}"])
+
+
+def main() -> int:
+    scripts = lesson_scripts()
+    if not scripts:
+        print("There is no lesson in lessons/.", file=sys.stderr)
+        return 1
+    folder = BUILD / "lessons"
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for script in scripts:
+        result = run_lesson(script, folder)
+        end = "\r\x1b[K" if sys.stdout.isatty() else ""
+        print(f"{end}{result.name}: {'FAILED' if result.failure else 'done'}", flush=True)
+        results.append(result)
+    (BUILD / "index.html").write_text(_index_page(results), "utf-8")
+    failed = [result for result in results if result.failure]
+    for result in failed:
+        print(f"\n{result.name}: {result.failure}", file=sys.stderr)
+    print(f"\n{table(results)}\n\nTo read: {(BUILD / 'index.html').relative_to(ROOT)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
