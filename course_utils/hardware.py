@@ -120,7 +120,7 @@ def preset(name: str) -> Gpu:
 
 @dataclass(frozen=True)
 class MixedPrecision:
-    """The autocast dtype that suits a GPU (`None`: stay in float32) and the reason in a sentence."""
+    """The autocast dtype that suits a GPU (`None`: stay in float32) and the reason for it."""
 
     dtype: str | None
     reason: str
@@ -236,7 +236,7 @@ def reset_peak() -> None:
 
 
 def peak_allocated_bytes() -> int | None:
-    """Most bytes in tensors since `reset_peak`, as the CUDA allocator rounds them; `None` on CPU."""
+    """Most bytes in tensors since `reset_peak`, rounded by the allocator; `None` on CPU."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

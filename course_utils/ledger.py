@@ -5,8 +5,8 @@ its first appearance until its last reference is gone. It works the same on CPU,
 tensors, because it looks at storages, never at an allocator.
 
 Not modelled: what a kernel allocates and frees inside itself (cuBLAS workspaces, a softmax
-backward's temporary), the allocator's rounding and fragmentation (pass `round_bytes` for the first),
-the CUDA context. On a GPU the first and the last are the difference to `max_memory_allocated`.
+backward's temporary), the allocator's rounding (pass `round_bytes`) and fragmentation, the CUDA
+context. On a GPU, workspaces and rounding are the difference to `max_memory_allocated`.
 
 Sources: torch/utils/_python_dispatch.py (`TorchDispatchMode`), torch/autograd/graph.py
 (`saved_tensors_hooks`).
@@ -283,8 +283,9 @@ class MemoryLedger(TorchDispatchMode):
             return
         if self.budget_bytes is not None:
             self._check_budget(self.round_bytes(storage.nbytes()))
-        # Forward code that runs inside backward is a checkpoint being recomputed.
-        recomputed = bool(self._modules) and self.phase_now() == "backward"
+        # Forward code that runs inside backward is a checkpoint being recomputed: it builds a graph
+        # (backward itself does not), or runs in a module (an autograd function's own forward).
+        recomputed = self.phase_now() == "backward" and (torch.is_grad_enabled() or self._modules)
         block = self._add(tensor, storage, "activations" if recomputed else "temporaries",
                           func.__name__, self._module_now())
         self._events.append((1, block, self._blocks[block].phase))

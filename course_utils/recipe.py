@@ -218,6 +218,6 @@ class TrainRecipe:
                 settings[old] = settings.pop(new)
         for name in settings:
             if name not in accepted:
-                raise ValueError(f"{name} must be a field of TrainingArguments, got a name that "
-                                 "this version of transformers does not have; see its release notes")
+                raise ValueError(f"{name} must be a field of TrainingArguments, got a "
+                                 "name that this version does not have; see its release notes")
         return TrainingArguments(**settings)

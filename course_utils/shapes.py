@@ -67,7 +67,7 @@ NAMES = (BUNDLED, *SHAPES)
 
 
 def known(model: str) -> bool:
-    """Whether `model` is a preset name, a folder or `config.json` on disk, or looks like a hub id."""
+    """Whether `model` is a preset name, a path that exists, or looks like a hub id."""
     return model in NAMES or os.path.exists(model) or model.count("/") == 1
 
 
