@@ -110,9 +110,8 @@ def _progress(name: str):
 
 
 def _style() -> str:
-    light, dark = (
-        HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "github-dark")
-    )
+    light = HtmlFormatter(style="default").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     ours = (Path(__file__).parent / "report.css").read_text("utf-8")
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{ours}"
 

@@ -1,0 +1,222 @@
+"""The package's shape: who may import whom, what stays in one module, how big it may grow.
+
+Each rule is a function from source text to complaints, held against the package and against a
+planted fault.
+"""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tools.notebooks import LESSONS, ROOT
+
+PACKAGE = ROOT / "course_utils"
+MODULES = {path.stem: path.read_text("utf-8") for path in sorted(PACKAGE.glob("*.py"))}
+
+# Data flows one way (design): the right-hand modules may be imported by the left-hand one.
+ARROWS = {
+    "__init__": "",
+    "units": "",
+    "hardware": "units",
+    "shapes": "units",
+    "recipe": "units hardware shapes",
+    "ledger": "units",
+    "corpus": "units shapes recipe",
+    "qlora": "units hardware shapes recipe",
+    "batching": "units hardware recipe ledger",
+    "precision": "units hardware recipe",
+    "forecast": "units hardware shapes recipe ledger corpus qlora",
+    "training": "units hardware shapes recipe ledger corpus qlora batching precision",
+    "checks": "units hardware shapes recipe ledger forecast batching precision",
+    "figures": "units hardware shapes recipe ledger forecast training batching precision",
+    "widgets": "units hardware shapes recipe ledger forecast training batching precision figures",
+    "__main__": "units hardware shapes recipe ledger forecast",
+}
+ONLY_IN = {"matplotlib": "figures", "ipywidgets": "widgets"}
+HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "numpy", "matplotlib"}
+MODULE_LINES, PACKAGE_LINES = 250, 2600
+
+
+def imported(source: str) -> set[str]:
+    """Dotted names that a module imports, at the top or inside a function; ours start with "."."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            stem = "." * node.level + (node.module or "")
+            bare = stem in (".", "course_utils")  # `from . import units`
+            names |= {f"{stem}.{a.name}" if bare else stem for a in node.names}
+            if stem == "torch":
+                names |= {f"torch.{alias.name}" for alias in node.names}
+    return {name.replace("course_utils.", ".").replace("..", ".") for name in names}
+
+
+def arrows(name: str, source: str) -> list[str]:
+    ours = {found.lstrip(".").split(".")[0] for found in imported(source) if found[0] == "."}
+    if name not in ARROWS:
+        return [f"{name} is not in ARROWS: say there what it may import"]
+    return [f"{name} must not import {other}" for other in sorted(ours - set(ARROWS[name].split()))]
+
+
+def kept_apart(name: str, source: str) -> list[str]:
+    roots = {found.split(".")[0] for found in imported(source)}
+    return [
+        f"{name} imports {library}: only {owner} may"
+        for library, owner in ONLY_IN.items()
+        if library in roots and name != owner
+    ]
+
+
+def cuda(name: str, source: str) -> list[str]:
+    asks = any(
+        isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda"
+        for node in ast.walk(ast.parse(source))
+    ) or any(found.startswith("torch.cuda") for found in imported(source))
+    return [f"{name} asks torch.cuda: only hardware may"] if asks and name != "hardware" else []
+
+
+def binary_units(name: str, source: str) -> list[str]:
+    """MiB or GiB as a number: 2**30, 1024 * 1024, 1 << 20, 1073741824.
+
+    A plain 1_048_576 passes: that many tokens or steps is a count, not a MiB.
+    """
+    complaints = []
+    for node in ast.walk(ast.parse(source)):
+        parts = (ast.Constant, ast.BinOp, ast.operator)
+        if isinstance(node, ast.Constant | ast.BinOp) and all(
+            isinstance(part, parts) for part in ast.walk(node)
+        ):
+            text = ast.unparse(node)
+            units = (2**30,) if isinstance(node, ast.Constant) else (2**20, 2**30)
+            if text[0].isdigit() and ast_value(node) in units and name != "units":
+                complaints.append(f"{name} line {node.lineno} has {text}: use units.MIB or GIB")
+    return complaints
+
+
+def ast_value(node: ast.expr) -> object:
+    """The value of an expression that holds constants and operators only."""
+    return eval(compile(ast.Expression(node), "<constant>", "eval"), {"__builtins__": {}})
+
+
+def size(name: str, source: str) -> list[str]:
+    lines = len(source.splitlines())
+    return [f"{name} has {lines} lines: at most {MODULE_LINES}"] if lines > MODULE_LINES else []
+
+
+def vague_name(name: str, source: str) -> list[str]:
+    vague = {"helpers", "helper", "utils", "util", "common", "misc"}
+    return [f"{name} says nothing: name the module by its one idea"] if name in vague else []
+
+
+RULES = [arrows, kept_apart, cuda, binary_units, size, vague_name]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_package_keeps_the_rule(rule):
+    assert "recipe" in MODULES
+    assert [text for name, source in MODULES.items() for text in rule(name, source)] == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "source", "complaint"),
+    [
+        (arrows, "units", "from .hardware import Gpu", "units must not import hardware"),
+        (arrows, "recipe", "def f():\n    from course_utils import ledger", "import ledger"),
+        (arrows, "ledger", "import course_utils.forecast", "ledger must not import forecast"),
+        (arrows, "ledger", "from course_utils.recipe import TrainRecipe", "must not import recipe"),
+        (arrows, "shapes", "from . import hardware", "shapes must not import hardware"),
+        (arrows, "brand_new", "", "not in ARROWS"),
+        (kept_apart, "training", "def f():\n    import matplotlib.pyplot as plt", "only figures"),
+        (kept_apart, "figures", "from ipywidgets import IntSlider", "only widgets may"),
+        (cuda, "training", "import torch\ntorch.cuda.empty_cache()", "only hardware may"),
+        (cuda, "qlora", "from torch import cuda", "only hardware may"),
+        (cuda, "qlora", "import torch.cuda.amp", "only hardware may"),
+        (binary_units, "ledger", "x = n / 2**30", "has 2 ** 30"),
+        (binary_units, "ledger", "x = 5 * (1024 * 1024)", "has 1024 * 1024"),
+        (binary_units, "ledger", "x = 1 << 20", "has 1 << 20"),
+        (binary_units, "ledger", "x = 1073741824", "has 1073741824"),
+        (size, "ledger", "x = 1\n" * (MODULE_LINES + 1), "has 251 lines"),
+        (vague_name, "helpers", "", "says nothing"),
+    ],
+)
+def test_rule_catches(rule, name, source, complaint):
+    assert any(complaint in text for text in rule(name, source))
+
+
+def test_rules_let_good_code_pass():
+    good = {
+        "recipe": "from . import hardware, shapes\nfrom .units import GIB\nx = 1024 * 512\n",
+        "hardware": "import torch\ntorch.cuda.is_available()",
+        "figures": "import matplotlib.pyplot as plt\nfrom .forecast import Forecast",
+        "widgets": "from ipywidgets import IntSlider\nfrom .figures import bars",
+        "units": "GIB = 2**30",
+        "ledger": "on_gpu = tensor.device.type == 'cuda' and 2**10",
+    }
+    for name, source in good.items():
+        assert [text for rule in RULES for text in rule(name, source)] == [], name
+
+
+def test_package_stays_small():
+    assert sum(len(source.splitlines()) for source in MODULES.values()) <= PACKAGE_LINES
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_instant_and_light():
+    code = (
+        "import sys, time; before = set(sys.modules); start = time.perf_counter()\n"
+        "import course_utils\n"
+        "print(time.perf_counter() - start, *set(sys.modules) - before)"
+    )
+    runs = [python(code).split() for _ in range(3)]
+    assert min(float(run[0]) for run in runs) < 0.1
+    assert HEAVY & set(runs[0][1:]) == set()
+
+
+# `sys.modules[name] = None` makes `import name` raise ImportError.
+BLOCKED = "import sys\nsys.modules.update(dict.fromkeys(['torch', 'transformers', 'numpy']))\n"
+
+
+def test_recipe_needs_no_torch():
+    code = "from course_utils.recipe import TrainRecipe\nprint(TrainRecipe().effective_batch_size)"
+    assert int(python(BLOCKED + code)) > 0
+
+
+def test_the_block_on_torch_blocks():
+    with pytest.raises(AssertionError, match="torch"):
+        python(BLOCKED + "import course_utils.ledger")
+
+
+def repeated(lesson: str, package: dict[str, str]) -> list[str]:
+    """Functions that a lesson defines although the package has them."""
+    known = {
+        node.name: name
+        for name, source in package.items()
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    return [
+        f"{node.name} is also in course_utils.{known[node.name]}: import it, or rename it"
+        for node in ast.walk(ast.parse(lesson))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in known
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(LESSONS.glob("*.py")), ids=lambda path: path.stem)
+def test_lesson_repeats_no_function(path):
+    assert repeated(path.read_text("utf-8"), MODULES) == []
+
+
+def test_repeated_function_is_caught():
+    package = {"units": "def show_bytes(n):\n    return n"}
+    assert repeated("def show_bytes(x):\n    ...", package) == [
+        "show_bytes is also in course_utils.units: import it, or rename it"
+    ]
+    assert repeated("def my_own(x):\n    ...", package) == []

@@ -1,0 +1,226 @@
+"""The house: the verbs, the pins, the wheel, and the tools that execute and report on lessons."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections import Counter
+
+import nbformat
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from tools import execute, notebooks, report
+from tools.notebooks import ROOT
+
+PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
+VERBS = {"help", "lessons", "test", "lab", "execute", "lint", "bench", "clean"}
+# Colab's GPU image of 2026-08-19, Python 3.13; bitsandbytes is not in it.
+COLAB = {
+    "torch": "2.11.0", "transformers": "5.15.0", "peft": "0.20.0", "accelerate": "1.14.0",
+    "datasets": "4.0.0", "safetensors": "0.8.0", "numpy": "2.1.3", "matplotlib": "3.10.0",
+    "ipywidgets": "7.7.1",
+}  # fmt: skip
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def requirements(name: str) -> list[tuple[Requirement, str]]:
+    """The file's requirements, each with the comment behind it."""
+    lines = [line.partition("#") for line in read(name).splitlines()]
+    return [(Requirement(text), why.strip()) for text, _, why in lines if text.strip()]
+
+
+def test_floors_have_a_reason_and_fit_colab():
+    floors = requirements("requirements.txt")
+    assert all(why for _, why in floors)
+    assert {floor.name for floor, _ in floors} == {*COLAB, "bitsandbytes"}
+    too_high = [f for f, _ in floors if f.name in COLAB and COLAB[f.name] not in f.specifier]
+    assert too_high == []
+
+
+def test_pins_are_exact_and_cover_the_floors():
+    pins = {pin.name: pin.specifier for pin, _ in requirements("constraints.txt")}
+    versions = {name: str(specifier).removeprefix("==") for name, specifier in pins.items()}
+    assert all(re.fullmatch(r"==[\d.]+", str(specifier)) for specifier in pins.values())
+    assert versions["torch"] == "2.13.0"
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]["dev"]
+    for floor in [f for f, _ in requirements("requirements.txt")] + [*map(Requirement, extras)]:
+        assert floor.specifier.contains(Version(versions[floor.name])), floor
+
+
+def test_verbs_are_there_and_explained():
+    shown = make("help", ROOT)
+    assert set(re.findall(r"^  make (\w+) +\w", shown, re.MULTILINE)) == VERBS
+
+
+def test_readme_and_ci_name_only_verbs_that_exist():
+    ci = read(".ci/run").splitlines()[-1].removesuffix(" </dev/null")
+    assert ci in read("README.md"), "README says what CI runs"
+    for text in (read("README.md"), ci):
+        commands = re.findall(r"^make [\w ]+?(?=$|  )|`make [^`]+`", text, re.MULTILINE)
+        verbs = {w for c in commands for w in c.strip("`").split()[1:] if "=" not in w}
+        assert verbs, "no make command found"
+        assert verbs <= VERBS
+
+
+def make(verb: str, folder, *flags: str) -> str:
+    done = subprocess.run(
+        ["make", *flags, verb], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def house(tmp_path):
+    for name in ("Makefile", *PINS):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS - {"help", "clean"}))
+@pytest.mark.parametrize("pins", PINS)
+def test_set_up_runs_when_the_pins_change_and_only_then(house, verb, pins):
+    assert "pip" in make(verb, house, "--dry-run")
+    stamp = re.search(r"touch (\S+)", make(verb, house, "--dry-run"))[1]
+    (house / stamp).touch()
+    assert "pip" not in make(verb, house, "--dry-run")
+    with (house / pins).open("a") as file:
+        file.write("# another pin\n")
+    assert "pip" in make(verb, house, "--dry-run")
+
+
+def test_old_python_is_refused_with_the_remedy(house):
+    old = house / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    for python in (old, house / "missing"):
+        done = subprocess.run(
+            ["make", "test", f"PYTHON={python}"], cwd=house, capture_output=True, text=True
+        )
+        assert done.returncode != 0
+        assert "Python 3.11 or newer is needed" in done.stderr
+
+
+def test_wheel_brings_the_data(tmp_path):
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "course_utils", source / "course_utils", ignore=skip)
+    for name in ("pyproject.toml", "requirements.txt", "README.md"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name}
+    paths = (path for path in (ROOT / "course_utils").rglob("*") if "__pycache__" not in path.parts)
+    ours = {path.relative_to(ROOT).as_posix() for path in paths if path.is_file()}
+    assert packed == ours
+    assert any(name.endswith(".safetensors") for name in packed)
+
+
+LESSON = """# %% [markdown]
+# # 01 · Does it run?
+#
+# **40 minutes**, then [the next](02_next.ipynb).
+
+# %% tags=["run"]
+print("counted")
+
+# %% tags=["check"]
+print("01.1 not attempted yet")
+"""
+
+
+@pytest.fixture
+def lessons(tmp_path, monkeypatch):
+    folder = tmp_path / "lessons"
+    folder.mkdir()
+    (folder / "01_try.py").write_text(LESSON, "utf-8")
+    monkeypatch.setattr(notebooks, "LESSONS", folder)
+    monkeypatch.setattr(report, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    return folder
+
+
+def test_execute_is_repeatable_and_keeps_cell_ids(lessons):
+    assert execute.main([]) == 0
+    first = (lessons / "01_try.ipynb").read_text("utf-8")
+    assert execute.main(["01"]) == 0
+    assert (lessons / "01_try.ipynb").read_text("utf-8") == first
+    (lessons / "01_try.py").write_text(LESSON + '\n# %% tags=["run"]\nprint("more")\n', "utf-8")
+    assert execute.main(["01"]) == 0
+    ids = [cell["id"] for cell in json.loads(first)["cells"]]
+    after = nbformat.read(lessons / "01_try.ipynb", as_version=4)
+    assert [cell.id for cell in after.cells[:3]] == ids
+    assert after.cells[3].outputs[0].text == "more\n"
+    assert after.metadata == notebooks.METADATA
+
+
+def test_execute_refuses_an_unknown_lesson(lessons, capsys):
+    assert execute.main(["77"]) == 2
+    assert "LESSON must be one of 01, got '77'" in capsys.readouterr().err
+
+
+def test_failing_cell_is_shown_and_nothing_is_written(lessons, capfd):
+    (lessons / "01_try.py").write_text(LESSON + "\n# %%\nmissing + 1\n", "utf-8")
+    assert execute.main([]) == 1
+    assert not (lessons / "01_try.ipynb").exists()
+    shown = capfd.readouterr().out
+    assert "cell 4 failed" in shown
+    assert "    missing + 1" in shown
+    assert "NameError: name 'missing' is not defined" in shown
+
+
+def test_dead_kernel_and_endless_cell_are_named(lessons, capfd, monkeypatch):
+    monkeypatch.setattr(notebooks, "CELL_TIMEOUT_SECONDS", 3)
+    for cell, message in [
+        ("import os\nos._exit(1)", "the kernel died in this cell"),
+        ("while True:\n    pass", "still running after 3 s"),
+    ]:
+        (lessons / "01_try.py").write_text(LESSON + f"\n# %%\n{cell}\n", "utf-8")
+        assert execute.main([]) == 1
+        assert message in capfd.readouterr().out
+
+
+def test_report_writes_pages_and_a_table(lessons, tmp_path, capfd):
+    before = {path: path.read_bytes() for path in lessons.iterdir()}
+    assert report.main() == 0
+    assert {path: path.read_bytes() for path in lessons.iterdir()} == before
+    shown = capfd.readouterr().out
+    assert re.search(r"^01_try +[\d.]+ +2  1 \(1 not attempted\)$", shown, re.MULTILINE)
+    page = (tmp_path / "build/lessons/01_try.html").read_text("utf-8")
+    assert "counted" in page
+    assert 'href="02_next.html"' in page
+    assert "prefers-color-scheme: dark" in page
+    index = (tmp_path / "build/index.html").read_text("utf-8")
+    assert '<a href="lessons/01_try.html">01 · Does it run?</a></td><td>40</td><td>2</td>' in index
+
+
+def test_report_fails_loudly(lessons, capfd):
+    (lessons / "01_try.py").write_text(LESSON + "\n# %%\nmissing + 1\n", "utf-8")
+    (lessons / "02_next.py").write_text(LESSON, "utf-8")
+    assert report.main() == 1
+    shown = capfd.readouterr()
+    assert re.search(r"^01_try .*FAILED$", shown.out, re.MULTILINE)
+    assert re.search(r"^02_next .*1 not attempted", shown.out, re.MULTILINE)
+    assert "    missing + 1" in shown.err
+
+
+def test_report_without_lessons_fails(lessons, capfd):
+    (lessons / "01_try.py").unlink()
+    assert report.main() == 1
+    assert "no lesson" in capfd.readouterr().err
+
+
+def test_verdicts_are_told_apart():
+    result = report.Result("01_x", "q", "40", 3, Counter(right=2, silent=1), 1.0)
+    assert result.checks == "3 (2 right, 1 silent)"
