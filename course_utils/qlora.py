@@ -52,6 +52,11 @@ def load_base(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Module
     model = AutoModelForCausalLM.from_pretrained(
         source or shapes.hub_id(recipe.model), quantization_config=quantization,
         dtype=storage_dtype(recipe), device_map={"": hardware.device()})
+    for module in model.modules():
+        # On AVX512-BF16 CPUs an evaluation repacks the weights for a kernel without a backward:
+        # training after it would silently lose every gradient that passes through the base.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return prepare_base(model, recipe)
 
 
