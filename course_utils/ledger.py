@@ -153,7 +153,7 @@ class MemoryLedger(TorchDispatchMode):
 
     def _found(self, tensor: object, category: str) -> None:
         """Name the category of a tensor; one that the ledger did not see being made is as old."""
-        if not isinstance(tensor, torch.Tensor) or tensor.device.type != self.device_type:
+        if not self.counts(tensor):
             return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._index:
@@ -245,12 +245,18 @@ class MemoryLedger(TorchDispatchMode):
         self._register_optimizer(optimizer)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        block = self._index.get(tensor.untyped_storage()._cdata)
-        if block is not None:
-            self._blocks[block].saved = True
-            if self._blocks[block].category == "temporaries":
-                self._blocks[block].category = "activations"
+        index = self._index.get(tensor.untyped_storage()._cdata)
+        if index is not None:
+            block = self._blocks[index]
+            block.saved = True
+            if block.category == "temporaries":
+                block.category = "activations"
         return tensor
+
+    def counts(self, tensor: object) -> bool:
+        """Whether this is a tensor with memory on the device that the ledger watches."""
+        return isinstance(tensor, torch.Tensor) and tensor.device.type == self.device_type \
+            and tensor.untyped_storage().nbytes() > 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -261,13 +267,12 @@ class MemoryLedger(TorchDispatchMode):
         result = func(*args, **kwargs)
         if not kwargs.get("pin_memory"):  # pinned memory is the host's, not the device's
             for tensor in tree_leaves(result):
-                if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device_type:
-                    self._allocated(tensor, func)
+                if self.counts(tensor):
+                    self._allocated(tensor, func.__name__)
         return result
 
     def _found_unless_known(self, tensor: object) -> None:
-        if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device_type \
-                and tensor.untyped_storage()._cdata not in self._index:
+        if self.counts(tensor) and tensor.untyped_storage()._cdata not in self._index:
             self._found(tensor, "inputs")
 
     def _remember_node(self) -> None:
@@ -277,9 +282,9 @@ class MemoryLedger(TorchDispatchMode):
             self._newest_node = newest
             self._module_of_node[newest] = self._module_now()
 
-    def _allocated(self, tensor: torch.Tensor, func) -> None:
+    def _allocated(self, tensor: torch.Tensor, operation: str) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata in self._index or storage.nbytes() == 0:
+        if storage._cdata in self._index:
             return
         if self.budget_bytes is not None:
             self._check_budget(self.round_bytes(storage.nbytes()))
@@ -287,7 +292,7 @@ class MemoryLedger(TorchDispatchMode):
         # (backward itself does not), or runs in a module (an autograd function's own forward).
         recomputed = self.phase_now() == "backward" and (torch.is_grad_enabled() or self._modules)
         block = self._add(tensor, storage, "activations" if recomputed else "temporaries",
-                          func.__name__, self._module_now())
+                          operation, self._module_now())
         self._events.append((1, block, self._blocks[block].phase))
 
     def _check_budget(self, wanted: int) -> None:

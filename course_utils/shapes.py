@@ -124,6 +124,6 @@ def _config_from_file(path: Path) -> PretrainedConfig:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"model must be a Hugging Face config.json with a known model_type, got "
                          f"{path} ({error}); save one with config.save_pretrained") from error

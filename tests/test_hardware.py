@@ -1,0 +1,68 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from course_utils import hardware
+from course_utils.hardware import PRESETS, T4, Gpu, mixed_precision
+from course_utils.units import MIB
+
+
+def test_t4_sees_14_56_gib():
+    assert T4.total_bytes == 14912 * MIB
+    assert T4.usable_bytes == (14912 - 141) * MIB
+
+
+def test_workspace_is_pytorchs_default_string():
+    # :4096:2:16:8 means 2 buffers of 4096 KiB and 8 of 16 KiB; Hopper gets 8 of 4096 KiB
+    assert T4.workspace_bytes == 8_519_680
+    assert hardware.H100.workspace_bytes == 32 * MIB
+
+
+@pytest.mark.parametrize("name", ["T4", "t4", "a100-40"])
+def test_preset_ignores_case(name):
+    assert hardware.preset(name).name.lower() == name.lower()
+
+
+def test_bfloat16_needs_capability_8():
+    assert {gpu.name for gpu in PRESETS.values() if not gpu.has_bfloat16} == {"T4"}
+    assert mixed_precision(T4).dtype == "float16"
+    assert "7.5" in mixed_precision(T4).reason
+    assert mixed_precision(hardware.L4).dtype == "bfloat16"
+    assert mixed_precision(None).dtype is None
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("total_bytes", 0), ("total_bytes", -1), ("total_bytes", "16 GB"), ("context_bytes", 0),
+    ("context_bytes", 10**12), ("capability", 7.5), ("capability", (7,)), ("capability", (7, -5)),
+    ("matmul_flops", 0), ("bandwidth", True)])
+def test_bad_gpu_names_field_and_value(field, value):
+    with pytest.raises(ValueError, match=f"^{field} must .*got .*; "):
+        dataclasses.replace(T4, **{field: value})
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(ValueError, match="gpu must be one of T4, .*got 'T5'"):
+        hardware.preset("T5")
+
+
+def test_without_a_gpu_nothing_is_measured():
+    """CUDA's own counters answer 0 on a CPU; ours must not."""
+    code = ("from course_utils import hardware as h\n"
+            "assert h.detect() is None and h.device() == 'cpu'\n"
+            "h.reset_peak(); h.synchronize()\n"
+            "assert [h.peak_allocated_bytes(), h.peak_reserved_bytes(), h.allocated_bytes(),"
+            " h.free_bytes()] == [None] * 4\n"
+            "try: h.emulate(h.T4).__enter__()\n"
+            "except ValueError as error: assert 'needs a CUDA device' in str(error)\n"
+            "else: raise AssertionError\n"
+            "print(h.describe(None))")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."})
+    assert "14.56 GiB" in out.stdout
+
+
+def test_gpu_is_a_value():
+    assert Gpu(**dataclasses.asdict(T4)) == T4
+    assert hash(T4) == hash(dataclasses.replace(T4))
