@@ -5,4 +5,10 @@ imported here, so that `import course_utils` is instant and `course_utils.recipe
 torch.
 """
 
+import logging
+
+# On some CPUs bitsandbytes reports a missing optional kernel when transformers imports it; the
+# stored outputs of lessons would differ from machine to machine.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ Not modelled: mixtures of experts, encoder-decoders, models whose head has a bia
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Callable, Iterable
 from types import MethodType
 
@@ -18,9 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from . import hardware, shapes
 from .recipe import TrainRecipe
-
-# On some CPUs bitsandbytes reports a missing optional kernel at import; outputs would differ.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def storage_dtype(recipe: TrainRecipe) -> torch.dtype:
@@ -98,10 +95,13 @@ def add_adapters(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
                          f"{', '.join(missing)}; it has {', '.join(linear)}")
     targets = recipe.lora_targets
     model.enable_input_require_grads()  # else a reentrant checkpoint cuts the gradient off
-    return get_peft_model(model, LoraConfig(
+    config = LoraConfig(
         r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        bias="none", task_type="CAUSAL_LM"))
+        bias="none", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 under the old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -315,8 +315,9 @@ def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.
         return torch.optim.AdamW(trainable, **settings)
     import bitsandbytes as bnb
 
-    kinds = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}
-    return kinds[recipe.optimizer](trainable, **settings)
+    paged = recipe.optimizer == "paged_adamw_8bit" and hardware.device() == "cuda"
+    kind = bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit  # no paging on a CPU
+    return kind(trainable, **settings)
 
 
 def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[dict],

@@ -21,6 +21,7 @@ CELL_TIMEOUT_SECONDS = 180
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars obey it too
     "TOKENIZERS_PARALLELISM": "false",
     # ipykernel captures C-level stderr unless it believes that pytest runs; nbval makes it so.
     "PYTEST_CURRENT_TEST": "a lesson, headless",
