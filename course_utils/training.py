@@ -1,0 +1,212 @@
+"""Train a recipe with `transformers.Trainer`, measure it, and survive what kills it.
+
+`QLoRATrainer` is Trainer with four changes: the loss and the optimizer come from `qlora`, so that
+the forecast and the run are the same code; what would go wrong silently is refused; every step logs
+its speed and memory; checkpoints are whole or not there. `python -m course_utils.training RECIPE
+FOLDER` trains the bundled data in a process of its own.
+
+Not modelled: FSDP, DeepSpeed, several GPUs in one process.
+
+Source: transformers/trainer.py, 5.15 to 5.23.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
+
+from . import checkpoints, corpus, hardware, qlora
+from .preflight import refuse_silent_failures
+from .recipe import TrainRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """What a run did.
+
+    Attributes:
+        steps: For each optimizer step, from the first one on, also when resumed: step, loss (nats
+            per labelled token), grad_norm, learning_rate, tokens_per_second (padding counted),
+            peak_allocated_bytes and peak_reserved_bytes (`None` on CPU).
+        resumed_from: The checkpoint that it continued, if any.
+    """
+
+    steps: list[dict[str, Any]]
+    resumed_from: Path | None
+
+    @property
+    def losses(self) -> list[float]:
+        """Training loss of each optimizer step, in nats per labelled token."""
+        return [step["loss"] for step in self.steps]
+
+
+def build_model(recipe: TrainRecipe) -> torch.nn.Module:
+    """The model that a recipe trains: base, adapters (the same ones for the same seed), levers."""
+    base = qlora.load_base(recipe)
+    set_seed(recipe.seed)
+    return qlora.apply_levers(qlora.add_adapters(base, recipe), recipe)
+
+
+def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any,
+          output_dir: str | Path, *, resume: bool | str | Path = True, stop_at: int | None = None,
+          drive: str | Path | None = None,
+          on_step: Callable[[dict], None] | None = None) -> TrainingRun:
+    """Train `model` in place, from the last whole checkpoint if there is one.
+
+    Args:
+        rows: Encoded examples, as from `corpus.encode`.
+        output_dir: Folder of the checkpoints, one run only.
+        resume: True for the last whole checkpoint here or on the Drive, a path for that one, False
+            to insist on a fresh start.
+        stop_at: End after this optimizer step, as if interrupted: schedule and data stay those of
+            the whole run.
+        drive: A mounted folder that gets a copy of each checkpoint.
+        on_step: Called with each step's row.
+
+    Raises:
+        ValueError: The recipe and the GPU or the checkpoint do not go together.
+        FileNotFoundError: `resume` names a checkpoint that is not whole.
+        FloatingPointError: The loss is no longer a number.
+    """
+    output_dir, drive = Path(output_dir), Path(drive) if drive else None
+    trainer = QLoRATrainer(recipe, model, rows, tokenizer, output_dir, drive=drive,
+                           stop_at=stop_at, on_step=on_step)
+    checkpoint = _checkpoint_to_resume(recipe, output_dir, drive, resume)
+    if checkpoint and checkpoints.step_of(checkpoint) >= (stop_at or recipe.max_steps):
+        trainer._load_from_checkpoint(str(checkpoint))  # done already
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    return TrainingRun(steps=steps, resumed_from=checkpoint)
+
+
+def _checkpoint_to_resume(recipe: TrainRecipe, output_dir: Path, drive: Path | None,
+                          resume: bool | str | Path) -> Path | None:
+    checkpoint = checkpoints.find_last(output_dir, drive) if isinstance(resume, bool) \
+        else Path(resume)
+    if checkpoint is None:
+        return None
+    if resume is False:
+        raise ValueError(f"output_dir must hold no checkpoint when resume is False, got "
+                         f"{checkpoint}; choose another folder or delete that one")
+    saved = checkpoints.verify(checkpoint)["recipe"]
+    wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    for field, value in wanted.items():
+        if saved.get(field) != value:
+            raise ValueError(f"{field} must be {saved.get(field)!r} to resume {checkpoint}, got "
+                             f"{value!r}; use that recipe, or another output_dir")
+    print(f"Resuming from {checkpoint.name}.")
+    return checkpoint
+
+
+class QLoRATrainer(Trainer):
+    """Trainer whose step is `qlora`'s, whose log has speed and memory, whose saves are atomic."""
+
+    def __init__(self, recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any,
+                 output_dir: Path, *, drive: Path | None = None, stop_at: int | None = None,
+                 on_step: Callable[[dict], None] | None = None, **overrides: Any):
+        refuse_silent_failures(recipe, model, overrides)
+        self.recipe, self.drive = recipe, drive
+        self._staging: str | None = None  # where a checkpoint is being written, during a save
+        self._tokens, self._started = 0, 0.0
+        arguments = recipe.to_training_arguments(str(output_dir), **{
+            "disable_tqdm": True, "logging_steps": 1,
+            "dataloader_pin_memory": hardware.detect() is not None} | overrides)
+        super().__init__(model, arguments, train_dataset=rows, callbacks=[Watch(stop_at, on_step)],
+                         data_collator=functools.partial(
+                             corpus.collate, pad_token_id=tokenizer.pad_token_id))
+        self.model_accepts_loss_kwargs = True  # so that Trainer counts the step's labelled tokens
+        self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The optimizer that the forecast counts."""
+        if self.optimizer is None:
+            self.optimizer = qlora.build_optimizer(self.model, self.recipe)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The micro batch's share of the step's loss: its token losses over all tokens' number."""
+        with self.accelerator.autocast():  # a chunked loss does not pass through model.forward
+            loss = qlora.compute_loss(model, inputs, self.recipe, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP divides the gradients by it
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of one micro batch.
+
+        Raises:
+            FloatingPointError: The step's loss is NaN or infinite; no weight has changed yet.
+        """
+        if self._tokens == 0:
+            hardware.reset_peak()
+            self._started = time.perf_counter()
+        self._tokens += inputs["input_ids"].numel()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients and not math.isfinite(so_far := (self._tr_loss + loss)):
+            raise FloatingPointError(
+                f"loss must be a finite number, got {so_far.item()} at step "
+                f"{self.state.global_step + 1}; lower learning_rate ({self.recipe.learning_rate:g})"
+                f" or train in another amp_dtype ({self.recipe.amp_dtype}). The weights are those "
+                f"of step {self.state.global_step}.")
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with each step's speed and memory peak."""
+        if "loss" in logs:  # reading the loss has waited for the GPU
+            seconds = time.perf_counter() - self._started
+            logs |= {"tokens_per_second": self._tokens / seconds,
+                     "peak_allocated_bytes": hardware.peak_allocated_bytes(),
+                     "peak_reserved_bytes": hardware.peak_reserved_bytes()}
+            self._tokens = 0
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        output_dir = Path(self.args.output_dir)
+        target = output_dir / f"{checkpoints.PREFIX}{self.state.global_step}"
+        self._staging = str(output_dir / checkpoints.STAGING)
+        writes = checkpoints.written_whole(target, {"recipe": dataclasses.asdict(self.recipe)})
+        try:
+            with writes if self.args.should_save else contextlib.nullcontext():
+                self.accelerator.wait_for_everyone()  # the folder is there
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # so is every process's random state
+        except checkpoints.SaveError as error:
+            print(f"Warning: {error}")
+            return
+        finally:
+            self._staging = None
+        if self.args.should_save:
+            checkpoints.prune(output_dir)
+            if self.drive:
+                checkpoints.mirror(target, self.drive)
+
+
+class Watch(TrainerCallback):
+    """Passes each step's row on, and ends the run where it was told to."""
+
+    def __init__(self, stop_at: int | None, on_step: Callable[[dict], None] | None):
+        self.stop_at, self.on_step = stop_at, on_step
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if self.on_step and "loss" in logs:
+            self.on_step({"step": state.global_step, **logs})
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.stop_at:
+            control.should_training_stop = True
