@@ -25,7 +25,7 @@ test: $(READY) ## run every test: package, notebooks (strict), house (ARGS="-k l
 
 lab: $(READY) ## open JupyterLab on the lessons
 	@echo "Opening JupyterLab on lessons/ (stop it with Ctrl-C)"
-	@$(BIN)/python -m jupyterlab lessons
+	@$(BIN)/python -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lessons
 
 execute: $(READY) ## author's verb: make the .ipynb from the .py and run it (LESSON=01 for one)
 	@echo "Rebuilding the committed notebooks from their .py"

@@ -15,24 +15,34 @@ from tools.notebooks import LESSONS, ROOT
 PACKAGE = ROOT / "course_utils"
 MODULES = {path.stem: path.read_text("utf-8") for path in sorted(PACKAGE.glob("*.py"))}
 
-# Data flows one way (design): the right-hand modules may be imported by the left-hand one.
+# Data flows one way: a module on the left may import those on its right, and no other.
 ARROWS = {
     "__init__": "",
     "units": "",
     "hardware": "units",
     "shapes": "units",
     "recipe": "units hardware shapes",
-    "ledger": "units",
+    "checkpoints": "units",
+    "memory_report": "units",
+    "ledger": "units memory_report",
+    "fake": "units shapes",
     "corpus": "units shapes recipe",
-    "qlora": "units hardware shapes recipe",
+    "levers": "units hardware",
+    "qlora": "units hardware shapes recipe levers",
+    "preflight": "units hardware shapes recipe",
     "batching": "units hardware recipe ledger",
     "precision": "units hardware recipe",
-    "forecast": "units hardware shapes recipe ledger corpus qlora",
-    "training": "units hardware shapes recipe ledger corpus qlora batching precision",
-    "checks": "units hardware shapes recipe ledger forecast batching precision",
-    "figures": "units hardware shapes recipe ledger forecast training batching precision",
-    "widgets": "units hardware shapes recipe ledger forecast training batching precision figures",
-    "__main__": "units hardware shapes recipe ledger forecast",
+    "forecast": "units hardware shapes recipe memory_report ledger fake corpus levers qlora",
+    "evaluation": "units hardware recipe corpus qlora",
+    "training": "units hardware shapes recipe ledger corpus levers qlora checkpoints preflight "
+    "batching precision evaluation",
+}
+COMPUTING = " ".join(ARROWS)
+ARROWS |= {
+    "checks": COMPUTING,
+    "figures": COMPUTING,
+    "widgets": f"{COMPUTING} figures",
+    "__main__": COMPUTING,
 }
 ONLY_IN = {"matplotlib": "figures", "ipywidgets": "widgets"}
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "numpy", "matplotlib"}
