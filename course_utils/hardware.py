@@ -1,14 +1,13 @@
 """Which GPU is this, or which one are we pretending to have.
 
-The only module of the course that asks `torch.cuda`. Everything it reports about a machine without
-a GPU is `None`, because `torch.cuda` itself answers 0 there, and 0 looks like a measurement.
-
-Not modelled: clocks, power limits, other programs on the same GPU, PCIe and NVLink.
+The only module that asks `torch.cuda`. What it measures is `None` without a GPU: `torch.cuda`
+answers 0 there, which looks like a measurement. Not modelled: clocks, power limits, PCIe, NVLink.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ class Gpu:
     """A GPU as a memory budget, a set of kernels and a speed.
 
     Attributes:
-        name: As the course calls it.
         total_bytes: Memory that a program can see (`torch.cuda.mem_get_info()[1]`).
         capability: CUDA compute capability, (major, minor).
         context_bytes: Memory gone before the first tensor: driver, kernels, cuBLAS handles.
@@ -47,8 +45,8 @@ class Gpu:
         if self.context_bytes >= self.total_bytes:
             raise ValueError(f"context_bytes must be below total_bytes ({self.total_bytes}), got "
                              f"{self.context_bytes}; both are bytes, not MiB")
-        if not (isinstance(self.capability, tuple) and len(self.capability) == 2
-                and all(isinstance(part, int) and part >= 0 for part in self.capability)):
+        pair = self.capability if isinstance(self.capability, tuple) else ()
+        if len(pair) != 2 or not all(isinstance(part, int) and part >= 0 for part in pair):
             raise ValueError(f"capability must be a pair of whole numbers such as (7, 5), got "
                              f"{self.capability!r}; see developer.nvidia.com/cuda-gpus")
 
@@ -85,24 +83,18 @@ class Gpu:
 # out-of-memory messages report them ("total capacity of 39.50 GiB"), give or take 1 % by driver.
 # context_bytes: measured on a T4 and an H200 after a training step; the others take the H200's.
 # Speeds: NVIDIA data sheets, dense fp16 with fp32 accumulation, SXM parts.
-PRESETS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu(name="T4", total_bytes=14912 * MIB, capability=(7, 5), context_bytes=141 * MIB,
-            matmul_flops=65e12, bandwidth=320e9),
-        Gpu(name="L4", total_bytes=22563 * MIB, capability=(8, 9), context_bytes=520 * MIB,
-            matmul_flops=121e12, bandwidth=300e9),
-        Gpu(name="A10", total_bytes=22589 * MIB, capability=(8, 6), context_bytes=520 * MIB,
-            matmul_flops=125e12, bandwidth=600e9),
-        Gpu(name="A100-40", total_bytes=40448 * MIB, capability=(8, 0), context_bytes=520 * MIB,
-            matmul_flops=312e12, bandwidth=1555e9),
-        Gpu(name="H100", total_bytes=81003 * MIB, capability=(9, 0), context_bytes=520 * MIB,
-            matmul_flops=989e12, bandwidth=3350e9),
-        Gpu(name="H200", total_bytes=143166 * MIB, capability=(9, 0), context_bytes=520 * MIB,
-            matmul_flops=989e12, bandwidth=4800e9),
-    )
-}
-T4, L4, A10, A100, H100, H200 = PRESETS.values()
+T4, L4, A10, A100, H100, H200 = (
+    Gpu(name=name, total_bytes=total * MIB, capability=capability, context_bytes=context * MIB,
+        matmul_flops=teraflops * 1e12, bandwidth=gigabytes * 1e9)
+    for name, total, capability, context, teraflops, gigabytes in (
+        ("T4", 14912, (7, 5), 141, 65, 320),
+        ("L4", 22563, (8, 9), 520, 121, 300),
+        ("A10", 22589, (8, 6), 520, 125, 600),
+        ("A100-40", 40448, (8, 0), 520, 312, 1555),
+        ("H100", 81003, (9, 0), 520, 989, 3350),
+        ("H200", 143166, (9, 0), 520, 989, 4800),
+    ))
+PRESETS = {gpu.name: gpu for gpu in (T4, L4, A10, A100, H100, H200)}
 
 
 def preset(name: str) -> Gpu:
@@ -135,12 +127,11 @@ def mixed_precision(gpu: Gpu | None) -> MixedPrecision:
     """
     if gpu is None:
         return MixedPrecision(None, "no GPU: float32, so that results match on every machine")
-    capability = ".".join(map(str, gpu.capability))
+    has = "{} has compute capability {}.{}".format(gpu.name, *gpu.capability)
     if gpu.has_bfloat16:
-        return MixedPrecision("bfloat16", f"{gpu.name} has compute capability {capability} >= 8.0: "
-                              "bfloat16 in hardware, float32's range, no loss scaling")
-    return MixedPrecision("float16", f"{gpu.name} has compute capability {capability} < 8.0: "
-                          "float16 tensor cores, bfloat16 only emulated; needs loss scaling")
+        return MixedPrecision("bfloat16", f"{has} >= 8.0: bfloat16 in hardware, no loss scaling")
+    return MixedPrecision("float16", f"{has} < 8.0: float16 in hardware, with loss scaling; "
+                          "bfloat16 is only emulated")
 
 
 def device() -> str:
@@ -156,8 +147,8 @@ _emulated: Gpu | None = None
 def detect() -> Gpu | None:
     """The GPU that this process trains on, the emulated one if any, or `None` without a GPU.
 
-    The environment variable COURSE_EMULATE_GPU (a preset's name) starts the emulation for the
-    whole process, so that a notebook can be executed on a bigger card as if on a T4.
+    The environment variable COURSE_EMULATE_GPU (a preset's name) emulates for the whole process,
+    so that a notebook can be executed on a bigger card as if on a T4.
     """
     import torch
 
@@ -172,10 +163,9 @@ def detect() -> Gpu | None:
     for gpu in PRESETS.values():
         if gpu.name.lower() in properties.name.lower().replace("-", " ").split():
             return gpu
-    known = min(PRESETS.values(), key=lambda gpu: abs(gpu.capability[0] - capability[0]))
-    return Gpu(name=properties.name, total_bytes=properties.total_memory, capability=capability,
-               context_bytes=known.context_bytes, matmul_flops=known.matmul_flops,
-               bandwidth=known.bandwidth)
+    nearest = min(PRESETS.values(), key=lambda gpu: abs(gpu.capability[0] - capability[0]))
+    return dataclasses.replace(nearest, name=properties.name, capability=capability,
+                               total_bytes=properties.total_memory)
 
 
 def describe(gpu: Gpu | None) -> str:
@@ -190,9 +180,8 @@ def describe(gpu: Gpu | None) -> str:
 def emulate(gpu: Gpu) -> Iterator[Gpu]:
     """Train on the present card as if it were a smaller `gpu`: its memory, its attention kernels.
 
-    Sets the allocator's limit to the smaller card's usable bytes, turns off the attention kernels
-    that the smaller card lacks, and asks cuBLAS for its workspace (which takes effect only when
-    no matrix product has run in this process yet). Speed stays the present card's.
+    Limits the allocator to its usable bytes, turns off attention kernels that it lacks, and asks
+    for its cuBLAS workspace (in time only before the first matrix product). Speed stays.
 
     Raises:
         ValueError: There is no CUDA device, or it is smaller than `gpu`.
@@ -201,27 +190,26 @@ def emulate(gpu: Gpu) -> Iterator[Gpu]:
 
     global _emulated
     if not torch.cuda.is_available():
-        raise ValueError(f"emulate needs a CUDA device, got none; on a CPU, forecast for {gpu.name}"
-                         " instead: forecast(recipe, gpu)")
+        raise ValueError("emulate needs a CUDA device, got none; forecast(recipe, gpu) needs none")
     total = torch.cuda.get_device_properties(0).total_memory
     if total < gpu.total_bytes:
         raise ValueError(f"gpu must be no larger than the present card ({show_bytes(total)}), got "
                          f"{gpu.name} with {show_bytes(gpu.total_bytes)}; pick a smaller preset")
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    before = _emulated
+    sdp, before = torch.backends.cuda, _emulated
+    kernels = {sdp.enable_flash_sdp: sdp.flash_sdp_enabled(),
+               sdp.enable_cudnn_sdp: sdp.cudnn_sdp_enabled()}
     if gpu.capability[0] != 9:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     torch.cuda.set_per_process_memory_fraction(gpu.usable_bytes / total)
-    torch.backends.cuda.enable_flash_sdp(flash and gpu.has_flash_attention)
-    torch.backends.cuda.enable_cudnn_sdp(cudnn and gpu.has_flash_attention)
+    for enable, was_on in kernels.items():
+        enable(was_on and gpu.has_flash_attention)
     _emulated = gpu
     try:
         yield gpu
     finally:
         torch.cuda.set_per_process_memory_fraction(before.usable_bytes / total if before else 1.0)
-        torch.backends.cuda.enable_flash_sdp(flash)
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        for enable, was_on in kernels.items():
+            enable(was_on)
         _emulated = before
 
 
@@ -235,37 +223,33 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_allocated_bytes() -> int | None:
-    """Most bytes in tensors since `reset_peak`, rounded by the allocator; `None` on CPU."""
+def _on_cuda(measure: str) -> int | None:
     import torch
 
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return getattr(torch.cuda, measure)() if torch.cuda.is_available() else None
+
+
+def peak_allocated_bytes() -> int | None:
+    """Most bytes in tensors since `reset_peak`, rounded by the allocator; `None` on CPU."""
+    return _on_cuda("max_memory_allocated")
 
 
 def peak_reserved_bytes() -> int | None:
     """Most bytes that the allocator held from the driver since `reset_peak`; `None` on CPU."""
-    import torch
-
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+    return _on_cuda("max_memory_reserved")
 
 
 def allocated_bytes() -> int | None:
     """Bytes in tensors right now; `None` on CPU."""
-    import torch
-
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+    return _on_cuda("memory_allocated")
 
 
 def free_bytes() -> int | None:
     """Bytes of the GPU that nobody holds, other programs counted; `None` on CPU."""
-    import torch
-
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    free_and_total = _on_cuda("mem_get_info")
+    return free_and_total[0] if free_and_total else None
 
 
 def synchronize() -> None:
     """Wait until the GPU has done what it was asked to, so that a clock reads the truth."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _on_cuda("synchronize")

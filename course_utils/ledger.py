@@ -8,8 +8,7 @@ Not modelled: what a kernel allocates and frees inside itself (cuBLAS workspaces
 backward's temporary), the allocator's rounding (pass `round_bytes`) and fragmentation, the CUDA
 context. On a GPU, workspaces and rounding are the difference to `max_memory_allocated`.
 
-Sources: torch/utils/_python_dispatch.py (`TorchDispatchMode`), torch/autograd/graph.py
-(`saved_tensors_hooks`).
+Sources: torch/utils/_python_dispatch.py, torch/autograd/graph.py (`saved_tensors_hooks`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch.nn.modules import module as nn_module
@@ -25,55 +23,8 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .memory_report import Block, MemoryReport, replay
 from .units import show_bytes
-
-CATEGORIES = ("weights", "adapters", "gradients", "optimizer state", "activations", "temporaries",
-              "inputs")
-
-
-@dataclass(slots=True)
-class Block:
-    """One storage: `n_bytes` bytes, what it is for, and the operation and module that made it."""
-
-    n_bytes: int
-    category: str
-    operation: str
-    module: str
-    phase: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    saved: bool = False  # autograd packed it for backward
-    alive: weakref.ref | None = field(default=None, repr=False)  # its callback reports the end
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryReport:
-    """What a ledger saw. All sizes in bytes.
-
-    Attributes:
-        peak_bytes: Most bytes alive at once.
-        composition: Bytes of each category at the peak.
-        peak_operation, peak_module, peak_phase: What was allocated when the peak was reached.
-        phase_peaks: Most bytes alive in each phase: forward, backward, optimizer, or your own.
-        saved_activation_bytes: Most bytes at once that autograd kept for backward, weights and
-            inputs excluded.
-        live_bytes: Bytes alive at the end.
-        largest: The blocks alive at the peak, largest first.
-        timeline: For each category its bytes alive after each event (allocation or free).
-        phases: The phase of each event.
-    """
-
-    peak_bytes: int
-    composition: dict[str, int]
-    peak_operation: str
-    peak_module: str
-    peak_phase: str
-    phase_peaks: dict[str, int]
-    saved_activation_bytes: int
-    live_bytes: int
-    largest: list[Block]
-    timeline: dict[str, list[int]]
-    phases: list[str]
 
 
 class MemoryLedger(TorchDispatchMode):
@@ -92,9 +43,8 @@ class MemoryLedger(TorchDispatchMode):
         torch.OutOfMemoryError: An operation's result does not fit `budget_bytes`.
 
     Example:
-        >>> with MemoryLedger(device_type="cpu") as ledger:
-        ...     x = torch.zeros(256)
-        ...     y = x + 1
+        >>> with MemoryLedger() as ledger:
+        ...     y = torch.zeros(256) + 1
         >>> ledger.report().peak_bytes
         2048
     """
@@ -111,12 +61,11 @@ class MemoryLedger(TorchDispatchMode):
     ):
         super().__init__()
         if budget_bytes is not None and (isinstance(budget_bytes, bool) or budget_bytes <= 0):
-            raise ValueError(f"budget_bytes must be a positive number of bytes, got "
-                             f"{budget_bytes!r}; None means no limit")
+            raise ValueError(f"budget_bytes must be a positive number, got {budget_bytes!r}; "
+                             "None means no limit")
         self.model, self.budget_bytes, self.round_bytes = model, budget_bytes, round_bytes
         first = next(model.parameters(), None) if model is not None else None
-        default = first.device.type if first is not None else "cpu"
-        self.device_type = device_type or default
+        self.device_type = device_type or (first.device.type if first is not None else "cpu")
         self.live_bytes = 0
         self._blocks: list[Block] = []
         self._index: dict[int, int] = {}  # address of a live storage -> its block
@@ -127,16 +76,15 @@ class MemoryLedger(TorchDispatchMode):
         self._modules: list[str] = []  # modules being run, outermost first
         self._module_of_node: dict[int, str] = {}  # autograd sequence number -> module path
         self._newest_node = -1
-        self._names = {id(m): name for name, m in model.named_modules()} if model else {}
+        self._names: dict[int, str] = {}
         self._hooks = contextlib.ExitStack()
         if model is not None:
+            self._names = {id(module): name for name, module in model.named_modules()}
             self._register_model(model)
         if optimizer is not None:
             self._register_optimizer(optimizer)
         for tensor in tree_leaves(inputs):
             self._found(tensor, "inputs")
-
-    # --- who owns what ---------------------------------------------------------------------------
 
     def _register_model(self, model: torch.nn.Module) -> None:
         for name, parameter in model.named_parameters():
@@ -151,18 +99,17 @@ class MemoryLedger(TorchDispatchMode):
         for tensor in tree_leaves(list(optimizer.state.values())):
             self._found(tensor, "optimizer state")
 
-    def _found(self, tensor: object, category: str) -> None:
-        """Name the category of a tensor; one that the ledger did not see being made is as old."""
+    def _found(self, tensor: object, category: str, rename: bool = True) -> None:
+        """Name a tensor's category; one whose making was not seen existed before the ledger."""
         if not self.counts(tensor):
             return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._index:
-            block = self._add(tensor, storage, category, operation="existed before", module="")
-            self._initial.append(block)
-        else:
-            block = self._index[storage._cdata]
-            if self._blocks[block].category in ("activations", "temporaries"):
-                self._blocks[block].category = category
+            self._initial.append(self._add(tensor, storage, category, "existed before", module=""))
+        elif rename:
+            block = self._blocks[self._index[storage._cdata]]
+            if block.category in ("activations", "temporaries"):
+                block.category = category
 
     def _add(self, tensor, storage, category: str, operation: str, module: str) -> int:
         block, address = len(self._blocks), storage._cdata
@@ -182,8 +129,6 @@ class MemoryLedger(TorchDispatchMode):
                                   alive=weakref.ref(storage, freed)))
         return block
 
-    # --- where we are ----------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def phase(self, name: str):
         """Name what happens inside (e.g. "load") instead of forward, backward or optimizer."""
@@ -195,20 +140,16 @@ class MemoryLedger(TorchDispatchMode):
 
     def phase_now(self) -> str:
         """The phase of this moment: the one named by `phase`, else what PyTorch is doing."""
-        if self._phase is not None:
-            return self._phase
-        if self._in_optimizer:
-            return "optimizer"
-        return "backward" if torch._C._current_graph_task_id() != -1 else "forward"
+        in_backward = torch._C._current_graph_task_id() != -1
+        return self._phase or ("optimizer" if self._in_optimizer
+                               else "backward" if in_backward else "forward")
 
     def _module_now(self) -> str:
         """Path of the running module; in backward, of the one whose forward made the node."""
-        node = torch._C._current_autograd_node()
         if self._modules:  # forward, or forward again under checkpointing
             return self._modules[-1]
+        node = torch._C._current_autograd_node()
         return self._module_of_node.get(node._sequence_nr(), "") if node is not None else ""
-
-    # --- watching --------------------------------------------------------------------------------
 
     def __enter__(self):
         hooks = self._hooks
@@ -229,7 +170,6 @@ class MemoryLedger(TorchDispatchMode):
             return super().__exit__(*error)
         finally:
             self._hooks.close()
-            self._modules.clear()
 
     def _enter_module(self, module, _):
         self._modules.append(self._names.get(id(module), type(module).__name__))
@@ -262,7 +202,7 @@ class MemoryLedger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is not torch.ops.aten.lift_fresh.default:  # `torch.tensor(...)` being born
             for tensor in tree_leaves((args, kwargs)):
-                self._found_unless_known(tensor)
+                self._found(tensor, "inputs", rename=False)
         self._remember_node()
         result = func(*args, **kwargs)
         if not kwargs.get("pin_memory"):  # pinned memory is the host's, not the device's
@@ -270,10 +210,6 @@ class MemoryLedger(TorchDispatchMode):
                 if self.counts(tensor):
                     self._allocated(tensor, func.__name__)
         return result
-
-    def _found_unless_known(self, tensor: object) -> None:
-        if self.counts(tensor) and tensor.untyped_storage()._cdata not in self._index:
-            self._found(tensor, "inputs")
 
     def _remember_node(self) -> None:
         """Note which module made the newest autograd node: it exists before its first operation."""
@@ -286,8 +222,7 @@ class MemoryLedger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._index:
             return
-        if self.budget_bytes is not None:
-            self._check_budget(self.round_bytes(storage.nbytes()))
+        self._check_budget(self.round_bytes(storage.nbytes()))
         # Forward code that runs inside backward is a checkpoint being recomputed: it builds a graph
         # (backward itself does not), or runs in a module (an autograd function's own forward).
         recomputed = self.phase_now() == "backward" and (torch.is_grad_enabled() or self._modules)
@@ -296,55 +231,16 @@ class MemoryLedger(TorchDispatchMode):
         self._events.append((1, block, self._blocks[block].phase))
 
     def _check_budget(self, wanted: int) -> None:
-        if self.live_bytes + wanted > self.budget_bytes:
+        if self.budget_bytes is not None and self.live_bytes + wanted > self.budget_bytes:
             free = max(0, self.budget_bytes - self.live_bytes)
             raise torch.OutOfMemoryError(
                 f"Out of memory. Tried to allocate {show_bytes(wanted)}. The budget is "
                 f"{show_bytes(self.budget_bytes)} of which {show_bytes(free)} is free. "
                 f"{show_bytes(self.live_bytes)} is in use, in {self._module_now() or 'no module'}.")
 
-    # --- the result ------------------------------------------------------------------------------
-
     def report(self) -> MemoryReport:
-        """Replay all events into peak, composition and timeline. Categories are the final ones.
-
-        A gradient is a gradient from its first byte, although only the end of the backward of its
-        parameter proves it.
-        """
-        live = dict.fromkeys(CATEGORIES, 0)
-        for block in self._initial:
-            live[self._blocks[block].category] += self._blocks[block].n_bytes
-        timeline = {category: [n_bytes] for category, n_bytes in live.items()}
-        total = peak = sum(live.values())
-        saved = most_saved = 0
-        phases, phase_peaks = ["start"], {}
-        composition, peak_event = dict(live), -1
-        for event, (sign, index, phase) in enumerate(self._events):
-            block = self._blocks[index]
-            live[block.category] += sign * block.n_bytes
-            total += sign * block.n_bytes
-            if block.saved and block.category == "activations":
-                saved += sign * block.n_bytes
-                most_saved = max(most_saved, saved)
-            for category, n_bytes in live.items():
-                timeline[category].append(n_bytes)
-            phases.append(phase)
-            phase_peaks[phase] = max(phase_peaks.get(phase, 0), total)
-            if total > peak:
-                peak, composition, peak_event = total, dict(live), event
-        cause = self._blocks[self._events[peak_event][1]] if peak_event >= 0 else None
-        return MemoryReport(
-            peak_bytes=peak, composition=composition, phase_peaks=phase_peaks,
-            peak_operation=cause.operation if cause else "existed before",
-            peak_module=cause.module if cause else "", peak_phase=cause.phase if cause else "start",
-            saved_activation_bytes=most_saved, live_bytes=self.live_bytes,
-            largest=self._alive_at(peak_event), timeline=timeline, phases=phases)
-
-    def _alive_at(self, event: int) -> list[Block]:
-        alive = set(self._initial)
-        for sign, index, _ in self._events[: event + 1]:
-            alive.add(index) if sign > 0 else alive.discard(index)
-        return sorted((self._blocks[i] for i in alive), key=lambda block: -block.n_bytes)
+        """What was watched so far."""
+        return replay(self._blocks, self._initial, self._events, self.live_bytes)
 
 
 def _quantization_state(parameter: torch.nn.Parameter) -> Iterable[torch.Tensor]:

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from course_utils.ledger import CATEGORIES, MemoryLedger
+from course_utils.ledger import MemoryLedger
+from course_utils.memory_report import CATEGORIES
 from course_utils.units import round_up
 
 BATCH, SEQ, HIDDEN = 2, 32, 64
@@ -177,11 +178,10 @@ def test_freed_memory_is_gone():
 
 
 def test_budget_raises_pytorchs_own_error_with_the_numbers():
-    with pytest.raises(torch.OutOfMemoryError,
-                       match=r"Tried to allocate 3.91 KiB. The budget is 5.00 KiB of which "
-                             r"1.09 KiB is free. 3.91 KiB is in use"):
-        with MemoryLedger(budget_bytes=5 * 1024):
-            keep = [torch.zeros(1000) for _ in range(2)]  # noqa: F841
+    message = (r"Tried to allocate 3.91 KiB. The budget is 5.00 KiB of which 1.09 KiB is free. "
+               r"3.91 KiB is in use")
+    with pytest.raises(torch.OutOfMemoryError, match=message), MemoryLedger(budget_bytes=5 * 1024):
+        keep = [torch.zeros(1000) for _ in range(2)]  # noqa: F841
     torch.zeros(10)  # and the ledger no longer watches
 
 

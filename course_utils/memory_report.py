@@ -1,0 +1,105 @@
+"""What a ledger saw, replayed: the peak, who held it, which operation caused it, the timeline.
+
+Not modelled: anything the ledger did not see; see `ledger`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+
+CATEGORIES = ("weights", "adapters", "gradients", "optimizer state", "activations", "temporaries",
+              "inputs")
+
+
+@dataclass(slots=True)
+class Block:
+    """One storage: `n_bytes` bytes, what it is for, and the operation and module that made it."""
+
+    n_bytes: int
+    category: str
+    operation: str
+    module: str
+    phase: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    saved: bool = False  # autograd packed it for backward
+    alive: weakref.ref | None = field(default=None, repr=False)  # its callback reports the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """What a ledger saw. All sizes in bytes.
+
+    Attributes:
+        peak_bytes: Most bytes alive at once.
+        composition: Bytes of each category at the peak.
+        peak_operation, peak_module, peak_phase: What was allocated when the peak was reached.
+        phase_peaks: Most bytes alive in each phase: forward, backward, optimizer, or your own.
+        saved_activation_bytes: Most bytes at once that autograd kept for backward, weights and
+            inputs excluded.
+        live_bytes: Bytes alive at the end.
+        largest: The blocks alive at the peak, largest first.
+        timeline: For each category its bytes alive after each event (allocation or free).
+        phases: The phase of each event.
+    """
+
+    peak_bytes: int
+    composition: dict[str, int]
+    peak_operation: str
+    peak_module: str
+    peak_phase: str
+    phase_peaks: dict[str, int]
+    saved_activation_bytes: int
+    live_bytes: int
+    largest: list[Block]
+    timeline: dict[str, list[int]]
+    phases: list[str]
+
+
+def replay(blocks: list[Block], initial: list[int], events: list[tuple[int, int, str]],
+           live_bytes: int) -> MemoryReport:
+    """Run through all events and report the highest moment. Categories are the final ones.
+
+    A gradient is a gradient from its first byte, although only the end of its parameter's backward
+    proves it.
+
+    Args:
+        blocks: Every storage seen.
+        initial: Indices of those that existed before the first event.
+        events: (+1 or -1, index, phase) for each allocation or free, in order.
+        live_bytes: Bytes alive now.
+    """
+    live = dict.fromkeys(CATEGORIES, 0)
+    for index in initial:
+        live[blocks[index].category] += blocks[index].n_bytes
+    timeline = {category: [n_bytes] for category, n_bytes in live.items()}
+    total = peak = sum(live.values())
+    saved = most_saved = 0
+    phases, phase_peaks = ["start"], {}
+    composition, peak_event = dict(live), -1
+    for event, (sign, index, phase) in enumerate(events):
+        block = blocks[index]
+        live[block.category] += sign * block.n_bytes
+        total += sign * block.n_bytes
+        if block.saved and block.category == "activations":
+            saved += sign * block.n_bytes
+            most_saved = max(most_saved, saved)
+        for category, n_bytes in live.items():
+            timeline[category].append(n_bytes)
+        phases.append(phase)
+        phase_peaks[phase] = max(phase_peaks.get(phase, 0), total)
+        if total > peak:
+            peak, composition, peak_event = total, dict(live), event
+    alive = set(initial)
+    for sign, index, _ in events[: peak_event + 1]:
+        (alive.add if sign > 0 else alive.discard)(index)
+    cause = blocks[events[peak_event][1]] if peak_event >= 0 else None
+    return MemoryReport(
+        peak_bytes=peak, composition=composition, phase_peaks=phase_peaks,
+        peak_operation=cause.operation if cause else "existed before",
+        peak_module=cause.module if cause else "", peak_phase=cause.phase if cause else "start",
+        saved_activation_bytes=most_saved, live_bytes=live_bytes, timeline=timeline, phases=phases,
+        largest=sorted((blocks[i] for i in alive), key=lambda block: -block.n_bytes))
