@@ -42,6 +42,7 @@ class MemoryReport:
             inputs excluded.
         live_bytes: Bytes alive at the end.
         largest: The blocks alive at the peak, largest first.
+        saved: The blocks behind `saved_activation_bytes`, oldest first, freed ones included.
         timeline: For each category its bytes alive after each event (allocation or free).
         phases: The phase of each event.
     """
@@ -55,6 +56,7 @@ class MemoryReport:
     saved_activation_bytes: int
     live_bytes: int
     largest: list[Block]
+    saved: list[Block]
     timeline: dict[str, list[int]]
     phases: list[str]
 
@@ -102,4 +104,5 @@ def replay(blocks: list[Block], initial: list[int], events: list[tuple[int, int,
         peak_operation=cause.operation if cause else "existed before",
         peak_module=cause.module if cause else "", peak_phase=cause.phase if cause else "start",
         saved_activation_bytes=most_saved, live_bytes=live_bytes, timeline=timeline, phases=phases,
+        saved=[b for b in blocks if b.saved and b.category == "activations"],
         largest=sorted((blocks[i] for i in alive), key=lambda block: -block.n_bytes))

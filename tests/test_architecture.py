@@ -29,6 +29,7 @@ ARROWS = {
     "corpus": "units shapes recipe",
     "levers": "units hardware",
     "qlora": "units hardware shapes recipe levers",
+    "block": "shapes recipe memory_report ledger fake levers qlora",
     "preflight": "units hardware shapes recipe",
     "batching": "units hardware recipe ledger",
     "precision": "units hardware recipe",
@@ -40,6 +41,7 @@ ARROWS = {
 COMPUTING = " ".join(ARROWS)
 ARROWS |= {
     "checks": COMPUTING,
+    "exercises_01": f"{COMPUTING} checks",
     "figures": COMPUTING,
     "widgets": f"{COMPUTING} figures",
     "__main__": COMPUTING,

@@ -1,0 +1,202 @@
+"""Feedback on a learner's answer: one sentence, never an exception.
+
+A check runs the answer or measures it; an answer that only looks right does not pass. `...` is "not
+attempted yet". Not offered: marks, hints (they are in the lesson), protection from a learner who
+wants to cheat (`instructor/` grades in a process of its own).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .units import GB, GIB, KIB, MIB, show_bytes
+
+NOT_ATTEMPTED = "Not attempted yet: replace the `...` above by your answer and run both cells."
+# How many times too large (or too small) an answer is that has another unit than the target.
+UNIT_SLIPS = {
+    GIB / GB: "that counts in GB (10**9); a T4's 14.56 and everything here is GiB (2**30)",
+    8: "that counts bits; a byte has 8 of them",
+    KIB: "that is a factor of 1024 away: check B, KiB, MiB and GiB",
+    MIB: "that is a factor of 1024**2 away: check bytes and MiB",
+    GIB: "that is a factor of 1024**3 away: check bytes and GiB",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found: `passed` is `None` when nothing was attempted."""
+
+    passed: bool | None
+    message: str
+
+    def __repr__(self) -> str:
+        return self.message
+
+
+def right(message: str) -> Verdict:
+    """The verdict on a passing answer; the message adds what to take away."""
+    return Verdict(True, f"Right: {message}")
+
+
+def not_yet(message: str) -> Verdict:
+    """The verdict on a failing answer; the message says what is wrong with it."""
+    return Verdict(False, f"Not yet: {message}")
+
+
+def check(judge: Callable[..., Verdict]) -> Callable[..., Verdict]:
+    """Decorator: `...` is not attempted yet, and whatever the answer raises becomes a sentence."""
+    def safely(answer: Any = ..., *args: Any, **kwargs: Any) -> Verdict:
+        if answer is None or answer is ...:
+            return Verdict(None, NOT_ATTEMPTED)
+        try:
+            return judge(answer, *args, **kwargs)
+        except Unfinished:
+            return Verdict(None, NOT_ATTEMPTED)
+        except Exception as error:  # an answer can raise anything; the sentence names it
+            return not_yet(f"your answer raised {type(error).__name__}: {error}")
+
+    safely.__name__, safely.__doc__ = judge.__name__, judge.__doc__
+    return safely
+
+
+class Unfinished(Exception):
+    """A learner's function still has a `...` in it."""
+
+
+def call(answer: Callable, *args: Any) -> Any:
+    """What a learner's function returns.
+
+    Raises:
+        Unfinished: It returns nothing, or computes with `...`.
+    """
+    try:
+        result = answer(*args)
+    except TypeError as error:
+        if "ellipsis" in str(error):
+            raise Unfinished from error
+        raise
+    if result is None or result is ...:
+        raise Unfinished
+    return result
+
+
+def is_number(answer: object) -> bool:
+    """Whether it is a finite int or float (a bool is neither)."""
+    return isinstance(answer, (int, float)) and not isinstance(answer, bool) \
+        and math.isfinite(answer)
+
+
+@check
+def check_number(answer: object, target: float, *, mistakes: Mapping[str, float] | None = None,
+                 tolerance: float = 0.0, takeaway: str = "that is the number.") -> Verdict:
+    """Whether a number is the target.
+
+    Args:
+        answer: The learner's.
+        target: The right number.
+        mistakes: What is wrong with the answer, in a sentence, to the number that it leads to.
+        tolerance: Relative error that still passes.
+        takeaway: Follows "Right: ".
+    """
+    if not is_number(answer):
+        return not_yet(f"a number is asked for, got {type(answer).__name__}.")
+    if math.isclose(answer, target, rel_tol=tolerance):
+        return right(takeaway)
+    for sentence, number in (mistakes or {}).items():
+        if math.isclose(answer, number, rel_tol=max(tolerance, 1e-9)):
+            return not_yet(sentence)
+    if answer <= 0:
+        return not_yet(f"{answer} is not above 0.")
+    ratio = max(answer / target, target / answer)
+    for slip, sentence in UNIT_SLIPS.items():
+        if math.isclose(ratio, slip, rel_tol=max(tolerance, 5e-3)):
+            return not_yet(f"{sentence}.")
+    return not_yet(f"{answer:,} is {ratio:.3g} times too "
+                   f"{'large' if answer > target else 'small'}.")
+
+
+@check
+def check_function(answer: Callable, cases: Sequence[tuple], expected: Sequence, *,
+                   mistakes: Mapping[str, Callable] | None = None,
+                   budget_bytes: int | None = None, takeaway: str = "on every case.") -> Verdict:
+    """Whether a function returns what is expected on every case, within a memory budget.
+
+    Args:
+        answer: The learner's function.
+        cases: Arguments of each call.
+        expected: Result of each: numbers to the digit, tensors to float32's precision.
+        mistakes: What is wrong, in a sentence, to a function that makes the same mistake.
+        budget_bytes: Most bytes that a call may have alive at once, by the ledger, its arguments
+            not counted.
+        takeaway: Follows "Right: ".
+    """
+    if not callable(answer):
+        return not_yet(f"a function is asked for, got {type(answer).__name__}.")
+    for case, wanted in zip(cases, expected, strict=True):
+        result, peak_bytes = measured_call(answer, *case)
+        if not equal(result, wanted):
+            for sentence, mistaken in (mistakes or {}).items():
+                if equal(result, mistaken(*case)):
+                    return not_yet(sentence)
+            return not_yet(f"{describe(case)} should give {describe(wanted)}, got "
+                           f"{describe(result)}.")
+        if budget_bytes is not None and peak_bytes > budget_bytes:
+            return not_yet(f"the result is equal, but the peak is {show_bytes(peak_bytes)}; the "
+                           f"target is at most {show_bytes(budget_bytes)}.")
+    return right(takeaway)
+
+
+def measured_call(answer: Callable, *args: Any) -> tuple[Any, int]:
+    """A function's result and the most bytes that it had alive beyond its arguments."""
+    from .ledger import MemoryLedger
+
+    with MemoryLedger(inputs=args) as ledger:
+        before = ledger.live_bytes
+        result = call(answer, *args)
+    return result, ledger.report().peak_bytes - before
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Numbers equal to the digit, tensors of one shape to float32's precision, lists item-wise."""
+    import torch
+
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return left.shape == right.shape and torch.allclose(
+            left.double(), right.double(), rtol=1e-5, atol=1e-6)
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(equal, left, right))
+    if is_number(left) and is_number(right):
+        return math.isclose(left, right, rel_tol=1e-12)
+    return type(left) is type(right) and bool(left == right)
+
+
+def describe(value: Any) -> str:
+    """A value in a sentence: a tensor by its shape."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(describe, value))})"
+    shape = getattr(value, "shape", None)
+    return f"a tensor of shape {tuple(shape)}" if shape is not None else f"{value!r}"
+
+
+def show_prediction(predicted: object, *, show: Callable[[Any], str] = show_bytes,
+                    **values: float | None) -> None:
+    """Print a prediction above what forecast and instruments say, one a line.
+
+    Args:
+        predicted: The learner's; `...` prints "no prediction yet".
+        show: How to write a number; bytes by default, e.g. `"{:.1f} times".format`.
+        values: Name to number; `None` is a quantity that nobody measured here.
+    """
+    number = is_number(predicted)
+    said = "no prediction yet" if predicted is ... or predicted is None else \
+        show(predicted) if number else f"{predicted!r}, which is not a number"
+    known = next((value for value in values.values() if value), None)
+    if number and predicted > 0 and known:
+        said += f" ({predicted / known:.2f} times the {next(n for n in values if values[n])})"
+    rows = {"predicted": said} | {name: show_bytes(None) if value is None else show(value)
+                                  for name, value in values.items()}
+    width = max(map(len, rows))
+    print("\n".join(f"{name.replace('_', ' '):{width}}  {text}" for name, text in rows.items()))

@@ -1,0 +1,227 @@
+"""Every picture of the course, in one visual language.
+
+A function returns a `Figure`: a PNG with its alt text, no open matplotlib figure behind it. Colours
+are Okabe and Ito's, told apart by colour-blind readers too, and one holder of memory keeps its
+colour through all lessons. The paper is white on purpose: it reads on light and dark pages.
+
+Not drawn: animations, anything live. Source of the palette: Okabe and Ito 2008, "Color Universal
+Design".
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure as Canvas
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from .hardware import Gpu
+from .units import GIB, MIB, show_bytes
+
+COLOURS = {
+    "weights": "#0072B2", "adapters": "#56B4E9", "gradients": "#D55E00",
+    "optimizer state": "#E69F00", "activations": "#009E73", "temporaries": "#CC79A7",
+    "inputs": "#F0E442",
+}
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+INK, GRID, SHADE = "#222222", "#DDDDDD", ("#FFFFFF", "#EFEFEF")
+STYLE = {
+    "figure.facecolor": "white", "savefig.facecolor": "white", "axes.facecolor": "white",
+    "font.family": "DejaVu Sans", "font.size": 13.5, "text.color": INK, "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "grid.color": GRID, "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A finished picture: PNG bytes, and the words that say what it shows."""
+
+    png: bytes
+    alt: str
+
+    def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:
+        data = {"image/png": base64.b64encode(self.png).decode(), "text/plain": repr(self)}
+        return data, {"image/png": {"alt": self.alt}}
+
+    def __repr__(self) -> str:
+        return f"Figure: {self.alt}"
+
+    def save(self, path: str | Path) -> None:
+        """Write the PNG to a file."""
+        Path(path).write_bytes(self.png)
+
+
+def _canvas(height: float = 4.6) -> tuple[Canvas, Any]:
+    canvas = Canvas(figsize=(8, height), layout="constrained")
+    return canvas, canvas.add_subplot()
+
+
+def _finish(canvas: Canvas, alt: str) -> Figure:
+    png = io.BytesIO()
+    canvas.savefig(png, format="png", dpi=110, metadata={"Software": None})
+    return Figure(png.getvalue(), alt)
+
+
+def _unit(n_bytes: float) -> tuple[str, int]:
+    return ("GiB", GIB) if n_bytes >= GIB else ("MiB", MIB)
+
+
+def _parts(composition: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {show_bytes(n)}" for name, n in composition.items() if n)
+
+
+@matplotlib.rc_context(STYLE)
+def memory_over_time(report: Any, title: str = "") -> Figure:
+    """Bytes alive after each allocation and free, stacked by holder; the peak with its cause.
+
+    Args:
+        report: A `ledger.MemoryReport`, or a forecast with the same timeline, phases and peak.
+        title: What ran.
+    """
+    series = {name: line for name, line in report.timeline.items() if max(line)}
+    totals = [sum(moment) for moment in zip(*series.values(), strict=True)]
+    peak = max(totals)
+    moment = totals.index(peak)
+    unit, size = _unit(peak)
+    canvas, ax = _canvas()
+    spans = [(phase, [index for index, _ in run]) for phase, run in
+             itertools.groupby(enumerate(report.phases), key=lambda pair: pair[1])]
+    for number, (phase, events) in enumerate(spans):
+        ax.axvspan(events[0], events[-1] + 1, color=SHADE[number % 2], zorder=0)
+        if len(events) > 0.06 * len(totals):
+            ax.text((events[0] + events[-1]) / 2, 1.36 * peak / size, phase, ha="center", va="top",
+                    fontsize=12)
+    ax.stackplot(range(len(totals)), [[n / size for n in line] for line in series.values()],
+                 colors=[COLOURS[name] for name in series], labels=series, step="post")
+    cause = report.peak_operation.removesuffix(".default")
+    cause += f" in {report.peak_module}" if report.peak_module else ""
+    ax.plot(moment, peak / size, "o", color=INK)
+    ax.annotate(f"peak {show_bytes(peak)}\n{cause}", (moment, peak / size), xytext=(0, 9),
+                textcoords="offset points", fontsize=12,
+                ha=("left", "center", "right")[min(2, 3 * moment // len(totals))])
+    ax.set(title=title, xlim=(0, len(totals) - 1), ylim=(0, 1.38 * peak / size), ylabel=unit,
+           xlabel="allocations and frees, in order", xticks=[])
+    handles, names = ax.get_legend_handles_labels()
+    canvas.legend(handles, names, loc="outside lower center", ncols=4, fontsize=12)
+    at_peak = _parts({name: line[moment] for name, line in series.items()})
+    return _finish(canvas, f"memory over time{': ' * bool(title)}{title}. From "
+                           f"{show_bytes(totals[0])} up to a peak of {show_bytes(peak)}, reached "
+                           f"in {report.peak_phase} by {cause}, and down to "
+                           f"{show_bytes(totals[-1])}. At the peak: {at_peak}.")
+
+
+@matplotlib.rc_context(STYLE)
+def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") -> Figure:
+    """Stacked bars of bytes by holder, one bar a row, against a GPU's memory.
+
+    Args:
+        rows: Name of each bar, to bytes by holder: a dict, or anything with a `composition`.
+        gpu: Its usable memory is drawn as a line that a bar should not cross; `None` draws none.
+        title: What is compared.
+    """
+    rows = {name: getattr(row, "composition", row) for name, row in rows.items()}
+    totals = {name: sum(row.values()) for name, row in rows.items()}
+    limit = gpu.usable_bytes if gpu else 0
+    unit, size = _unit(max([*totals.values(), limit]))
+    canvas, ax = _canvas(2.0 + 0.6 * len(rows))
+    ends = dict.fromkeys(rows, 0)
+    for holder in sorted({h for row in rows.values() for h in row if row[h]}, key=_rank):
+        widths = [row.get(holder, 0) / size for row in rows.values()]
+        ax.barh(list(rows), widths, left=[end / size for end in ends.values()], label=holder,
+                color=COLOURS.get(holder, INK), height=0.62)
+        ends = {name: end + rows[name].get(holder, 0) for name, end in ends.items()}
+    said = {}
+    for name, total in totals.items():
+        verdict = "" if not gpu else ", fits" if total <= limit else ", does not fit"
+        said[name] = show_bytes(total) + verdict
+        ax.text(total / size, name, f"  {said[name]}", va="center", fontsize=12)
+    if gpu:
+        ax.axvline(limit / size, color=INK, linestyle="--", zorder=3)
+        ax.set_title(f"{gpu.name}: {show_bytes(limit)} usable ", loc="right", fontsize=12)
+    ax.set_title(title, loc="left", fontsize=13.5)
+    ax.set(xlabel=unit, xlim=(0, 1.45 * max([*totals.values(), limit]) / size))
+    ax.invert_yaxis()
+    canvas.legend(loc="outside lower center", ncols=4, fontsize=12)
+    against = f" against the {show_bytes(limit)} of a {gpu.name}" if gpu else ""
+    bars = "; ".join(f"{name}: {said[name]} ({_parts(row)})" for name, row in rows.items())
+    return _finish(canvas, f"bars{against}{': ' * bool(title)}{title}. {bars}.")
+
+
+def _rank(holder: str) -> int:
+    return list(COLOURS).index(holder) if holder in COLOURS else len(COLOURS)
+
+
+@matplotlib.rc_context(STYLE)
+def curves(x: Sequence[float], lines: Mapping[str, Sequence[int]], xlabel: str, title: str = "",
+           gpu: Gpu | None = None) -> Figure:
+    """Bytes as a function of one number, a line for each name: linear or quadratic, by eye.
+
+    Args:
+        x: Values of the number, rising.
+        lines: Name of each line, to bytes at each x.
+        xlabel: What x counts.
+        title: What is drawn.
+        gpu: Its usable memory is drawn as a line; `None` draws none.
+    """
+    highest = max(max(line) for line in lines.values())
+    unit, size = _unit(highest)
+    canvas, ax = _canvas()
+    for (name, line), colour, mark in zip(lines.items(), LINES, "osD^v", strict=False):
+        ax.plot(x, [n / size for n in line], color=colour, marker=mark, linewidth=2.5)
+        ax.annotate(name, (x[-1], line[-1] / size), xytext=(8, 0), textcoords="offset points",
+                    color=colour, va="center")
+    if gpu and gpu.usable_bytes < 1.2 * highest:
+        ax.axhline(gpu.usable_bytes / size, color=INK, linestyle="--")
+        ax.annotate(f"{gpu.name}: {show_bytes(gpu.usable_bytes)} usable",
+                    (x[0], gpu.usable_bytes / size), xytext=(0, 5), textcoords="offset points")
+    ax.set(title=title, xlabel=xlabel, ylabel=unit, ylim=(0, None), xticks=x,
+           xlim=(None, x[-1] + 0.3 * (x[-1] - x[0])))
+    ax.grid(axis="y")
+    ends = "; ".join(f"{name}: {show_bytes(line[0])} at {x[0]:,}, {show_bytes(line[-1])} at "
+                     f"{x[-1]:,}" for name, line in lines.items())
+    return _finish(canvas, f"lines over {xlabel}{': ' * bool(title)}{title}. {ends}.")
+
+
+@matplotlib.rc_context(STYLE)
+def forward_backward(layers: int = 4) -> Figure:
+    """The diagram of a training step: forward stores a1 ... an, backward takes them, last first."""
+    canvas, ax = _canvas(4.0)
+    arrow = {"arrowstyle": "-|>", "mutation_scale": 16, "linewidth": 1.6}
+    rows = {"forward": (2.0, COLOURS["weights"]), "backward": (0.0, COLOURS["gradients"])}
+    for row, (y, colour) in rows.items():
+        ax.text(-0.75, y, row, ha="right", va="center", weight="bold", color=colour)
+        for layer in range(layers):
+            ax.add_patch(FancyBboxPatch((layer - 0.3, y - 0.22), 0.6, 0.44, facecolor=colour,
+                                        edgecolor="none", boxstyle="round,pad=0.03"))
+            ax.text(layer, y, f"layer {layer + 1}", ha="center", va="center", color="white",
+                    fontsize=12)
+        for edge in range(layers + 1):
+            start, end = (edge - 0.67, y), (edge - 0.34, y)
+            ax.add_patch(FancyArrowPatch(*((start, end) if y else (end, start)), color=colour,
+                                         **arrow))
+    for layer in range(layers):
+        ax.text(layer, 1.0, f"$a_{layer + 1}$", ha="center", va="center", fontsize=15,
+                bbox={"boxstyle": "circle", "facecolor": COLOURS["activations"], "alpha": 0.35,
+                      "edgecolor": COLOURS["activations"]})
+        for start, end in ((1.75, 1.27), (0.73, 0.27)):
+            ax.add_patch(FancyArrowPatch((layer, start), (layer, end), color=INK, **arrow))
+    ax.text(-0.75, 1.0, "kept", ha="right", va="center", weight="bold",
+            color=COLOURS["activations"])
+    ax.text(layers - 0.28, 1.0, "loss", ha="left", va="center", weight="bold")
+    ax.add_patch(FancyArrowPatch((layers - 0.33, 2.0), (layers - 0.33, 0.0), color=INK,
+                                 connectionstyle="arc3,rad=-0.35", **arrow))
+    ax.set(xlim=(-1.6, layers + 0.3), ylim=(-0.45, 2.45))
+    ax.axis("off")
+    names = ", ".join(f"a{layer + 1}" for layer in range(layers))
+    return _finish(canvas, f"the forward pass runs through layers 1 to {layers} and keeps {names}, "
+                           "one set of activations a layer, up to the loss; the backward pass "
+                           f"runs from layer {layers} to 1 and needs each layer's activations "
+                           "again. The first one kept is the last one used.")

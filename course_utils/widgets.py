@@ -1,0 +1,77 @@
+"""Controls that redraw a figure: move a slider, see the memory move.
+
+Without a running kernel (GitHub, a printed page, a headless run) the picture at the default
+settings stands there, with its alt text. Not offered: animation, saving what a learner chose.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ipywidgets
+
+from .figures import Figure
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def control(name: str, choices: Any) -> ipywidgets.Widget:
+    """A control named after the setting: a slider over numbers, a menu over words, a tick box.
+
+    Args:
+        name: Its underscores become spaces in the label beside the control.
+        choices: True or False for a tick box, else a sequence whose first item is the default; the
+            slider orders numbers itself.
+    """
+    look = {"description": name.replace("_", " "), "style": {"description_width": "11em"},
+            "layout": {"width": "34em", "max_width": "95%"}}
+    if isinstance(choices, bool):
+        return ipywidgets.Checkbox(value=choices, **look)
+    if isinstance(choices[0], str):
+        return ipywidgets.Dropdown(options=list(choices), value=choices[0], **look)
+    return ipywidgets.SelectionSlider(options=sorted(choices), value=choices[0],
+                                      continuous_update=False, **look)
+
+
+class Explorer:
+    """Controls above a figure that follows them.
+
+    Args:
+        draw: Takes one keyword argument for each control, returns a `Figure`. A `ValueError` that
+            it raises (a combination that cannot be) is shown in place of the picture.
+        choices: For each argument its choices, as `control` takes them.
+    """
+
+    def __init__(self, draw: Callable[..., Figure], **choices: bool | Sequence):
+        self.draw = draw
+        self.controls = {name: control(name, values) for name, values in choices.items()}
+        self.figure = draw(**self.settings)  # the default: a mistake in it may raise
+        self.picture = ipywidgets.HTML(_img(self.figure))
+        self.box = ipywidgets.VBox([*self.controls.values(), self.picture])
+        for widget in self.controls.values():
+            widget.observe(self._redraw, names="value")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the controls say now."""
+        return {name: widget.value for name, widget in self.controls.items()}
+
+    def _redraw(self, _) -> None:
+        try:
+            self.picture.value = _img(self.draw(**self.settings))
+        except ValueError as error:
+            self.picture.value = f"<p role='status'>{html.escape(str(error))}</p>"
+
+    def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:
+        data, metadata = self.figure._repr_mimebundle_()
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
+        return data | {VIEW: view}, metadata
+
+
+def _img(figure: Figure) -> str:
+    png = base64.b64encode(figure.png).decode()
+    return (f"<img alt='{html.escape(figure.alt, quote=True)}' style='max-width: 100%' "
+            f"src='data:image/png;base64,{png}'>")
