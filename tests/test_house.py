@@ -11,9 +11,11 @@ from collections import Counter
 
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_output
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from course_utils import checks
 from tools import execute, notebooks, report
 from tools.notebooks import ROOT
 
@@ -136,7 +138,7 @@ LESSON = """# %% [markdown]
 print("counted")
 
 # %% tags=["check"]
-print("01.1 not attempted yet")
+print("Not attempted yet: replace the `...`")
 """
 
 
@@ -221,6 +223,18 @@ def test_report_without_lessons_fails(lessons, capfd):
     assert "no lesson" in capfd.readouterr().err
 
 
-def test_verdicts_are_told_apart():
-    result = report.Result("01_x", "q", "40", 3, Counter(right=2, silent=1), 1.0)
-    assert result.checks == "3 (2 right, 1 silent)"
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [
+        (checks.right("it is."), ["right"]),
+        (checks.not_yet("that is not right."), ["not yet"]),
+        (checks.check_number(...), ["not attempted"]),
+        ("nothing to say", ["silent"]),
+    ],
+)
+def test_verdicts_are_told_apart(verdict, expected):
+    shown = [new_output("execute_result", {"text/plain": str(verdict)})]
+    cell = new_code_cell("check", outputs=shown, metadata={"tags": ["check"]})
+    assert report.check_verdicts(cell) == expected
+    result = report.Result("01_x", "q", "40", 3, Counter(expected * 2), 1.0)
+    assert result.checks == f"2 (2 {expected[0]})"

@@ -7,6 +7,7 @@ stay as they are. Exits with 1 when a cell fails, after showing its source and t
 """
 
 import html
+import itertools
 import re
 import sys
 import time
@@ -40,7 +41,7 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
-VERDICTS = {"not attempted": "not attempted", "right": "right", "not yet": "not yet"}
+VERDICTS = ("Right", "Not yet", "Not attempted")  # how `course_utils.checks` begins a verdict
 
 
 @dataclass(frozen=True)
@@ -86,21 +87,22 @@ def run_lesson(script: Path, folder: Path) -> Result:
         question=question,
         minutes=minutes[1] if minutes else "",
         cells=sum(cell.cell_type == "code" for cell in notebook.cells),
-        verdicts=Counter(filter(None, map(check_verdict, notebook.cells))),
+        verdicts=Counter(itertools.chain.from_iterable(map(check_verdicts, notebook.cells))),
         seconds=seconds,
         failure=failure,
     )
 
 
-def check_verdict(cell: NotebookNode) -> str:
-    """What an exercise's check cell printed, in a word or two; empty for every other cell."""
+def check_verdicts(cell: NotebookNode) -> list[str]:
+    """How the verdicts shown by an exercise's check cell begin; none for every other cell."""
     if "check" not in cell.metadata.get("tags", []):
-        return ""
-    shown = "".join(
+        return []
+    shown = "\n".join(
         output.get("text", "") or output.get("data", {}).get("text/plain", "")
         for output in cell.outputs
-    ).lower()
-    return next((word for mark, word in VERDICTS.items() if mark in shown), "silent")
+    )
+    found = re.findall(rf"^(?:{'|'.join(VERDICTS)})", shown, re.MULTILINE)
+    return [verdict.lower() for verdict in found] or ["silent"]
 
 
 def _progress(name: str):
