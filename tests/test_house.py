@@ -1,5 +1,6 @@
 """The house: the verbs, the pins, the wheel, and the tools that execute and report on lessons."""
 
+import ast
 import json
 import re
 import shutil
@@ -55,6 +56,30 @@ def test_pins_are_exact_and_cover_the_floors():
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]["dev"]
     for floor in [f for f, _ in requirements("requirements.txt")] + [*map(Requirement, extras)]:
         assert floor.specifier.contains(Version(versions[floor.name])), floor
+
+
+def undeclared(source: str) -> set[str]:
+    """Libraries that a module imports and requirements.txt does not name."""
+    names = {alias.name for node in ast.walk(ast.parse(source)) for alias in _aliases(node)}
+    roots = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    return roots - {floor.name for floor, _ in requirements("requirements.txt")} - {"course_utils"}
+
+
+def _aliases(node: ast.AST) -> list[ast.alias]:
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        return [ast.alias(node.module)]
+    return node.names if isinstance(node, ast.Import) else []
+
+
+def test_every_import_is_declared():
+    for path in [*(ROOT / "course_utils").glob("*.py"), *(ROOT / "lessons").glob("*.py")]:
+        assert undeclared(path.read_text("utf-8")) == set(), path.name
+
+
+def test_undeclared_import_is_caught():
+    assert undeclared("def f():\n    from scipy.stats import norm\n    import torch.nn, json") == {
+        "scipy"
+    }
 
 
 def test_verbs_are_there_and_explained():
