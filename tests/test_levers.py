@@ -1,0 +1,157 @@
+"""Every lever leaves loss and gradients as they were, and saves what its docstring says."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from course_utils import levers, qlora
+from course_utils.ledger import MemoryLedger
+from course_utils.recipe import TrainRecipe
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 256,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "use_cache": False}
+SEQ = 48
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+LEVERS = {
+    "explicit_kv": {"attention": "explicit_kv"},
+    "eager": {"attention": "eager"},
+    "native norm": {"norm": "native"},
+    "chunked loss": {"loss": "chunked", "loss_chunk_tokens": 20},
+    "half checkpointed": {"checkpointed_layers": 2},
+    "all checkpointed": {"checkpointed_layers": "all"},
+    "checkpoints on the host": {"checkpointed_layers": "all", "offload_checkpoints": True},
+}
+STOCK = TrainRecipe(base="float32", lora_dropout=0.0, checkpointed_layers=0, sequence_length=SEQ)
+
+
+def build(recipe, family="llama", **sizes):
+    torch.manual_seed(0)
+    config, model = FAMILIES[family]
+    model = qlora.prepare_base(model(config(**SIZES | sizes)), recipe)
+    model = qlora.apply_levers(qlora.add_adapters(model, recipe), recipe)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # starts at zero, which would hide every error in lora_A's gradient
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+def batch(padded=False):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 256, (3, SEQ), generator=generator)
+    labels = ids.clone()
+    labels[0, :30] = -100  # a prompt
+    if not padded:
+        return {"input_ids": ids, "labels": labels}
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    labels[1, 20:] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def loss_and_gradients(recipe, padded=False, num_items=None, **build_options):
+    model = build(recipe, **build_options)
+    loss = qlora.compute_loss(model, batch(padded), recipe, num_items)
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()
+                                     if p.grad is not None])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("lever", LEVERS)
+def test_lever_equals_the_stock_path(lever, padded, family):
+    stock_loss, stock = loss_and_gradients(STOCK, padded, family=family)
+    recipe = dataclasses.replace(STOCK, **LEVERS[lever])
+    loss, gradients = loss_and_gradients(recipe, padded, family=family)
+    assert torch.isclose(loss, stock_loss, rtol=1e-5)
+    assert (gradients - stock).norm() <= 1e-5 * stock.norm()
+    assert stock.norm() > 0
+
+
+def test_the_comparison_notices_a_wrong_attention(monkeypatch):
+    """The test above must be able to fail: heads repeated in the wrong order change gradients."""
+    _, stock = loss_and_gradients(STOCK)
+    monkeypatch.setattr(levers, "_repeat_heads", lambda x, groups: x.repeat(1, groups, 1, 1))
+    _, gradients = loss_and_gradients(dataclasses.replace(STOCK, attention="explicit_kv"))
+    assert (gradients - stock).norm() > 1e-2 * stock.norm()
+
+
+def test_recomputing_is_bit_equal():
+    _, stock = loss_and_gradients(STOCK)
+    _, again = loss_and_gradients(dataclasses.replace(STOCK, checkpointed_layers="all"))
+    assert torch.equal(stock, again)
+
+
+def test_dropout_is_the_same_when_recomputed():
+    dropping = dataclasses.replace(STOCK, lora_dropout=0.3)
+    results = []
+    for k in (0, "all"):
+        recipe = dataclasses.replace(dropping, checkpointed_layers=k)
+        model = build(recipe)
+        torch.manual_seed(5)
+        qlora.compute_loss(model, batch(), recipe).backward()
+        results.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+def test_num_items_makes_micro_batches_add_up(loss):
+    recipe = dataclasses.replace(STOCK, loss=loss, loss_chunk_tokens=7)
+    _, whole = loss_and_gradients(recipe)
+    model, full = build(recipe), batch()
+    items = (full["labels"][:, 1:] != -100).sum()
+    for row in range(3):
+        part = {name: value[row:row + 1] for name, value in full.items()}
+        qlora.compute_loss(model, part, recipe, items).backward()
+    parts = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert (parts - whole).norm() <= 1e-5 * whole.norm()
+
+
+def peak(recipe, **options):
+    model, inputs = build(recipe, **options), batch()
+    with MemoryLedger(model, inputs=tuple(inputs.values())) as ledger:
+        qlora.compute_loss(model, inputs, recipe).backward()
+    return ledger.report()
+
+
+def test_checkpointing_k_layers_saves_in_proportion():
+    saved = [peak(dataclasses.replace(STOCK, checkpointed_layers=k)).saved_activation_bytes
+             for k in range(5)]
+    steps = [before - after for before, after in zip(saved, saved[1:], strict=False)]
+    assert len(set(steps)) <= 2 and min(steps) > 10 * 3 * SEQ * 64 * 4  # many boundaries a layer
+
+
+def test_chunked_loss_never_holds_all_logits():
+    logits = 3 * SEQ * 4000 * 4
+    full, chunked = (peak(dataclasses.replace(STOCK, checkpointed_layers="all", loss=loss,
+                                              loss_chunk_tokens=8), vocab_size=4000)
+                     for loss in ("full", "chunked"))
+    assert sum(b.n_bytes == logits for b in full.largest) >= 2
+    assert all(b.n_bytes < logits / 10 for b in chunked.largest if b.category != "weights")
+    assert full.peak_bytes - chunked.peak_bytes > 2 * logits
+
+
+def test_the_last_layers_are_the_ones_that_remember():
+    model = build(dataclasses.replace(STOCK, checkpointed_layers=1))
+    assert [layer.gradient_checkpointing for layer in levers.decoder_layers(model)] \
+        == [True, False, False, False]
+
+
+@pytest.mark.parametrize("k", [5, -1])
+def test_more_checkpointed_layers_than_layers(k):
+    with pytest.raises(ValueError, match=f"checkpointed_layers must be from 0 to 4.*got {k}"):
+        levers.checkpoint_layers(build(STOCK), k)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks a GPU for its attention kernel")
+def test_explicit_kv_runs_on_the_memory_efficient_kernel():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    query = torch.randn(1, 8, 64, 64, device="cuda", dtype=torch.float16)
+    key = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.float16)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        levers.explicit_kv_attention(None, query, key, key, None)
+        with pytest.raises(RuntimeError):
+            torch.nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
