@@ -30,6 +30,12 @@ def boundary_bytes(recipe: TrainRecipe) -> int:
     return tokens * hidden_size * storage_dtype(recipe).itemsize
 
 
+def weight_bytes(recipe: TrainRecipe) -> int:
+    """Bytes of all the model's weights, adapters not counted, in the recipe's 16 or 32 bits."""
+    model = meta_model(shapes.config(recipe.model), storage_dtype(recipe), "sdpa")
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def count_block(recipe: TrainRecipe) -> MemoryReport:
     """The ledger of one layer's forward pass: what it keeps, tensor by tensor.
 

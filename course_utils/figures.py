@@ -31,7 +31,8 @@ COLOURS = {
     "inputs": "#F0E442",
 }
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-INK, GRID, SHADE = "#222222", "#DDDDDD", ("#FFFFFF", "#EFEFEF")
+INK, GRID = "#222222", "#DDDDDD"
+SHADES = {"forward": "#EFEFEF", "backward": "#FFFFFF", "optimizer": "#DFDFDF"}
 STYLE = {
     "figure.facecolor": "white", "savefig.facecolor": "white", "axes.facecolor": "white",
     "font.family": "DejaVu Sans", "font.size": 13.5, "text.color": INK, "axes.labelcolor": INK,
@@ -94,8 +95,9 @@ def memory_over_time(report: Any, title: str = "") -> Figure:
     canvas, ax = _canvas()
     spans = [(phase, [index for index, _ in run]) for phase, run in
              itertools.groupby(enumerate(report.phases), key=lambda pair: pair[1])]
-    for number, (phase, events) in enumerate(spans):
-        ax.axvspan(events[0], events[-1] + 1, color=SHADE[number % 2], zorder=0)
+    for phase, events in spans:
+        ax.axvspan(events[0], events[-1] + 1, color=SHADES.get(phase, "#F7F7F7"), linewidth=0,
+                   zorder=0)
         if len(events) > 0.06 * len(totals):
             ax.text((events[0] + events[-1]) / 2, 1.36 * peak / size, phase, ha="center", va="top",
                     fontsize=12)
@@ -142,12 +144,13 @@ def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") ->
     for name, total in totals.items():
         verdict = "" if not gpu else ", fits" if total <= limit else ", does not fit"
         said[name] = show_bytes(total) + verdict
-        ax.text(total / size, name, f"  {said[name]}", va="center", fontsize=12)
+        ax.annotate(said[name], (total / size, name), xytext=(7, 0), va="center", fontsize=12,
+                    textcoords="offset points", zorder=4,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 2})
     if gpu:
         ax.axvline(limit / size, color=INK, linestyle="--", zorder=3)
-        ax.set_title(f"{gpu.name}: {show_bytes(limit)} usable ", loc="right", fontsize=12)
-    ax.set_title(title, loc="left", fontsize=13.5)
-    ax.set(xlabel=unit, xlim=(0, 1.45 * max([*totals.values(), limit]) / size))
+        unit += f" (dashed: the {show_bytes(limit)} that a {gpu.name} has for tensors)"
+    ax.set(title=title, xlabel=unit, xlim=(0, 1.5 * max([*totals.values(), limit]) / size))
     ax.invert_yaxis()
     canvas.legend(loc="outside lower center", ncols=4, fontsize=12)
     against = f" against the {show_bytes(limit)} of a {gpu.name}" if gpu else ""

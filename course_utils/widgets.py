@@ -13,7 +13,11 @@ from typing import Any
 
 import ipywidgets
 
-from .figures import Figure
+from . import shapes
+from .block import boundary_bytes, count_block, weight_bytes
+from .figures import Figure, compare
+from .hardware import PRESETS, preset
+from .recipe import TrainRecipe
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -69,6 +73,28 @@ class Explorer:
         data, metadata = self.figure._repr_mimebundle_()
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
         return data | {VIEW: view}, metadata
+
+
+def layers_explorer() -> Explorer:
+    """A 16-bit model's weights and what its layers keep, by the usual estimate and counted."""
+    def draw(attention: str, trained: str, **settings: Any) -> Figure:
+        gpu = preset(settings.pop("gpu"))
+        recipe = TrainRecipe(base="float16", amp_dtype="float16", checkpointed_layers=0,
+                             lora_rank=16 if trained == "LoRA" else None, lora_dropout=0.0,
+                             attention="eager" if attention == "eager" else "stock", **settings)
+        layers = shapes.config(recipe.model).num_hidden_layers
+        rows = {"usual estimate": boundary_bytes(recipe),
+                "what layers keep": count_block(recipe).saved_activation_bytes}
+        weights = weight_bytes(recipe)
+        return compare({name: {"weights": weights, "activations": layers * n_bytes}
+                        for name, n_bytes in rows.items()}, gpu,
+                       f"{recipe.model}, {attention}, {trained}: {recipe.micro_batch_size} x "
+                       f"{recipe.sequence_length:,} tokens")
+
+    return Explorer(draw, model=("llama-2-7b", "llama-3.1-8b", "llama-3.2-3b", "llama-3.2-1b"),
+                    micro_batch_size=(1, 2, 4, 8), sequence_length=(2048, 256, 512, 1024, 4096),
+                    attention=("SDPA", "eager"), trained=("all weights", "LoRA"),
+                    gpu=tuple(PRESETS))
 
 
 def _img(figure: Figure) -> str:

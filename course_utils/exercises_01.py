@@ -1,0 +1,119 @@
+"""The targets of lesson 01's exercises. Each is counted when the check runs, none is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from . import shapes
+from .block import count_block
+from .checks import (
+    Verdict,
+    check,
+    check_function,
+    check_number,
+    is_number,
+    not_yet,
+    right,
+)
+from .memory_report import MemoryReport
+from .recipe import TrainRecipe
+from .units import GB, MIB
+
+FULL = TrainRecipe(base="float32", lora_rank=None, lora_dropout=0.0, checkpointed_layers=0,
+                   optimizer="adamw", micro_batch_size=4, sequence_length=128)
+MODELS = ("bundled", "llama-2-7b", "llama-3.2-1b")
+
+
+def widths(model: str) -> tuple[int, int, int, int]:
+    """A layer's hidden, key/value and intermediate widths and its attention heads."""
+    config = shapes.config(model)
+    kv = config.num_key_value_heads * config.head_dim
+    return config.hidden_size, kv, config.intermediate_size, config.num_attention_heads
+
+
+@check
+def check_saved_numbers(answer: Callable) -> Verdict:
+    """Exercise 01.1: numbers per token that a float32 layer with SDPA keeps, to the byte."""
+    number_bytes = 4 * FULL.micro_batch_size * FULL.sequence_length  # one float32 for each token
+    counted = {widths(model): count_block(replace(FULL, model=model)).saved_activation_bytes
+               // number_bytes for model in MODELS}
+
+    def without(missing: Callable) -> Callable:
+        return lambda *case: counted[case] - missing(*case)
+
+    return check_function(answer, list(counted), list(counted.values()), mistakes={
+        "that counts bytes; count numbers, float32 makes 4 bytes of each.":
+            lambda *case: 4 * counted[case],
+        "key and value are kv numbers wide each, not hidden (grouped-query attention).":
+            without(lambda hidden, kv, intermediate, heads: 2 * (kv - hidden)),
+        "attention also keeps one number for each head, its log-sum-exp.":
+            without(lambda hidden, kv, intermediate, heads: heads),
+        "attention keeps its output too: o_proj needs it.":
+            without(lambda hidden, kv, intermediate, heads: hidden),
+        "the MLP keeps 4 tensors: gate's output, silu's, up's, and the product that down reads.":
+            without(lambda hidden, kv, intermediate, heads: intermediate),
+    }, takeaway=f"to the byte, for {', '.join(MODELS)}. Nothing in it is sequence x sequence.")
+
+
+@check
+def check_largest_batch(answer: int, two_steps: Callable, recipe: TrainRecipe,
+                        budget_bytes: int) -> Verdict:
+    """Exercise 01.2: the largest micro batch whose two steps stay within a budget.
+
+    Args:
+        answer: Sequences in a micro batch.
+        two_steps: Trains `recipe` for two steps under a ledger with `budget_bytes`, returns its
+            report.
+        recipe: Everything but the micro batch.
+        budget_bytes: The size of the pretended card.
+    """
+    if not is_number(answer) or answer != int(answer) or answer < 1:
+        return not_yet(f"a micro batch is a whole number of sequences from 1, got {answer!r}.")
+
+    def report(size: int, budget: int | None = None) -> MemoryReport:
+        return two_steps(replace(recipe, micro_batch_size=size), budget_bytes=budget)
+
+    def fits(size: int) -> bool:
+        try:
+            report(size, budget_bytes)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    answer = int(answer)
+    fit = fits(answer)
+    if fit and not fits(answer + 1):
+        return right(f"{answer} fits, {answer + 1} does not. Memory is linear in the batch.")
+    one, two = report(1), report(2)
+    each = two.peak_bytes - one.peak_bytes  # what one more sequence costs
+    fixed = one.peak_bytes - each  # what is there whatever the batch
+    megabytes = budget_bytes // MIB * (GB // 1000)  # the same number of MB, 10**6 bytes each
+    mistakes = {
+        budget_bytes // each: "that many fit on an empty card; weights and optimizer state are "
+                              "there whatever the batch, subtract them first",
+        (budget_bytes - one.composition["weights"]) // each: "the optimizer state stays from step "
+                                                             "to step, subtract it too",
+        (megabytes - fixed) // each: "you used MB (10**6) where the budget is in MiB (2**20)",
+        budget_bytes // one.peak_bytes: "you scaled the whole peak; only activations and "
+                                        "temporaries grow with the batch",
+    }
+    default = f"{answer + 1} fits as well" if fit else "that runs out of memory"
+    return not_yet(f"{answer} is not the largest: {mistakes.get(answer, default)}.")
+
+
+@check
+def check_logits_at_peak(answer: float, report: MemoryReport, vocab_size: int) -> Verdict:
+    """Exercise 01.3: bytes of logits-shaped tensors alive at the peak of a ledger's report."""
+    logits = [block for block in report.largest if block.shape[-1:] == (vocab_size,)]
+    held = sum(block.n_bytes for block in logits)
+    return check_number(answer, held, mistakes={
+        "that is one copy of the logits; more than one is alive at the peak.": logits[0].n_bytes,
+        "that has the embedding matrix in it: (vocabulary, hidden), so its last dimension is "
+        "hidden.": sum(b.n_bytes for b in report.largest if vocab_size in b.shape),
+        "that is everything at the peak; pick the tensors whose last dimension is the "
+        "vocabulary.": report.peak_bytes,
+    }, takeaway=f"{len(logits)} copies, {held / report.peak_bytes:.0%} of the peak of a model with "
+                f"a vocabulary of only {vocab_size:,}.")
