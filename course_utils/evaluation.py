@@ -80,7 +80,8 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str],
     model.eval()
     answers = []
     for start in range(0, len(prompts), micro_batch_size):
-        texts = [corpus.render_prompt(p, tokenizer) for p in prompts[start:start + micro_batch_size]]
+        some = prompts[start:start + micro_batch_size]
+        texts = [corpus.render_prompt(prompt, tokenizer) for prompt in some]
         batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
                           return_tensors="pt").to(hardware.device())
         tokens = model.generate(

@@ -1,29 +1,172 @@
 """Before the run: what would stop it, found in seconds and before any download.
 
-Source: the traps are those of facts met in practice; each message names its fix.
+Each finding names its fix. Not modelled: network speed, a session's time limit.
 """
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from . import hardware
+from . import hardware, shapes
 from .recipe import TrainRecipe
+from .units import show_bytes
+
+FLOORS = {"torch": (2, 11), "transformers": (5, 15), "peft": (0, 20), "bitsandbytes": (0, 50)}
 
 
-def refuse_silent_failures(recipe: TrainRecipe, model: torch.nn.Module, overrides: dict) -> None:
-    """Raise for settings that Trainer accepts and that then crawl, crash late or learn nothing.
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: what was found, and what to do about it (`None`: it is fine)."""
+
+    name: str
+    found: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """All findings; prints as a table."""
+
+    findings: list[Finding]
+
+    def __repr__(self) -> str:
+        rows = [f"{'stop' if f.fix else 'ok':5}{f.name:11}{f.found}{f'; {f.fix}' if f.fix else ''}"
+                for f in self.findings]
+        return "\n".join(rows)
+
+    def require(self) -> Preflight:
+        """Itself, when nothing stands in the way.
+
+        Raises:
+            ValueError: Something would stop the run; the message has every fix.
+        """
+        if stops := [f"{f.name} must let the run pass, got {f.found}; {f.fix}"
+                     for f in self.findings if f.fix]:
+            raise ValueError("\n".join(stops))
+        return self
+
+
+def preflight(recipe: TrainRecipe, gpu: hardware.Gpu | None, output_dir: str | Path = ".",
+              peak_bytes: int | None = None) -> Preflight:
+    """Look at everything that stops runs, without loading or downloading weights.
+
+    Args:
+        gpu: What `hardware.detect()` found.
+        output_dir: Where checkpoints will go.
+        peak_bytes: The forecast's peak, if there is one.
+    """
+    return Preflight([
+        _gpu(recipe, gpu), _precision(recipe, gpu), _memory(gpu, peak_bytes),
+        _disk(recipe, Path(output_dir)), _versions(), _weights(recipe)])
+
+
+def _gpu(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> Finding:
+    if gpu is not None:
+        return Finding("GPU", f"{gpu.name}, {show_bytes(gpu.total_bytes)}")
+    small = recipe.model == shapes.BUNDLED or Path(recipe.model).exists()
+    return Finding("GPU", "none" + ", and none needed for this model" * small, None if small else
+                   "switch Runtime > Change runtime type to T4, or use model='bundled'")
+
+
+def _precision(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> Finding:
+    found = recipe.amp_dtype or "float32"
+    try:
+        refuse_precision(recipe, gpu)
+    except ValueError as error:
+        return Finding("precision", f"{found} ({error})", "use recipe.for_gpu(hardware.detect())")
+    return Finding("precision", found)
+
+
+def _memory(gpu: hardware.Gpu | None, peak_bytes: int | None) -> Finding:
+    needed = "no forecast" if peak_bytes is None else f"forecast peak {show_bytes(peak_bytes)}"
+    if gpu is None:
+        return Finding("memory", f"{needed}, in this machine's own memory")
+    free = min(gpu.usable_bytes, hardware.free_bytes() or gpu.usable_bytes)
+    fits = peak_bytes is None or peak_bytes <= free
+    return Finding("memory", f"{needed}, {show_bytes(free)} free", None if fits else
+                   "halve micro_batch_size, then sequence_length, or take a setting from fit()")
+
+
+def _disk(recipe: TrainRecipe, output_dir: Path) -> Finding:
+    """Room for the download in 16 bits and for three checkpoints (two kept, one being written)."""
+    place = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
+    free, needed = shutil.disk_usage(place).free, 0
+    if recipe.model != shapes.BUNDLED and not Path(recipe.model).exists():
+        needed = 2 * _parameters(recipe)
+    needed += 3 * _parameters(recipe) // 20  # adapters and their state: under 5 % of the model
+    return Finding("disk", f"{show_bytes(needed)} needed, enough free" if free >= needed else
+                   f"{show_bytes(free)} free, {show_bytes(needed)} needed",
+                   None if free >= needed else "delete old runs, or set another output_dir")
+
+
+def _parameters(recipe: TrainRecipe) -> int:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shapes.config(recipe.model))
+    return sum(p.numel() for p in model.parameters())
+
+
+def _versions() -> Finding:
+    old = [f"{name} {metadata.version(name)}" for name, floor in FLOORS.items()
+           if tuple(map(int, metadata.version(name).split(".")[:2])) < floor]
+    return Finding("versions", ", ".join(old) or "all recent enough",
+                   "run the set-up cell, then Runtime > Restart session" if old else None)
+
+
+def _weights(recipe: TrainRecipe) -> Finding:
+    """Whether the weights can be had: on disk, or on the hub and open to this reader."""
+    source = shapes.hub_id(recipe.model)
+    if Path(source).exists():
+        return Finding("weights", "on this disk")
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        huggingface_hub.auth_check(source)
+    except GatedRepoError:
+        return Finding("weights", f"{source} is gated", "accept its licence on huggingface.co and "
+                       "log in, or take an ungated copy such as unsloth/Llama-3.2-1B-Instruct")
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        return Finding("weights", f"the hub does not answer ({type(error).__name__})",
+                       f"check the network and the spelling of {source}, or use model='bundled'")
+    return Finding("weights", f"{source}, open to you")
+
+
+# --- what Trainer accepts and should not ----------------------------------------------------------
+
+
+def refuse_precision(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> None:
+    """Raise for mixed precision that this machine only emulates or does not have.
 
     Raises:
-        ValueError: bfloat16 on a GPU that only emulates it; 16-bit adapters under a gradient
-            scaler; fp16_full_eval, which makes the adapters 16-bit in place; nothing to train.
+        ValueError: bfloat16 on a GPU below capability 8.0, or float16 without a GPU.
     """
-    gpu = hardware.detect()
     if gpu is not None:
         recipe.check_on(gpu)
     elif recipe.amp_dtype == "float16":
         raise ValueError("amp_dtype must be None or 'bfloat16' without a GPU, got 'float16'; use "
                          "recipe.for_gpu(hardware.detect())")
+
+
+def refuse_silent_failures(recipe: TrainRecipe, model: torch.nn.Module,
+                           overrides: dict[str, Any]) -> None:
+    """Raise for settings that Trainer accepts and that then crawl, crash late or learn nothing.
+
+    Args:
+        overrides: TrainingArguments beyond the recipe's.
+
+    Raises:
+        ValueError: Precision that this GPU emulates; 16-bit adapters under a gradient scaler;
+            fp16_full_eval, which makes the adapters 16-bit in place; nothing to train.
+    """
+    refuse_precision(recipe, hardware.detect())
     if overrides.get("fp16_full_eval"):
         raise ValueError("fp16_full_eval must be False in a run that trains, got True; evaluation "
                          "would turn the adapters into float16, which cannot be trained")
@@ -32,4 +175,4 @@ def refuse_silent_failures(recipe: TrainRecipe, model: torch.nn.Module, override
         raise ValueError("model must have trainable parameters, got none; call qlora.add_adapters")
     if recipe.amp_dtype == "float16" and any(p.dtype == torch.float16 for p in trainable):
         raise ValueError("adapters must be float32 when amp_dtype is 'float16', got float16; the "
-                         "gradient scaler cannot unscale them: model.float() the adapters")
+                         "gradient scaler cannot unscale them, call .float() on each of them")

@@ -31,6 +31,7 @@ ARROWS = {
     "qlora": "units hardware shapes recipe levers",
     "block": "shapes recipe memory_report ledger fake levers qlora",
     "preflight": "units hardware shapes recipe",
+    "measurement": "hardware shapes recipe memory_report ledger qlora",
     "batching": "units hardware recipe ledger",
     "precision": "units hardware recipe",
     "forecast": "units hardware shapes recipe memory_report ledger fake corpus levers qlora",

@@ -1,0 +1,97 @@
+"""What a training step costs here: time, the GPU's own peaks, and the ledger's bytes anywhere.
+
+The three are taken from different steps, so that none disturbs another: the ledger slows a step
+down, and a clock needs several.
+
+Not modelled: what is not a training step (evaluation, saving), heat, other programs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from . import hardware, qlora, shapes
+from .ledger import MemoryLedger
+from .memory_report import MemoryReport
+from .recipe import TrainRecipe
+
+MOST_SKIPPED_STEPS = 20  # the gradient scaler starts at 2**16 and halves: it needs far fewer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One optimizer step of a recipe, measured.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        seconds: Of one optimizer step, median of those timed.
+        tokens_per_second: Tokens of one step (padding counted) by `seconds`.
+        peak_allocated_bytes: Most bytes in tensors, by CUDA's allocator; `None` on CPU.
+        peak_reserved_bytes: Most bytes that the allocator held; `None` on CPU.
+        report: The ledger's account of one step.
+    """
+
+    device: str
+    seconds: float
+    tokens_per_second: float
+    peak_allocated_bytes: int | None
+    peak_reserved_bytes: int | None
+    report: MemoryReport
+
+
+def measure_step(recipe: TrainRecipe, model: torch.nn.Module, steps: int = 3) -> Measurement:
+    """Train `model` on random full-length sequences for some steps, and measure.
+
+    Changes the adapters: measure before or after a run, on a model that nobody needs.
+
+    Args:
+        recipe: Uses everything but the schedule; world_size is that of this process, 1.
+        model: As from `training.build_model(recipe)`.
+        steps: How many steps are timed.
+    """
+    device = hardware.device()
+    batches = random_batches(recipe, device)
+    optimizer = qlora.build_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(device, enabled=recipe.amp_dtype == "float16")
+    model.train()
+
+    def step() -> None:
+        qlora.training_step(model, optimizer, batches, recipe, scaler)
+        hardware.synchronize()
+
+    for _ in range(MOST_SKIPPED_STEPS):  # the optimizer's state appears in its first real step
+        step()
+        if optimizer.state:
+            break
+    hardware.reset_peak()
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    allocated, reserved = hardware.peak_allocated_bytes(), hardware.peak_reserved_bytes()
+    with MemoryLedger(model, optimizer=optimizer, inputs=batches) as ledger:
+        step()
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    return Measurement(
+        device=device, seconds=statistics.median(seconds),
+        tokens_per_second=tokens / statistics.median(seconds), peak_allocated_bytes=allocated,
+        peak_reserved_bytes=reserved, report=ledger.report())
+
+
+def random_batches(recipe: TrainRecipe, device: str) -> list[dict[str, torch.Tensor]]:
+    """The micro batches of one optimizer step: random tokens (micro batch, seq), all labelled."""
+    shape = (recipe.micro_batch_size, recipe.sequence_length)
+    random = torch.Generator().manual_seed(recipe.seed)
+    vocab_size = shapes.config(recipe.model).vocab_size
+    batches = []
+    for _ in range(recipe.gradient_accumulation_steps):
+        ids = torch.randint(vocab_size, shape, generator=random).to(device)
+        batches.append({"input_ids": ids, "labels": ids.clone()})
+        if recipe.padded:
+            batches[-1]["attention_mask"] = torch.ones_like(ids)
+    return batches
