@@ -6,12 +6,22 @@ were (up to rounding). Not modelled: heads with a bias or a soft cap, sliding wi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from .lean import ABSENT, head_loss
+
+ATTENTION_KERNELS = [
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
@@ -85,7 +95,8 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return list(unwrap(model).model.layers)
 
 
-def checkpoint_layers(model: torch.nn.Module, k: int | str = "all", offload: bool = False) -> None:
+def checkpoint_layers(model: torch.nn.Module, k: int | str = "all", *, offload: bool = False,
+                      keep_attention: bool = False) -> None:
     """Let the first `k` layers forget their activations and recompute them in backward.
 
     Saves what k layers keep, except one boundary (batch, seq, hidden) each; costs k forward passes.
@@ -96,6 +107,8 @@ def checkpoint_layers(model: torch.nn.Module, k: int | str = "all", offload: boo
         model: A Hugging Face model with `GradientCheckpointingLayer`s, or a PEFT model around it.
         k: How many layers; "all" or 0 to num_layers.
         offload: Keep the boundaries in pinned host memory instead of on the GPU.
+        keep_attention: Keep attention's output too, (batch, seq, hidden) a layer, and recompute
+            only the rest.
 
     Raises:
         ValueError: k is larger than the number of layers.
@@ -109,16 +122,16 @@ def checkpoint_layers(model: torch.nn.Module, k: int | str = "all", offload: boo
                          f"model, got {k}; use 'all' for every layer")
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < k
-        layer._gradient_checkpointing_func = _checkpoint_on_host if offload else _checkpoint
+        layer._gradient_checkpointing_func = partial(_checkpoint, offload, keep_attention)
 
 
-def _checkpoint(function: Callable, *args):
-    return checkpoint(function, *args, use_reentrant=False)
-
-
-def _checkpoint_on_host(function: Callable, *args):
-    with torch.autograd.graph.saved_tensors_hooks(to_host, from_host):
-        return checkpoint(function, *args, use_reentrant=False)
+def _checkpoint(offload: bool, keep_attention: bool, function: Callable, *args):
+    extra = {}
+    if keep_attention:
+        extra["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
+    on_host = torch.autograd.graph.saved_tensors_hooks(to_host, from_host)
+    with on_host if offload else contextlib.nullcontext():
+        return checkpoint(function, *args, use_reentrant=False, **extra)
 
 
 def to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
@@ -135,12 +148,12 @@ def from_host(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
 
 def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor,
                  chunk_tokens: int = 512, num_items_in_batch: torch.Tensor | int | None = None,
-                 ) -> torch.Tensor:
+                 *, lean: bool = False) -> torch.Tensor:
     """Cross entropy from hidden states, `chunk_tokens` rows of logits at a time.
 
     Saves the logits, (batch x seq, vocab): up to four float32 copies of them at the peak of the
     usual loss. Each chunk forgets its logits and computes them again in backward, so at most one
-    chunk's exist. Costs one more product with the head.
+    chunk's exist. Costs one more product with the head, or nothing with `lean`.
 
     Args:
         hidden: (batch, seq, hidden).
@@ -148,14 +161,16 @@ def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tens
         labels: (batch, seq); each position's target is the next one's label.
         chunk_tokens: Rows of logits alive at once.
         num_items_in_batch: What to divide the sum by; `None` means this batch's labelled tokens.
+        lean: Take the gradient together with the logits (`lean.head_loss`; needs a frozen head).
     """
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+    rows, targets = hidden.flatten(0, 1), F.pad(labels, (0, 1), value=ABSENT)[:, 1:].reshape(-1)
     if num_items_in_batch is None:
-        num_items_in_batch = (targets != -100).sum()
+        num_items_in_batch = (targets != ABSENT).sum()
+    if lean:
+        return head_loss(rows, head.weight, targets, chunk_tokens) / num_items_in_batch
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows, wanted in zip(hidden.flatten(0, 1).split(chunk_tokens), targets.split(chunk_tokens),
-                            strict=True):
-        total = total + checkpoint(_summed_loss, rows, head, wanted, use_reentrant=False)
+    for chunk, wanted in zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        total = total + checkpoint(_summed_loss, chunk, head, wanted, use_reentrant=False)
     return total / num_items_in_batch
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from . import hardware, shapes
+from .lean import use_lean_lora, use_lean_mlp
 from .levers import (
     checkpoint_layers,
     chunked_loss,
@@ -125,7 +126,12 @@ def apply_levers(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
         base.set_attn_implementation("eager" if recipe.attention == "eager" else "sdpa")
     if recipe.norm == "native":
         use_native_norm(base)
-    checkpoint_layers(base, recipe.checkpointed_layers, offload=recipe.offload_checkpoints)
+    if recipe.mlp == "lean":
+        use_lean_mlp(base)
+    if recipe.adapters == "lean":
+        use_lean_lora(base)
+    checkpoint_layers(base, recipe.checkpointed_layers, offload=recipe.offload_checkpoints,
+                      keep_attention=recipe.keep_attention)
     return model
 
 
@@ -147,7 +153,7 @@ def compute_loss(model: torch.nn.Module, batch: dict, recipe: TrainRecipe,
     base = unwrap(model)
     hidden = base.model(**inputs).last_hidden_state  # (batch, seq, hidden)
     return chunked_loss(hidden, base.get_output_embeddings(), batch["labels"],
-                        recipe.loss_chunk_tokens, num_items_in_batch)
+                        recipe.loss_chunk_tokens, num_items_in_batch, lean=recipe.loss == "lean")
 
 
 def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:

@@ -20,8 +20,10 @@ CHOICES: dict[str, tuple] = {
     "base": ("nf4", "float16", "bfloat16", "float32"),
     "amp_dtype": (None, "float16", "bfloat16"),
     "attention": ("stock", "explicit_kv", "eager"),
-    "loss": ("full", "chunked"),
+    "loss": ("full", "chunked", "lean"),
     "norm": ("stock", "native"),
+    "mlp": ("stock", "lean"),
+    "adapters": ("stock", "lean"),
     "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
 }
 # field: (smallest, largest); the largest catches a slip of the keyboard, not a real run
@@ -61,8 +63,12 @@ class TrainRecipe:
         offload_checkpoints: Whether what checkpointing keeps waits in host memory.
         attention: Who computes attention: "stock" as transformers does, "explicit_kv" with the
             key/value heads repeated first, "eager" with the scores written out.
-        loss: "full" builds all logits, "chunked" `loss_chunk_tokens` rows of them at a time.
+        keep_attention: Whether checkpointed layers keep attention's output.
+        loss: "full" builds all logits, "chunked" `loss_chunk_tokens` rows of them at a time,
+            "lean" likewise and with its gradient, so that backward recomputes none.
         norm: "stock" RMSNorm as in transformers, "native" as PyTorch's one fused operation.
+        mlp: "stock", or "lean" to keep one tensor less (`lean.SwiGLU`).
+        adapters: "stock" as PEFT adds them, "lean" in one product (`lean.use_lean_lora`).
         optimizer: Name in `CHOICES["optimizer"]`.
         max_steps: Optimizer steps.
         warmup_fraction: Part of `max_steps` over which the learning rate rises.
@@ -92,9 +98,12 @@ class TrainRecipe:
     checkpointed_layers: int | Literal["all"] = "all"
     offload_checkpoints: bool = False
     attention: Literal["stock", "explicit_kv", "eager"] = "stock"
-    loss: Literal["full", "chunked"] = "full"
+    keep_attention: bool = False
+    loss: Literal["full", "chunked", "lean"] = "full"
     loss_chunk_tokens: int = 512
     norm: Literal["stock", "native"] = "stock"
+    mlp: Literal["stock", "lean"] = "stock"
+    adapters: Literal["stock", "lean"] = "stock"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "paged_adamw_8bit"
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
@@ -120,7 +129,8 @@ class TrainRecipe:
                     or not 0 <= value <= high:
                 raise ValueError(f"{field} must be a number from 0 to {high:g}, got {value!r}; "
                                  "see TrainRecipe's defaults")
-        for field in ("double_quant", "kbit_upcast", "padded", "offload_checkpoints"):
+        for field in ("double_quant", "kbit_upcast", "padded", "offload_checkpoints",
+                      "keep_attention"):
             if not isinstance(value := getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False, got {value!r}; drop the quotes "
                                  "or the number")
@@ -147,6 +157,9 @@ class TrainRecipe:
         if self.lora_rank is None and self.base == "nf4":
             raise ValueError("lora_rank must be a number when base is 'nf4', got None; 4-bit "
                              "weights cannot be trained, set lora_rank=16 or base='float32'")
+        if self.loss == "lean" and self.lora_rank is None:
+            raise ValueError("loss must be 'full' or 'chunked' when lora_rank is None, got 'lean'; "
+                             "the lean loss gives the head no gradient")
         if self.offload_checkpoints and self.checkpointed_layers == 0:
             raise ValueError("offload_checkpoints must be False when checkpointed_layers is 0, got "
                              "True; there is no checkpoint to move, set checkpointed_layers='all'")

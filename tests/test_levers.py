@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from course_utils import levers, qlora
@@ -21,6 +22,12 @@ LEVERS = {
     "chunked loss": {"loss": "chunked", "loss_chunk_tokens": 20},
     "half checkpointed": {"checkpointed_layers": 2},
     "all checkpointed": {"checkpointed_layers": "all"},
+    "lean loss": {"loss": "lean", "loss_chunk_tokens": 20},
+    "lean mlp": {"mlp": "lean"},
+    "lean adapters": {"adapters": "lean"},
+    "attention kept": {"checkpointed_layers": "all", "keep_attention": True},
+    "everything": {"attention": "explicit_kv", "loss": "lean", "norm": "native", "mlp": "lean",
+                   "adapters": "lean", "checkpointed_layers": 2, "keep_attention": True},
     "checkpoints on the host": {"checkpointed_layers": "all", "offload_checkpoints": True},
 }
 STOCK = TrainRecipe(base="float32", lora_dropout=0.0, checkpointed_layers=0, sequence_length=SEQ)
@@ -96,7 +103,7 @@ def test_dropout_is_the_same_when_recomputed():
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("loss", ["full", "chunked"])
+@pytest.mark.parametrize("loss", ["full", "chunked", "lean"])
 def test_num_items_makes_micro_batches_add_up(loss):
     recipe = dataclasses.replace(STOCK, loss=loss, loss_chunk_tokens=7)
     _, whole = loss_and_gradients(recipe)
@@ -131,6 +138,36 @@ def test_chunked_loss_never_holds_all_logits():
     assert sum(b.n_bytes == logits for b in full.largest) >= 2
     assert all(b.n_bytes < logits / 10 for b in chunked.largest if b.category != "weights")
     assert full.peak_bytes - chunked.peak_bytes > 2 * logits
+
+
+def test_lean_mlp_keeps_one_tensor_less_in_each_layer():
+    stock, lean = (peak(dataclasses.replace(STOCK, mlp=mlp)) for mlp in ("stock", "lean"))
+    assert stock.saved_activation_bytes - lean.saved_activation_bytes == 4 * 3 * SEQ * 128 * 4
+
+
+def test_kept_attention_is_not_computed_again():
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += func in levers.ATTENTION_KERNELS
+            return func(*args, **(kwargs or {}))
+
+    def kernels(keep):
+        model = build(dataclasses.replace(STOCK, checkpointed_layers="all", keep_attention=keep))
+        with Count() as count:
+            qlora.compute_loss(model, batch(), STOCK).backward()
+        return count.calls
+
+    assert (kernels(False), kernels(True)) == (8, 4)  # 4 layers
+
+
+def test_lean_adapters_step_aside_when_adapters_are_off():
+    model = build(dataclasses.replace(STOCK, adapters="lean")).eval()
+    inputs = {"input_ids": batch()["input_ids"]}
+    with torch.no_grad(), model.disable_adapter():
+        off = model(**inputs).logits
+    assert torch.equal(off, build(STOCK).eval().unload()(**inputs).logits)
 
 
 def test_the_last_layers_are_the_ones_that_remember():

@@ -1,0 +1,124 @@
+"""The same mathematics with less kept and less moved: MLP, adapters and loss written out whole.
+
+PyTorch keeps what each operation asks for. Where we know the whole expression, its backward needs
+less. Each piece replaces a forward method and can be used alone. Not modelled: activations other
+than SiLU, heads with a bias, several adapters active at once (those take the usual path).
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+
+ABSENT = -100  # the label of a token without a target
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping its two inputs.
+
+    Saves silu(gate), (batch, seq, intermediate): the usual expression keeps it as a factor of the
+    product. Costs one more silu in backward.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer".
+    """
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, F.silu(gate).mul_(grad)
+
+
+def use_lean_mlp(model: torch.nn.Module) -> None:
+    """Let every gated MLP of the model (Llama, Qwen, Mistral, Phi) compute with `SwiGLU`.
+
+    Raises:
+        ValueError: The model's activation is not SiLU.
+    """
+    if model.config.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"mlp must be 'stock' for a model with {model.config.hidden_act}, got "
+                         "'lean'; the lean one is written for silu")
+
+    def separate(self, x):
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+    def fused(self, x):
+        return self.down_proj(SwiGLU.apply(*self.gate_up_proj(x).chunk(2, dim=-1)))
+
+    for module in model.modules():
+        if hasattr(module, "down_proj"):
+            forward = separate if hasattr(module, "gate_proj") else fused
+            module.forward = MethodType(forward, module)
+
+
+def use_lean_lora(model: torch.nn.Module) -> None:
+    """Let each adapter add its share to the base's output in one matrix product.
+
+    Saves time, not bytes: PEFT clones the base's output, scales the adapter's and adds the two,
+    three more trips of (batch, seq, out) through memory for each adapted layer.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    def forward(self, x, *args, **kwargs):
+        plain = len(self.active_adapters) == 1 and not (self.disable_adapters or self.merged)
+        if not plain or args or kwargs:
+            return type(self).forward(self, x, *args, **kwargs)
+        name = self.active_adapters[0]
+        base = self.base_layer(x)  # (batch, seq, out)
+        down = F.linear(self.lora_dropout[name](x), self.lora_A[name].weight)  # (batch, seq, r)
+        up = self.lora_B[name].weight * self.scaling[name]  # (out, r)
+        return torch.addmm(base.flatten(0, -2), down.flatten(0, -2), up.T).view_as(base)
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and hasattr(module, "base_layer"):
+            module.forward = MethodType(forward, module)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk_tokens):
+        grad_hidden = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunks = (tensor.split(chunk_tokens) for tensor in (hidden, targets, grad_hidden))
+        for rows, wanted, grad in zip(*chunks, strict=True):
+            wanted, labelled = wanted.clamp(min=0)[:, None], (wanted != ABSENT)[:, None]
+            logits = F.linear(rows, weight).float()  # (chunk, vocab)
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            total += ((normalizer - logits.gather(1, wanted)) * labelled).sum()
+            # d loss / d logits = softmax(logits) - one at the target
+            probabilities = logits.sub_(normalizer).exp_()
+            probabilities.scatter_add_(1, wanted, -torch.ones_like(normalizer))
+            grad.copy_(probabilities.mul_(labelled).to(weight.dtype) @ weight)
+        ctx.save_for_backward(grad_hidden)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad_total, None, None, None
+
+
+def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+              chunk_tokens: int = 512) -> torch.Tensor:
+    """Summed cross entropy of a frozen head, its gradient taken while the logits are there.
+
+    Saves all but `chunk_tokens` rows of logits, like `levers.chunked_loss`, and the second product
+    with the head that recomputing costs: cross entropy's gradient is known as soon as the logits
+    are, so forward keeps it, (tokens, hidden), and backward only scales it.
+
+    Args:
+        hidden: (tokens, hidden).
+        weight: (vocab, hidden), frozen.
+        targets: (tokens,), -100 where there is none.
+
+    Returns:
+        The sum over labelled tokens, a float32 scalar.
+    """
+    return _HeadLoss.apply(hidden, weight, targets, chunk_tokens)
