@@ -17,6 +17,9 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 
-from . import checkpoints, corpus, hardware, qlora
+from . import checkpoints, corpus, hardware, qlora, shapes
 from .preflight import refuse_silent_failures
 from .recipe import TrainRecipe
 
@@ -210,3 +213,38 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == self.stop_at:
             control.should_training_stop = True
+
+
+def train_and_kill(recipe: TrainRecipe, output_dir: str | Path, at_step: int) -> int:
+    """Train the bundled data in another process, and SIGKILL it once it has done `at_step` steps.
+
+    Returns:
+        Its exit status: -9 for a process that was killed.
+    """
+    command = [sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(recipe)),
+               str(output_dir)]
+    here = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+                          env=os.environ | here) as child:
+        for line in child.stdout:
+            if line.startswith(f"step {at_step}:"):
+                child.kill()
+    return child.returncode
+
+
+def main(recipe_json: str, output_dir: str) -> None:
+    """Train the bundled data by a recipe given as JSON, one line a step."""
+    from transformers import AutoTokenizer
+
+    fields = json.loads(recipe_json)
+    if isinstance(fields.get("lora_targets"), list):
+        fields["lora_targets"] = tuple(fields["lora_targets"])
+    recipe = TrainRecipe(**fields)
+    tokenizer = AutoTokenizer.from_pretrained(shapes.hub_id(recipe.model))
+    rows = corpus.encode(corpus.load_instructions(), tokenizer, recipe.sequence_length)
+    train(recipe, build_model(recipe), rows, tokenizer, output_dir,
+          on_step=lambda row: print(f"step {row['step']}: loss {row['loss']:.4f}", flush=True))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,105 @@
+"""Before training: four questions to a loaded model, each of which has saved somebody's night.
+
+Not modelled: whether the data are any good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import corpus, evaluation, hardware, qlora
+from .preflight import Finding, Preflight
+from .recipe import TrainRecipe
+
+OVERFIT_STEPS, OVERFIT_RATE = 30, 1e-2
+# Kernels that never write the (seq x seq) scores to memory; the last one is the CPU's.
+FUSED = ("flash", "efficient", "cudnn")
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def attention_kernel(model: torch.nn.Module, batch: dict, recipe: TrainRecipe) -> str:
+    """Name of the attention operation that a training forward pass dispatches, or "scores"."""
+    model.train()
+    with _Operations() as operations, evaluation.autocast(recipe):
+        qlora.compute_loss(model, batch, recipe)
+    fused = [name for name in operations.names if "attention" in name and "backward" not in name
+             and any(kernel in name for kernel in FUSED)]
+    return fused[0].strip("_").removesuffix(".default") if fused else "scores"
+
+
+def check_gates(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecipe,
+                pad_token_id: int) -> Preflight:
+    """Ask all four; the adapters are afterwards what they were.
+
+    1. With fresh adapters the loss is the base's: they start as zero.
+    2. Every trainable parameter gets a finite gradient, and they are not all zero.
+    3. One batch, seen again and again, is learned by heart: the loss can fall.
+    4. Attention runs in a kernel that does not write its scores.
+
+    Args:
+        model: With fresh adapters, as from `training.build_model`.
+        rows: Encoded examples; the first micro batch of them is used.
+    """
+    batch = corpus.collate(list(rows)[:recipe.micro_batch_size], pad_token_id)
+    batch = {name: tensor.to(hardware.device()) for name, tensor in batch.items()}
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+    start, base = _start(model, batch, recipe)
+    kernel = attention_kernel(model, batch, recipe)
+    finite, norm = _gradients(model, batch, recipe, trainable)
+    last = _overfit(model, batch, recipe)
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(before[name])
+            parameter.grad = None
+    return Preflight([
+        Finding("step 0", f"loss {start:.2f}, the base's {base:.2f}", None if start == base else
+                "build the model afresh: these adapters are trained already"),
+        Finding("gradients", f"{'finite' if finite else 'not finite'}, norm "
+                f"{'above' if norm > 0 else 'is'} 0", None if finite and norm > 0 else
+                "call enable_input_require_grads, or lower the loss scale"),
+        Finding("overfit", f"one batch, {OVERFIT_STEPS} steps: loss falls by "
+                f"{'more' if last < start / 2 else 'less'} than half", None if last < start / 2 else
+                "look at the labels, then at learning_rate and lora_rank"),
+        Finding("attention", kernel, "set attention='explicit_kv'" if kernel == "scores" else None),
+    ])
+
+
+def _start(model, batch, recipe) -> tuple[float, float]:
+    model.eval()
+    with torch.no_grad(), evaluation.autocast(recipe):
+        start = qlora.compute_loss(model, batch, recipe).item()
+        with model.disable_adapter():
+            return start, qlora.compute_loss(model, batch, recipe).item()
+
+
+def _gradients(model, batch, recipe, trainable) -> tuple[bool, float]:
+    model.train()
+    with evaluation.autocast(recipe):
+        qlora.compute_loss(model, batch, recipe).backward()
+    grads = [p.grad for p in trainable.values()]
+    norm = math.hypot(*(g.norm().item() for g in grads if g is not None))
+    return math.isfinite(norm) and all(g is not None for g in grads), norm
+
+
+def _overfit(model, batch, recipe) -> float:
+    model.zero_grad()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  lr=OVERFIT_RATE, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(hardware.device(), enabled=recipe.amp_dtype == "float16")
+    for _ in range(OVERFIT_STEPS):
+        loss = qlora.training_step(model, optimizer, [batch], recipe, scaler)
+    return loss.item()
