@@ -7,14 +7,14 @@ answers 0 there, which looks like a measurement. Not modelled: clocks, power lim
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .units import MIB, show_bytes
 
 EMULATE_VARIABLE = "COURSE_EMULATE_GPU"  # set to "T4" to run every lesson as if on a T4
+_emulated: Gpu | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,7 @@ class Gpu:
         Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`:
         4096 KiB x 2 + 16 KiB x 8 by default, 4096 KiB x 8 on compute capability 9.
         """
-        kib = 4096 * 8 if self.capability[0] == 9 else 4096 * 2 + 16 * 8
-        return kib * 1024
+        return 1024 * (4096 * 8 if self.capability[0] == 9 else 4096 * 2 + 16 * 8)
 
     @property
     def has_bfloat16(self) -> bool:
@@ -141,9 +140,6 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-_emulated: Gpu | None = None
-
-
 def detect() -> Gpu | None:
     """The GPU that this process trains on, the emulated one if any, or `None` without a GPU.
 
@@ -164,8 +160,8 @@ def detect() -> Gpu | None:
         if gpu.name.lower() in properties.name.lower().replace("-", " ").split():
             return gpu
     nearest = min(PRESETS.values(), key=lambda gpu: abs(gpu.capability[0] - capability[0]))
-    return dataclasses.replace(nearest, name=properties.name, capability=capability,
-                               total_bytes=properties.total_memory)
+    return replace(nearest, name=properties.name, capability=capability,
+                   total_bytes=properties.total_memory)
 
 
 def describe(gpu: Gpu | None) -> str:
@@ -225,7 +221,6 @@ def reset_peak() -> None:
 
 def _on_cuda(measure: str) -> int | None:
     import torch
-
     return getattr(torch.cuda, measure)() if torch.cuda.is_available() else None
 
 

@@ -152,8 +152,7 @@ class MemoryLedger(TorchDispatchMode):
         return self._module_of_node.get(node._sequence_nr(), "") if node is not None else ""
 
     def __enter__(self):
-        hooks = self._hooks
-        keep = hooks.callback
+        hooks, keep = self._hooks, self._hooks.callback
         keep(nn_module.register_module_forward_pre_hook(self._enter_module).remove)
         keep(nn_module.register_module_forward_hook(self._leave_module, always_call=True).remove)
         keep(torch_optimizer.register_optimizer_step_pre_hook(self._start_optimizer).remove)
