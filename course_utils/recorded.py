@@ -1,0 +1,50 @@
+"""Numbers that were measured on a GPU and written down, with the GPU, the versions and the date.
+
+`tools/record_gpu_run.py` writes them, lessons read them: no lesson types such a number in.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+PATH = Path(__file__).parents[1] / "lessons" / "recorded_runs.json"
+
+
+def recording(path: Path = PATH) -> dict[str, Any]:
+    """The whole recording: gpu, emulated, versions, date, protocol, rows.
+
+    Raises:
+        FileNotFoundError: Nothing is recorded (the file comes with a clone, not with pip).
+        ValueError: The file is damaged.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"recorded_runs must be a file, got {path} which does not exist; "
+                                "work in a clone, or run tools/record_gpu_run.py on a GPU")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"recorded_runs must be JSON, got {path} ({error}); restore it with "
+                         "`git checkout -- lessons/recorded_runs.json`") from error
+
+
+def rows(group: str) -> list[dict[str, Any]]:
+    """The recorded runs of one group, in the order in which they ran.
+
+    Raises:
+        ValueError: No such group.
+    """
+    recorded = recording()["rows"]
+    found = [row for row in recorded if row["group"] == group]
+    if not found:
+        groups = ", ".join(sorted({row["group"] for row in recorded}))
+        raise ValueError(f"group must be one of {groups}, got {group!r}; see recorded_runs.json")
+    return found
+
+
+def stamp() -> str:
+    """Where and when the numbers come from, in one line."""
+    head = recording()
+    card = f"{head['gpu']} as a {head['emulated']}" if head["emulated"] else head["gpu"]
+    return f"{card}, torch {head['versions']['torch']}, {head['date']}"
