@@ -228,3 +228,18 @@ def forward_backward(layers: int = 4) -> Figure:
                            "one set of activations a layer, up to the loss; the backward pass "
                            f"runs from layer {layers} to 1 and needs each layer's activations "
                            "again. The first one kept is the last one used.")
+
+
+@matplotlib.rc_context(STYLE)
+def losses(runs: Mapping[str, Sequence[float]], title: str = "") -> Figure:
+    """Training loss of each run, in nats per labelled token, over its optimizer steps."""
+    canvas, ax = _canvas(4.0)
+    for (name, line), colour, dashes in zip(runs.items(), LINES, ("-", "--", ":", "-."),
+                                            strict=False):
+        ax.plot(range(1, len(line) + 1), line, dashes, color=colour, linewidth=2.5, label=name)
+    ax.set(title=title, xlabel="optimizer steps", ylabel="loss, nats per token", ylim=(0, None))
+    ax.grid(axis="y")
+    ax.legend()
+    said = "; ".join(f"{name}: {len(line)} steps, from {line[0]:.0f} to {line[-1]:.1f}"
+                     for name, line in runs.items())
+    return _finish(canvas, f"training loss{': ' * bool(title)}{title}. {said}.")

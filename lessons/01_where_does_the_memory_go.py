@@ -5,14 +5,15 @@
 #
 # **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
 #
-# "CUDA out of memory", and the model is only 13 GiB. Who took the rest? In this lesson you guess,
-# then count every byte of a training step, and find out which of your guesses were off by 70.
+# "CUDA out of memory", and the weights alone would have fitted. Who took the rest? In this lesson
+# you guess, then count every byte of a training step, and see which guesses were off, and by how
+# much.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *name* the four holders of memory and *say* when each one comes and goes | B1 | sections 1 and 5 |
+# | *name* the four holders of memory and *say* when each comes and goes | B1 | sections 1, 5 |
 # | *calculate* what one transformer layer keeps for backward, to the byte | B2 | exercise 01.1 |
-# | *predict* how memory grows with batch and sequence, and *find* the largest batch | B2 | exercise 01.2 |
+# | *predict* how memory grows, and *find* the largest batch that fits | B2 | exercise 01.2 |
 # | *analyse* a peak: which tensor, which operation, how many copies | B2 | exercise 01.3 |
 #
 # **Needs:** a PyTorch training loop you can read. No earlier lesson.
@@ -39,17 +40,18 @@ from course_utils.checks import show_prediction
 from course_utils.fake import fake_model, fake_tensors
 from course_utils.ledger import MemoryLedger
 from course_utils.recipe import TrainRecipe
-from course_utils.units import GIB, MIB, show_bytes
+from course_utils.units import MIB, show_bytes
 print(hardware.describe(hardware.detect()))
 
 # %% [markdown]
 # ## 1 · Four holders, one training step
-# The course carries a small Llama with it: 4 layers, 192 numbers wide, a vocabulary of 1280. We train
-# **all** of its weights in float32 on 4 sequences of 128 tokens. Any token ids will do: memory
-# depends on shapes, not on words.
+# The course carries a small Llama with it: 4 layers, 192 numbers wide, a vocabulary of 1280. We
+# train **all** of its weights in float32 on 4 sequences of 128 tokens. Any token ids will do:
+# memory depends on shapes, not on words.
 #
 # The `MemoryLedger` watches each operation and books every tensor's storage, from its first byte to
-# its last reference. What it wraps is the loop that you know.
+# its last reference. What it wraps is the loop that you know. "Counted" below is the ledger's word;
+# "measured" is the GPU's own, where there is one.
 
 # %% tags=["setup"]
 recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, optimizer="adamw",
@@ -87,23 +89,25 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # %% [markdown]
 # ### Explain
 # Read it from left to right. **Forward** climbs: every layer leaves tensors behind. **Backward**
-# descends: it uses them up, last layer first, and leaves gradients. The **optimizer step** creates
-# Adam's two averages, once; they never go away. So the second step starts higher than the first, and
-# the peak belongs to the *second* step: whoever probes a batch size without an optimizer step probes
-# too low.
+# descends: it uses them up, last layer first, and leaves gradients. The **optimizer step**
+# creates Adam's two averages, once; they never go away. So the second step starts higher than the
+# first, and the peak belongs to the *second* step: whoever probes a batch size without an
+# optimizer step probes too low.
 #
 # Now the folklore: "gradients are as large as the weights, Adam's state is twice that".
 
 # %% tags=["run"]
 for holder in ("weights", "gradients", "optimizer state", "activations", "inputs"):
     n_bytes = max(full.timeline[holder])
-    print(f"{holder:16}{show_bytes(n_bytes):>10} = {n_bytes / full.composition['weights']:.3f} x weights")
+    ratio = n_bytes / full.composition["weights"]
+    print(f"{holder:16}{show_bytes(n_bytes):>10} = {ratio:.3f} x weights")
 
 # %% [markdown]
-# True, *when every weight is trained and all of it is float32*: 4 + 4 + 8 = 16 bytes a parameter
-# [ZeRO, section 3.1]. Note the last two lines. The batch of token ids, which some budgets book with
-# a gigabyte, is kilobytes. And the largest holder is none of the three that folklore names: it is
-# what forward leaves behind for backward. That is the one this lesson takes apart.
+# True, *when every weight is trained and all of it is float32*: 4 + 4 + 8 = 16 bytes a parameter.
+# (Mixed precision splits its 16 bytes otherwise, 2 + 2 + 12 [ZeRO, section 3.1]; lesson 04.)
+# Note the last two lines. The batch of token ids, which some budgets book with
+# half a gigabyte, is kilobytes. And the largest holder is none of the three that folklore names: it
+# is what forward leaves behind for backward. That is the one this lesson takes apart.
 
 # %% [markdown]
 # ## 2 · What does one layer keep?
@@ -127,9 +131,9 @@ show_prediction(predicted_ratio, show="{:.2f} x the boundary".format,
                 counted=layer.saved_activation_bytes / boundary_bytes(recipe))
 
 # %% [markdown]
-# `count_block` runs one layer under the ledger, on **fake tensors**: they know their shape and hold no
-# numbers, so that it works for a layer of any size. Here is the list, in order, as numbers per token
-# (4 bytes each).
+# `count_block` runs one layer under the ledger, on **fake tensors**: they know their shape and
+# hold no numbers, so that it works for a layer of any size. Here is the list, in order, as
+# numbers per token (4 bytes each).
 
 # %% tags=["run"]
 tokens = recipe.micro_batch_size * recipe.sequence_length
@@ -154,14 +158,14 @@ print(f"{layer.saved_activation_bytes // (4 * tokens):5}  in all")
 
 # %% [markdown]
 # ## Exercise 01.1 · Bytes of a given layer
-# *Medium, 8 minutes.* Complete the formula: how many numbers does a layer keep for each token, given
-# its widths? The check counts three layers with the ledger, from ours to one of Llama-2-7B, and wants
-# **every byte**.
+# *Medium, 8 minutes.* Complete the formula: how many numbers does a layer keep for each token,
+# given its widths? The check counts three layers with the ledger, from ours to one of Llama-2-7B,
+# and wants **every byte**.
 #
 # <details><summary>Hint 1</summary>Group the list above: which lines have the width 192, 64, 384,
 # 6?</details>
-# <details><summary>Hint 2</summary>Attention: query and output are `hidden` wide, key and value
-# `kv`. What is left?</details>
+# <details><summary>Hint 2</summary>Attention: query and output are <code>hidden</code> wide, key and
+# value <code>kv</code>. What is left?</details>
 # <details><summary>Hint 3</summary><code>attention = 2 * hidden + 2 * kv + heads</code>; the MLP is
 # four times the same thing.</details>
 
@@ -177,13 +181,13 @@ exercises.check_saved_numbers(numbers_kept)
 
 # %% [markdown]
 # ## 3 · The usual estimate
-# You will meet this formula for activation memory: layers x batch x sequence x hidden x 2 bytes. For
-# Llama-2-7B (32 layers, hidden 4096) at one sequence of 2048 tokens it gives 512 MiB; at batch 8,
-# 4 GiB. Then 7B in 16 bits and its activations fit a T4.
+# You will meet this formula for activation memory: layers x batch x sequence x hidden x 2 bytes.
+# For Llama-2-7B (32 layers, hidden 4096) at one sequence of 2048 tokens it gives 512 MiB; at
+# batch 8, 4 GiB. Then 7B in 16 bits and its activations fit a T4.
 #
 # ### Predict
 # How much do the 32 layers really keep, with the attention kernel that transformers uses today
-# (SDPA)? In bytes, for example `1.5 * GIB`.
+# (SDPA)? In bytes: 2 GiB would be `2048 * MIB`.
 
 # %% tags=["predict"]
 predicted_kept = ...
@@ -206,20 +210,21 @@ figures.compare({name: {"weights": weight_bytes(seven), "activations": kept}
 
 # %% [markdown]
 # ### Explain
-# The usual estimate counts one tensor a layer: the boundary. Section 2 counted what lies *between*
-# two boundaries, and that is over twenty times as much. **Eager** attention also keeps the scores of
-# every pair of positions, for every head; **SDPA**, the attention kernel that never writes them to
-# memory, keeps one number for each row instead and recomputes them [FlashAttention, section 3.1].
-# The published formula of Korthikanti et al., 34 + 5 x heads x sequence / hidden per boundary number,
-# has the same two parts.
+# The usual estimate counts one tensor a layer: the boundary. Section 2 counted what lies
+# *between* two boundaries, and that is over twenty times as much. **Eager** attention also keeps
+# the scores of every pair of positions, for every head; **SDPA**, the attention kernel that never
+# writes them to memory, keeps one number for each row instead and recomputes them
+# [FlashAttention, section 3.1]. The formula of Korthikanti et al. for GPT's layer, sequence x
+# batch x hidden x (34 + 5 x heads x sequence / hidden) bytes, has the same two parts: one that
+# SDPA keeps, one that only eager has.
 #
 # Remember the estimate all the same: lesson 02 makes it come true.
 
 # %% [markdown]
 # ## 4 · Two laws
 # ### Predict
-# Double the sequence from 2048 to 4096 tokens. What one layer keeps grows by which factor with eager
-# attention? And with SDPA?
+# Double the sequence from 2048 to 4096 tokens. What one layer keeps grows by which factor with
+# eager attention? And with SDPA?
 
 # %% tags=["predict"]
 predicted_factor_eager = ...
@@ -230,20 +235,20 @@ lengths = [512, 1024, 2048, 4096]
 kept = {name: [count_block(replace(seven, attention=kind, sequence_length=length))
                .saved_activation_bytes for length in lengths]
         for name, kind in (("eager", "eager"), ("SDPA", "stock"))}
+factors = {name: line[3] / line[2] for name, line in kept.items()}
 times = "{:.2f} x".format
-show_prediction(predicted_factor_eager, show=times, counted_eager=kept["eager"][3] / kept["eager"][2])
-show_prediction(predicted_factor_sdpa, show=times, counted_sdpa=kept["SDPA"][3] / kept["SDPA"][2])
+show_prediction(predicted_factor_eager, show=times, counted_with_eager=factors["eager"])
+show_prediction(predicted_factor_sdpa, show=times, counted_with_SDPA=factors["SDPA"])
 
 # %% tags=["run"]
 figures.curves(lengths, kept, "sequence length, tokens", "What one layer of Llama-2-7B keeps")
 
 # %% [markdown]
 # ### Explain
-# **Batch: always linear.** Every kept tensor has the batch as a factor. **Sequence: depends on the
-# kernel.** SDPA's line is straight. Eager's is a straight part plus a quadratic one, so doubling gives
-# a factor between 2 and 4, and the closer to 4 the longer the text.
-#
-# Does the law of the batch hold to the byte? And is it the weights' dtype that decides?
+# **Sequence: it depends on the kernel.** SDPA's line is straight. Eager's is a straight part plus a
+# quadratic one (the scores), so doubling gives a factor between 2 and 4, the closer to 4 the longer
+# the text. **Batch: always linear**, because every kept tensor has the batch as a factor. To the
+# byte? And what does twice the bytes per number do?
 
 # %% tags=["run"]
 for name, other in {"batch 8": {"micro_batch_size": 8}, "float32": {"base": "float32"}}.items():
@@ -251,10 +256,11 @@ for name, other in {"batch 8": {"micro_batch_size": 8}, "float32": {"base": "flo
     print(f"{name}: {ratio:.2f} x")
 
 # %% [markdown]
-# Eight times the batch, exactly eight times the bytes. Twice the bytes a number, but *less* than
+# Eight times the batch, exactly eight times the bytes. Twice the bytes per number, but *less* than
 # twice the memory: in 16 bits the norms still work in float32, and keep float32 copies.
 #
-# Move the sliders. When does the estimate's verdict turn wrong?
+# Move the controls (with the mouse, or Tab and the arrow keys). Where is the estimate's verdict
+# wrong?
 
 # %% tags=["run"]
 widgets.layers_explorer()
@@ -269,26 +275,26 @@ two_steps(replace(recipe, micro_batch_size=32), budget_bytes=120 * MIB)
 
 # %% [markdown]
 # How many sequences of 128 tokens fit on that card, when all weights are trained for two steps or
-# more? Two runs are enough to know; you need no search. The check *runs* your answer within 120 MiB,
-# and one more.
+# more? Two runs are enough to know; you need no search. The check *runs* your answer within 120
+# MiB, and one more.
 
 # %% tags=["run"]
 one, two = (two_steps(replace(recipe, micro_batch_size=size)) for size in (1, 2))
 print("micro batch 1:", show_bytes(one.peak_bytes), "  micro batch 2:", show_bytes(two.peak_bytes))
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>Memory is linear in the batch: a part that is always there,
+# and a part for each sequence.</details>
+# <details><summary>Hint 2</summary>The difference of the two runs is one sequence. Subtract it from
+# the first run: what is left is there for any batch.</details>
+# <details><summary>Hint 3</summary><code>(120 * MIB - fixed) // (two.peak_bytes -
+# one.peak_bytes)</code></details>
 
 # %% tags=["exercise"]
 largest_batch = ...
 
 # %% tags=["check"]
 exercises.check_largest_batch(largest_batch, two_steps, recipe, budget_bytes=120 * MIB)
-
-# %% [markdown]
-# <details><summary>Hint 1</summary>Memory is linear in the batch: a part that is always there, and a
-# part for each sequence.</details>
-# <details><summary>Hint 2</summary>The difference of the two runs is one sequence. Subtract it from
-# the first run: what is left is there for any batch.</details>
-# <details><summary>Hint 3</summary><code>(120 * MIB - fixed) // (two.peak_bytes -
-# one.peak_bytes)</code></details>
 
 # %% [markdown]
 # ## 5 · LoRA to the rescue?
@@ -310,24 +316,26 @@ figures.compare({"all weights": full, "LoRA": lora}, title="at the peak of the t
 
 # %% [markdown]
 # ### Explain
-# Gradients and optimizer state all but vanish: they follow the *trained* parameters. Activations
-# hardly move, because the gradient must still travel through every frozen layer down to the first
-# adapter, and needs the same operands on its way. Only the inputs of frozen linear layers can go.
+# Gradients and optimizer state all but vanish: they follow the *trained* parameters. Most of the
+# activations stay, because the gradient must still travel through every frozen layer down to the
+# first adapter, and needs the same operands on its way. Only the inputs of frozen linear layers go.
 #
-# How much is that for a layer of Llama-2-7B, trained as people do, in 16 bits with float32 adapters?
+# How much is that for a layer of Llama-2-7B, trained as people do, in 16 bits with float32
+# adapters?
 
 # %% tags=["run"]
 adapted = replace(seven, lora_rank=16, amp_dtype="float16")
-for name, one in {"all weights": seven, "LoRA on q, k, v, o": adapted,
-                  "LoRA on every linear layer": replace(adapted, lora_targets="all-linear")}.items():
-    ratio = count_block(one).saved_activation_bytes / boundary_bytes(one)
+everywhere = replace(adapted, lora_targets="all-linear")
+for name, variant in {"all weights": seven, "LoRA on q, k, v, o": adapted,
+                      "LoRA on every linear layer": everywhere}.items():
+    ratio = count_block(variant).saved_activation_bytes / boundary_bytes(variant)
     print(f"{name:27}{ratio:5.1f} x the boundary")
 
 # %% [markdown]
-# A few boundaries out of over twenty, and with adapters everywhere nothing at all: they keep
-# operands of their own. So "gradients as large as the weights, Adam twice that" is wrong for LoRA by
-# a factor of hundreds, and "LoRA fixes my out of memory" is wrong when activations fill the card.
-# [LoRA, section 4.2: the saving it claims is optimizer state]
+# A few boundaries out of over twenty; and with adapters on every linear layer even more is kept,
+# since they keep float32 operands of their own. So "gradients as large as the weights, Adam twice
+# that" becomes "as large as the *adapters*", and "LoRA cures out of memory" holds only while
+# activations are the smaller part. [LoRA, section 4.2: the saving it claims is optimizer state]
 
 # %% [markdown]
 # ## 6 · The term nobody mentions
@@ -335,7 +343,8 @@ for name, one in {"all weights": seven, "LoRA on q, k, v, o": adapted,
 # vocabulary. Llama-3.2-1B has a vocabulary of 128 256. In come 4 sequences of 1024 token ids.
 #
 # ### Predict
-# How many bytes is *one* float32 copy of the logits? (The ids themselves: 4 x 1024 x 8 bytes, 32 KiB.)
+# How many bytes is *one* float32 copy of the logits? (The ids themselves: 4 x 1024 x 8 bytes, 32
+# KiB.)
 
 # %% tags=["predict"]
 predicted_logits = ...
@@ -348,15 +357,15 @@ with fake_tensors(), MemoryLedger(model) as ledger:
 big = ledger.report()
 show_prediction(predicted_logits, counted=big.largest[0].n_bytes, peak_of_the_step=big.peak_bytes)
 for tensor in big.largest[:6]:
-    print(f"{show_bytes(tensor.n_bytes):>11} {str(tensor.dtype)[6:]} {tensor.shape} {tensor.operation}")
+    print(f"{show_bytes(tensor.n_bytes):>11}  {tensor.dtype}  {tensor.shape}  {tensor.operation}")
 
 # %% [markdown]
 # ### Explain
-# The loss turns 16-bit logits into float32 for safety, its softmax keeps a copy for backward, and
-# backward makes another two before the first can go. A model of 1.2 billion parameters spends more
-# on its last operation than on all its weights. Whoever counts "layers x something" misses it,
-# because it is no layer; once lesson 02 has shrunk the layers, it is *the* peak. Lesson 06 removes
-# it. [transformers: `ForCausalLMLoss` in loss/loss_utils.py]
+# 32 KiB went in. The loss turns the 16-bit logits into float32 for safety, its softmax keeps a copy
+# for backward, and backward makes two more before the first can go: three copies, more than all the
+# weights of this model. Whoever counts "layers x something" misses them, because the head is no
+# layer; once lesson 02 has shrunk the layers, they *are* the peak. Lesson 06 removes them.
+# [transformers: `ForCausalLMLoss` in loss/loss_utils.py]
 
 # %% [markdown]
 # ## Exercise 01.3 · The biggest tensor at the peak
@@ -364,7 +373,8 @@ for tensor in big.largest[:6]:
 # at its peak, each with `n_bytes`, `shape`, `category` and `operation`. How many bytes of the peak
 # have the shape of the logits, the vocabulary (1280) as their last dimension?
 #
-# <details><summary>Hint 1</summary>Print the shapes of <code>full.largest[:6]</code> first.</details>
+# <details><summary>Hint 1</summary>Print the shapes of <code>full.largest[:6]</code>
+# first.</details>
 # <details><summary>Hint 2</summary>The embedding matrix is (1280, 192): its <em>last</em> dimension
 # is another one.</details>
 # <details><summary>Hint 3</summary><code>sum(t.n_bytes for t in full.largest if
@@ -400,10 +410,11 @@ print(ledger.report().saved_activation_bytes, "bytes kept for backward")
 # kept. Predict, then run.
 #
 # ## Go further
-# Qwen3-0.6B keeps far more per boundary than Llama does. Run
-# `count_block(replace(seven, model="qwen3-0.6b"))`, print its `saved` list as in section 2, and find
-# the two reasons. (Compare `head_dim x heads` with `hidden_size`, and look for norms where Llama has
-# none.)
+# Qwen3-0.6B keeps far more per boundary than Llama does. Run `count_block(replace(seven,
+# model="qwen3-0.6b"))`, print its `saved` list as in section 2, and find the two reasons.
+# (Compare `head_dim x heads` with `hidden_size`, and look for norms where Llama has none.) And if
+# you do not believe the ledger: `torch.autograd.graph.saved_tensors_hooks` hands you each tensor
+# that autograd keeps. Count one layer with it; mind storages that two tensors share.
 #
 # ## Try with AI
 # Ask an assistant:
@@ -417,19 +428,19 @@ print(ledger.report().saved_activation_bytes, "bytes kept for backward")
 # and comes close to these numbers:
 
 # %% tags=["run"]
-answers = {"boundaries only": seven, "SDPA or Flash": seven,
-           "eager": replace(seven, attention="eager"), "SDPA, LoRA on q, k, v, o": adapted}
-for name, one in answers.items():
-    kept_bytes = boundary_bytes(one) if name == "boundaries only" else \
-        count_block(one).saved_activation_bytes
-    print(f"{name:26}{show_bytes(32 * kept_bytes):>11}")
-print(f"{'one float32 copy of logits':26}{show_bytes(2048 * 32000 * 4):>11}")
+answers = {
+    "boundaries only": estimate, "SDPA or Flash": sdpa, "eager": eager,
+    "SDPA, LoRA on q, k, v, o": 32 * count_block(adapted).saved_activation_bytes,
+    "one float32 copy of the logits": 2048 * 32000 * 4,
+}
+for name, n_bytes in answers.items():
+    print(f"{name:32}{show_bytes(n_bytes):>10}")
 
 # %% [markdown]
 # ## What this lesson left out
-# The CUDA context and cuBLAS workspaces, the allocator's rounding and fragmentation (`forecast` adds
-# them from lesson 02 on); dropout masks; kernels that keep something else on a GPU than on a CPU
-# (a T4 has no FlashAttention: lesson 06); autocast (lesson 04).
+# The CUDA context and cuBLAS workspaces, the allocator's rounding and fragmentation (`forecast`
+# adds them from lesson 02 on); dropout masks; kernels that keep something else on a GPU than on a
+# CPU (a T4 has no FlashAttention: lesson 06); autocast (lesson 04).
 #
 # ## Sources
 # - Rajbhandari et al. 2020, [ZeRO](https://arxiv.org/abs/1910.02054), section 3: who holds what
@@ -450,5 +461,6 @@ print(f"{'one float32 copy of logits':26}{show_bytes(2048 * 32000 * 4):>11}")
 print(f"{sdpa / estimate:.1f}")
 
 # %% [markdown]
-# What if we kept *only* the boundaries, and computed the rest again when backward asks for it? Then
-# the usual estimate would come true. What would it cost? [Lesson 02](02_what_if_we_forget_on_purpose.ipynb)
+# What if we kept *only* the boundaries, and computed the rest again when backward asks for it?
+# Then the usual estimate would come true. What would it cost? Lesson 02 asks: what if we forget
+# on purpose?

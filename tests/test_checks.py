@@ -1,0 +1,129 @@
+"""Feedback: right, wrong in a named way, wrong, not attempted; never an exception."""
+
+import math
+
+import pytest
+import torch
+
+from course_utils.checks import check, check_function, check_number, right, show_prediction
+from course_utils.units import MIB
+
+TARGET = 512 * MIB
+HINTS = {"you forgot the float32 copy.": 256 * MIB}
+
+
+@pytest.mark.parametrize(("answer", "start"), [
+    (TARGET, "Right: "),
+    (float(TARGET), "Right: "),
+    (..., "Not attempted yet"),
+    (None, "Not attempted yet"),
+    (256 * MIB, "Not yet: you forgot the float32 copy."),
+    (round(TARGET / 2**30 * 10**9), "Not yet: that counts in GB (10**9)"),
+    (round(TARGET * 2**30 / 10**9), "Not yet: that counts in GB (10**9)"),
+    (8 * TARGET, "Not yet: that counts bits"),
+    (512, "Not yet: that is a factor of 1024**2 away"),
+    (0.5, "Not yet: that is a factor of 1024**3 away"),
+    (512 * 1024, "Not yet: that is a factor of 1024 away"),
+    (3 * TARGET, "Not yet: 1,610,612,736 is 3 times too large"),
+    (TARGET // 3, "Not yet: 178,956,970 is 3 times too small"),
+    (TARGET + 1, "Not yet: "),
+    (0, "Not yet: 0 is not above 0"),
+    (-TARGET, "Not yet: "),
+    ("512 MiB", "Not yet: a number is asked for, got str"),
+    (True, "Not yet: a number is asked for, got bool"),
+    (math.nan, "Not yet: a number is asked for"),
+    ([TARGET], "Not yet: a number is asked for, got list"),
+    (torch.ones(2), "Not yet: a number is asked for, got Tensor"),
+])
+def test_number(answer, start):
+    verdict = check_number(answer, TARGET, mistakes=HINTS)
+    assert repr(verdict).startswith(start)
+    assert verdict.passed is {"R": True, "N": False}[start[0]] or start.startswith("Not att")
+    assert "\n" not in repr(verdict)
+
+
+def test_tolerance():
+    assert check_number(1.05, 1.0, tolerance=0.1).passed
+    assert not check_number(1.2, 1.0, tolerance=0.1).passed
+
+
+def lean(x):
+    return (x * 2).sum()
+
+
+def hungry(x):
+    return (torch.stack([x, x]).sum(dim=0)).sum()
+
+
+def broken(x):
+    raise KeyError("weight")
+
+
+def open_end(x):
+    return x.shape[0] * ...
+
+
+def empty(x):
+    ...
+
+
+@pytest.mark.parametrize(("answer", "start"), [
+    (lean, "Right: "),
+    (hungry, "Not yet: the result is equal, but the peak is"),
+    (lambda x: x.sum(), "Not yet: you forgot to double."),
+    (lambda x: x * 2, "Not yet: (a tensor of shape (512, 512)) should give a tensor of shape ()"),
+    (lambda x: 2 * float(x.sum()), "Not yet: "),
+    (lambda: 1, "Not yet: your answer raised TypeError"),
+    (broken, "Not yet: your answer raised KeyError: 'weight'"),
+    (open_end, "Not attempted yet"),
+    (empty, "Not attempted yet"),
+    (..., "Not attempted yet"),
+    (3, "Not yet: a function is asked for, got int"),
+])
+def test_function_must_be_equal_and_lean(answer, start):
+    x = torch.ones(512, 512)  # 1 MiB
+    verdict = check_function(answer, [(x,)], [torch.tensor(2.0 * 512 * 512)],
+                             budget_bytes=MIB + 64, mistakes={"you forgot to double.": torch.sum})
+    assert repr(verdict).startswith(start)
+
+
+def test_function_is_held_to_every_case():
+    verdict = check_function(lambda n: 4, [(2,), (3,)], [4, 9])
+    assert repr(verdict) == "Not yet: (3) should give 9, got 4."
+
+
+def test_learners_error_never_escapes():
+    @check
+    def judge(answer):
+        return right(f"{1 / answer}")
+
+    assert repr(judge(0)).startswith("Not yet: your answer raised ZeroDivisionError")
+    assert judge(...).passed is None and judge().passed is None
+
+
+def test_interrupt_escapes():
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_function(stopped, [()], [1])
+
+
+@pytest.mark.parametrize(("predicted", "first"), [
+    (..., "predicted  no prediction yet"),
+    (None, "predicted  no prediction yet"),
+    (MIB, "predicted  1.00 MiB (0.50 times the counted)"),
+    (0, "predicted  0 B"),
+    (-MIB, "predicted  -1.00 MiB"),
+    ("2 MiB", "predicted  '2 MiB', which is not a number"),
+])
+def test_prediction(predicted, first, capsys):
+    show_prediction(predicted, counted=2 * MIB, measured=None)
+    assert capsys.readouterr().out.splitlines() == [
+        first, "counted    2.00 MiB", "measured   not measured on cpu"]
+
+
+def test_prediction_of_a_ratio(capsys):
+    show_prediction(2.0, show="{:.1f} x".format, counted=4.0)
+    assert capsys.readouterr().out.splitlines() == [
+        "predicted  2.0 x (0.50 times the counted)", "counted    4.0 x"]
