@@ -210,12 +210,11 @@ def emulate(gpu: Gpu) -> Iterator[Gpu]:
 
 
 def reset_peak() -> None:
-    """Start a new peak measurement: free cached blocks and set the peaks to what is live now."""
+    """Start a new peak measurement, from what is live now."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
