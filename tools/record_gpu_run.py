@@ -1,0 +1,209 @@
+"""Train on a GPU as if it were a T4, and write what was measured beside what was forecast.
+
+    python tools/record_gpu_run.py [--out lessons/recorded_runs.json] [--groups ladder fit …]
+
+Each row is a recipe run through `training.QLoRATrainer` in a process of its own, one after the
+other: random weights at the real shapes (memory and speed do not depend on values), full-length
+sequences, T4 kernels and, unless a row says otherwise, the T4's memory limit. Speed is the median
+of the steps after the second; peaks are the highest of all steps but the first two. The file is
+written again after every row, and rows of groups that were not asked for stay as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from course_utils.hardware import T4  # noqa: E402
+from course_utils.recipe import TrainRecipe  # noqa: E402
+from tools.measure_steps import answer, in_child, storage, versions, write_checkpoint  # noqa: E402
+
+LLAMA8, LLAMA1, PHI, QWEN = "llama-3.1-8b", "llama-3.2-1b", "phi-4-mini", "qwen3-1.7b"
+FUSED = ("qkv_proj", "o_proj")
+USUAL = TrainRecipe(model=LLAMA8, amp_dtype="float16", sequence_length=2048, micro_batch_size=4,
+                    max_steps=6, warmup_fraction=0.0, seed=0)
+LADDER = (  # each rung keeps the ones before it
+    ("the usual recipe", {}),
+    ("explicit key/value heads", {"attention": "explicit_kv"}),
+    ("chunked loss", {"loss": "chunked"}),
+    ("no adapter dropout", {"lora_dropout": 0.0}),
+    ("native RMSNorm", {"norm": "native"}),
+    ("loss with its gradient", {"loss": "lean"}),
+    ("adapters in one product", {"adapters": "lean"}),
+    ("lean MLP", {"mlp": "lean"}),
+    ("checkpoints on the host", {"offload_checkpoints": True}),
+)
+OURS = {key: value for _, change in LADDER[:-2] for key, value in change.items()}
+LEAN = OURS | LADDER[-2][1]
+
+
+def row(group: str, name: str, limited: bool = True, **changes) -> dict:
+    return {"group": group, "name": name, "limited": limited,
+            "recipe": dataclasses.asdict(dataclasses.replace(USUAL, **changes))}
+
+
+def ladder() -> list[dict]:
+    rows, changes = [row("ladder", "the usual recipe on a T4")], {}
+    rows.append(row("ladder", "with k-bit upcast", limited=False, kbit_upcast=True))
+    for name, change in LADDER:
+        changes |= change
+        rows.append(row("ladder", name, limited=False, **changes))
+    return rows
+
+
+def fitted() -> list[dict]:
+    """What `fit` picks for a T4, and its neighbours; 50 steps each for the pick."""
+    settings = ((1, 0), (1, 4), (1, 8), (2, 18), (2, 20), (4, 28), (4, "all"))
+    return [row("fit", f"micro batch {size}, {k} layers checkpointed", micro_batch_size=size,
+                checkpointed_layers=k, max_steps=50 if k == 0 else 8, **LEAN)
+            for size, k in settings]
+
+
+def menu() -> list[dict]:
+    rows = []
+    for model, targets in ((LLAMA1, USUAL.lora_targets), (QWEN, USUAL.lora_targets), (PHI, FUSED)):
+        which = {"model": model, "lora_targets": targets}
+        rows.append(row("menu", f"{model}, usual", limited=False, **which))
+        rows.append(row("menu", f"{model}, ours", **which, **OURS))
+        for size in (8, 12, 16, 24, 32):
+            rows.append(row("menu", f"{model}, micro batch {size}", micro_batch_size=size,
+                            max_steps=4, **which, **LEAN))
+    return rows
+
+
+def curves() -> list[dict]:
+    """The same data and seed, 50 steps: the levers change the memory, not the training."""
+    common = {"micro_batch_size": 1, "max_steps": 50, "lora_dropout": 0.0, "limited": False}
+    return [row("curves", "usual", **common),
+            row("curves", "ours", **common | {k: v for k, v in LEAN.items() if k not in common})]
+
+
+GROUPS = {"ladder": ladder, "fit": fitted, "menu": menu, "curves": curves}
+
+
+class Sequences:
+    """Full-length sequences with something to learn: each repeats its own 64 random tokens."""
+
+    def __init__(self, recipe: TrainRecipe, vocab_size: int):
+        import torch
+
+        random = torch.Generator().manual_seed(recipe.seed)
+        motifs = torch.randint(10, vocab_size - 10, (256, 64), generator=random)
+        self.rows = motifs.repeat(1, -(-recipe.sequence_length // 64))[:, :recipe.sequence_length]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.rows[index].tolist()}
+
+
+def train_row(spec: dict, source: str, pipe) -> None:
+    """Train one row in an empty process; the answer goes through the pipe, errors too."""
+    import torch
+
+    from course_utils import hardware, qlora, training
+
+    def collate(rows):
+        ids = torch.tensor([r["input_ids"] for r in rows])
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    recipe = recipe_of(spec)
+    total = torch.cuda.get_device_properties(0).total_memory
+    gpu = T4 if spec["limited"] else dataclasses.replace(T4, total_bytes=total)
+    steps: list[dict] = []
+    try:
+        with hardware.emulate(gpu), tempfile.TemporaryDirectory() as folder:
+            base = qlora.load_base(recipe, source)
+            torch.manual_seed(recipe.seed)
+            model = qlora.apply_levers(qlora.add_adapters(base, recipe), recipe)
+            trainer = training.QLoRATrainer(
+                recipe, model, Sequences(recipe, model.config.vocab_size),
+                SimpleNamespace(pad_token_id=0), Path(folder), on_step=steps.append,
+                save_strategy="no", remove_unused_columns=False)
+            trainer.data_collator = collate
+            trainer.train()
+        outcome = "trained"
+    except torch.OutOfMemoryError as error:
+        outcome = "out of memory: " + str(error).split(". GPU")[0]
+    except BaseException as error:  # the row's own record of what went wrong
+        pipe.send({"error": f"{type(error).__name__}: {error}"})
+        return
+    measured = steps[2:] or [{}]
+    speeds = [step["tokens_per_second"] for step in measured if step]
+    pipe.send({
+        "outcome": outcome, "steps": len(steps),
+        "peak_allocated_bytes": max((s["peak_allocated_bytes"] for s in measured if s),
+                                    default=None),
+        "peak_reserved_bytes": max((s["peak_reserved_bytes"] for s in measured if s), default=None),
+        "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
+        "losses": [round(step["loss"], 5) for step in steps]})
+
+
+def recipe_of(spec: dict) -> TrainRecipe:
+    """The recipe of a row, also one that came back from JSON."""
+    fields = dict(spec["recipe"])
+    if isinstance(fields["lora_targets"], list):
+        fields["lora_targets"] = tuple(fields["lora_targets"])
+    return TrainRecipe(**fields)
+
+
+def describe_gpu(pipe) -> None:
+    import torch
+
+    pipe.send({"name": torch.cuda.get_device_name(0)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "lessons" / "recorded_runs.json")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    options = parser.parse_args()
+    import torch  # imported once, before the rows fork
+    from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
+
+    torch.set_num_threads(1)  # a forked child of a parent with OpenMP threads would hang
+    context = multiprocessing.get_context("fork")
+    old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    record = {
+        "gpu": answer(*in_child(context, describe_gpu))["name"], "emulated": "T4",
+        "versions": versions(), "date": datetime.date.today().isoformat(),
+        "protocol": " ".join(__doc__.split("\n\n", 2)[2].split()),
+        "rows": [r for r in old if r["group"] not in options.groups]}
+    specs = [spec for group in options.groups for spec in GROUPS[group]()]
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, full = None, {}
+        for number, spec in enumerate(specs, 1):
+            key = (spec["recipe"]["model"], storage(spec))
+            if checkpoint != key:
+                gc.collect()
+                source, checkpoint = write_checkpoint(Path(folder), *key), key
+            size = spec["recipe"]["micro_batch_size"]
+            if spec["group"] == "menu" and size > full.get(key, size):
+                continue  # a smaller micro batch did not fit
+            found = answer(*in_child(context, train_row, spec, str(source)))
+            if found.get("outcome", "").startswith("out of memory"):
+                full[key] = size
+            record["rows"].append(spec | found)
+            options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            peak = found.get("peak_allocated_bytes")
+            print(f"{number}/{len(specs)} {spec['group']}: {spec['name']}: "
+                  + (found.get("error") or found["outcome"])
+                  + (f", {peak / 2**30:.2f} GiB, {found['tokens_per_second']:.0f} tok/s"
+                     if peak else ""), flush=True)
+
+
+if __name__ == "__main__":
+    main()
