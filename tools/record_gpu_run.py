@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     options = parser.parse_args()
     import torch  # imported once, before the rows fork
-    from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
 
     torch.set_num_threads(1)  # a forked child of a parent with OpenMP threads would hang
     context = multiprocessing.get_context("fork")
