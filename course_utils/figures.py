@@ -218,10 +218,10 @@ def forward_backward(layers: int = 4) -> Figure:
             ax.add_patch(FancyArrowPatch((layer, start), (layer, end), color=INK, **arrow))
     ax.text(-0.75, 1.0, "kept", ha="right", va="center", weight="bold",
             color=COLOURS["activations"])
-    ax.text(layers - 0.28, 1.0, "loss", ha="left", va="center", weight="bold")
+    ax.text(layers + 0.14, 1.0, "loss", ha="left", va="center", weight="bold")
     ax.add_patch(FancyArrowPatch((layers - 0.33, 2.0), (layers - 0.33, 0.0), color=INK,
                                  connectionstyle="arc3,rad=-0.35", **arrow))
-    ax.set(xlim=(-1.6, layers + 0.3), ylim=(-0.45, 2.45))
+    ax.set(xlim=(-1.6, layers + 0.6), ylim=(-0.45, 2.45))
     ax.axis("off")
     names = ", ".join(f"a{layer + 1}" for layer in range(layers))
     return _finish(canvas, f"the forward pass runs through layers 1 to {layers} and keeps {names}, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ipywidgets
@@ -95,6 +96,28 @@ def layers_explorer() -> Explorer:
                     micro_batch_size=(1, 2, 4, 8), sequence_length=(2048, 256, 512, 1024, 4096),
                     attention=("SDPA", "eager"), trained=("all weights", "LoRA"),
                     gpu=tuple(PRESETS))
+
+
+def levers_explorer(recipe: TrainRecipe) -> Explorer:
+    """One training step of a recipe and of the same with other levers, at the ledger's peak."""
+    from .measurement import measure_step  # here, because they import the whole of Trainer
+    from .training import build_model
+
+    def peak(recipe: TrainRecipe) -> dict[str, int]:
+        recipe = replace(recipe, gradient_accumulation_steps=2)
+        return measure_step(recipe, build_model(recipe), steps=1).report.composition
+
+    before = peak(recipe)
+
+    def draw(checkpointed_layers: str, **levers: Any) -> Figure:
+        k = "all" if checkpointed_layers == "all" else 0
+        other = replace(recipe, checkpointed_layers=k, **levers)
+        return compare({"this recipe": before, "with these levers": peak(other)},
+                       title=f"{recipe.model}, sequence length {recipe.sequence_length}")
+
+    return Explorer(draw, micro_batch_size=(2, 1, 4, 8, 16), lora_rank=(16, 4, 8, 32),
+                    checkpointed_layers=("all", "none"), loss=("chunked", "full"),
+                    attention=("explicit_kv", "stock", "eager"), norm=("stock", "native"))
 
 
 def _img(figure: Figure) -> str:
