@@ -51,6 +51,6 @@ $(READY):
 	@echo "Setting up .venv (the first time: some minutes and about 1 GB)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) --quiet setuptools
-	@$(PIP) --no-build-isolation --editable '.[dev]' | sed -u '/already satisfied/d'
+	@$(PIP) --no-build-isolation --editable '.[dev]' | sed -u -E '/already satisfied|^(Installing collected|Successfully)/d'
 	@rm -f .venv/ready-*
 	@touch $@

@@ -26,7 +26,7 @@ VERBS = {"help", "lessons", "test", "lab", "execute", "lint", "bench", "clean"}
 COLAB = {
     "torch": "2.11.0", "transformers": "5.15.0", "peft": "0.20.0", "accelerate": "1.14.0",
     "datasets": "4.0.0", "safetensors": "0.8.0", "numpy": "2.1.3", "matplotlib": "3.10.0",
-    "ipywidgets": "7.7.1",
+    "ipywidgets": "7.7.1", "huggingface_hub": "1.27.0",
 }  # fmt: skip
 
 
@@ -219,6 +219,7 @@ def test_dead_kernel_and_endless_cell_are_named(lessons, capfd, monkeypatch):
 
 
 def test_report_writes_pages_and_a_table(lessons, tmp_path, capfd):
+    (lessons / "glossary.md").write_text("# Glossary\n\nByte: [lesson 1](01_try.ipynb)\n", "utf-8")
     before = {path: path.read_bytes() for path in lessons.iterdir()}
     assert report.main() == 0
     assert {path: path.read_bytes() for path in lessons.iterdir()} == before
@@ -228,6 +229,7 @@ def test_report_writes_pages_and_a_table(lessons, tmp_path, capfd):
     assert "counted" in page
     assert 'href="02_next.html"' in page
     assert "prefers-color-scheme: dark" in page
+    assert 'href="01_try.html"' in (tmp_path / "build/lessons/glossary.html").read_text("utf-8")
     index = (tmp_path / "build/index.html").read_text("utf-8")
     assert '<a href="lessons/01_try.html">01 · Does it run?</a></td><td>40</td><td>2</td>' in index
 

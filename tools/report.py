@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell, new_notebook
 from pygments.formatters import HtmlFormatter
 
 from tools.notebooks import ROOT, LessonError, clean, execute, from_script, lesson_scripts
@@ -81,7 +82,7 @@ def run_lesson(script: Path, folder: Path) -> Result:
     minutes = re.search(r"(\d+)\s*min", opening)
     question = title[1] if title else script.stem
     nbformat.write(notebook, folder / f"{script.stem}.ipynb")
-    (folder / f"{script.stem}.html").write_text(_lesson_page(question, notebook), "utf-8")
+    (folder / f"{script.stem}.html").write_text(_page(question, notebook), "utf-8")
     return Result(
         name=script.stem,
         question=question,
@@ -118,12 +119,12 @@ def _style() -> str:
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{ours}"
 
 
-def _lesson_page(question: str, notebook: NotebookNode) -> str:
+def _page(question: str, notebook: NotebookNode) -> str:
     exporter = HTMLExporter(
         template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
     )
     body, _ = exporter.from_notebook_node(notebook)
-    body = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', body)
+    body = re.sub(r'href="(\w+)\.(ipynb|md)\b', r'href="\1.html', body)
     body = f'<nav><a href="../index.html">All lessons</a></nav>\n<main>\n{body}\n</main>'
     return PAGE.format(title=html.escape(question), style=_style(), body=body)
 
@@ -171,6 +172,9 @@ def main() -> int:
         end = "\r\x1b[K" if sys.stdout.isatty() else ""
         print(f"{end}{result.name}: {'FAILED' if result.failure else 'done'}", flush=True)
         results.append(result)
+    for text in scripts[0].parent.glob("*.md"):  # the glossary, which lessons link to
+        notebook = new_notebook(cells=[new_markdown_cell(text.read_text("utf-8"))])
+        (folder / f"{text.stem}.html").write_text(_page(text.stem, notebook), "utf-8")
     (BUILD / "index.html").write_text(_index_page(results), "utf-8")
     failed = [result for result in results if result.failure]
     for result in failed:
