@@ -1,0 +1,89 @@
+"""Preflight: every obstacle is found before the run, with its fix."""
+
+import re
+import shutil
+from importlib import metadata
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+from course_utils import hardware, preflight
+from course_utils.preflight import FLOORS
+from course_utils.recipe import TrainRecipe
+from course_utils.units import GIB
+from tools.notebooks import ROOT
+
+ONE_B = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16")
+
+
+def found(recipe, gpu, name, **options):
+    table = preflight.preflight(recipe, gpu, **options)
+    return next(finding for finding in table.findings if finding.name == name)
+
+
+def test_the_bundled_model_may_train_anywhere(tmp_path):
+    table = preflight.preflight(TrainRecipe(), None, tmp_path)
+    assert table.require() is table
+    assert all(line.startswith("ok") for line in repr(table).splitlines())
+
+
+def test_a_large_model_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="switch Runtime > Change runtime type to T4"):
+        preflight.preflight(ONE_B, None).require()
+
+
+def test_bfloat16_on_a_t4_is_refused():
+    finding = found(TrainRecipe(amp_dtype="bfloat16"), hardware.T4, "precision")
+    assert "amp_dtype must be 'float16' on a T4" in finding.found
+    assert finding.fix == "use recipe.for_gpu(hardware.detect())"
+    assert found(TrainRecipe(amp_dtype="bfloat16"), hardware.L4, "precision").fix is None
+    assert found(ONE_B, None, "precision").fix
+
+
+def test_memory_is_held_against_what_is_free(monkeypatch):
+    assert found(ONE_B, hardware.T4, "memory", peak_bytes=14 * GIB).fix is None
+    assert "halve micro_batch_size" in found(ONE_B, hardware.T4, "memory",
+                                             peak_bytes=15 * GIB).fix
+    monkeypatch.setattr(hardware, "free_bytes", lambda: 10 * GIB)  # another program is there
+    assert found(ONE_B, hardware.T4, "memory", peak_bytes=14 * GIB).fix
+
+
+def test_disk_must_take_the_download(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * GIB))
+    finding = found(ONE_B, hardware.T4, "disk", output_dir=tmp_path / "not/there/yet")
+    assert "2.00 GiB free" in finding.found and "another output_dir" in finding.fix
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * GIB))
+    assert found(ONE_B, hardware.T4, "disk").fix is None  # 1.24e9 parameters in 16 bits: 2.3 GiB
+
+
+def test_versions_are_those_of_requirements(monkeypatch):
+    text = (ROOT / "requirements.txt").read_text("utf-8")
+    for name, floor in FLOORS.items():
+        assert re.search(rf"^{name}>={floor[0]}\.{floor[1]}\s", text, re.MULTILINE), name
+    monkeypatch.setattr(metadata, "version", lambda name: {"peft": "0.9.1"}.get(name, "99.0"))
+    finding = found(TrainRecipe(), None, "versions")
+    assert finding.found == "peft 0.9.1" and "run the set-up cell" in finding.fix
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (None, None), (GatedRepoError, "accept its licence"), (HfHubHTTPError, "check the network"),
+    (OSError, "check the network")])
+def test_weights_are_on_the_hub_and_open(monkeypatch, error, words):
+    def auth_check(source):
+        assert source == "unsloth/Llama-3.2-1B-Instruct"
+        if error is not None:
+            raise error("no", response=SimpleNamespace(
+                headers={}, request=None, status_code=403)) if error is not OSError else error()
+
+    monkeypatch.setattr(huggingface_hub, "auth_check", auth_check)
+    fix = found(ONE_B, hardware.T4, "weights").fix
+    assert fix is None if words is None else words in fix
+
+
+def test_every_stop_is_in_the_message():
+    with pytest.raises(ValueError) as caught:
+        preflight.preflight(TrainRecipe(amp_dtype="bfloat16"), hardware.T4,
+                            peak_bytes=20 * GIB).require()
+    assert len(str(caught.value).splitlines()) == 2
