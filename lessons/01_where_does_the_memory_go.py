@@ -54,8 +54,9 @@ print(hardware.describe(hardware.detect()))
 # "measured" is the GPU's own, where there is one.
 
 # %% tags=["setup"]
-recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, optimizer="adamw",
-                     micro_batch_size=4, sequence_length=128, checkpointed_layers=0, lora_dropout=0)
+recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, lora_dropout=0,
+                     micro_batch_size=4, sequence_length=128, optimizer="adamw",
+                     checkpointed_layers=0)
 
 def two_steps(recipe, budget_bytes=None):
     model = qlora.add_adapters(qlora.load_base(recipe), recipe)
@@ -92,7 +93,8 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # descends: it uses them up, last layer first, and leaves gradients. The **optimizer step**
 # creates Adam's two averages, once; they never go away. So the second step starts higher than the
 # first, and the peak belongs to the *second* step: whoever probes a batch size without an
-# optimizer step probes too low.
+# optimizer step probes too low. (On a GPU, "measured" is higher than "counted" by cuBLAS's
+# workspaces and the allocator's rounding.)
 #
 # Now the folklore: "gradients are as large as the weights, Adam's state is twice that".
 
@@ -133,7 +135,8 @@ show_prediction(predicted_ratio, show="{:.2f} x the boundary".format,
 # %% [markdown]
 # `count_block` runs one layer under the ledger, on **fake tensors**: they know their shape and
 # hold no numbers, so that it works for a layer of any size. Here is the list, in order, as
-# numbers per token (4 bytes each).
+# numbers per token (4 bytes each), with who *made* each tensor. Who keeps it is whoever needs it
+# next: the sum in the middle is kept by the norm that reads it. The first line is the input.
 
 # %% tags=["run"]
 tokens = recipe.micro_batch_size * recipe.sequence_length
@@ -164,8 +167,8 @@ print(f"{layer.saved_activation_bytes // (4 * tokens):5}  in all")
 #
 # <details><summary>Hint 1</summary>Group the list above: which lines have the width 192, 64, 384,
 # 6?</details>
-# <details><summary>Hint 2</summary>Attention: query and output are <code>hidden</code> wide, key and
-# value <code>kv</code>. What is left?</details>
+# <details><summary>Hint 2</summary>Attention: query and output are <code>hidden</code> wide, key
+# and value <code>kv</code>. What is left?</details>
 # <details><summary>Hint 3</summary><code>attention = 2 * hidden + 2 * kv + heads</code>; the MLP is
 # four times the same thing.</details>
 
@@ -193,12 +196,12 @@ exercises.check_saved_numbers(numbers_kept)
 predicted_kept = ...
 
 # %% tags=["run"]
-seven = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, sequence_length=2048,
-                    checkpointed_layers=0, lora_dropout=0)
+seven = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, lora_dropout=0,
+                    sequence_length=2048, checkpointed_layers=0)
 estimate = 32 * boundary_bytes(seven)
 sdpa = 32 * count_block(seven).saved_activation_bytes
 eager = 32 * count_block(replace(seven, attention="eager")).saved_activation_bytes
-show_prediction(predicted_kept, counted=sdpa, with_eager_attention=eager,
+show_prediction(predicted_kept, counted=sdpa, counted_with_eager=eager,
                 usual_estimate=estimate, usual_estimate_at_batch_8=8 * estimate)
 print(f"of the estimate: SDPA {sdpa / estimate:.1f} x, eager {eager / estimate:.1f} x")
 
@@ -241,7 +244,7 @@ show_prediction(predicted_factor_eager, show=times, counted_with_eager=factors["
 show_prediction(predicted_factor_sdpa, show=times, counted_with_SDPA=factors["SDPA"])
 
 # %% tags=["run"]
-figures.curves(lengths, kept, "sequence length, tokens", "What one layer of Llama-2-7B keeps")
+figures.curves(lengths, kept, "sequence length, tokens", "What a layer of Llama-2-7B keeps")
 
 # %% [markdown]
 # ### Explain
@@ -251,8 +254,9 @@ figures.curves(lengths, kept, "sequence length, tokens", "What one layer of Llam
 # byte? And what does twice the bytes per number do?
 
 # %% tags=["run"]
-for name, other in {"batch 8": {"micro_batch_size": 8}, "float32": {"base": "float32"}}.items():
-    ratio = count_block(replace(seven, **other)).saved_activation_bytes / kept["SDPA"][2]
+eightfold, wide = replace(seven, micro_batch_size=8), replace(seven, base="float32")
+for name, variant in {"batch 8": eightfold, "float32": wide}.items():
+    ratio = count_block(variant).saved_activation_bytes / kept["SDPA"][2]
     print(f"{name}: {ratio:.2f} x")
 
 # %% [markdown]
@@ -280,7 +284,8 @@ two_steps(replace(recipe, micro_batch_size=32), budget_bytes=120 * MIB)
 
 # %% tags=["run"]
 one, two = (two_steps(replace(recipe, micro_batch_size=size)) for size in (1, 2))
-print("micro batch 1:", show_bytes(one.peak_bytes), "  micro batch 2:", show_bytes(two.peak_bytes))
+print("micro batch 1:", show_bytes(one.peak_bytes))
+print("micro batch 2:", show_bytes(two.peak_bytes))
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>Memory is linear in the batch: a part that is always there,
@@ -312,7 +317,7 @@ predicted_fraction = ...
 lora = two_steps(replace(recipe, lora_rank=16))
 show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
                 counted=lora.peak_bytes / full.peak_bytes)
-figures.compare({"all weights": full, "LoRA": lora}, title="at the peak of the two steps")
+figures.compare({"all weights": full, "LoRA": lora}, title="at the peak of two steps")
 
 # %% [markdown]
 # ### Explain
@@ -355,9 +360,10 @@ with fake_tensors(), MemoryLedger(model) as ledger:
     ids = torch.zeros(4, 1024, dtype=torch.long)
     model(input_ids=ids, labels=ids).loss.backward()
 big = ledger.report()
-show_prediction(predicted_logits, counted=big.largest[0].n_bytes, peak_of_the_step=big.peak_bytes)
-for tensor in big.largest[:6]:
-    print(f"{show_bytes(tensor.n_bytes):>11}  {tensor.dtype}  {tensor.shape}  {tensor.operation}")
+show_prediction(predicted_logits, counted=big.largest[0].n_bytes,
+                peak_of_the_step=big.peak_bytes)
+for one in big.largest[:6]:
+    print(f"{show_bytes(one.n_bytes):>11}  {one.dtype}  {one.shape}  {one.operation}")
 
 # %% [markdown]
 # ### Explain
