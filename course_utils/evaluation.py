@@ -103,6 +103,11 @@ def score(answers: Sequence[str], expected: Sequence[str]) -> Score:
     return Score(sum(structured) / len(answers), sum(right) / len(answers))
 
 
+def largest_shift(one: Sequence[float], other: Sequence[float]) -> float:
+    """Largest absolute difference between two lists of losses of the same examples."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
 def paired_bootstrap(before: Sequence[float], after: Sequence[float], resamples: int = 10_000,
                      seed: int = 0) -> Interval:
     """Mean of after - before with its 95 % interval, by resampling the examples.

@@ -5,20 +5,20 @@
 #
 # **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
 #
-# Can a fine-tune be trusted? Not "the loss went down", but: it fits, it learned what it should, it
-# survives a dead session, and the file you carry home is the model that you measured. In this lesson
-# you take one run from check-list to exported model, and try to break it on the way.
+# Can a fine-tune be trusted? Not "the loss went down", but: it fits, it learned what it should,
+# it survives a dead session, and the file you carry home is the model that you measured. In this
+# lesson you take one run from check-list to exported model, and try to break it on the way.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *calculate* what adapters add, and *explain* every row of the memory budget | B1 | exercise 06.1 |
+# | *calculate* what adapters add and *explain* each row of the memory budget | B1 | exercise 06.1 |
 # | *prepare* labels that teach the answer and nothing else | B1 | exercise 06.2 |
 # | *adjust* a recipe to a memory budget without changing what is learned | B2 | exercise 06.3 |
 # | *judge* a fine-tune: baseline, control, interval, reloaded export | B2 | sections 4, 8 and 9 |
 #
 # **Needs:** the four holders of memory (lesson 01), accumulation (03), mixed precision (04).
-# **New concepts (5):** NF4 · baseline and control · gates · atomic checkpoint · merging. Each is in
-# the [glossary](glossary.md).
+# **New concepts (5):** NF4 · baseline and control · gates · atomic checkpoint · merging. Each is
+# in the [glossary](glossary.md).
 
 # %% [markdown]
 # ## Set up
@@ -40,11 +40,12 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from course_utils import corpus, evaluation, export, figures, gates, hardware, measurement
 from course_utils import exercises_06 as exercises, qlora, training, widgets
-from course_utils.checks import show_prediction
+from course_utils.block import boundary_bytes
 from course_utils.checkpoints import verify
+from course_utils.checks import show_prediction
 from course_utils.preflight import preflight
 from course_utils.recipe import TrainRecipe
-from course_utils.units import MIB, show_bytes
+from course_utils.units import GIB, MIB, show_bytes
 os.chdir(tempfile.mkdtemp())  # checkpoints of this lesson go here
 gpu = hardware.detect()
 print(hardware.describe(gpu))
@@ -65,33 +66,33 @@ recipe = TrainRecipe(
 print(recipe.effective_batch_size, "sequences and", f"{recipe.tokens_per_step:,}", "tokens a step")
 
 # %% [markdown]
-# Most runs that die, die of something that was known before they started. So look first: this takes
-# seconds, and no download has begun.
+# Most runs that die, die of something that was known before they started. So look first: this
+# takes seconds, and no download has begun.
 
 # %% tags=["run"]
 preflight(recipe, gpu).require()
 
 # %% [markdown]
-# And this is how it refuses: a big model on a GPU that computes no bfloat16, with no room left.
+# And this is how it refuses: a recipe that asks a T4 for bfloat16 and for 19 GiB.
 
 # %% tags=["raises-exception"]
-eight = replace(recipe, model="bundled", amp_dtype="bfloat16")
-preflight(eight, hardware.T4, peak_bytes=19 * 1024 * MIB).require()
+unlucky = replace(recipe, amp_dtype="bfloat16")
+preflight(unlucky, hardware.T4, peak_bytes=19 * GIB).require()
 
 # %% [markdown]
-# Three words of that are worth remembering on Colab: `torch.cuda.is_bf16_supported()` says **True**
-# on a T4, because PyTorch emulates it. The run would be accepted, and crawl.
+# Three words of that are worth remembering on Colab: `torch.cuda.is_bf16_supported()` says
+# **True** on a T4, because PyTorch emulates it. The run would be accepted, and crawl.
 
 # %% [markdown]
 # ## 2 · Load in 4 bits, add adapters
 # **NF4** stores each weight as one of 16 values, placed where normally distributed weights are
 # dense; a scale for every 64 weights says how large they are. The base is frozen: 4-bit numbers
-# cannot be trained. What trains are **adapters**, pairs of thin float32 matrices beside each linear
-# layer.
+# cannot be trained. What trains are **adapters**, pairs of thin float32 matrices beside each
+# linear layer.
 #
 # ### Predict
-# Adapters of rank 16 beside every linear layer. Which share of all parameters is trained, in percent?
-# (People say "about 0.1 %".)
+# Adapters of rank 16 beside every linear layer. Which share of all parameters is trained, in
+# percent? (People say "about 0.1 %".)
 
 # %% tags=["predict"]
 predicted_percent = ...
@@ -104,19 +105,21 @@ print(f"{trainable:,} of {total:,} parameters")
 
 # %% [markdown]
 # ### Explain
-# The share is a property of the *shape*, not of LoRA: an adapter costs rank x (in + out) parameters
-# where the layer has in x out. A layer 192 wide has few weights for its edges, so the share is large;
-# at 4096 the same rank gives a fraction of a percent. Quote a count, not a share.
+# The share is a property of the *shape*, not of LoRA: an adapter costs rank x (in + out)
+# parameters where the layer has in x out. A layer 192 wide has few weights for its edges, so the
+# share is large; at 4096 the same rank gives a fraction of a percent. Quote a count, not a share.
 
 # %% [markdown]
 # ## Exercise 06.1 · Count the adapters
-# *Easy, 6 minutes.* How many parameters do adapters of rank `r` add on q, k, v and o? `q` and `o` are
-# hidden x hidden; `k` and `v` go from hidden to kv. The check counts three real models.
+# *Easy, 6 minutes.* How many parameters do adapters of rank `r` add on q, k, v and o? `q` and `o`
+# are hidden x hidden; `k` and `v` go from hidden to kv. The check counts three real models.
 #
-# <details><summary>Hint 1</summary>An adapter on a layer in → out is A, of shape (r, in), and B, of
-# shape (out, r).</details>
-# <details><summary>Hint 2</summary>q and o: <code>r * (hidden + hidden)</code> each. k and v?</details>
-# <details><summary>Hint 3</summary><code>layers * r * (2 * 2 * hidden + 2 * (hidden + kv))</code></details>
+# <details><summary>Hint 1</summary>An adapter on a layer in → out is A, of shape (r, in), and B,
+# of shape (out, r).</details>
+# <details><summary>Hint 2</summary>q and o: <code>r * (hidden + hidden)</code> each. k and
+# v?</details>
+# <details><summary>Hint 3</summary><code>layers * r * (4 * hidden + 2 * (hidden + kv))</code>
+# </details>
 
 # %% tags=["exercise"]
 def lora_parameters(layers, hidden, kv, r):
@@ -143,46 +146,49 @@ show_prediction(predicted_state, forecast_by_the_rule=int(2.03 * trainable),
                 counted=most["optimizer state"])
 
 # %% [markdown]
-# Four bytes for one: each state tensor here has fewer than 4096 elements, and bitsandbytes keeps
-# those in float32, 2 x 4 bytes. At a hidden size of 4096 the rule holds. A formula is a forecast; only
-# the count is a fact. Here is every holder with the formula that is in circulation:
+# Almost three times the rule. Most of these matrices have fewer than 4096 elements, and
+# bitsandbytes keeps the state of those in float32: 2 x 4 bytes each. At a hidden size of 4096 the
+# rule holds. A formula is a forecast; only the count is a fact. Here is every holder, beside the
+# formula that is in circulation:
 
 # %% tags=["run"]
-in_4_bit = sum(p.quant_state.shape.numel() for p in model.parameters() if hasattr(p, "quant_state"))
-plain_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad
-                  and not hasattr(p, "quant_state"))
-boundary = 8 * 128 * 192 * 4  # micro batch x sequence x hidden, float32
+frozen = [p for p in model.parameters() if not p.requires_grad]
+in_4_bit = sum(p.quant_state.shape.numel() for p in frozen if hasattr(p, "quant_state"))
+plain_bytes = sum(p.nbytes for p in frozen if not hasattr(p, "quant_state"))
+layers = 4 * boundary_bytes(recipe)  # micro batch x sequence x hidden, for each of 4 layers
 formulas = {"weights": ("0.516 x 4-bit + the others", 0.516 * in_4_bit + plain_bytes),
             "adapters": ("4 x trainable", 4 * trainable),
             "gradients": ("4 x trainable", 4 * trainable),
             "optimizer state": ("2.03 x trainable", 2.03 * trainable),
-            "activations": ("layers x boundary", 4 * boundary),
-            "inputs": ("3 x tokens x 8", 4 * 3 * 8 * 128 * 8)}
+            "activations": ("layers x boundary", layers),
+            "inputs": ("2 x tokens x 8", 2 * recipe.tokens_per_step * 8)}
+print(f"{'holder':16}{'in circulation':28}{'':>12}{'counted':>12}")
 for holder, (formula, n_bytes) in formulas.items():
-    print(f"{holder:16}{formula:28}{show_bytes(int(n_bytes)):>12}{show_bytes(most[holder]):>12} counted")
+    print(f"{holder:16}{formula:28}{show_bytes(int(n_bytes)):>12}{show_bytes(most[holder]):>12}")
 
 # %% tags=["run"]
 figures.memory_over_time(step.report, "one optimizer step: four micro batches, then Adam")
 
 # %% [markdown]
 # ### Explain
-# Weights, adapters and gradients are what the formulas say. The batch of token ids is kilobytes, not
-# the gigabyte that some budgets give it. Activations are the row where people are wrong: with every
-# layer checkpointed the boundaries remain, **plus everything of the one layer that is being
-# recomputed**, and that layer is the peak. Four equal hills: activations follow the *micro* batch;
-# only gradients survive from hill to hill.
+# Weights, adapters and gradients are what the formulas say. The batch of token ids is kilobytes,
+# not the gigabyte that some budgets give it. Activations are the row where people are wrong: with
+# every layer checkpointed the boundaries remain, **plus everything of the one layer that is being
+# recomputed**, and that layer is the peak. Four equal hills: activations follow the *micro*
+# batch; only gradients survive from hill to hill.
 #
 # The logits are missing at the peak, because `loss="chunked"` never builds them, and because this
 # vocabulary has 1280 words. Llama's has 128 256: lesson 01 counted four copies of them.
 
 # %% [markdown]
 # ## Exercise 06.2 · Labels
-# *Easy, 5 minutes.* A customer's message goes in, a ticket comes out. We want the loss on the ticket
-# only: a label of -100 is skipped. Complete the function, for a row of token ids whose first `n`
-# belong to the prompt.
+# *Easy, 5 minutes.* A customer's message goes in, a ticket comes out. We want the loss on the
+# ticket only: a label of -100 is skipped. Complete the function, for a row of token ids whose
+# first `n` belong to the prompt.
 #
 # <details><summary>Hint 1</summary>Labels are as many as tokens.</details>
-# <details><summary>Hint 2</summary>The model shifts by itself: label i belongs to token i.</details>
+# <details><summary>Hint 2</summary>The model shifts by itself: label i belongs to token
+# i.</details>
 # <details><summary>Hint 3</summary><code>[-100] * n + ids[n:]</code></details>
 
 # %% tags=["exercise"]
@@ -191,7 +197,7 @@ def labels_of(ids, n):
 
 # %% tags=["run"]
 tokenizer = AutoTokenizer.from_pretrained(corpus.bundled_model_dir())
-train_set, heldout = corpus.load_instructions(split="train"), corpus.load_instructions(split="heldout")
+train_set, heldout = (corpus.load_instructions(split=split) for split in corpus.SPLITS)
 rows, heldout_rows = (corpus.encode(part, tokenizer, recipe.sequence_length)
                       for part in (train_set, heldout))
 prompt_lengths = [row["labels"].count(corpus.IGNORED) for row in rows]
@@ -209,13 +215,13 @@ print("read:   ", tokenizer.decode(rows[0]["input_ids"][:n]))
 print("learned:", tokenizer.decode(rows[0]["input_ids"][n:]))
 
 # %% [markdown]
-# The end token is learned too, else generation never stops. No prompt is in both sets: the split is
-# by a hash of the prompt, so it stays the same when the data grow.
+# The end token is learned too, else generation never stops. No prompt is in both sets: the split
+# is by a hash of the prompt, so it stays the same when the data grow.
 
 # %% [markdown]
 # ## 4 · Baseline: what can it do already?
-# A result without a **baseline** is an anecdote. Before any training: the loss on held-out answers,
-# and what the model writes.
+# A result without a **baseline** is an anecdote. Before any training: the loss on held-out
+# answers, and what the model writes.
 
 # %% tags=["run"]
 before = evaluation.answer_losses(model, heldout_rows, recipe)
@@ -231,8 +237,8 @@ print(f"\n{heldout['prompt'][0]}\n  -> {answers[0]}")
 # %% [markdown]
 # ## 5 · Gates
 # ### Predict
-# The adapters are there, untrained. By how much does the loss of the adapted model differ from that
-# of the base?
+# The adapters are there, untrained. By how much does the loss of the adapted model differ from
+# that of the base?
 
 # %% tags=["predict"]
 predicted_difference = ...
@@ -240,29 +246,29 @@ predicted_difference = ...
 # %% tags=["run"]
 with model.disable_adapter():
     base_only = evaluation.answer_losses(model, heldout_rows, recipe)
-difference = max(abs(one - other) for one, other in zip(before, base_only))
+difference = evaluation.largest_shift(before, base_only)
 show_prediction(predicted_difference, show="{:.6f} nats".format, measured=difference)
 
 # %% [markdown]
-# Exactly zero: B starts as zeros, so B A adds nothing [LoRA, section 4.1]. If it is not, something
-# else changed: an upcast, a dropout that stayed on, adapters from an old run. That is one of four
-# questions that cost seconds now and a night later:
+# Exactly zero: B starts as zeros, so B A adds nothing [LoRA, section 4.1]. If it is not,
+# something else changed: an upcast, a dropout that stayed on, adapters from an old run. That is
+# one of four questions that cost seconds now and a night later:
 
 # %% tags=["run"]
 gates.check_gates(model, rows, recipe, tokenizer.pad_token_id).require()
 
 # %% [markdown]
 # ### Explain
-# *Gradients*: a frozen base with checkpointing needs `enable_input_require_grads()`, else nothing is
-# trained, silently. *Overfit*: whoever cannot learn one batch by heart will not learn a data set.
-# *Attention*: on a T4, grouped-query attention without a mask falls back to a kernel that writes all
-# scores, sequence x sequence; repeating keys and values first avoids it.
+# *Gradients*: a frozen base with checkpointing needs `enable_input_require_grads()`, else nothing
+# is trained, silently. *Overfit*: whoever cannot learn one batch by heart will not learn a data
+# set. *Attention*: on a T4, grouped-query attention without a mask falls back to a kernel that
+# writes all scores, sequence x sequence; repeating keys and values first avoids it.
 
 # %% [markdown]
 # ## 6 · Train
-# `transformers.Trainer` with four changes: the course's loss and optimizer, refusal of what would fail
-# silently, speed and memory in every step's log, checkpoints that are whole or not there. An effective
-# batch of 32 in micro batches of 8.
+# `transformers.Trainer` with four changes: the course's loss and optimizer, refusal of what would
+# fail silently, speed and memory in every step's log, checkpoints that are whole or not there. An
+# effective batch of 32 in micro batches of 8.
 
 # %% tags=["run"]
 run = training.train(recipe, model, rows, tokenizer, "run")
@@ -276,9 +282,9 @@ print(f"{fast:,.0f} tokens a second, peak allocated: {show_bytes(peak)}")
 
 # %% [markdown]
 # ## 7 · Survive
-# Colab ends sessions when it likes. So let us do it first: another process trains the same recipe and
-# is killed with SIGKILL, which no program can catch, as soon as it has done step 5. Checkpoints were
-# due every 3 steps. We resume and go on to step 7.
+# Colab ends sessions when it likes. So let us do it first: another process trains the same recipe
+# and is killed with SIGKILL, which no program can catch, as soon as it has done step 5.
+# Checkpoints were due every 3 steps. We resume and go on to step 7.
 #
 # ### Predict
 # How many of these 7 losses will differ, in any digit, from those of the run above?
@@ -296,13 +302,13 @@ assert different == 0
 
 # %% [markdown]
 # ### Explain
-# Not "close": equal, bit for bit. A checkpoint that restores only the weights gives a curve that looks
-# right and is another run. It takes the adapters, the optimizer's state, the schedule, the gradient
-# scaler, the random state (dropout!) and the position in the data.
+# Not "close": equal, bit for bit. A checkpoint that restores only the weights gives a curve that
+# looks right and is another run. It takes the adapters, the optimizer's state, the schedule, the
+# gradient scaler, the random state (dropout!) and the position in the data.
 #
-# And a kill *while* a checkpoint is being written? Everything goes to a hidden folder first, is flushed
-# to the disk and listed with checksums; then one rename, which the file system does entirely or not at
-# all. Let us spoil one, as a non-atomic save would:
+# And a kill *while* a checkpoint is being written? Everything goes to a hidden folder first, is
+# flushed to the disk and listed with checksums; then one rename, which the file system does
+# entirely or not at all. Let us spoil one, as a non-atomic save would:
 
 # %% tags=["raises-exception"]
 last = max(Path("run").glob("checkpoint-*"), key=os.path.getmtime)
@@ -312,21 +318,23 @@ optimizer_file.write_bytes(whole[:1000])
 verify(last)
 
 # %% [markdown]
-# Loaded by name it is refused; a search for the last whole checkpoint says so and passes it over. Put
-# it right again:
+# Loaded by name it is refused; a search for the last whole checkpoint says so and passes it over.
+# Put it right again:
 
 # %% tags=["run"]
 optimizer_file.write_bytes(whole)
 print(last.name, "holds", ", ".join(sorted(verify(last)["files"])[1:4]), "and more")
 
 # %% [markdown]
-# A full disk costs one save and a warning; the run goes on. With `drive="/content/drive/MyDrive/runs"`
-# each checkpoint is also copied to Google Drive under the same rule, and a new session resumes from it.
+# A full disk costs one save and a warning; the run goes on. With
+# `drive="/content/drive/MyDrive/runs"` each checkpoint is also copied to Google Drive under the
+# same rule, and a new session resumes from it.
 
 # %% [markdown]
 # ## 8 · What did it learn?
 # ### Predict
-# Which share of the held-out messages gets a ticket that is right in *all six* fields? In percent.
+# Which share of the held-out messages gets a ticket that is right in *all six* fields? In
+# percent.
 
 # %% tags=["predict"]
 predicted_right = ...
@@ -345,12 +353,12 @@ print(f"\n{heldout['prompt'][0]}\n{new_answers[0]}")
 # %% [markdown]
 # ### Explain
 # The interval comes from a **paired bootstrap**: draw the held-out examples again and again, with
-# replacement, and look at the mean change of each draw. Paired, because a message that is hard before
-# is hard after. An interval far from zero says that the change is not luck of the draw. It does not
-# say *what* was learned.
+# replacement, and look at the mean change of each draw. Paired, because a message that is hard
+# before is hard after. An interval far from zero says that the change is not luck of the draw. It
+# does not say *what* was learned.
 #
-# For that, a **control**: the same recipe on the same messages, where every message got the ticket of
-# another one. What the control learns as well, the labels did not teach.
+# For that, a **control**: the same recipe on the same messages, where every message got the
+# ticket of another one. What the control learns as well, the labels did not teach.
 
 # %% tags=["run", "nbval-ignore-output"]
 # loose: shares and losses differ by a little between CPU types
@@ -367,9 +375,9 @@ print(f"held-out loss {sum(control_loss) / len(control_loss):.2f}")
 figures.losses({"true labels": run.losses, "shuffled labels": control.losses}, "and its control")
 
 # %% [markdown]
-# The control learns to *write tickets*: the layout is the same in every answer, true or not. It cannot
-# learn to fill them in. Whoever measures only the layout, or only the loss, believes the control. So
-# judge by what the labels alone can teach:
+# The control learns to *write tickets*: the layout is the same in every answer, true or not. It
+# cannot learn to fill them in. Whoever measures only the layout, or only the loss, believes the
+# control. So judge by what the labels alone can teach:
 
 # %% tags=["run"]
 print("loss falls by 30 % or more:", sum(after) <= 0.7 * sum(before))
@@ -384,9 +392,9 @@ print("adapters off, losses equal the baseline's:", again == before)
 
 # %% [markdown]
 # ## 9 · Take it home
-# The adapter alone is a small file, and useless without the base. *Merging* adds B A to the weights
-# and gives a plain model. But which weights? The adapter was trained beside NF4. So there are two
-# candidates: the **original** 16-bit weights, and the weights **dequantized** from NF4.
+# The adapter alone is a small file, and useless without the base. *Merging* adds B A to the
+# weights and gives a plain model. But which weights? The adapter was trained beside NF4. So there
+# are two candidates: the **original** 16-bit weights, and the weights **dequantized** from NF4.
 #
 # ### Predict
 # Merged into the original weights, which are *better*: by how many nats does the worst held-out
@@ -397,12 +405,13 @@ predicted_shift = ...
 
 # %% tags=["run"]
 size = export.save_adapter(model, "adapter")
-reloaded = evaluation.answer_losses(export.load_adapter(recipe, "adapter"), heldout_rows, recipe)
-shifts, sizes = {"adapter": max(abs(a - b) for a, b in zip(after, reloaded))}, {"adapter": size}
+reloaded = {"adapter": export.load_adapter(recipe, "adapter")}
+sizes = {"adapter": size}
 for base in ("dequantized", "original"):
     sizes[base] = export.save_merged(export.merge(recipe, "adapter", base), base)
-    losses = evaluation.answer_losses(export.load_merged(recipe, base), heldout_rows, recipe)
-    shifts[base] = max(abs(a - b) for a, b in zip(after, losses))
+    reloaded[base] = export.load_merged(recipe, base)
+shifts = {kind: evaluation.largest_shift(
+    after, evaluation.answer_losses(one, heldout_rows, recipe)) for kind, one in reloaded.items()}
 
 # %% tags=["run", "nbval-ignore-output"]
 # loose: the shifts differ by a little between CPU types
@@ -412,30 +421,30 @@ for kind in ("adapter", "dequantized", "original"):
 
 # %% [markdown]
 # ### Explain
-# Reloaded, the adapter is exact. Dequantized, the difference is float16's rounding in the file. The
-# original weights are closer to what was pre-trained and *farther* from what was fine-tuned: the
-# adapter had learned to make up for NF4's errors too. Whichever you ship, evaluate **that file**.
-# [QLoRA, section 3]
+# Reloaded, the adapter is exact. Dequantized, the difference is float16's rounding in the file.
+# The original weights are closer to what was pre-trained and *farther* from what was fine-tuned:
+# the adapter had learned to make up for NF4's errors too. Whichever you ship, evaluate **that
+# file**. [QLoRA, section 3]
 
 # %% tags=["run"]
 print("adapter exact:", shifts["adapter"] == 0)
 print("dequantized closer than original:", shifts["dequantized"] < shifts["original"])
-shipped = export.load_merged(recipe, "dequantized")
-print(evaluation.generate(shipped, tokenizer, heldout["prompt"][:1])[0].splitlines()[0])
+shipped = reloaded["dequantized"]
+print(evaluation.generate(shipped, tokenizer, heldout["prompt"][:1]) == new_answers[:1])
 
 # %% [markdown]
 # ## 10 · Turn the levers
-# The same step with other choices, counted by the ledger. Which one moves the peak, and which one is
-# decoration?
+# The same step with other choices, counted by the ledger. Which one moves the peak, and which one
+# is decoration?
 
 # %% tags=["run"]
 widgets.levers_explorer(recipe)
 
 # %% [markdown]
 # ## Exercise 06.3 · The same lesson in less memory
-# *Medium, 8 minutes.* The step of section 3 peaks above 20 MiB. Write a recipe that learns **the same**
-# (same model, adapters, sequence length, 32 sequences a step) and stays at or below 10 MiB. The check
-# runs a step of it.
+# *Medium, 8 minutes.* The step of section 3 peaks above 20 MiB. Write a recipe that learns **the
+# same** (same model, adapters, sequence length, 32 sequences a step) and stays at or below 10
+# MiB. The check runs a step of it.
 #
 # <details><summary>Hint 1</summary>Which of the two factors of 32 does memory follow?</details>
 # <details><summary>Hint 2</summary>Four hills became the peak's height; how many hills may there
@@ -451,7 +460,8 @@ exercises.check_budget(smaller_recipe, recipe, budget_bytes=10 * MIB)
 
 # %% [markdown]
 # ## For those who struggle
-# LoRA by hand. A layer computes y = W x with a frozen 3 x 2 matrix W. Rank 1: A is 1 x 2, B is 3 x 1.
+# LoRA by hand. A layer computes y = W x with a frozen 3 x 2 matrix W. Rank 1: A is 1 x 2, B is 3
+# x 1.
 #
 # | | numbers | trained |
 # |---|---|---|
@@ -459,29 +469,29 @@ exercises.check_budget(smaller_recipe, recipe, budget_bytes=10 * MIB)
 # | A | 1 x 2 = 2, random | yes |
 # | B | 3 x 1 = 3, zeros | yes |
 #
-# y = W x + (alpha / rank) B (A x). With B = 0 the second part is 0: step 0 is the base model. Five
-# numbers get a gradient and two optimizer states each; W gets neither. At 4096 x 4096 and rank 16 that
-# is 131 072 numbers beside 16 777 216.
+# y = W x + (alpha / rank) B (A x). With B = 0 the second part is 0: step 0 is the base model.
+# Five numbers get a gradient and two optimizer states each; W gets neither. At 4096 x 4096 and
+# rank 16 that is 131 072 numbers beside 16 777 216.
 #
 # ## Go further
-# Train once more with `replace(recipe, lora_targets=("q_proj", "v_proj"))`, the choice of the first
-# LoRA paper, and compare right tickets with the interval of
-# `evaluation.paired_bootstrap`. Is the difference larger than the interval? Then try
-# `base="float32"`: what did 4 bits cost?
+# Train once more with `replace(recipe, lora_targets=("q_proj", "v_proj"))`, the choice of the
+# first LoRA paper, and compare right tickets with the interval of `evaluation.paired_bootstrap`.
+# Is the difference larger than the interval? Then try `base="float32"`: what did 4 bits cost?
 #
 # ## Try with AI
 # Give an assistant each of these, and check it against the numbers below.
 #
 # > 1. I fine-tune Llama-3.1-8B with QLoRA on a T4: 4-bit base, gradient checkpointing, batch 4,
-# >    sequence length 2048, gradient accumulation 8. CUDA out of memory. Name the largest holders at
-# >    the peak in GiB, and the order in which you would change settings.
+# >    sequence length 2048, gradient accumulation 8. CUDA out of memory. Name the largest holders
+# >    at the peak in GiB, and the order in which you would change settings.
 # > 2. On a T4 I train with micro batch 2 and accumulation 16, on an A10 (24 GB) with 8 and 4. What
 # >    differs: gradient, memory, speed, quality?
-# > 3. I have 50 000 conversations of 500 tokens, two T4s and 24 hours. Three epochs. Which speed do I
-# >    need, and how many optimizer steps of 32 sequences is that?
+# > 3. I have 50 000 conversations of 500 tokens, two T4s and 24 hours. Three epochs. Which speed
+# >    do I need, and how many optimizer steps of 32 sequences is that?
 #
-# A right answer to 1 names the logits first, not the weights, and does not start with the rank; to 2,
-# that the gradient and the quality are the same and activations are four times larger; to 3:
+# A right answer to 1 names the logits first, not the weights, and does not start with the rank;
+# to 2, that the gradient and the quality are the same and activations are four times larger; to
+# 3:
 
 # %% tags=["run"]
 logits = 4 * 2048 * 128_256 * 4  # tokens x vocabulary, float32
@@ -489,20 +499,21 @@ print("1. one float32 copy of the logits:", show_bytes(logits), "- the usual los
 t4, a10 = (replace(recipe, micro_batch_size=m, gradient_accumulation_steps=32 // m) for m in (2, 8))
 print("2. sequences behind a step:", t4.effective_batch_size, "and", a10.effective_batch_size)
 tokens = 3 * 50_000 * 500
-print(f"3. {tokens / (24 * 3600):,.0f} tokens a second in all, {3 * 50_000 // 32:,} optimizer steps")
+print(f"3. {tokens / (24 * 3600):,.0f} tokens a second in all, {3 * 50_000 / 32:,.0f} steps")
 
 # %% [markdown]
 # ## What this lesson left out
-# Models from the hub, float16 autocast and the loss scaler at work (lessons 04 and 05), several GPUs,
-# sampling instead of greedy answers, judging free text, serving the model.
+# Models from the hub, float16 autocast and the loss scaler at work (lessons 04 and 05), several
+# GPUs, sampling instead of greedy answers, judging free text, serving the model.
 #
 # ## Sources
 # - Dettmers et al. 2023, [QLoRA](https://arxiv.org/abs/2305.14314), sections 2 and 3: NF4, double
-#   quantization, paged optimizers
+# quantization, paged optimizers
 # - Hu et al. 2021, [LoRA](https://arxiv.org/abs/2106.09685), section 4
 # - Dettmers et al. 2021, [8-bit optimizers](https://arxiv.org/abs/2110.02861)
 # - Efron & Tibshirani 1993, *An Introduction to the Bootstrap*, chapter 13
-# - transformers, [trainer.py](https://github.com/huggingface/transformers/blob/main/src/transformers/trainer.py);
+# - transformers,
+#   [trainer.py](https://github.com/huggingface/transformers/blob/main/src/transformers/trainer.py);
 #   POSIX, [rename](https://pubs.opengroup.org/onlinepubs/9699919799/functions/rename.html)
 #
 # New terms are in the [glossary](glossary.md).
