@@ -38,6 +38,14 @@ def test_nothing_is_visible_before_everything_is_on_the_disk(tmp_path, monkeypat
     assert [visible for _, visible in seen] == [False] * (len(seen) - 1) + [True]
 
 
+def test_one_rename_makes_a_checkpoint(tmp_path, monkeypatch):
+    renamed, rename = [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, target: (
+        renamed.append((self.name, target.name)), rename(self, target)))
+    save(tmp_path, 1)
+    assert renamed == [("checkpoint-1", "checkpoint-1")]
+
+
 @pytest.mark.parametrize("failure", [
     OSError(errno.ENOSPC, "No space left on device"),
     RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),

@@ -1,0 +1,143 @@
+"""Lesson 06: what its stored outputs show was learned, and what its exercises accept.
+
+test_notebooks.py proves that the outputs reproduce; here they are held against what was promised.
+"""
+
+import dataclasses
+import re
+
+import nbformat
+import pytest
+from transformers import AutoTokenizer
+
+from course_utils import corpus, widgets
+from course_utils import exercises_06 as exercises
+from course_utils.recipe import TrainRecipe
+from course_utils.units import MIB
+from tools.notebooks import LESSONS
+
+RECIPE = TrainRecipe(
+    lora_targets="all-linear", micro_batch_size=8, gradient_accumulation_steps=4,
+    sequence_length=128, loss="chunked", attention="explicit_kv")
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """Everything that the committed lesson prints, by the code that printed it."""
+    notebook = nbformat.read(LESSONS / "06_qlora_on_a_t4.ipynb", as_version=4)
+    return {cell.source: "".join(
+        output.get("text", "") or output.get("data", {}).get("text/plain", "")
+        for output in cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
+
+
+def printed_by(shown, code: str) -> str:
+    found = [text for source, text in shown.items() if code in source]
+    assert len(found) == 1, f"{len(found)} cells contain {code!r}"
+    return found[0]
+
+
+def shares(text: str) -> tuple[int, int]:
+    """Percent of held-out answers with the structure, and right ones."""
+    return tuple(map(int, re.search(r"(\d+)% have the structure, (\d+)% are right", text).groups()))
+
+
+def test_training_teaches_the_tickets(shown):
+    before = printed_by(shown, "before = evaluation.answer_losses")
+    after = printed_by(shown, "after = evaluation.answer_losses")
+    first, last, low, high = map(float, re.search(
+        r"held-out loss ([\d.]+) -> ([\d.]+), change\s+and 95 % interval \S+ \[(\S+), (\S+)\]",
+        after).groups())
+    assert last <= 0.7 * first and low <= high < -0.3 * first
+    assert max(shares(before)) < 10
+    assert min(shares(after)) > 85
+
+
+def test_the_control_learns_the_layout_at_most(shown):
+    control = printed_by(shown, "corpus.shuffled_answers")
+    assert shares(control)[1] < 10
+
+
+def test_the_lesson_states_each_promise_as_kept(shown):
+    kept = printed_by(shown, "loss falls by 30 % or more")
+    assert len(re.findall(r": True$", kept, re.MULTILINE)) == 4 and "False" not in kept
+    exact = printed_by(shown, "adapter exact")
+    assert exact.split().count("True") == 3 and "False" not in exact
+
+
+def test_the_killed_run_repeats_the_losses(shown):
+    killed = printed_by(shown, "train_and_kill")
+    assert "Resuming from checkpoint-3" in killed
+    assert "0 of 7" in killed and "exit status -9" in killed
+
+
+# --- exercises -----------------------------------------------------------------------------------
+
+
+def distinct(verdicts) -> list[str]:
+    """Messages of failing verdicts, all different."""
+    assert [verdict.passed for verdict in verdicts] == [False] * len(verdicts), verdicts
+    messages = [verdict.message for verdict in verdicts]
+    assert len(set(messages)) == len(messages)
+    return messages
+
+
+def test_exercise_1_counts_adapters():
+    check = exercises.check_trainable
+    right = check(lambda layers, hidden, kv, r: layers * r * (4 * hidden + 2 * (hidden + kv)))
+    assert right.passed and "3,407,872" in right.message
+    messages = distinct([
+        check(lambda layers, hidden, kv, r: r * (4 * hidden + 2 * (hidden + kv))),
+        check(lambda layers, hidden, kv, r: layers * r * 8 * hidden),
+        check(lambda layers, hidden, kv, r: layers * r * 4 * hidden),
+        check(lambda layers, hidden, kv, r: layers * 2 * hidden * (hidden + kv)),
+        check(lambda layers, hidden, kv, r: 1)])
+    for message, words in zip(messages, ("one layer", "kv wide", "A only", "weights beside",
+                                         "should give"), strict=True):
+        assert words in message
+    assert check(lambda *_: ...).passed is None and check(...).passed is None
+
+
+def test_exercise_2_masks_prompts():
+    tokenizer = AutoTokenizer.from_pretrained(corpus.bundled_model_dir())
+    rows = corpus.encode(corpus.load_instructions().select(range(3)), tokenizer, 128)
+    lengths = [row["labels"].count(-100) for row in rows]
+
+    def check(answer):
+        return exercises.check_labels(answer, rows, lengths)
+
+    assert check(lambda ids, n: [-100] * n + ids[n:]).passed
+    messages = distinct([
+        check(lambda ids, n: ids[:n] + [-100] * (len(ids) - n)),
+        check(lambda ids, n: [-100] * (n - 1) + ids[n:] + [-100]),
+        check(lambda ids, n: [0] * n + ids[n:]),
+        check(lambda ids, n: [-100] * n + ids[n:-1] + [-100]),
+        check(lambda ids, n: ids), check(lambda ids, n: ids[n:])])
+    for message, words in zip(messages, ("swap", "not shifted", "-100 is what", "says stop",
+                                         "nothing is masked", "as many as"), strict=True):
+        assert words in message
+    assert check(lambda ids, n: ...).passed is None
+
+
+def test_exercise_3_keeps_the_lesson_and_halves_the_memory():
+    def check(**changes):
+        return exercises.check_budget(dataclasses.replace(RECIPE, **changes), RECIPE, 10 * MIB)
+
+    smaller = check(micro_batch_size=1, gradient_accumulation_steps=32)
+    assert smaller.passed and "32 sequences" in smaller.message
+    messages = distinct([
+        check(), check(micro_batch_size=2), check(sequence_length=64), check(lora_rank=4),
+        check(lora_targets=("q_proj",)),
+        exercises.check_budget("smaller", RECIPE, 10 * MIB)])
+    for message, words in zip(messages, ("the peak is", "effective_batch_size must stay 32",
+                                         "sequence_length must stay", "lora_rank must stay",
+                                         "lora_targets must stay", "a TrainRecipe"), strict=True):
+        assert words in message
+    assert exercises.check_budget(..., RECIPE, 10 * MIB).passed is None
+
+
+def test_the_widget_redraws_for_other_levers():
+    explorer = widgets.levers_explorer(RECIPE)
+    before = explorer.figure.alt
+    explorer.controls["micro_batch_size"].value = 1
+    assert "this recipe" in before and explorer.picture.value.count("<img") == 1
+    assert before not in explorer.picture.value
