@@ -119,7 +119,8 @@ def test_hub_rows_become_prompts_and_split_by_the_same_rule(monkeypatch):
     prompts = {split: part["prompt"] for split, part in parts.items()}
     assert len(prompts["train"]) + len(prompts["heldout"]) == 60
     assert {"Say 4", "Say 5\n\nLoud."} <= {*prompts["train"], *prompts["heldout"]}
-    assert all(int(hashlib.sha256(p.encode()).hexdigest(), 16) % 10 == 0 for p in prompts["heldout"])
+    digests = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts["heldout"]]
+    assert digests and all(int(digest, 16) % 10 == 0 for digest in digests)
     assert parts["train"].column_names == ["prompt", "answer"]
 
 

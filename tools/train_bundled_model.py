@@ -13,6 +13,7 @@ Usage: python tools/train_bundled_model.py [--out DIR] [--seed N] [--steps N]
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -25,10 +26,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SEED, STEPS, THREADS = 2026, 520, 2
-BATCH, LENGTH = 32, 192  # sequences per step, tokens per sequence
-PEAK_LR, WARMUP_STEPS = 4e-3, 40
+SEED, STEPS, THREADS = 2026, 1300, 1
+BATCH = 32  # documents per step
+PEAK_LR, WARMUP_STEPS = 3e-3, 40
 VOCAB_SIZE = 1280
+SMALL_TALK_FADES = 12_000  # documents until small talk is down to one in five
 SPECIALS = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
@@ -76,21 +78,25 @@ def reply(rng: random.Random, facts: dict) -> str:
     ]).format(**facts, happened=happened, action=action, pace=pace)
 
 
-def follow_up(rng: random.Random, facts: dict) -> tuple[str, str]:
+# What a question is about -> (questions, answers).
+FOLLOW_UPS = {
+    "order": (["Which order is it?", "Can you repeat the number?"],
+              ["It is order {order}.", "You wrote {order}.", "I read {order}."]),
+    "product": (["What did I buy?", "Which thing do we talk about?"],
+                ["You bought the {product}.", "The {product}.", "We talk about the {product}."]),
+    "customer": (["Who am I?", "Do you know my name?"],
+                 ["You are {customer}.", "Your name is {customer}.", "Yes, {customer}."]),
+    "issue": (["What is the matter?"], ["The matter is: {issue}.", "I call it {issue}."]),
+    "priority": (["How do you rank this?"], ["It has {priority} priority.", "As {priority}."]),
+    "action": (["And now?", "What will you do?"], ["{action}.", "{action}, dear customer."]),
+}
+
+
+def follow_up(rng: random.Random, facts: dict, subject: str) -> tuple[str, str]:
     """A question about the conversation so far, and its answer."""
     action = rng.choice(REPLIES[facts["issue"]][1])
-    questions = [
-        ("Which order is it?", ["It is order {order}.", "You wrote {order}."]),
-        ("Can you repeat the number?", ["It is {order}.", "I read {order}, {customer}."]),
-        ("What did I buy?", ["You bought the {product}.", "It was the {product}."]),
-        ("Which thing do we talk about?", ["The {product}.", "We talk about the {product}."]),
-        ("Who am I?", ["You are {customer}.", "Your name is {customer}."]),
-        ("What is the matter?", ["The matter is: {issue}.", "I call it {issue}."]),
-        ("How do you rank this?", ["It has {priority} priority.", "As {priority}."]),
-        ("And now?", ["{action}.", "{action}, {customer}."]),
-    ]
-    question, answers = rng.choice(questions)
-    return question, rng.choice(answers).format(**facts, action=action)
+    question, answer = (rng.choice(texts) for texts in FOLLOW_UPS[subject])
+    return question, answer.format(**facts, action=action)
 
 
 def conversation(rng: random.Random, taken: set[str]) -> list[str]:
@@ -101,9 +107,24 @@ def conversation(rng: random.Random, taken: set[str]) -> list[str]:
         if support.wording(message, facts) not in taken:
             break
     turns = [message, reply(rng, facts)] if rng.random() < 0.5 else []
-    for _ in range(rng.randint(0 if turns else 1, 3)):
-        turns.extend(follow_up(rng, facts))
+    for subject in rng.sample(list(FOLLOW_UPS), rng.randint(1, 4)):
+        turns.extend(follow_up(rng, facts, subject))
     return turns if turns[0] is message else [f"{message} {turns[0]}", *turns[1:]]
+
+
+def small_talk(rng: random.Random) -> list[str]:
+    """Turns of one sentence and one question each: the shortest way from a fact to its use."""
+    facts = support.draw_facts(rng)
+    said = {"order": support.ORDERS, "product": support.ISSUES[facts["issue"]][1],
+            "customer": [*support.WHO, *support.SIGN_OFFS],
+            "issue": support.ISSUES[facts["issue"]][1],
+            "priority": support.PRIORITIES[facts["priority"]],
+            "action": support.ISSUES[facts["issue"]][1]}
+    turns = []
+    for subject in rng.sample(list(said), rng.randint(1, 3)):
+        question, answer = follow_up(rng, facts, subject)
+        turns += [f"{rng.choice(said[subject])} {question}".format(**facts).strip(), answer]
+    return turns
 
 
 def note(rng: random.Random) -> str:
@@ -124,12 +145,29 @@ def note(rng: random.Random) -> str:
     return " ".join([*lines, ending])
 
 
+def roll_call(rng: random.Random) -> str:
+    """A list of people, products or parcel numbers, read out again: copying and nothing else."""
+    numbers = [str(number) for number in rng.sample(range(1000, 10000), 8)]
+    kinds = rng.choice([[support.NAMES], [support.PRODUCTS], [numbers],
+                        [support.NAMES, support.PRODUCTS, numbers]])
+    items = [item for kind in kinds for item in rng.sample(kind, rng.randint(3, 6))]
+    rng.shuffle(items)
+    listed = rng.choice([" ", ", "]).join(items)
+    again = rng.choice(["Again", "Once more", "Twice", "Repeat"])
+    return f"{rng.choice(['List', 'Shelf', 'Depot', 'Roll call'])}: {listed}. {again}: {listed}."
+
+
 def documents(seed: int) -> Iterator[list[str]]:
-    """Endless pre-training text: a conversation as its turns, or a note alone in its list."""
+    """Endless pre-training text: a conversation as its turns, or a text alone in its list."""
     rng = random.Random(seed)
     taken = {support.wording(row["prompt"], facts_of(row["answer"])) for row in support.examples()}
-    while True:
-        yield conversation(rng, taken) if rng.random() < 0.8 else [note(rng)]
+    for number in itertools.count():
+        if rng.random() < max(0.2, 1 - number / SMALL_TALK_FADES):
+            yield small_talk(rng)
+        elif rng.random() < 0.85:
+            yield conversation(rng, taken)
+        else:
+            yield [rng.choice([note, roll_call])(rng)]
 
 
 def facts_of(answer: str) -> dict:
@@ -158,27 +196,57 @@ def train_tokenizer(seed: int, count: int = 4000) -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE, model_max_length=1024, clean_up_tokenization_spaces=False)
 
 
-def batches(seed: int, tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
-    """Token ids (BATCH, LENGTH) cut from the documents laid end to end."""
-    buffer: list[int] = []
-    for turns in documents(seed):
-        roles = ["user", "assistant"] * len(turns)
-        text = tokenizer.apply_chat_template(
-            [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)],
-            tokenize=False) if len(turns) > 1 else f"<|begin|>{turns[0]}<|end|>"
-        buffer += tokenizer.encode(text, add_special_tokens=False)
-        if len(buffer) >= BATCH * LENGTH:
-            yield torch.tensor(buffer[:BATCH * LENGTH]).view(BATCH, LENGTH)
-            buffer = buffer[BATCH * LENGTH:]
+def encode(turns: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Ids and labels of one document; what customers say is read, not predicted."""
+    ids, labels = [], []
+    for number, turn in enumerate(turns):
+        role = ["<|user|>", "<|assistant|>"][number % 2] if len(turns) > 1 else ""
+        head, body = (tokenizer.encode(text, add_special_tokens=False) for text in (
+            ("" if number else "<|begin|>") + role, f"{turn}<|end|>"))
+        ids += head + body
+        labels += [-100] * len(head) + ([-100] * len(body) if role == "<|user|>" else body)
+    return ids, labels
+
+
+def batches(seed: int, tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, torch.Tensor]]:
+    """BATCH documents of similar length, padded on the right (causal attention needs no mask)."""
+    stream, rng = documents(seed), random.Random(seed)
+    while True:
+        pool = sorted((encode(next(stream), tokenizer) for _ in range(BATCH * 8)),
+                      key=lambda pair: len(pair[0]))
+        groups = [pool[start:start + BATCH] for start in range(0, len(pool), BATCH)]
+        rng.shuffle(groups)
+        for group in groups:
+            length = len(group[-1][0])
+            yield {name: torch.tensor([pair[which] + [pad] * (length - len(pair[which]))
+                                       for pair in group])
+                   for which, (name, pad) in enumerate([("input_ids", 2), ("labels", -100)])}
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 1.5 M parameters: 4 layers, 6 heads on 2 key/value heads, tied embeddings."""
-    return LlamaForCausalLM(LlamaConfig(
+    """A Llama of 1.5 M parameters: 4 layers, 6 heads on 2 key/value heads, tied embeddings.
+
+    It starts half-way to copying: queries resemble keys (look for what is like me) and each output
+    projection undoes its value projection (pass on what was found). Copying would otherwise need
+    far more text than a few minutes hold. Source: Trockman and Kolter 2023, "Mimetic
+    initialization of self-attention layers".
+    """
+    model = LlamaForCausalLM(LlamaConfig(
         vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=384, num_hidden_layers=4,
         num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True,
+        initializer_range=0.07,  # 1 / sqrt(hidden_size): activations start at unit size
         max_position_embeddings=1024, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            keys, values = (  # repeated for the query heads that share them: (192, 192)
+                projection.weight.view(2, 32, 192).repeat_interleave(3, dim=0).flatten(0, 1)
+                for projection in (attention.k_proj, attention.v_proj))
+            attention.q_proj.weight.add_(keys).mul_(0.5)
+            attention.o_proj.weight.copy_(0.3 * values.T)
+            layer.mlp.down_proj.weight.mul_(0.3)
+    return model
 
 
 def train(model: LlamaForCausalLM, stream: Iterator[torch.Tensor], steps: int) -> None:
@@ -189,8 +257,7 @@ def train(model: LlamaForCausalLM, stream: Iterator[torch.Tensor], steps: int) -
     for step in range(steps):
         decay = 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = PEAK_LR * min((step + 1) / WARMUP_STEPS, 1) * decay
-        batch = next(stream)
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = model(**next(stream)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
