@@ -39,6 +39,7 @@ STYLE = {
     "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK, "axes.spines.top": False,
     "axes.spines.right": False, "axes.axisbelow": True, "grid.color": GRID, "legend.frameon": False,
 }
+styled = matplotlib.rc_context(STYLE)  # decorates a function that draws
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _parts(composition: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {show_bytes(n)}" for name, n in composition.items() if n)
 
 
-@matplotlib.rc_context(STYLE)
+@styled
 def memory_over_time(report: Any, title: str = "") -> Figure:
     """Bytes alive after each allocation and free, stacked by holder; the peak with its cause.
 
@@ -120,7 +121,7 @@ def memory_over_time(report: Any, title: str = "") -> Figure:
                            f"{show_bytes(totals[-1])}. At the peak: {at_peak}.")
 
 
-@matplotlib.rc_context(STYLE)
+@styled
 def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") -> Figure:
     """Stacked bars of bytes by holder, one bar a row, against a GPU's memory.
 
@@ -162,7 +163,7 @@ def _rank(holder: str) -> int:
     return list(COLOURS).index(holder) if holder in COLOURS else len(COLOURS)
 
 
-@matplotlib.rc_context(STYLE)
+@styled
 def curves(x: Sequence[float], lines: Mapping[str, Sequence[int]], xlabel: str, title: str = "",
            gpu: Gpu | None = None) -> Figure:
     """Bytes as a function of one number, a line for each name: linear or quadratic, by eye.
@@ -193,7 +194,7 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[int]], xlabel: str, 
     return _finish(canvas, f"lines over {xlabel}{': ' * bool(title)}{title}. {ends}.")
 
 
-@matplotlib.rc_context(STYLE)
+@styled
 def forward_backward(layers: int = 4) -> Figure:
     """The diagram of a training step: forward stores a1 ... an, backward takes them, last first."""
     canvas, ax = _canvas(4.0)
@@ -230,7 +231,7 @@ def forward_backward(layers: int = 4) -> Figure:
                            "again. The first one kept is the last one used.")
 
 
-@matplotlib.rc_context(STYLE)
+@styled
 def losses(runs: Mapping[str, Sequence[float]], title: str = "") -> Figure:
     """Training loss of each run, in nats per labelled token, over its optimizer steps."""
     canvas, ax = _canvas(4.0)

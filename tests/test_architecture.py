@@ -50,7 +50,8 @@ ARROWS |= {
     **{f"exercises_0{lesson}": f"{COMPUTING} checks" for lesson in range(1, 7)},
     "exercises_06": f"{COMPUTING} checks",
     "figures": COMPUTING,
-    "widgets": f"{COMPUTING} figures",
+    "number_figures": "precision figures",
+    "widgets": f"{COMPUTING} figures number_figures",
     "__main__": COMPUTING,
 }
 ONLY_IN = {"matplotlib": "figures", "ipywidgets": "widgets"}

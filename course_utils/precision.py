@@ -1,0 +1,240 @@
+"""Numbers of 16 and 32 bits: what fits into a format, what rounds away, what autocast makes of it.
+
+Formats go by name: "float32", "float16" (5 exponent bits, 10 of fraction), "bfloat16" (8 and 7).
+
+Not modelled: float8, TF32, stochastic rounding. Sources: IEEE 754-2008; Micikevicius et al. 2018,
+"Mixed precision training"; torch/amp/grad_scaler.py; aten/src/ATen/autocast_mode.h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import hardware
+
+FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+EXPONENT_BITS = {"float32": 8, "float16": 5, "bfloat16": 8}
+MATMULS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as the formats go here: "float16" for `torch.float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of a format's name.
+
+    Raises:
+        ValueError: No such format.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}; pick one")
+    return FORMATS[name]
+
+
+def bits(value: float, name: str) -> str:
+    """A number's bits in a format: sign, exponent, fraction, as the memory holds them.
+
+    Example:
+        >>> bits(1.0, "float16"), bits(-0.5, "bfloat16")
+        ('0 01111 0000000000', '1 01111110 0000000')
+    """
+    tensor = torch.tensor(value, dtype=dtype_of(name))
+    width = 8 * tensor.element_size()
+    pattern = tensor.view(torch.int32 if width == 32 else torch.int16).item() % 2**width
+    text, end = f"{pattern:0{width}b}", 1 + EXPONENT_BITS[name]
+    return f"{text[0]} {text[1:end]} {text[end:]}"
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where non-zero numbers land in a format: shares, 0 to 1, that add up to 1.
+
+    Attributes:
+        zero: Rounded to zero ("flushed").
+        subnormal: Below the smallest normal number: kept, with fewer bits the smaller they are.
+        normal: With the format's full precision.
+        infinite: Above the largest number, or not finite to begin with.
+    """
+
+    zero: float
+    subnormal: float
+    normal: float
+    infinite: float
+
+
+def land(tensors: Iterable[torch.Tensor], name: str = "float16", scale: float = 1.0) -> Landing:
+    """Multiply by `scale`, round to the format, and see what became of the non-zero numbers.
+
+    Raises:
+        ValueError: There is no non-zero number.
+
+    Example:
+        >>> land([torch.tensor([1e-8, 1e-6, 0.1, 1e6, 0.0])])
+        Landing(zero=0.25, subnormal=0.25, normal=0.25, infinite=0.25)
+    """
+    tiny, count = torch.finfo(dtype_of(name)).tiny, Counter()
+    for tensor in tensors:
+        number = tensor.detach()[tensor.detach() != 0]
+        landed = (number.double() * scale).to(FORMATS[name]).double().abs()
+        finite = landed.isfinite()
+        count += Counter(all=number.numel(), zero=int((landed == 0).sum()),
+                         normal=int((finite & (landed >= tiny)).sum()),
+                         infinite=int((~finite).sum()))
+    if not count["all"]:
+        raise ValueError("tensors must hold a non-zero number, got none; run a backward pass first")
+    zero, normal, infinite = (count[k] / count["all"] for k in ("zero", "normal", "infinite"))
+    kept = count["all"] - count["zero"] - count["normal"] - count["infinite"]
+    return Landing(zero, kept / count["all"], normal, infinite)
+
+
+def moved_share(weights: Iterable[torch.Tensor], update: float, name: str) -> float:
+    """Share (0 to 1) of weights that an update of this size changes when the format stores them.
+
+    Rounding to nearest leaves a weight alone when the update is below half the distance to its
+    neighbour.
+    """
+    moved = total = 0
+    for weight in weights:
+        before = weight.detach().to(dtype_of(name))
+        moved += int(((before.double() + update).to(before.dtype) != before).sum())
+        total += before.numel()
+    return moved / total
+
+
+@contextlib.contextmanager
+def activation_gradients(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect, during backward, the gradient of each linear layer's output: what 16 bits carry.
+
+    The gradients of the weights are sums over tokens and larger; these are what they are made of.
+    """
+    gradients: list[torch.Tensor] = []
+
+    def watch(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradients.append(gradient.clone()))
+
+    hooks = [module.register_forward_hook(watch) for module in model.modules()
+             if isinstance(module, torch.nn.Linear)]
+    try:
+        yield gradients
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class ScalerStep:
+    """One step of a gradient scaler: the scale its loss had, whether it was skipped, and since how
+    many steps (this one counted) the scale has worked."""
+
+    scale: float
+    skipped: bool
+    good_steps: int
+
+
+class TracedScaler(torch.amp.GradScaler):
+    """PyTorch's gradient scaler, with a `trace` of what it did in each step."""
+
+    def __init__(self, device: str = "cpu", **settings):
+        super().__init__(device, **settings)
+        self.trace: list[ScalerStep] = []
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        """As in `torch.amp.GradScaler`, written down."""
+        found = [flag.item() for state in self._per_optimizer_states.values()
+                 for flag in state["found_inf_per_device"].values()]
+        scale = self.get_scale()
+        super().update(new_scale)
+        self.trace.append(ScalerStep(scale, any(found), self._get_growth_tracker()))
+
+
+class OperationLog(TorchDispatchMode):
+    """Counts the operations that run inside it by name and dtype of their result.
+
+    Attributes:
+        counts: (operation, format) to how often; backward operations included.
+        copied_bytes: What casts from one 16- or 32-bit format to another wrote.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.copied_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        if isinstance(first, torch.Tensor) and first.is_floating_point():
+            name = func.__name__.split(".")[0]
+            self.counts[name, name_of(first.dtype)] += 1
+            self.copied_bytes += first.nbytes if name == "_to_copy" else 0
+        return result
+
+    @property
+    def matmuls(self) -> dict[str, int]:
+        """Matrix products by the format in which they ran."""
+        formats: Counter[str] = Counter()
+        for (name, dtype), count in self.counts.items():
+            formats[dtype] += count if name in MATMULS else 0
+        return dict(sorted((+formats).items()))
+
+
+def _operations(x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """Operations of a transformer on a square matrix."""
+    index = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    return {
+        "linear": lambda: F.linear(x, x), "matmul": lambda: x @ x, "softmax": lambda: x.softmax(-1),
+        "layer_norm": lambda: F.layer_norm(x, x.shape[-1:]),
+        "rms_norm": lambda: F.rms_norm(x, x.shape[-1:]),
+        "cross_entropy": lambda: F.cross_entropy(x, index), "sum": lambda: x.sum(),
+        "pow": lambda: x.pow(2), "exp": lambda: x.exp(), "silu": lambda: F.silu(x),
+        "embedding": lambda: F.embedding(index, x), "add to float32": lambda: x + x.float(),
+    }
+
+
+def autocast_table(device_type: str, name: str = "float16") -> dict[str, tuple[str, str]]:
+    """What autocast makes of each operation on "cpu" or "cuda", found by running it there.
+
+    No GPU is needed for "cuda": fake tensors go through the same dispatch as real ones.
+
+    Returns:
+        Operation to the formats of its result, given float32 and given `name`.
+    """
+    was_enabled, was = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    torch.set_autocast_enabled(device_type, True)  # the context refuses "cuda" without a GPU
+    torch.set_autocast_dtype(device_type, dtype_of(name))
+    try:
+        with torch.no_grad(), FakeTensorMode():  # a fake graph on "cuda" would abort the process
+            given = [torch.empty(4, 4, device=device_type, dtype=d)
+                     for d in (torch.float32, FORMATS[name])]
+            return {operation: tuple(name_of(_operations(x)[operation]().dtype) for x in given)
+                    for operation in _operations(given[0])}
+    finally:
+        torch.set_autocast_enabled(device_type, was_enabled)
+        torch.set_autocast_dtype(device_type, was)
+
+
+def matmul_flops(name: str, size: int = 4096, repeats: int = 10) -> float | None:
+    """FLOP/s of a square matrix product on this GPU, median; `None` without a GPU."""
+    if hardware.detect() is None:
+        return None
+    x = torch.randn(size, size, device=hardware.device()).to(dtype_of(name))
+    seconds = []
+    for _ in range(repeats + 1):  # the first one loads the kernel: not counted
+        hardware.synchronize()
+        start = time.perf_counter()
+        x @ x
+        hardware.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / sorted(seconds[1:])[repeats // 2]
