@@ -1,0 +1,248 @@
+"""How big a batch really is: gradients that add up, and the largest micro batch that fits.
+
+An effective batch is micro_batch_size x gradient_accumulation_steps x world_size sequences. Its
+gradient is a mean over *tokens*, so each micro batch brings its tokens' sum, divided by the number
+of labelled tokens of all of them.
+
+Not modelled: batch statistics (batch norm sees micro batches), losses that compare examples
+(contrastive ones), fragmentation that builds up over hours, sequences longer than the probed ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import hardware
+from .ledger import MemoryLedger
+from .units import show_bytes
+
+ABSENT = -100  # the label of a token without a target
+# How cuBLAS and cuDNN say that the card is full; they raise a plain RuntimeError.
+OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+
+
+def labelled_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens that the loss counts: those with a label, but for each row's first.
+
+    A causal model predicts the next token, so nothing predicts position 0.
+
+    Args:
+        batch: Its labels, (batch, seq), are -100 where there is no target.
+
+    Example:
+        >>> labelled_tokens({"labels": torch.tensor([[7, 8, 9], [-100, 8, -100]])})
+        3
+    """
+    return int((batch["labels"][:, 1:] != ABSENT).sum())
+
+
+def split(batch: dict[str, torch.Tensor], micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """The batch as micro batches of `micro_batch_size` rows, the last one shorter if need be.
+
+    Raises:
+        ValueError: Not a whole number from 1.
+    """
+    if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int) \
+            or micro_batch_size < 1:
+        raise ValueError(f"micro_batch_size must be a whole number from 1, got "
+                         f"{micro_batch_size!r}; 1 always splits")
+    rows = len(next(iter(batch.values())))
+    return [{name: tensor[start:start + micro_batch_size] for name, tensor in batch.items()}
+            for start in range(0, rows, micro_batch_size)]
+
+
+def accumulate(model: torch.nn.Module, micro_batches: Sequence[dict[str, torch.Tensor]],
+               num_items: int | None = None) -> torch.Tensor:
+    """Add the gradient of the mean loss over all labelled tokens to the parameters' `.grad`.
+
+    One micro batch's graph is gone before the next one's is built, so that activations follow the
+    micro batch. No optimizer step, no clearing: both belong to the caller.
+
+    Args:
+        model: A Hugging Face causal language model.
+        micro_batches: Each with input_ids, labels (batch, seq) and maybe attention_mask.
+        num_items: What to divide by; by default the labelled tokens of these micro batches. Give
+            the number of all ranks' tokens when there are several.
+
+    Returns:
+        The loss, a scalar without a graph: nats per labelled token.
+
+    Raises:
+        ValueError: No token has a label.
+    """
+    if num_items is None:
+        num_items = sum(map(labelled_tokens, micro_batches))
+    if num_items < 1:
+        raise ValueError(f"micro_batches must hold at least one labelled token, got {num_items}; "
+                         "a mean over no token is NaN, drop rows whose answer was cut off")
+    losses = []
+    for batch in micro_batches:
+        loss = model(**batch, num_items_in_batch=num_items).loss  # a sum over tokens / num_items
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def gradient(model: torch.nn.Module) -> torch.Tensor:
+    """All gradients of the model as one vector, a copy; parameters without one are left out."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def relative_error(approximate: torch.Tensor, exact: torch.Tensor) -> float:
+    """Length of the difference by the length of the exact vector: 0 is equal, 1 as bad as zero.
+
+    Example:
+        >>> relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0]))
+        0.2
+    """
+    return ((approximate - exact).norm() / exact.norm()).item()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One attempt: a micro batch's size, whether it fitted, and its peak in bytes if it did."""
+
+    micro_batch_size: int
+    fits: bool
+    peak_bytes: int | None
+
+    def __repr__(self) -> str:
+        return f"micro batch {self.micro_batch_size:3}: " + (
+            f"fits, peak {show_bytes(self.peak_bytes)}" if self.fits else "out of memory")
+
+
+@dataclass(frozen=True)
+class Search:
+    """The largest micro batch that fitted (0: none did), and every attempt in order."""
+
+    micro_batch_size: int
+    probes: list[Probe]
+
+
+def largest_micro_batch(backward: Callable[[int], object], model: torch.nn.Module,
+                        optimizer: torch.optim.Optimizer, *, upper: int = 256,
+                        gradient_accumulation_steps: int = 2,
+                        budget_bytes: int | None = None) -> Search:
+    """Find the most sequences of a micro batch that train without running out of memory.
+
+    Doubles from 1 until a size fails, then halves the interval: about 2 log2(answer) attempts. An
+    attempt is two whole optimizer steps, because Adam's state appears in the first one and only the
+    second has to live with it. Weights, gradients, optimizer state, train/eval modes and PyTorch's
+    random state are afterwards what they were.
+
+    Args:
+        backward: Called with a size: forward and backward of one micro batch, as the run will do
+            it: the longest sequences, the same loss, the same autocast.
+        model: Set to training mode; in eval mode checkpointing and dropout would be off.
+        optimizer: The run's own.
+        upper: The largest size to consider.
+        gradient_accumulation_steps: Of the run; from 2 on a forward pass meets gradients.
+        budget_bytes: A pretended card's memory, enforced by a `MemoryLedger`, e.g.
+            `hardware.T4.usable_bytes`. `None`: the memory that is really there.
+
+    Raises:
+        ValueError: No budget where nothing limits memory, on a CPU; or `upper` below 1.
+    """
+    if budget_bytes is None and hardware.device() == "cpu":
+        raise ValueError("budget_bytes must be a number of bytes on a CPU, got None; pretend a "
+                         "card, for example budget_bytes=hardware.T4.usable_bytes")
+    if upper < 1:
+        raise ValueError(f"upper must be at least 1, got {upper}; 256 suits most runs")
+    probes: list[Probe] = []
+
+    def fits(size: int) -> bool:
+        probes.append(_probe(backward, size, model, optimizer, min(gradient_accumulation_steps, 2),
+                             budget_bytes))
+        # Only here, with the exception and the frames that it held gone, is memory free again.
+        optimizer.zero_grad(set_to_none=True)
+        _give_back()
+        return probes[-1].fits
+
+    with unchanged(model, optimizer):
+        model.train()
+        good, bad = 0, 1  # `good` fits, `bad` is not known to
+        while bad <= upper and fits(bad):
+            good, bad = bad, 2 * bad
+        bad = min(bad, upper + 1)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if fits(middle) else (good, middle)
+    _give_back()
+    return Search(good, probes)
+
+
+def _probe(backward: Callable, size: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+           accumulated: int, budget_bytes: int | None) -> Probe:
+    ledger = MemoryLedger(model, optimizer=optimizer, budget_bytes=budget_bytes) \
+        if budget_bytes is not None else None
+    hardware.reset_peak()
+    try:
+        with ledger or contextlib.nullcontext():
+            for _ in range(2):
+                for _ in range(accumulated):
+                    backward(size)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            raise
+        return Probe(size, False, None)
+    peak_bytes = ledger.report().peak_bytes if ledger else hardware.peak_allocated_bytes()
+    return Probe(size, True, peak_bytes)
+
+
+def _give_back() -> None:
+    gc.collect()  # a caught exception can be part of a cycle
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+@contextlib.contextmanager
+def unchanged(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Whatever is trained inside, model, optimizer and PyTorch's random state are as before after.
+
+    Copies wait in host memory, so that the device has room for what is tried inside. Gradients are
+    cleared at entry and come back at the end.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    values = [(t, _on_host(t)) for t in (*trained, *model.buffers())]
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(p, p.grad.cpu()) for p in model.parameters() if p.grad is not None]
+    groups = [{key: copy.copy(value) for key, value in group.items() if key != "params"}
+              for group in optimizer.param_groups]
+    state = {p: {key: _on_host(value) for key, value in entries.items()}
+             for p, entries in optimizer.state.items()}
+    for parameter, _ in gradients:
+        parameter.grad = None
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+            for p in set(optimizer.state) - set(state):
+                del optimizer.state[p]
+            for p, entries in state.items():
+                for key, value in entries.items():
+                    is_tensor = isinstance(value, torch.Tensor)
+                    optimizer.state[p][key] = \
+                        optimizer.state[p][key].copy_(value) if is_tensor else value
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.update(before)
+        for module, training in modes:
+            module.training = training
+        for p, grad in gradients:
+            p.grad = grad.to(p.device)
+
+
+def _on_host(value: object) -> object:
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) \
+        else copy.deepcopy(value)
