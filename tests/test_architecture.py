@@ -32,6 +32,7 @@ ARROWS = {
     "cuda_rules": "units hardware",
     "qlora": "units hardware shapes recipe levers lean",
     "block": "shapes recipe memory_report ledger fake levers qlora",
+    "checkpointing": "hardware shapes recipe ledger",
     "preflight": "units hardware shapes recipe",
     "measurement": "hardware shapes recipe memory_report ledger qlora",
     "batching": "units hardware recipe ledger",
@@ -51,6 +52,7 @@ ARROWS |= {
     "exercises_06": f"{COMPUTING} checks",
     "figures": COMPUTING,
     "number_figures": "precision figures",
+    "chain_figures": "checkpointing figures",
     "widgets": f"{COMPUTING} figures number_figures",
     "__main__": COMPUTING,
 }

@@ -1,0 +1,177 @@
+"""Forgetting on purpose, counted: what waits for backward, and what is computed a second time.
+
+A chain on paper, and a stack of real layers cut into segments that keep only their input. The
+production lever is `levers.checkpoint_layers`. Not modelled: embedding, head, optimizer, time;
+FLOPs are those of matrix products and attention.
+
+Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 3.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from . import hardware, shapes
+from .ledger import MemoryLedger
+from .recipe import TrainRecipe
+
+aten = torch.ops.aten
+FLOPS = flop_registry | {  # PyTorch counts attention's CUDA kernels only; the CPU's do the same
+    aten._scaled_dot_product_flash_attention_for_cpu:
+        flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        flop_registry[aten._scaled_dot_product_flash_attention_backward],
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One action in the training step of a chain, and the inputs a_i that it finds in memory."""
+
+    action: str
+    held: tuple[int, ...]
+
+
+def trace_chain(steps: int, kept: Collection[int]) -> list[Moment]:
+    """A training step of a chain, action by action, when forward keeps only some of the inputs.
+
+    Step i turns its input a_i into a_(i+1), and its backward needs a_i again. What forward did not
+    keep is computed from the nearest one before it that it did; what backward has used is freed.
+
+    Args:
+        steps: Length of the chain.
+        kept: Numbers of the inputs that forward keeps; the first one always is.
+
+    Raises:
+        ValueError: A number that the chain does not have, or the first input is missing.
+
+    Example:
+        >>> [moment.action for moment in trace_chain(2, kept=[1])]
+        ['forward 1', 'forward 2', 'forward 1 again', 'backward 2', 'backward 1']
+        >>> max(len(moment.held) for moment in trace_chain(6, kept=[1, 3, 5]))
+        4
+    """
+    if not set(kept) <= set(range(1, steps + 1)) or 1 not in kept:
+        raise ValueError(f"kept must be numbers from 1 to {steps} with 1 among them, got "
+                         f"{sorted(kept)}; a1 is the chain's own input")
+    held: set[int] = set()
+    moments = []
+
+    def act(action: str) -> None:
+        moments.append(Moment(action, tuple(sorted(held))))
+
+    for step in range(1, steps + 1):
+        held |= {step} & set(kept)
+        act(f"forward {step}")
+    for step in range(steps, 0, -1):
+        for again in range(max(held), step):
+            held.add(again + 1)
+            act(f"forward {again} again")
+        act(f"backward {step}")
+        held.remove(step)
+    return moments
+
+
+def in_segments(layers: Sequence[torch.nn.Module], x: torch.Tensor, size: int,
+                **kwargs: object) -> torch.Tensor:
+    """Run the layers, `size` at a time as one checkpoint; 0 keeps everything.
+
+    Args:
+        layers: Each maps (batch, seq, hidden) to the same shape.
+        x: (batch, seq, hidden).
+        size: Layers in a segment. 1 is a checkpoint a layer.
+        kwargs: Passed to every layer.
+    """
+    def run(segment: Sequence[torch.nn.Module], x: torch.Tensor) -> torch.Tensor:
+        for layer in segment:
+            x = layer(x, **kwargs)
+        return x
+
+    if size == 0:
+        return run(layers, x)
+    for start in range(0, len(layers), size):
+        segment = layers[start:start + size]
+        x = checkpoint(functools.partial(run, segment), x, use_reentrant=False)
+    return x
+
+
+class WorkCounter(TorchDispatchMode):
+    """Counts floating-point operations of matrix products and attention in `flops`.
+
+    `torch.utils.flop_counter.FlopCounterMode` has the same formulas, but its module tracker keeps
+    recomputed tensors alive, so it cannot run beside a `MemoryLedger`.
+
+    Example:
+        >>> with WorkCounter() as work:
+        ...     _ = torch.ones(2, 3) @ torch.ones(3, 5)
+        >>> work.flops
+        60
+    """
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.overloadpacket in FLOPS:
+            self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=result)
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackStep:
+    """Forward and backward of a stack of layers.
+
+    Attributes:
+        activation_bytes: Most bytes alive for backward at once, recomputed ones included.
+        forward_flops: Of the forward pass.
+        flops: Of forward, recomputation and backward.
+        gradients: Of every weight, in order.
+    """
+
+    activation_bytes: int
+    forward_flops: int
+    flops: int
+    gradients: list[torch.Tensor]
+
+
+def build_stack(recipe: TrainRecipe, num_layers: int) -> torch.nn.Module:
+    """A headless model of the recipe's shape with `num_layers` layers, random float32 weights."""
+    from transformers import AutoModel
+
+    config = shapes.config(recipe.model)
+    config.num_hidden_layers = num_layers
+    torch.manual_seed(recipe.seed)
+    return AutoModel.from_config(config, attn_implementation="sdpa",
+                                 dtype=torch.float32).to(hardware.device()).train()
+
+
+def step_stack(model: torch.nn.Module, recipe: TrainRecipe, segment_layers: int) -> StackStep:
+    """Run a stack forward and backward in segments, and count.
+
+    Args:
+        model: From `build_stack`.
+        recipe: Uses micro_batch_size, sequence_length and seed.
+        segment_layers: Layers in a checkpointed segment; 0 keeps everything, 1 is each layer.
+    """
+    random = torch.Generator().manual_seed(recipe.seed)
+    shape = (recipe.micro_batch_size, recipe.sequence_length, model.config.hidden_size)
+    x = torch.randn(shape, generator=random).to(model.device).requires_grad_()
+    positions = torch.arange(recipe.sequence_length, device=model.device)[None]
+    rotary = model.rotary_emb(x.detach(), positions)
+    model.zero_grad()
+    with MemoryLedger(model, inputs=(x, rotary)) as ledger, WorkCounter() as work:
+        loss = in_segments(model.layers, x, segment_layers, position_embeddings=rotary).sum()
+        forward_flops = work.flops
+        loss.backward()
+    weights = [weight for layer in model.layers for weight in layer.parameters()]
+    return StackStep(activation_bytes=max(ledger.report().timeline["activations"]),
+                     forward_flops=forward_flops, flops=work.flops,
+                     gradients=[weight.grad.clone() for weight in weights])
