@@ -112,22 +112,32 @@ def moved_share(weights: Iterable[torch.Tensor], update: float, name: str) -> fl
     return moved / total
 
 
-@contextlib.contextmanager
-def activation_gradients(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect, during backward, the gradient of each linear layer's output: what 16 bits carry.
+@dataclass(frozen=True)
+class Watched:
+    """What passed through the linear layers: their outputs, and the gradients of these."""
 
-    The gradients of the weights are sums over tokens and larger; these are what they are made of.
+    activations: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+
+
+@contextlib.contextmanager
+def watch_linears(model: torch.nn.Module) -> Iterator[Watched]:
+    """Collect each linear layer's output in forward, and in backward that output's gradient.
+
+    These gradients are what 16 bits must carry from layer to layer; a weight's gradient is a sum of
+    them over all tokens, and larger.
     """
-    gradients: list[torch.Tensor] = []
+    watched = Watched([], [])
 
     def watch(module, inputs, output):
+        watched.activations.append(output.detach().clone())
         if output.requires_grad:
-            output.register_hook(lambda gradient: gradients.append(gradient.clone()))
+            output.register_hook(lambda gradient: watched.gradients.append(gradient.clone()))
 
     hooks = [module.register_forward_hook(watch) for module in model.modules()
              if isinstance(module, torch.nn.Linear)]
     try:
-        yield gradients
+        yield watched
     finally:
         for hook in hooks:
             hook.remove()

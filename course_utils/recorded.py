@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,13 @@ def stamp() -> str:
     head = recording()
     card = f"{head['gpu']} as a {head['emulated']}" if head["emulated"] else head["gpu"]
     return f"{card}, torch {head['versions']['torch']}, {head['date']}"
+
+
+def show(group: str, line: Callable[[dict[str, Any]], str], path: Path = PATH) -> None:
+    """Print one line for each recorded run of a group, or plainly that nobody has recorded it."""
+    found = []
+    if path.exists():
+        found = [row for row in recording(path)["rows"] if row["group"] == group]
+    for row in found:
+        print(line(row))
+    print(f"[recorded: {stamp()}]" if found else f"{group}: not recorded yet")

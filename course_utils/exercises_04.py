@@ -1,0 +1,162 @@
+"""The targets of lesson 04's exercises. Each is counted or run when the check runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from . import hardware, measurement, qlora, shapes
+from .checks import Verdict, call, check, check_function, describe, is_number, not_yet, right
+from .fake import fake_model, fake_tensors, meta_model, on_fake_tensors
+from .ledger import MemoryLedger
+from .memory_report import MemoryReport
+from .precision import FORMATS, OperationLog
+from .recipe import TrainRecipe
+from .units import show_bytes
+
+NUMBERS = (1.0, 1.5, 2.0, 0.75, 100.0, 1024.0, 3e-3, 2e-4)
+COPIED = ("bundled", "llama-3.2-1b", "llama-2-7b")  # two with a tied head, one without
+# What people publish for a T4, in the names that the libraries use.
+PUBLISHED = {
+    "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16", "fp16": True, "bf16": False,
+    "optim": "paged_adamw_8bit", "learning_rate": 2e-4, "num_train_epochs": 3,
+    "logging_steps": 10, "save_strategy": "epoch",
+}
+
+
+@check
+def check_spacing(answer: Callable) -> Verdict:
+    """Exercise 04.1: distance from a positive number to the next larger one of a format."""
+    cases = [(x, dtype) for dtype in FORMATS.values() for x in NUMBERS]
+    cases = [(torch.tensor(x, dtype=dtype).item(), dtype) for x, dtype in cases]
+
+    def next_up(x: float, dtype: torch.dtype) -> float:
+        here = torch.tensor(x, dtype=dtype)
+        integer = torch.int32 if here.element_size() == 4 else torch.int16
+        return (here.view(integer) + 1).view(dtype).item() - x  # the next pattern of bits
+
+    def eps(dtype: torch.dtype) -> float:
+        return torch.finfo(dtype).eps
+
+    return check_function(answer, cases, [next_up(*case) for case in cases], mistakes={
+        "that is the distance at 1.0; it grows with the number.": lambda x, dtype: eps(dtype),
+        "that scales smoothly with the number; the distance is the same from one power of two to "
+        "the next.": lambda x, dtype: x * eps(dtype),
+        "round the power down, not to the nearest: 1.5 lies between 2**0 and 2**1.":
+            lambda x, dtype: 2.0 ** round(math.log2(x)) * eps(dtype),
+        "you divided by the power of two where the distance grows with it.":
+            lambda x, dtype: eps(dtype) / 2.0 ** math.floor(math.log2(x)),
+        "that is half of it: the update that just fails to move the number.":
+            lambda x, dtype: next_up(x, dtype) / 2,
+    }, takeaway="equal to the next pattern of bits, for every number and format.")
+
+
+def copies(model: torch.nn.Module) -> int:
+    """Bytes of 16-bit weight copies that autocast makes in a forward pass, by the ledger."""
+    shapes_of_weights = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+    with fake_tensors(), MemoryLedger(model) as ledger:
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        with torch.autocast("cpu", dtype=torch.float16):
+            logits = model(input_ids=ids).logits
+        report = ledger.report()
+    del logits
+    return sum(block.n_bytes for block in report.saved if block.dtype == torch.float16
+               and block.operation.startswith("_to_copy")
+               and (block.shape in shapes_of_weights or block.shape[::-1] in shapes_of_weights))
+
+
+@check
+def check_copies(answer: Callable) -> Verdict:
+    """Exercise 04.2: bytes of 16-bit copies that autocast adds to a float32 model."""
+    if not callable(answer):
+        return not_yet(f"a function is asked for, got {type(answer).__name__}.")
+    for name in COPIED:
+        model = fake_model(name)
+        result, wanted = call(answer, model), copies(model)
+        every = sum(p.numel() for p in model.parameters())
+        inner = sum(m.weight.numel() for n, m in model.named_modules()
+                    if isinstance(m, torch.nn.Linear) and n != "lm_head")
+        mistakes = {
+            2 * wanted: "that counts 4 bytes each; the copies have 16 bits.",
+            wanted // 2: "that counts numbers; each copy takes 2 bytes.",
+            2 * every: "that counts every weight; autocast copies what matrix products read, not "
+                       "norms and not an embedding that is only looked up.",
+            2 * inner: "the head is a linear layer too, also where it shares its matrix with the "
+                       "embedding.",
+        }
+        if result != wanted:
+            said = f"for {name} it should be {show_bytes(wanted)}, got "
+            said += f"{show_bytes(int(result))}." if is_number(result) else f"{describe(result)}."
+            return not_yet(mistakes.get(result, said))
+    return right(f"to the byte, for {', '.join(COPIED)}.")
+
+
+def fake_step(recipe: TrainRecipe) -> MemoryReport:
+    """The ledger of a recipe's forward and backward on fake tensors: any size, no optimizer."""
+    if recipe.base == "nf4":
+        raise ValueError("base must be float16, bfloat16 or float32 here, got 'nf4'; a fake tensor "
+                         "has no 4-bit weights")
+    config = shapes.config(recipe.model)
+    model = qlora.prepare_base(meta_model(config, qlora.storage_dtype(recipe), "sdpa"), recipe)
+    model = on_fake_tensors(qlora.apply_levers(qlora.add_adapters(model, recipe), recipe))
+    with fake_tensors(), MemoryLedger(model) as ledger:
+        ids = torch.zeros(recipe.micro_batch_size, recipe.sequence_length, dtype=torch.long)
+        with torch.autocast("cpu", dtype=getattr(torch, recipe.amp_dtype or "float16"),
+                            enabled=recipe.amp_dtype is not None):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    return ledger.report()
+
+
+def run_published(settings: Mapping[str, Any]) -> OperationLog:
+    """One training step of the bundled model with published settings, its operations logged."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    amp_dtype = "float16" if settings["fp16"] else "bfloat16" if settings["bf16"] else None
+    recipe = TrainRecipe(amp_dtype=amp_dtype, sequence_length=16, checkpointed_layers=0,
+                         lora_dropout=0.0)
+    quantization = BitsAndBytesConfig(
+        **{name: value for name, value in settings.items() if name.startswith(("load", "bnb"))})
+    model = AutoModelForCausalLM.from_pretrained(
+        shapes.hub_id(recipe.model), quantization_config=quantization,
+        dtype=getattr(torch, amp_dtype or "float32"), device_map={"": hardware.device()})
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # see qlora.load_base
+            module.support_avx512bf16_for_cpu = False
+    model = qlora.add_adapters(qlora.prepare_base(model, recipe), recipe)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    batches = measurement.random_batches(recipe, hardware.device())
+    with OperationLog() as log:
+        qlora.training_step(model, optimizer, batches, recipe)
+    return log
+
+
+@check
+def check_published(answer: Mapping[str, Any]) -> Verdict:
+    """Exercise 04.3: the published settings, made right for a T4 by changing one of them."""
+    if not isinstance(answer, Mapping):
+        return not_yet(f"the settings as a dict are asked for, got {type(answer).__name__}.")
+    changed = {name: value for name, value in answer.items() if PUBLISHED.get(name) != value}
+    if set(answer) != set(PUBLISHED):
+        return not_yet(f"the names must stay those of the published settings; look at "
+                       f"{', '.join(sorted(set(answer) ^ set(PUBLISHED)))}.")
+    amp_dtype = "float16" if answer["fp16"] else "bfloat16" if answer["bf16"] else None
+    if amp_dtype is None:
+        return not_yet("without fp16 the products leave the T4's tensor cores; keep it on.")
+    try:
+        replace(TrainRecipe(), amp_dtype=amp_dtype).check_on(hardware.T4)
+    except ValueError as error:
+        return not_yet(f"{error}.")
+    log = run_published(answer)
+    if set(log.matmuls) != {amp_dtype}:
+        said = " and ".join(f"{count} in {name}" for name, count in log.matmuls.items())
+        why = "nothing has changed; " if not changed else ""
+        return not_yet(f"{why}a step's matrix products still run {said}.")
+    if len(changed) > 1:
+        return not_yet(f"that works, but one change is enough; you changed {', '.join(changed)}.")
+    return right(f"all {log.matmuls[amp_dtype]} matrix products of a step run in {amp_dtype}.")
