@@ -1,0 +1,132 @@
+"""The targets of lesson 02's exercises. Each is counted when the check runs, none is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .checkpointing import trace_chain
+from .checks import Unfinished, Verdict, call, check, not_yet, right
+from .ledger import MemoryLedger
+from .units import show_bytes
+
+STEPS = 6
+# What autograd says when a checkpoint is wrong, and what it means.
+AUTOGRAD_SAYS = {
+    "does not require grad": "there is no graph to run backward through: inside backward autograd "
+                             "is off, run the function under `torch.enable_grad()`.",
+    "only for scalar outputs": "the second backward starts from the gradient that came in: "
+                               "`output.backward(grad)`.",
+    "the graph a second time": "cut the recomputation off from what came before, with "
+                               "`detach()`, and let its input require a gradient.",
+}
+
+
+@check
+def check_traces(answer: Mapping[str, Any]) -> Verdict:
+    """Exercise 02.1: inputs held while backward runs steps 6 to 1 of a chain of six.
+
+    Args:
+        answer: Two lists of six counts, under "keep_all" and "keep_135".
+    """
+    if any(counts is ... for counts in answer.values()):
+        raise Unfinished
+    for name, kept in {"keep_all": range(1, STEPS + 1), "keep_135": (1, 3, 5)}.items():
+        counts, moments = answer[name], {moment.action: moment.held for moment in
+                                         trace_chain(STEPS, kept)}
+        held = [moments[f"backward {step}"] for step in range(STEPS, 0, -1)]
+        verdict = _judge_trace(name, counts, held, set(kept))
+        if verdict:
+            return verdict
+    return right("6 against 4 at the most, and the price is a few steps of forward.")
+
+
+def _judge_trace(name: str, counts: Any, held: list[tuple[int, ...]],
+                 kept: set[int]) -> Verdict | None:
+    target = [len(inputs) for inputs in held]
+    if not isinstance(counts, (list, tuple)) or len(counts) != STEPS:
+        return not_yet(f"{name} is a list of {STEPS} counts, for backward of step 6, 5, 4, 3, 2, "
+                       f"1; got {counts!r}.")
+    if list(counts) == target:
+        return None
+    mistakes = {
+        "count during each backward step, before its own input is freed.":
+            [count - 1 for count in target],
+        "what backward has used is freed: the counts fall.": [len(kept)] * STEPS,
+        "the recomputed input takes room as well, while its step needs it.":
+            [len(set(inputs) & kept) for inputs in held],
+        "one segment at a time is computed again, not the whole chain at once.":
+            list(range(STEPS, 0, -1)),
+    }
+    for sentence, mistaken in mistakes.items():
+        if list(counts) == mistaken:
+            return not_yet(f"{name}: {sentence}")
+    first = next(i for i in range(STEPS) if counts[i] != target[i])
+    names = ", ".join(f"a{number}" for number in held[first])
+    return not_yet(f"{name}: while backward runs step {STEPS - first}, memory holds {names}; you "
+                   f"count {counts[first]}.")
+
+
+@check
+def check_forget(answer: Callable) -> Verdict:
+    """Exercise 02.2: a checkpoint of one's own, for gradients to the bit *and* fewer bytes.
+
+    Args:
+        answer: `answer(function, x)` is `function(x)`, and keeps nothing but `x` for backward.
+    """
+    if not callable(answer):
+        return not_yet(f"a function is asked for, got {type(answer).__name__}.")
+    try:
+        plain, yours = _train_blocks(lambda block, x: block(x)), _train_blocks(answer)
+    except (TypeError, AttributeError, RuntimeError) as error:
+        if "llipsis" in str(error):
+            raise Unfinished from error
+        for words, sentence in AUTOGRAD_SAYS.items():
+            if words in str(error):
+                return not_yet(sentence)
+        raise
+    if not torch.equal(yours["output"], plain["output"]):
+        return not_yet("the output is not function(x).")
+    if yours["kept_bytes"] > plain["boundary_bytes"]:
+        return not_yet(f"{show_bytes(yours['kept_bytes'])} wait for backward; the target is at "
+                       f"most {show_bytes(plain['boundary_bytes'])}, the input of each block.")
+    if any(gradient is None for gradient in yours["weights"]):
+        return not_yet("the weights got no gradient: let `output.backward(...)` run through the "
+                       "function, it reaches them too.")
+    if not _equal(yours["input"], plain["input"]):
+        return not_yet("the gradient of the input is not the plain one: backward returns what "
+                       "arrived at `x`, and starts from `grad`.")
+    if not _equal(yours["weights"], plain["weights"]):
+        return not_yet("the gradients of the weights are not the plain ones: start the second "
+                       "backward from `grad`, once.")
+    kept = plain["kept_bytes"] / yours["kept_bytes"]
+    return right(f"gradients equal to the bit, and {kept:.0f} times less waits for backward.")
+
+
+def _train_blocks(through: Callable, blocks: int = 3) -> dict[str, Any]:
+    """Some blocks, each through `through(block, x)`: gradients, and what waits for backward."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 32, generator=random).requires_grad_()
+    stack = []
+    for _ in range(blocks):
+        block = torch.nn.Sequential(torch.nn.Linear(32, 128), torch.nn.GELU(),
+                                    torch.nn.Linear(128, 32), torch.nn.Tanh())
+        for weight in block.parameters():
+            weight.data = 0.1 * torch.randn(weight.shape, generator=random)
+        stack.append(block)
+    upstream = torch.randn(64, 32, generator=random)
+    with MemoryLedger(torch.nn.ModuleList(stack), inputs=(x, upstream)) as ledger:
+        before, output = ledger.live_bytes, x
+        for block in stack:
+            output = call(through, block, output)
+        kept_bytes = ledger.live_bytes - before
+    output.backward(upstream)
+    return {"output": output.detach(), "kept_bytes": kept_bytes, "input": [x.grad],
+            "boundary_bytes": blocks * x.nbytes,
+            "weights": [weight.grad for block in stack for weight in block.parameters()]}
+
+
+def _equal(left: list, right: list) -> bool:
+    return all(a is not None and torch.equal(a, b) for a, b in zip(left, right, strict=True))
