@@ -13,6 +13,7 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from .lean import ABSENT, head_loss
@@ -153,7 +154,8 @@ def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tens
 
     Saves the logits, (batch x seq, vocab): up to four float32 copies of them at the peak of the
     usual loss. Each chunk forgets its logits and computes them again in backward, so at most one
-    chunk's exist. Costs one more product with the head, or nothing with `lean`.
+    chunk's exist. Costs one more product with the head, or nothing with `lean`. Positions without
+    a label (prompts, padding) get no logits when they are more than a tenth.
 
     Args:
         hidden: (batch, seq, hidden).
@@ -166,12 +168,26 @@ def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tens
     rows, targets = hidden.flatten(0, 1), F.pad(labels, (0, 1), value=ABSENT)[:, 1:].reshape(-1)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != ABSENT).sum()
+    rows, targets = _labelled(rows, targets)
     if lean:
         return head_loss(rows, head.weight, targets, chunk_tokens) / num_items_in_batch
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for chunk, wanted in zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
         total = total + checkpoint(_summed_loss, chunk, head, wanted, use_reentrant=False)
     return total / num_items_in_batch
+
+
+def _labelled(rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leave out prompts and padding, which need no logits, if they are worth a copy of the rest.
+
+    Fake tensors have no values to choose by: a forecast counts the worst case, all labelled.
+    """
+    if isinstance(targets, FakeTensor):
+        return rows, targets
+    kept = (targets != ABSENT).nonzero().squeeze(1)
+    if len(kept) > 0.9 * len(targets):
+        return rows, targets
+    return rows.index_select(0, kept), targets.index_select(0, kept)
 
 
 def _summed_loss(rows: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:

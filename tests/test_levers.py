@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from course_utils import levers, qlora
@@ -138,6 +139,31 @@ def test_chunked_loss_never_holds_all_logits():
     assert sum(b.n_bytes == logits for b in full.largest) >= 2
     assert all(b.n_bytes < logits / 10 for b in chunked.largest if b.category != "weights")
     assert full.peak_bytes - chunked.peak_bytes > 2 * logits
+
+
+@pytest.mark.parametrize("loss", ["chunked", "lean"])
+def test_prompts_get_no_logits(loss):
+    """Half of the tokens labelled: half of the head's products."""
+    def products(labelled):
+        model, inputs = build(dataclasses.replace(STOCK, loss=loss, loss_chunk_tokens=4)), batch()
+        inputs["labels"] = inputs["input_ids"].clone()
+        inputs["labels"][:, :SEQ - labelled] = -100
+        with FlopCounterMode(display=False) as counter:
+            qlora.compute_loss(model, inputs, dataclasses.replace(STOCK, loss=loss,
+                                                                  loss_chunk_tokens=4))
+        return counter.get_total_flops()
+
+    head = 2 * 64 * 256 * (2 if loss == "lean" else 1)  # FLOPs a token, forward
+    assert products(SEQ) - products(SEQ // 2) == pytest.approx(3 * SEQ / 2 * head, rel=0.05)
+
+
+def test_a_batch_without_labels_has_no_loss_and_no_gradient():
+    for loss in ("chunked", "lean"):
+        model, inputs = build(dataclasses.replace(STOCK, loss=loss)), batch()
+        inputs["labels"][:] = -100
+        value = qlora.compute_loss(model, inputs, dataclasses.replace(STOCK, loss=loss), 5)
+        value.backward()
+        assert value == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 def test_lean_mlp_keeps_one_tensor_less_in_each_layer():
