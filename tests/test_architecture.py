@@ -36,6 +36,8 @@ ARROWS = {
     "preflight": "units hardware shapes recipe",
     "measurement": "hardware shapes recipe memory_report ledger qlora",
     "batching": "units hardware recipe ledger",
+    "trainer_log": "hardware recipe corpus qlora",
+    "ranks": "hardware recipe qlora batching",
     "precision": "units hardware recipe",
     "forecast": "units hardware shapes recipe memory_report ledger fake corpus levers qlora "
     "cuda_rules",
@@ -52,8 +54,9 @@ ARROWS |= {
     "exercises_06": f"{COMPUTING} checks",
     "figures": COMPUTING,
     "number_figures": "precision figures",
+    "batch_figures": "units batching figures",
     "chain_figures": "checkpointing figures",
-    "widgets": f"{COMPUTING} figures number_figures",
+    "widgets": f"{COMPUTING} figures number_figures batch_figures",
     "__main__": COMPUTING,
 }
 ONLY_IN = {"matplotlib": "figures", "ipywidgets": "widgets"}

@@ -1,0 +1,248 @@
+"""The targets of lesson 03's exercises. Each is measured when the check runs, none is stored."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .batching import accumulate, gradient, labelled_tokens, relative_error, split
+from .checks import (
+    Unfinished,
+    Verdict,
+    call,
+    check,
+    check_function,
+    is_number,
+    measured_call,
+    not_yet,
+    right,
+)
+from .trainer_log import scheduled
+from .units import show_bytes
+
+# examples, micro batch, accumulation, world size, epochs, warm-up, logging_steps
+RUNS = ((32, 2, 4, 1, 1, 0.5, 1), (20, 2, 4, 1, 2, 0.1, 2), (27, 4, 2, 1, 2, 0.3, 3))
+TWO_RANKS = (40, 2, 4, 2, 2, 0.25, 2)
+LIMITS = (37, 1, 0, 64, 5)  # the largest size that trains, unknown to the search
+UPPER, MOST_ATTEMPTS = 64, 14  # doubling and halving needs 13 at worst, halving alone 7
+
+
+@check
+def check_schedule(answer: Callable) -> Verdict:
+    """Exercise 03.1: what Trainer counts, for runs with rests, epochs and two ranks."""
+    def whole(*case: Any) -> Any:
+        result = call(answer, *case)
+        if isinstance(result, tuple) and any(part is ... for part in result):
+            raise Unfinished
+        return result
+
+    def by(steps: Callable, warmup_of: Callable = lambda steps, _: steps) -> Callable:
+        def mistaken(examples, micro, accumulation, ranks, epochs, warmup, logging):
+            batches = math.ceil(examples / (micro * ranks))
+            n = steps(batches, accumulation, epochs)
+            return n, math.ceil(warmup * warmup_of(n, batches * epochs)), n // logging
+        return mistaken
+
+    def correct_steps(batches, accumulation, epochs):
+        return epochs * math.ceil(batches / accumulation)
+
+    def logs_micro_batches(*case: Any) -> tuple:
+        steps, warmup, _ = by(correct_steps)(*case)
+        return steps, warmup, case[4] * math.ceil(case[0] / (case[1] * case[3])) // case[6]
+
+    def floors_warmup(*case: Any) -> tuple:
+        steps, _, lines = by(correct_steps)(*case)
+        return steps, int(case[5] * steps), lines
+
+    def one_rank(*case: Any) -> tuple:
+        return by(correct_steps)(*case[:3], 1, *case[4:])
+
+    cases = [*RUNS, TWO_RANKS]
+    return check_function(whole, cases, [scheduled(*case) for case in cases], mistakes={
+        "those are micro batches; an optimizer step comes after `accumulation` of them.":
+            by(lambda batches, accumulation, epochs: epochs * batches),
+        "the last micro batches of an epoch make a step too, even if fewer than `accumulation` are "
+        "left: round up.": by(lambda batches, accumulation, epochs:
+                              epochs * (batches // accumulation)),
+        "accumulation does not run on into the next epoch: round up for each epoch, then "
+        "multiply.": by(lambda batches, accumulation, epochs:
+                        math.ceil(epochs * batches / accumulation)),
+        "warm-up is a share of the optimizer steps, not of the micro batches.":
+            by(correct_steps, lambda steps, batches: batches),
+        "a share of a warm-up step is rounded up.": floors_warmup,
+        "`logging_steps` counts optimizer steps, not micro batches.": logs_micro_batches,
+        "each of the ranks has only its share of the examples.": one_rank,
+    }, takeaway="as transformers' Trainer counted, in four runs.")
+
+
+def small_model() -> torch.nn.Module:
+    """A two-layer Llama in float64 with random weights, quick to differentiate."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, use_cache=False)).double()
+
+
+def uneven_batch(rows: int = 8, tokens: int = 64) -> dict[str, torch.Tensor]:
+    """Random rows, (rows, tokens), of which the first half carries three labels each."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(512, (rows, tokens), generator=random)
+    labels = ids.clone()
+    labels[: rows // 2, 3:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+@check
+def check_accumulation(answer: Callable) -> Verdict:
+    """Exercise 03.2: gradients equal to the full batch's to 1e-12, one micro batch in memory."""
+    model, batch = small_model(), uneven_batch()
+    micro_batches = split(batch, 2)
+
+    def run(function: Callable, *args: Any) -> tuple[torch.Tensor, int]:
+        """The gradient that a function leaves behind, and its peak in bytes."""
+        model.zero_grad()
+        _, peak_bytes = measured_call(lambda: [function(model, *args)])
+        if all(p.grad is None for p in model.parameters()):
+            raise ValueError("no parameter has a gradient, backward() was not called")
+        return gradient(model), peak_bytes
+
+    def weighted(weights: Sequence[float]) -> Callable:
+        def function(model: torch.nn.Module) -> None:
+            for weight, micro_batch in zip(weights, micro_batches, strict=True):
+                (weight * model(**micro_batch).loss).backward()
+        return function
+
+    exact, whole_peak = run(accumulate, [batch])
+    _, budget_bytes = run(accumulate, micro_batches)
+    budget_bytes = budget_bytes * 5 // 4
+    try:
+        found, peak_bytes = run(answer, micro_batches)
+    except (TypeError, AttributeError) as error:
+        if "ellipsis" in str(error):
+            raise Unfinished from error
+        raise
+    if (error := relative_error(found, exact)) > 1e-12:
+        number = len(micro_batches)
+        labelled = [int((m["labels"] != -100).sum()) for m in micro_batches]
+        for sentence, weights in {
+            "that is the mean of the micro batches' means: weigh each by its labelled tokens.":
+                [1 / number] * number,
+            "that adds the means up; divide, or more micro batches make longer steps.":
+                [1] * number,
+            "a label at position 0 is nobody's target: count labels[:, 1:].":
+                [n / sum(labelled) for n in labelled],
+            "only the last micro batch is left: clear gradients before the loop, not in it.":
+                [0] * (number - 1) + [labelled_tokens(micro_batches[-1]) / labelled_tokens(batch)],
+            "each mean is multiplied by its tokens, but nothing divides by all of them.":
+                [labelled_tokens(m) for m in micro_batches],
+        }.items():
+            if relative_error(found, run(weighted(weights))[0]) < 1e-9:
+                return not_yet(sentence)
+        return not_yet(f"the relative error of the gradient is {error:.2g}; at most 1e-12 is due "
+                       "to rounding.")
+    if peak_bytes > budget_bytes:
+        return not_yet(f"the gradient is equal, but the peak is {show_bytes(peak_bytes)}; at most "
+                       f"{show_bytes(budget_bytes)}: let each micro batch's graph go (backward) "
+                       "before the next one is built.")
+    return right(f"equal to the full batch's gradient to 1e-12, at {peak_bytes / whole_peak:.0%} "
+                 "of its peak.")
+
+
+@check
+def check_search(answer: Callable) -> Verdict:
+    """Exercise 03.3: the largest size that trains, in few attempts, nothing left alive."""
+    for limit in LIMITS:
+        attempts: list[int] = []
+        leftovers: list[weakref.ref] = []  # what each attempt had in memory
+        leaks: list[weakref.ref] = []  # what the next one still found there
+
+        def train(size: int, limit: int = limit, attempts: list = attempts,
+                  leftovers: list = leftovers, leaks: list = leaks) -> None:
+            if not is_number(size) or size != int(size) or size < 1:
+                raise ValueError(f"a micro batch is a whole number from 1, got {size!r}")
+            leaks.extend(tensor for tensor in leftovers if tensor() is not None)
+            attempts.append(size)
+            activations = torch.zeros(size)
+            leftovers.append(weakref.ref(activations))
+            if size > limit:
+                raise torch.OutOfMemoryError(f"Tried to train {size}")
+
+        try:
+            found = call(answer, train, UPPER)
+        except torch.OutOfMemoryError:
+            return not_yet("an out-of-memory error came through: catch it.")
+        if leaks:
+            return not_yet("an attempt began inside `except`, while the failed one's tensors were "
+                           "still alive: note what happened, leave `except`, then go on.")
+        if len(attempts) > MOST_ATTEMPTS:
+            return not_yet(f"{len(attempts)} attempts to find {limit} in 0 to {UPPER}; halving the "
+                           f"interval needs at most {MOST_ATTEMPTS}.")
+        if found == limit:
+            continue
+        if max(attempts, default=0) > UPPER:
+            return not_yet(f"it tried {max(attempts)}, and {UPPER} was the largest allowed.")
+        if not is_number(found) or found > limit:
+            return not_yet(f"{found} runs out of memory where {limit} is the largest that trains: "
+                           "return the last one that did.")
+        return not_yet(f"{found} trains, but so does {limit}: sizes between the last success and "
+                       "the first failure are left.")
+    return _only_memory(answer)
+
+
+def _only_memory(answer: Callable) -> Verdict:
+    def train(size: int) -> None:
+        raise ValueError("labels are missing")
+
+    try:
+        answer(train, UPPER)
+    except ValueError:
+        return right(f"every limit found, in at most {MOST_ATTEMPTS} attempts out of {UPPER} "
+                     "sizes, and each failure was gone before the next attempt.")
+    return not_yet("a ValueError is no lack of memory, and your search hides it: catch "
+                   "torch.OutOfMemoryError alone.")
+
+
+@check
+def check_rank_loss(answer: Callable) -> Verdict:
+    """Exercise 03.4: each rank's loss, so that the mean of ranks' gradients is the batch's."""
+    for tokens_of_ranks in ((3, 45), (7, 7, 50, 11)):
+        ranks, total = len(tokens_of_ranks), sum(tokens_of_ranks)
+        random = torch.Generator().manual_seed(ranks)
+        data = [torch.randn(n, 5, generator=random, dtype=torch.float64) for n in tokens_of_ranks]
+
+        def averaged(loss_of: Callable, data: list = data, total: int = total) -> torch.Tensor:
+            """What DDP makes of it: the mean over ranks of each one's own gradient."""
+            grads = []
+            for tokens in data:
+                weights = torch.ones(5, dtype=torch.float64, requires_grad=True)
+                loss_sum = (tokens @ weights).square().sum()
+                call(loss_of, loss_sum, len(tokens), total, len(data)).backward()
+                grads.append(weights.grad)
+            return torch.stack(grads).mean(0)
+
+        exact = averaged(lambda loss_sum, mine, total, ranks: loss_sum * ranks / total)
+        found = averaged(answer)
+        if relative_error(found, exact) < 1e-12:
+            continue
+        for sentence, mistaken in {
+            "that is each rank's own mean: a rank with 3 tokens counts as much as one with 45.":
+                lambda loss_sum, mine, total, ranks: loss_sum / mine,
+            "DDP divides by the number of ranks once more: the update is "
+            f"{ranks} times too small.": lambda loss_sum, mine, total, ranks: loss_sum / total,
+            "that is a sum over tokens: it grows with the batch.":
+                lambda loss_sum, mine, total, ranks: loss_sum,
+            "multiplied by the ranks, but still divided by the rank's own tokens.":
+                lambda loss_sum, mine, total, ranks: loss_sum * ranks / mine,
+        }.items():
+            if relative_error(found, averaged(mistaken)) < 1e-9:
+                return not_yet(sentence)
+        return not_yet(f"with {ranks} ranks the gradient's relative error is "
+                       f"{relative_error(found, exact):.2g}.")
+    return right("the mean of the ranks' gradients is the gradient of the whole batch, to 1e-12.")

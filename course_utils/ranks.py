@@ -1,0 +1,162 @@
+"""Several processes, one update: data-parallel training, small enough to read.
+
+`launch` starts this file as a script, as torchrun does for any training script:
+
+    torchrun --nproc-per-node 2 -m course_utils.ranks JOB RESULT
+
+Each process (rank) trains on its own share of the batch; DistributedDataParallel averages their
+gradients. With a GPU for each rank they talk through NCCL, else they compute on the CPU and talk
+through gloo; always over the loopback address, so that no network and no name server is needed.
+
+Not modelled: several machines, sharded weights or optimizers (ZeRO, FSDP), a rank that fails.
+
+Source: torch/nn/parallel/distributed.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from . import hardware, qlora
+from .batching import labelled_tokens, split
+from .recipe import TrainRecipe
+
+LOOPBACK = "127.0.0.1"
+WEIGHINGS = ("tokens", "ranks")  # what counts the same: each token, or each rank's mean
+Batch = dict[str, torch.Tensor]
+
+
+def update(recipe: TrainRecipe, batch: Batch, weigh: str = "tokens", rank: int = 0) -> torch.Tensor:
+    """How one optimizer step of `recipe` changes the weights, in float64, as one vector.
+
+    In float64, so that what is left of a difference is no rounding error. When `recipe.world_size`
+    is above 1, every rank has to call this at the same time.
+
+    Args:
+        recipe: Uses model, micro_batch_size, gradient_accumulation_steps, world_size, optimizer,
+            learning_rate, weight_decay. All weights are trained.
+        batch: The whole effective batch; each rank takes its share of the rows.
+        weigh: "tokens" divides by the labelled tokens of all ranks; "ranks" by each rank's own, so
+            that DDP's average is a mean of means.
+        rank: Which process this is, from 0.
+
+    Raises:
+        ValueError: The batch is not an effective batch of this recipe, or no such weighing.
+    """
+    rows, world_size = len(batch["labels"]), recipe.world_size
+    if rows != recipe.effective_batch_size:
+        raise ValueError(f"batch must have {recipe.effective_batch_size} rows (micro batch x "
+                         f"accumulation x world size), got {rows}; cut it, or change the recipe")
+    if weigh not in WEIGHINGS:
+        raise ValueError(f"weigh must be one of {', '.join(WEIGHINGS)}, got {weigh!r}; pick one")
+    device, share = hardware.device(), rows // world_size
+    mine = {name: tensor[rank * share:(rank + 1) * share].to(device)
+            for name, tensor in batch.items()}
+    model = qlora.load_base(dataclasses.replace(recipe, base="float32", lora_rank=None))
+    model = model.to(device, torch.float64).train()
+    before = _flat(model)
+    optimizer = qlora.build_optimizer(model, recipe)
+    ddp = DistributedDataParallel(model) if world_size > 1 else None
+    num_items, factor = torch.tensor(labelled_tokens(mine), device=device), 1
+    if ddp and weigh == "tokens":
+        dist.all_reduce(num_items)  # now the sum over ranks
+        factor = world_size  # DDP divides the summed gradients by it
+    micro_batches = split(mine, recipe.micro_batch_size)
+    for index, micro_batch in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1  # only then are gradients worth sending
+        with ddp.no_sync() if ddp and not last else contextlib.nullcontext():
+            loss = (ddp or model)(**micro_batch, num_items_in_batch=num_items).loss
+            (factor * loss).backward()
+    optimizer.step()
+    return _flat(model) - before
+
+
+def _flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
+
+
+def launch(recipe: TrainRecipe, batch: Batch, timeout_s: float = 120) -> dict[str, torch.Tensor]:
+    """The same update by `recipe.world_size` processes under torchrun, for each weighing.
+
+    Args:
+        recipe: As for `update`.
+        batch: As for `update`; handed over in a file.
+        timeout_s: After so many seconds every process is ended.
+
+    Raises:
+        TimeoutError: It took too long.
+        RuntimeError: A process failed; the message is its last word.
+    """
+    enough = torch.accelerator.is_available() \
+        and torch.accelerator.device_count() >= recipe.world_size
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder, "job.pt"), Path(folder, "result.pt")
+        torch.save({"recipe": dataclasses.asdict(recipe), "batch": batch}, job)
+        command = [sys.executable, "-m", "torch.distributed.run",  # what `torchrun` runs
+                   "--nproc-per-node", str(recipe.world_size), "--local-addr", LOOPBACK,
+                   "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{LOOPBACK}:0",  # any free port
+                   "-m", __name__, str(job), str(result)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              text=True, env=_environment(enough), start_new_session=True) as agent:
+            try:
+                _, errors = agent.communicate(timeout=timeout_s)
+            except BaseException as reason:  # an interrupted cell must not leave ranks behind
+                os.killpg(agent.pid, signal.SIGKILL)
+                if not isinstance(reason, subprocess.TimeoutExpired):
+                    raise
+                raise TimeoutError(f"{recipe.world_size} ranks did not finish in {timeout_s:g} s "
+                                   "and were ended; give a larger timeout_s") from None
+        if agent.returncode:
+            raise RuntimeError(f"a rank failed: {_last_word(errors)}")
+        return torch.load(result)
+
+
+def _environment(on_gpus: bool) -> dict[str, str]:
+    added = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    if not on_gpus:
+        added["CUDA_VISIBLE_DEVICES"] = ""  # ranks cannot share a GPU through NCCL
+    for name in ("lo", "lo0"):  # Linux, macOS: bind there, never ask for this machine's name
+        if name in (interface for _, interface in socket.if_nameindex()):
+            added |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+    return os.environ | added
+
+
+def _last_word(errors: str) -> str:
+    """The first exception that a rank raised; the others then fail for want of a partner."""
+    said = re.findall(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception)\b.*)", errors, re.M)
+    return said[0] if said else errors.strip()[-300:] or "it said nothing"
+
+
+def main(job: str, result: str) -> None:
+    """One rank: read the job, train, and let rank 0 write what came out."""
+    asked = torch.load(job)
+    fields = asked["recipe"]
+    recipe, rank = TrainRecipe(**fields), int(os.environ["LOCAL_RANK"])
+    on_gpus = hardware.device() != "cpu"
+    if on_gpus:
+        torch.accelerator.set_device_index(rank)
+    dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(seconds=60))
+    try:
+        updates = {weigh: update(recipe, asked["batch"], weigh, rank) for weigh in WEIGHINGS}
+        if rank == 0:
+            torch.save(updates, result)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
