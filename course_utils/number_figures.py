@@ -74,7 +74,7 @@ def magnitudes(groups: Mapping[str, Sequence[torch.Tensor]],
         powers = (numbers[numbers > 0] * scale).log2().clamp(LOWEST, HIGHEST)
         counts = torch.histc(powers, HIGHEST - LOWEST, LOWEST, HIGHEST)
         colour = GROUPS.get(name.split()[-1], LINES[row])
-        ax.bar(range(LOWEST, HIGHEST), 0.8 * counts / counts.max(), bottom=row, width=1.0,
+        ax.bar(range(LOWEST, HIGHEST), (0.8 * counts / counts.max()).tolist(), bottom=row, width=1,
                align="edge", color=colour)
         ax.text(LOWEST - 1, row + 0.2, name, ha="right", va="center", color=colour, fontsize=12)
         landing = land(tensors, "float16", scale)
@@ -118,7 +118,7 @@ def smallest_updates(learning_rate: float, weights: Sequence[torch.Tensor],
     below = ax.twinx()
     numbers = torch.cat([w.detach().flatten().abs().double().cpu() for w in weights])
     counts = torch.histc(numbers[numbers > 0].log2(), len(powers) - 1, powers[0], powers[-1])
-    below.bar(powers[:-1], counts / counts.max(), width=1.0, align="edge",
+    below.bar(powers[:-1], (counts / counts.max()).tolist(), width=1, align="edge",
               color=COLOURS["weights"], alpha=0.35)
     below.set(ylim=(0, 5), yticks=[])
     return _finish(canvas, f"smallest update that moves a weight, over the weight's magnitude"

@@ -18,6 +18,7 @@ from . import shapes
 from .block import boundary_bytes, count_block, weight_bytes
 from .figures import Figure, compare
 from .hardware import PRESETS, preset
+from .number_figures import smallest_updates
 from .recipe import TrainRecipe
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -118,6 +119,14 @@ def levers_explorer(recipe: TrainRecipe) -> Explorer:
     return Explorer(draw, micro_batch_size=(2, 1, 4, 8, 16), lora_rank=(16, 4, 8, 32),
                     checkpointed_layers=("all", "none"), loss=("chunked", "full"),
                     attention=("explicit_kv", "stock", "eager"), norm=("stock", "native"))
+
+
+def updates_explorer(weights: dict[str, Sequence]) -> Explorer:
+    """Which weights an update of a learning rate's size moves, in each format."""
+    def draw(learning_rate: float, of: str) -> Figure:
+        return smallest_updates(learning_rate, weights[of], of)
+
+    return Explorer(draw, of=tuple(weights), learning_rate=(2e-4, 1e-6, 1e-5, 5e-5, 1e-3, 1e-2))
 
 
 def _img(figure: Figure) -> str:

@@ -1,0 +1,607 @@
+# %% [markdown]
+# # 04 · Half the bits, all the quality?
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/04_half_the_bits.ipynb)
+#
+# **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
+#
+# Checkpointing shrank what layers keep (lesson 02), small micro batches shrank it again (03), and
+# neither changed a single gradient. One factor is still untouched: every number has 4 bytes. Mixed
+# precision gives most of them 2. It is sold with three promises, half the memory, twice the speed,
+# the same quality. You will measure all three.
+#
+# | objectives: you will be able to | level | assessed by |
+# |---|---|---|
+# | *explain* what a format's bits buy, and *calculate* its spacing anywhere | B1 | exercise 04.1 |
+# | *predict* what autocast runs in 16 bits, and *count* the copies it makes | B2 | exercise 04.2 |
+# | *explain* why trained weights stay in float32 | B1 | section 4 |
+# | *choose* formats for a GPU, and *find* the mistake in a published recipe | B2 | exercise 04.3 |
+#
+# **Needs:** the four holders of memory and the ledger (lesson 01).
+# **New concepts (5):** range and spacing · autocast · mixed precision's copies · vanishing update ·
+# compute dtype. Each is in the [glossary](glossary.md).
+
+# %% [markdown]
+# ## Set up
+# On Colab this fetches the course and the one package that is missing there; elsewhere it does
+# nothing.
+
+# %% tags=["setup"]
+import os
+import sys
+if "COLAB_RELEASE_TAG" in os.environ and not os.path.isdir("course"):
+    os.system("git clone -qb v0.1.0 https://github.com/course-authors/fit-the-fine-tune course")
+    os.system(f"{sys.executable} -m pip install -q --no-deps bitsandbytes==0.50.2")
+sys.path += [os.path.abspath("course"), os.path.abspath("..")]
+
+# %% tags=["setup"]
+import tempfile
+from dataclasses import replace
+import torch
+from course_utils import corpus, exercises_04 as exercises, figures, hardware, number_figures
+from course_utils import precision, qlora, recorded, training, widgets
+from course_utils.checks import show_prediction
+from course_utils.ledger import MemoryLedger
+from course_utils.precision import FORMATS
+from course_utils.recipe import TrainRecipe
+from course_utils.units import show_bytes
+gpu = hardware.detect()
+print(hardware.describe(gpu))
+
+# %% [markdown]
+# The recipe of lesson 01 again: the small Llama, all weights trained, float32, 4 sequences of 128
+# tokens; and four real examples to train on.
+
+# %% tags=["setup"]
+from transformers import AutoTokenizer
+recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, optimizer="adamw",
+                     micro_batch_size=4, sequence_length=128, checkpointed_layers=0, lora_dropout=0)
+tokenizer = AutoTokenizer.from_pretrained(corpus.bundled_model_dir())
+rows = corpus.encode(corpus.load_instructions(), tokenizer, recipe.sequence_length)
+batch = corpus.collate(list(rows)[:4], tokenizer.pad_token_id)
+batch = {name: tensor.to(hardware.device()) for name, tensor in batch.items()}
+sixteen = hardware.mixed_precision(gpu).dtype or "bfloat16"  # 16 bits, as this machine likes them
+print("16-bit format used here:", sixteen)
+
+# %% [markdown]
+# ## 1 · Two ways to spend 16 bits
+# A floating-point number is a sign, an exponent (which power of two?) and a fraction (where between
+# this power and the next?). Here is 0.1 in three formats.
+
+# %% tags=["run"]
+number_figures.bit_fields()
+
+# %% [markdown]
+# **Exponent bits buy range, fraction bits buy spacing.** bfloat16 is float32 with its fraction cut
+# off; float16 trades three exponent bits for three more of fraction.
+#
+# ### Predict
+# Which number comes right after 1 in bfloat16? (In float32 it is 1.00000012.)
+
+# %% tags=["predict"]
+predicted_next = ...
+
+# %% tags=["run"]
+after_one = 1 + torch.finfo(torch.bfloat16).eps
+show_prediction(predicted_next, show="{:.7f}".format, computed=after_one)
+for name, dtype in FORMATS.items():
+    info = torch.finfo(dtype)
+    print(f"{name:9} largest {info.max:8.3g}   smallest normal {info.tiny:8.3g}   "
+          f"next after 1: {1 + info.eps:.9f}")
+
+# %% [markdown]
+# ### Explain
+# Seven fraction bits make 128 steps from 1 to 2, so 1.0078125 comes next: two to three decimal
+# digits. float16 has eight times finer steps, but ends at 65 504 and has no normal number below
+# 6.1e-05. [IEEE 754; `torch.finfo`]
+#
+# Which one hurts in training, coarse steps or a short range? Look where the numbers are. One real
+# step, float32: the weights, what the linear layers put out, and the gradients of these outputs.
+
+# %% tags=["run"]
+model = training.build_model(recipe)
+with precision.watch_linears(model) as watched:
+    qlora.compute_loss(model, batch, recipe).backward()
+number_figures.magnitudes({"weights": list(model.parameters()), "activations": watched.activations,
+                           "gradients": watched.gradients})
+
+# %% [markdown]
+# The pale part of float16's bar is *subnormal*: numbers there lose a fraction bit with each power
+# of two. Weights and activations sit comfortably in all three formats. Gradients do not: they are a
+# thousand to a million times smaller, and float16 ends in the middle of them.
+#
+# ### Predict
+# Rounding an activation's gradient to bfloat16 changes it by up to 0.4 %; to float16, by 0.05 %,
+# *if* it is in range. Which share of the gradients above becomes exactly zero in float16? (0.1 for
+# 10 %.)
+
+# %% tags=["predict"]
+predicted_lost = ...
+
+# %% tags=["run"]
+lost = {name: precision.land(watched.gradients, name).zero for name in ("float16", "bfloat16")}
+show_prediction(predicted_lost, show="{:.2f}".format, **lost)
+
+# %% [markdown]
+# ### Explain
+# A coarse step is noise: up here, down there, and a weight's gradient is a sum over hundreds of
+# tokens, in which it averages out. A number out of range is not noise. Below, it is *always* zero;
+# above, it is infinite, and one infinity makes every weight NaN. That is why **range matters more
+# than precision**, and why float16 needs the trick of lesson 05, and bfloat16 does not.
+# [Micikevicius et al., section 3.2]
+
+# %% [markdown]
+# ## Exercise 04.1 · How far to the next number?
+# *Medium, 6 minutes.* Complete `spacing`: the distance from a positive normal number to the next
+# larger one. `torch.finfo(dtype).eps` is the distance at 1; `math` has what else you need. The
+# check compares with the next pattern of bits, in all three formats.
+#
+# <details><summary>Hint 1</summary>The distance is the same for all numbers from one power of two
+# up to the next, and doubles there.</details>
+# <details><summary>Hint 2</summary>At 1 it is eps. At 4? And at 5?</details>
+# <details><summary>Hint 3</summary><code>power = math.floor(math.log2(x))</code></details>
+
+# %% tags=["exercise"]
+import math
+
+def spacing(x, dtype):
+    power = ...
+    return math.ldexp(torch.finfo(dtype).eps, power)  # eps x 2**power
+
+# %% tags=["check"]
+exercises.check_spacing(spacing)
+
+# %% [markdown]
+# ## 2 · Who decides? Autocast
+# `torch.autocast` changes no weight and no line of the model. It looks at each *operation*, and
+# casts what goes in. `fp16=True` in Trainer is this, plus lesson 05.
+#
+# ### Predict
+# Below, twelve operations are each given a float32 matrix under float16 autocast. How many return
+# float16, on a GPU?
+
+# %% tags=["predict"]
+predicted_count = ...
+
+# %% tags=["run"]
+on_gpu, on_cpu = (precision.autocast_table(device) for device in ("cuda", "cpu"))
+count = sum(given_float32 == "float16" for given_float32, _ in on_gpu.values())
+show_prediction(predicted_count, show="{:.0f} of 12".format, counted=count)
+print(f"{'':16}given float32          given float16")
+print(f"{'':16}on a GPU   on a CPU    on a GPU   on a CPU")
+for name, (full, half) in on_gpu.items():
+    print(f"{name:16}{full:11}{on_cpu[name][0]:12}{half:11}{on_cpu[name][1]}")
+
+# %% [markdown]
+# ### Explain
+# This table was run, not copied from a manual (and it works without a GPU: fake tensors take the
+# same path through PyTorch). Three kinds of operations:
+#
+# - **products** go down to 16 bits: tensor cores are fast there, and add up in float32 inside;
+# - **sums over many numbers and steep functions** go up to float32 on a GPU: softmax, norms, exp,
+#   losses. The CPU's list trusts 16 bits more, so a model can behave differently there;
+# - **the rest takes what comes**, and float32 wins where two formats meet.
+#
+# [`aten/src/ATen/autocast_mode.h`] And what is there to cast, in a real step of our model?
+
+# %% tags=["run"]
+mixed = replace(recipe, amp_dtype=sixteen)
+with precision.OperationLog() as log, torch.autocast(hardware.device(), getattr(torch, sixteen)):
+    loss = qlora.compute_loss(model, batch, mixed)
+print("matrix products:", log.matmuls)
+print("additions:      ", {kind: n for (name, kind), n in log.counts.items() if name == "add"})
+
+# %% [markdown]
+# All products in 16 bits; the boundaries between layers, sums of float32 embeddings and what layers
+# add, still in float32. Keep that in mind for section 3.
+#
+# Does it learn the same? Fifteen steps on the four examples, in float32 and under autocast. (The
+# argument `stored` waits for section 4.)
+
+# %% tags=["setup"]
+def train(recipe, model=None, stored="float32", learning_rate=1e-3):
+    model = model or training.build_model(recipe)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0)
+    losses = []
+    for _ in range(15):
+        for weight in weights:
+            weight.data = weight.data.to(FORMATS[stored]).float()  # what this format can hold
+        losses.append(qlora.training_step(model, optimizer, [batch], recipe).item())
+    return losses
+
+# %% [markdown]
+# ### Predict
+# After fifteen steps the losses differ by how many nats?
+
+# %% tags=["predict"]
+predicted_difference = ...
+
+# %% tags=["run"]
+curves = {"float32": train(recipe), f"autocast {sixteen}": train(mixed)}
+last = [losses[-1] for losses in curves.values()]
+show_prediction(predicted_difference, show="{:.1f} nats".format, measured=abs(last[0] - last[1]))
+figures.losses(curves, "all weights trained, learning rate 1e-3")
+
+# %% [markdown]
+# ### Explain
+# The curves lie on each other: the promise about quality holds, *for products in 16 bits with sums
+# in float32 and float32 weights*. This is what "mixed" means. (With float16 and larger models it
+# takes lesson 05 as well.)
+
+# %% [markdown]
+# ## 3 · "Mixed precision halves memory"
+# ### Predict
+# Two training steps, as in lesson 01, once in float32 and once under autocast. The peak falls to
+# which fraction?
+
+# %% tags=["setup"]
+def two_steps(recipe):
+    model = training.build_model(recipe)
+    optimizer = qlora.build_optimizer(model, recipe)
+    shape = (recipe.micro_batch_size, recipe.sequence_length)
+    ids = torch.randint(0, model.config.vocab_size, shape, device=hardware.device())
+    dtype = FORMATS[recipe.amp_dtype or "bfloat16"]
+    with MemoryLedger(model, inputs=ids) as ledger:
+        for _ in range(2):
+            with torch.autocast(ids.device.type, dtype, enabled=recipe.amp_dtype is not None):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return ledger.report()
+
+# %% tags=["predict"]
+predicted_fraction = ...
+
+# %% tags=["run"]
+full = two_steps(recipe)
+hardware.reset_peak()
+half = two_steps(mixed)
+measured = hardware.peak_allocated_bytes()
+show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
+                counted=half.peak_bytes / full.peak_bytes)
+print("with autocast:", show_bytes(half.peak_bytes), "counted,", show_bytes(measured), "measured")
+figures.compare({"float32": full, f"autocast {sixteen}": half}, title="at the peak of two steps")
+
+# %% [markdown]
+# ### Explain
+# Weights: float32 as before, because the optimizer needs them so (section 4). Optimizer state:
+# float32 as before. Gradients too. Only activations can shrink, and they have lost far less than
+# half. See what is kept for backward, by format:
+
+# %% tags=["run"]
+weights = {block.shape for block in full.largest if block.category == "weights"}
+for name, report in {"float32": full, f"autocast {sixteen}": half}.items():
+    kept = {"in float32": 0, "in 16 bits": 0, "16-bit copies of weights": 0}
+    for block in report.saved:
+        copy = block.operation.startswith("_to_copy") and block.shape in weights
+        kind = "in float32" if block.dtype.itemsize > 2 else "in 16 bits"
+        kept["16-bit copies of weights" if copy else kind] += block.n_bytes // 2  # of two steps
+    print(f"{name:19}", ", ".join(f"{show_bytes(n)} {kind}" for kind, n in kept.items() if n))
+
+# %% [markdown]
+# Norms, loss and boundaries stay in float32. The rest is in 16 bits, but some tensors are now kept
+# twice, before and after a cast. And there is a new kind: to multiply in 16 bits, each float32
+# weight needs a **16-bit copy**, alive until backward has used it. That is 2 bytes *more* for a
+# weight, not 2 instead of 4. [ZeRO, section 3.1, counts mixed-precision Adam at 2 + 2 + 12 = 16
+# bytes a parameter; plain float32 Adam has 16 too: lesson 01.]
+#
+# It can be worse. Freeze a float32 Llama-3.2-1B, add adapters, train on 512 tokens without
+# checkpointing.
+#
+# ### Predict
+# Now switch on autocast. The peak becomes how many times the peak without?
+
+# %% tags=["predict"]
+predicted_times = ...
+
+# %% tags=["run"]
+one_b = TrainRecipe(model="llama-3.2-1b", base="float32", lora_dropout=0, checkpointed_layers=0)
+variants = {"float32 base": one_b, "the same, autocast": replace(one_b, amp_dtype="float16"),
+            "float16 base, autocast": replace(one_b, base="float16", amp_dtype="float16")}
+steps = {name: exercises.fake_step(variant) for name, variant in variants.items()}
+without, with_autocast, _ = (step.peak_bytes for step in steps.values())
+show_prediction(predicted_times, show="{:.2f} x".format, counted=with_autocast / without)
+figures.compare(steps, hardware.T4, "Llama-3.2-1B, LoRA, 1 x 512 tokens")
+
+# %% [markdown]
+# ### Explain
+# Mixed precision made it *larger*: 16-bit copies of all frozen weights, on top of the float32
+# originals, to save a part of the activations. With checkpointing only one layer's copies live at a
+# time. The memory is halved by something else, the third bar: **loading the frozen base in 16
+# bits** (`dtype=torch.float16`), so that there is nothing to copy. Autocast is for speed; the
+# storage format is for memory. Lesson 06 stores the base in 4 bits.
+
+# %% [markdown]
+# ## Exercise 04.2 · Count the copies
+# *Medium, 8 minutes.* Given a float32 model, how many bytes of 16-bit copies does autocast make in
+# one forward pass? Write the function; the check asks the ledger, for our model and for the shapes
+# of Llama-3.2-1B and Llama-2-7B, and wants every byte.
+#
+# <details><summary>Hint 1</summary>Which operations went down to 16 bits in section 2? Whose
+# weights do they read?</details>
+# <details><summary>Hint 2</summary>Walk over <code>model.modules()</code> and pick
+# <code>torch.nn.Linear</code>. Norms and embeddings are other classes.</details>
+# <details><summary>Hint 3</summary><code>sum(2 * m.weight.numel() for m in modules if
+# isinstance(m, torch.nn.Linear))</code></details>
+
+# %% tags=["exercise"]
+def copied_bytes(model):
+    modules = list(model.modules())
+    return ...
+
+# %% tags=["check"]
+exercises.check_copies(copied_bytes)
+
+# %% [markdown]
+# ## 4 · The update that vanishes
+# Why not store the trained weights in 16 bits as well, and save the copies? A weight is 1.0. It
+# receives 1000 updates of 0.0001.
+#
+# ### Predict
+# What is it afterwards, in float16?
+
+# %% tags=["predict"]
+predicted_weight = ...
+
+# %% tags=["run"]
+after = {}
+for name, dtype in FORMATS.items():
+    weight = torch.tensor(1.0, dtype=dtype)
+    for _ in range(1000):
+        weight += 0.0001
+    after[name] = weight.item()
+show_prediction(predicted_weight, show="{:.4f}".format, computed=after["float16"])
+print(after)
+
+# %% [markdown]
+# ### Explain
+# The next number after 1 is 0.00098 away in float16, and an update of less than half of that rounds
+# back. Not "a little less is learned": *nothing* is, a thousand times. Whether a weight moves
+# depends on its own size (exercise 04.1), and Adam's update is about the learning rate, whatever
+# the gradient. So compare the two. Here, for the weights of our model, a learning rate that people
+# use to train all weights:
+
+# %% tags=["run"]
+number_figures.smallest_updates(2e-5, list(training.build_model(recipe).parameters()),
+                                "the base's weights")
+
+# %% [markdown]
+# In bfloat16, of a hundred weights only a few move. Is that enough to learn?
+
+# %% tags=["run"]
+stored = {f"stored in {name}": train(recipe, stored=name, learning_rate=2e-5) for name in FORMATS}
+figures.losses(stored, "all weights trained, learning rate 2e-5")
+
+# %% [markdown]
+# That is the run that stops learning. No error, no NaN, a loss that looks a little tired. Now the
+# case of this course, adapters:
+
+# %% tags=["run"]
+lora = replace(recipe, lora_rank=16)
+fresh, trained = training.build_model(lora), training.build_model(lora)
+print(f"loss after 15 steps: {train(lora, trained, learning_rate=1e-2)[-1]:.1f}")
+print("share of the adapters' weights that an update moves, when stored in bfloat16")
+adapters = {name: [p for p in model.parameters() if p.requires_grad]
+            for name, model in {"fresh": fresh, "trained": trained}.items()}
+for rate in (2e-4, 1e-5):
+    shares = {n: precision.moved_share(a, rate, "bfloat16") for n, a in adapters.items()}
+    print(f"learning rate {rate:g}:  fresh {shares['fresh']:.0%}  trained {shares['trained']:.0%}")
+
+# %% [markdown]
+# Honestly: at 2e-4, the usual rate, fresh adapters do well in 16 bits, because B starts at zero,
+# where floats are dense. It fails later. The weights have grown, the schedule has brought the rate
+# down, and the last part of the run does next to nothing. As adapters are a percent or less of the
+# model, keeping them in float32 costs next to nothing as well; and float16 ones cannot use loss
+# scaling at all (lesson 05). So: **what is frozen, in 16 bits or fewer; what is trained, in
+# float32.** [Micikevicius et al., section 3.1] That is what PEFT does by default.
+#
+# Move the rate. Where does each format stop?
+
+# %% tags=["run"]
+widgets.updates_explorer({"base weights": list(training.build_model(recipe).parameters()),
+                          "fresh adapters": adapters["fresh"],
+                          "trained adapters": adapters["trained"]})
+
+# %% [markdown]
+# ## 5 · Which 16 bits, on which card?
+# ### Predict
+# `torch.cuda.is_bf16_supported()` on a T4 returns True. Does a T4 compute in bfloat16? Write True
+# or False.
+
+# %% tags=["predict"]
+predicted_answer = ...
+
+# %% tags=["run"]
+said = "no prediction yet" if predicted_answer is ... else predicted_answer
+print("predicted:", said, "  T4:", hardware.T4.has_bfloat16)
+for card in hardware.PRESETS.values():
+    print(f"{card.name:8} {hardware.mixed_precision(card).reason}")
+
+# %% [markdown]
+# ### Explain
+# The function counts *emulation*: it only tries to make a tensor. Every product is then computed in
+# float32 with casts around it, off the tensor cores. Trainer accepts `bf16=True` there, and the run
+# crawls. Ask for the **compute capability** (8.0 and up), or
+# `is_bf16_supported(including_emulation=False)`. [torch/cuda/\_\_init\_\_.py] The recipe asks:
+
+# %% tags=["raises-exception"]
+replace(recipe, amp_dtype="bfloat16").check_on(hardware.T4)
+
+# %% [markdown]
+# A 4-bit base adds one more choice: in which format are its weights unpacked for a product? That is
+# the **compute dtype** (`bnb_4bit_compute_dtype`). Two formats in one run mean casts, and this is
+# what you find when you search for a T4 recipe:
+
+# %% tags=["run"]
+published = dict(exercises.PUBLISHED)
+for name, value in published.items():
+    print(f"{name:28}{value}")
+
+# %% [markdown]
+# ### Predict
+# Run one training step with it, forward and backward. How many of its matrix products (there are
+# over a hundred) run in bfloat16?
+
+# %% tags=["predict"]
+predicted_products = ...
+
+# %% tags=["run"]
+log = exercises.run_published(published)
+show_prediction(predicted_products, show="{:.0f}".format, counted=log.matmuls["bfloat16"])
+print(log.matmuls, "and casts that wrote", show_bytes(log.copied_bytes))
+
+# %% [markdown]
+# ### Explain
+# Autocast repairs the forward pass, by casting once more. Backward has no autocast: there each
+# product of the 4-bit layers follows the compute dtype, which a T4 emulates.
+#
+# ## Exercise 04.3 · Find the mistake
+# *Medium, 6 minutes.* Change **one** setting so that the recipe is right for a T4. The check runs a
+# step and looks at every product.
+#
+# <details><summary>Hint 1</summary>Which settings name a format?</details>
+# <details><summary>Hint 2</summary>Two of them must agree, and a T4 has only one fast 16-bit
+# format.</details>
+# <details><summary>Hint 3</summary><code>published | {"bnb_4bit_compute_dtype": ...}</code>, with
+# the format that <code>fp16=True</code> stands for.</details>
+
+# %% tags=["exercise"]
+corrected = ...
+
+# %% tags=["check"]
+exercises.check_published(corrected)
+
+# %% [markdown]
+# Such recipes often have a line `warmup_ratio=0.03` too. That one at least fails loudly: today's
+# Trainer has `warmup_steps`, where a number below 1 is a share.
+
+# %% tags=["raises-exception"]
+recipe.to_training_arguments("out", warmup_ratio=0.03)
+
+# %% [markdown]
+# One more switch with a friendly name: `fp16_full_eval=True`, "evaluate in float16, half the
+# memory".
+#
+# ### Predict
+# In which format are the float32 adapters *after* one evaluation with it?
+
+# %% tags=["predict"]
+predicted_format = ...
+
+# %% tags=["run"]
+from transformers import PrinterCallback, Trainer
+arguments = recipe.to_training_arguments(tempfile.mkdtemp(), fp16_full_eval=True, disable_tqdm=True,
+                                         dataloader_pin_memory=False)
+trainer = Trainer(fresh, arguments, eval_dataset=[{k: v[0] for k, v in batch.items()}])
+trainer.remove_callback(PrinterCallback)
+trainer.evaluate()
+print("predicted:", "no prediction yet" if predicted_format is ... else predicted_format)
+print("after:    ", {precision.name_of(weight.dtype) for weight in adapters["fresh"]})
+
+# %% [markdown]
+# ### Explain
+# It calls `model.to(torch.float16)`, **in place**, and nobody turns it back: evaluated before or
+# between training, the run goes on with 16-bit adapters. With fp16 it then dies in the gradient
+# scaler (lesson 05); without, it is the run of section 4. Evaluate under autocast instead.
+# [transformers/trainer.py, `evaluation_loop`]
+
+# %% [markdown]
+# ## 6 · "Twice as fast"
+# ### Predict
+# By its data sheet, a float16 product on a T4's tensor cores is how many times as fast as a float32
+# product?
+
+# %% tags=["predict"]
+predicted_speedup = ...
+
+# %% tags=["run"]
+sheet = hardware.T4.matmul_flops / hardware.T4.float32_flops
+show_prediction(predicted_speedup, show="{:.1f} x".format, T4_data_sheet=sheet)
+speeds = {name: precision.matmul_flops(name) for name in FORMATS}
+show_prediction(..., show=lambda flops: f"{flops / 1e12:.1f} TFLOP/s", **speeds)
+
+# %% tags=["recorded"]
+recorded.show("matmul", lambda row: f"{row['name']:9} {row['flops'] / 1e12:6.1f} TFLOP/s")
+
+# %% [markdown]
+# ### Explain
+# The factor belongs to *products* that are large enough, and to the card: float16 and bfloat16 run
+# at one speed where both have tensor cores; on a T4 only float16 has. A step also has norms,
+# softmax, casts and an optimizer, which wait for memory and gain at most the factor 2 of smaller
+# numbers. So between 1 and the factor above; only a measurement of *your* step tells.
+
+# %% [markdown]
+# ## For those who struggle
+# One number by hand. Store 5.3 in bfloat16.
+#
+# 1. Power of two: 4 <= 5.3 < 8, so the power is 2 and numbers are 4 x (1 + fraction).
+# 2. Spacing: seven fraction bits cut 4 ... 8 into 128 steps of 4 / 128 = 0.03125.
+# 3. Steps: (5.3 - 4) / 0.03125 = 41.6, so it is stored as step 42: 4 + 42 x 0.03125 = 5.3125.
+# 4. An update moves it when it is larger than half a step, 0.015625.
+
+# %% tags=["run"]
+number = torch.tensor(5.3, dtype=torch.bfloat16)
+print(number.item(), precision.bits(5.3, "bfloat16"))
+print((number + 0.015).item(), (number + 0.017).item())
+
+# %% [markdown]
+# 42 is 0101010 in binary: find it in the bits. Then do the same for 5.3 in float16 (ten fraction
+# bits).
+#
+# ## Go further
+# Adam's second average is v = 0.999 v + 0.001 g². Keep it in bfloat16, in a loop of 5000 steps with
+# g = 1, starting at v = 0. Where does it stop, and what does that do to the learning rate? (Compare
+# 0.001 with half the spacing.) 8-bit Adam survives with fewer bits: look up "block-wise
+# quantization", and say what it does that bfloat16 does not.
+#
+# ## Try with AI
+# Ask an assistant:
+#
+# > I fine-tune Llama-3.2-1B with LoRA on a T4 in float32 and want to halve the memory with mixed
+# > precision. Which flags do I set, in which formats are base, adapters, gradients and Adam's state
+# > then, and what happens to the peak at 1 x 512 tokens without checkpointing?
+#
+# A right answer says that `fp16=True` alone *raises* the peak, because the frozen float32 base gets
+# 16-bit copies; that the base must be loaded in float16 for the memory; that adapters, their
+# gradients and Adam's state stay in float32; that bf16 is only emulated on a T4; and it comes close
+# to these numbers:
+
+# %% tags=["run"]
+for name, step in steps.items():
+    print(f"{name:24}{show_bytes(step.peak_bytes):>10}")
+
+# %% [markdown]
+# ## What this lesson left out
+# float8 and TF32 (neither on a T4); dynamic range tricks such as stochastic rounding, which makes
+# 16-bit weights learn again; bf16 optimizers with a compensation term; what CUDA's own operations
+# keep (a GPU's norms and softmax go to float32, so it keeps more in float32 than the CPU does
+# here).
+#
+# ## Sources
+# - IEEE 754-2019: formats; Kalamkar et al. 2019, [A study of
+#   BFLOAT16](https://arxiv.org/abs/1905.12322)
+# - Micikevicius et al. 2018, [Mixed precision training](https://arxiv.org/abs/1710.03740), section
+#   3
+# - Rajbhandari et al. 2020, [ZeRO](https://arxiv.org/abs/1910.02054), section 3.1: 2 + 2 + 12 bytes
+# - PyTorch, [Automatic mixed precision](https://docs.pytorch.org/docs/stable/amp.html), and
+#   [autocast_mode.h](https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/autocast_mode.h)
+# - PyTorch,
+#   [torch/cuda/\_\_init\_\_.py](https://github.com/pytorch/pytorch/blob/main/torch/cuda/__init__.py):
+#   `is_bf16_supported`
+# - NVIDIA, [T4 data
+#   sheet](https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/tesla-t4/t4-tensor-core-datasheet-951643.pdf)
+#
+# New terms are in the [glossary](glossary.md).
+#
+# ## To lesson 05
+# One number to take along, the smallest that float16 knows:
+
+# %% tags=["run"]
+smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+print(f"{smallest:.2e}")
+
+# %% [markdown]
+# A T4 has no other 16 bits, and section 1 showed gradients below that. Where did they go, and how
+# do we get them back? Lesson 05 asks: where did my gradient go?

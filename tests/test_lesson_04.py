@@ -1,0 +1,151 @@
+"""Lesson 04: its exercises know right from wrong, its claims hold outside its cells."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from course_utils import exercises_04, widgets
+from course_utils.checks import not_yet, right
+from course_utils.exercises_04 import PUBLISHED
+from course_utils.precision import FORMATS
+from course_utils.recipe import TrainRecipe
+
+
+def eps(dtype):
+    return torch.finfo(dtype).eps
+
+
+def spacing(x, dtype):
+    return 2.0 ** math.floor(math.log2(x)) * eps(dtype)
+
+
+def unfinished_spacing(x, dtype):
+    power = ...
+    return math.ldexp(eps(dtype), power)
+
+
+def linears(model):
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+
+
+def copied(model):
+    return sum(2 * module.weight.numel() for _, module in linears(model))
+
+
+def unfinished_copies(model):
+    return ...
+
+
+# exercise: (reference, {wrong answer's name: answer}, untouched)
+EXERCISES = {
+    "check_spacing": (spacing, {
+        "at 1 only": lambda x, dtype: eps(dtype),
+        "smooth": lambda x, dtype: x * eps(dtype),
+        "nearest power": lambda x, dtype: 2.0 ** round(math.log2(x)) * eps(dtype),
+        "upside down": lambda x, dtype: eps(dtype) / 2.0 ** math.floor(math.log2(x)),
+        "half": lambda x, dtype: spacing(x, dtype) / 2,
+        "raises": lambda x, dtype: x / 0,
+    }, unfinished_spacing),
+    "check_copies": (copied, {
+        "four bytes": lambda model: 2 * copied(model),
+        "numbers": lambda model: copied(model) // 2,
+        "all weights": lambda model: 2 * sum(p.numel() for p in model.parameters()),
+        "no head": lambda model: 2 * sum(m.weight.numel() for n, m in linears(model)
+                                         if n != "lm_head"),
+        "only right for the bundled model": lambda model: 3047424,
+        "not a function": 3,
+    }, unfinished_copies),
+    "check_published": (PUBLISHED | {"bnb_4bit_compute_dtype": "float16"}, {
+        "unchanged": dict(PUBLISHED),
+        "bf16 on a T4": PUBLISHED | {"fp16": False, "bf16": True},
+        "float32 compute dtype": PUBLISHED | {"bnb_4bit_compute_dtype": "float32"},
+        "no mixed precision": PUBLISHED | {"fp16": False, "bnb_4bit_compute_dtype": "float16"},
+        "changed more": PUBLISHED | {"bnb_4bit_compute_dtype": "float16", "learning_rate": 1e-4},
+        "only the change": {"bnb_4bit_compute_dtype": "float16"},
+        "not settings": "float16",
+    }, ...),
+}
+
+
+def complaints(check, reference, mistakes, untouched) -> list[str]:
+    """What is wrong with a check, going by answers whose verdict is known."""
+    found = [] if check(reference).passed else [f"refuses the reference: {check(reference)}"]
+    verdicts = {mistake: check(answer) for mistake, answer in mistakes.items()}
+    found += [f"accepts {mistake}" for mistake, verdict in verdicts.items() if verdict.passed]
+    if len({repr(verdict) for verdict in verdicts.values()}) < len(verdicts):
+        found.append("says the same of different mistakes")
+    for answer in (untouched, ...):
+        verdict = check(answer)
+        if verdict.passed is not None or "not attempted yet" not in repr(verdict).lower():
+            found.append(f"says of an untouched exercise: {verdict}")
+    return found
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_check_knows_right_from_wrong(name):
+    assert complaints(getattr(exercises_04, name), *EXERCISES[name]) == []
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize(("stub", "complaint"), [
+    (lambda *_: right("well done."), "accepts"),
+    (lambda *_: not_yet("no."), "refuses the reference"),
+], ids=["accepts everything", "refuses everything"])
+def test_check_that_judges_nothing_is_caught(name, stub, complaint):
+    found = complaints(stub, *EXERCISES[name])
+    assert any(complaint in text for text in found)
+    assert any("untouched" in text for text in found)
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    (PUBLISHED, "nothing has changed; a step's matrix products still run"),
+    (PUBLISHED | {"bnb_4bit_compute_dtype": "float32"}, "in float32"),
+    (PUBLISHED | {"fp16": False, "bf16": True}, "must be 'float16' on a T4"),
+])
+def test_published_settings_are_run_not_read(answer, words):
+    assert words in repr(exercises_04.check_published(answer))
+
+
+def test_one_format_needs_fewer_casts():
+    mixed, one = (exercises_04.run_published(PUBLISHED | {"bnb_4bit_compute_dtype": name})
+                  for name in ("bfloat16", "float16"))
+    assert set(mixed.matmuls) == {"bfloat16", "float16"} and set(one.matmuls) == {"float16"}
+    assert sum(mixed.matmuls.values()) == sum(one.matmuls.values())
+    assert mixed.copied_bytes > 2 * one.copied_bytes
+
+
+LORA = TrainRecipe(model="llama-3.2-1b", base="float32", lora_dropout=0.0, checkpointed_layers=0,
+                   sequence_length=64)
+
+
+def test_autocast_over_a_frozen_float32_base_costs_its_copies():
+    """2 bytes for each weight of a linear layer, but for what activations save."""
+    plain, mixed = (exercises_04.fake_step(replace(LORA, amp_dtype=amp)).peak_bytes
+                    for amp in (None, "float16"))
+    linear = 1_235_814_400 - 16 * 2 * 2048 - 2048  # all but the norms; the head is tied
+    assert 0.9 * 2 * linear < mixed - plain < 2 * linear
+
+
+def test_float16_and_bfloat16_take_the_same_bytes():
+    peaks = {exercises_04.fake_step(
+        replace(LORA, model="bundled", amp_dtype=name, base=name)).peak_bytes
+             for name in FORMATS if name != "float32"}
+    assert len(peaks) == 1
+
+
+def test_fake_step_refuses_four_bits():
+    with pytest.raises(ValueError, match="base must be float16, bfloat16 or float32 here"):
+        exercises_04.fake_step(replace(LORA, base="nf4"))
+
+
+def test_updates_explorer_draws_every_choice():
+    explorer = widgets.updates_explorer({"one": [torch.ones(4)], "small": [torch.full((4,), 1e-3)]})
+    assert "float16 0%" in explorer.figure.alt
+    explorer.controls["learning_rate"].value = 1e-2
+    assert "float16 100%" in explorer.picture.value
+    explorer.controls["learning_rate"].value = 1e-6
+    explorer.controls["of"].value = "small"
+    assert "small. With an update of 1e-06 move: float32 100%, float16 100%" \
+        in explorer.picture.value
