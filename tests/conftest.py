@@ -4,6 +4,4 @@ import os
 
 from tools.notebooks import ENVIRONMENT
 
-for name in ("HF_HUB_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS",
-             "TOKENIZERS_PARALLELISM"):
-    os.environ[name] = ENVIRONMENT[name]
+os.environ.update({name: value for name, value in ENVIRONMENT.items() if "PYTEST" not in name})
