@@ -241,6 +241,8 @@ def losses(runs: Mapping[str, Sequence[float]], title: str = "") -> Figure:
     ax.set(title=title, xlabel="optimizer steps", ylabel="loss, nats per token", ylim=(0, None))
     ax.grid(axis="y")
     ax.legend()
-    said = "; ".join(f"{name}: {len(line)} steps, from {line[0]:.0f} to {line[-1]:.1f}"
+    ends = {name: f"{line[-1]:.1f}" if line[-1] >= 0.1 else "below 0.1"
+            for name, line in runs.items()}
+    said = "; ".join(f"{name}: {len(line)} steps, from {line[0]:.0f} to {ends[name]}"
                      for name, line in runs.items())
     return _finish(canvas, f"training loss{': ' * bool(title)}{title}. {said}.")
