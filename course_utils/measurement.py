@@ -95,3 +95,18 @@ def random_batches(recipe: TrainRecipe, device: str) -> list[dict[str, torch.Ten
         if recipe.padded:
             batches[-1]["attention_mask"] = torch.ones_like(ids)
     return batches
+
+
+def matmul_flops(name: str, size: int = 4096, repeats: int = 10) -> float | None:
+    """FLOP/s of a square matrix product on this GPU, median; `None` without a GPU."""
+    if hardware.detect() is None:
+        return None
+    x = torch.randn(size, size, device=hardware.device()).to(getattr(torch, name))
+    seconds = []
+    for _ in range(repeats + 1):  # the first one loads the kernel: not counted
+        hardware.synchronize()
+        start = time.perf_counter()
+        x @ x
+        hardware.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / sorted(seconds[1:])[repeats // 2]

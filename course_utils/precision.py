@@ -9,10 +9,10 @@ Not modelled: float8, TF32, stochastic rounding. Sources: IEEE 754-2008; Micikev
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -156,7 +156,7 @@ class ScalerStep:
 class TracedScaler(torch.amp.GradScaler):
     """PyTorch's gradient scaler, with a `trace` of what it did in each step."""
 
-    def __init__(self, device: str = "cpu", **settings):
+    def __init__(self, device: str = "cpu", **settings: Any):
         super().__init__(device, **settings)
         self.trace: list[ScalerStep] = []
 
@@ -167,6 +167,20 @@ class TracedScaler(torch.amp.GradScaler):
         scale = self.get_scale()
         super().update(new_scale)
         self.trace.append(ScalerStep(scale, any(found), self._get_growth_tracker()))
+
+
+def trace_scaler(trainer: Any, **settings: Any) -> TracedScaler:
+    """Give a `transformers.Trainer` with `fp16=True` a traced scaler, on a CPU as on a GPU.
+
+    Without a GPU accelerate leaves out both scaler and autocast, and says nothing.
+
+    Args:
+        trainer: Not yet training.
+        settings: Of `torch.amp.GradScaler`.
+    """
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = TracedScaler(hardware.device(), **settings)
+    return trainer.accelerator.scaler
 
 
 class OperationLog(TorchDispatchMode):
@@ -233,18 +247,3 @@ def autocast_table(device_type: str, name: str = "float16") -> dict[str, tuple[s
     finally:
         torch.set_autocast_enabled(device_type, was_enabled)
         torch.set_autocast_dtype(device_type, was)
-
-
-def matmul_flops(name: str, size: int = 4096, repeats: int = 10) -> float | None:
-    """FLOP/s of a square matrix product on this GPU, median; `None` without a GPU."""
-    if hardware.detect() is None:
-        return None
-    x = torch.randn(size, size, device=hardware.device()).to(dtype_of(name))
-    seconds = []
-    for _ in range(repeats + 1):  # the first one loads the kernel: not counted
-        hardware.synchronize()
-        start = time.perf_counter()
-        x @ x
-        hardware.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / sorted(seconds[1:])[repeats // 2]

@@ -46,3 +46,8 @@ def test_batches_have_the_recipes_shape(recipe):
     assert not torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
     assert "attention_mask" in batches[0]
     assert "attention_mask" not in measurement.random_batches(recipe, "cpu")[0]
+
+
+def test_speed_of_products_is_not_measured_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(measurement.hardware, "detect", lambda: None)
+    assert measurement.matmul_flops("float16") is None

@@ -154,11 +154,6 @@ def test_traced_scaler_is_pytorchs_step_by_step(interval):
     assert 0 < sum(step.skipped for step in ours.trace) < 200
 
 
-def test_speed_is_not_measured_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(precision.hardware, "detect", lambda: None)
-    assert precision.matmul_flops("float16") is None
-
-
 NUMBERS = [torch.tensor([1e-8, 1e-6, 0.1, 1e6])]
 DRAWN = {
     "bit_fields": (number_figures.bit_fields, "float16 0 01011 1001100110"),
