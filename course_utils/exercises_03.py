@@ -62,6 +62,7 @@ def check_schedule(answer: Callable) -> Verdict:
         return by(correct_steps)(*case[:3], 1, *case[4:])
 
     cases = [*RUNS, TWO_RANKS]
+    whole(*cases[0])  # unfinished? then Trainer need not run
     return check_function(whole, cases, [scheduled(*case) for case in cases], mistakes={
         "those are micro batches; an optimizer step comes after `accumulation` of them.":
             by(lambda batches, accumulation, epochs: epochs * batches),
