@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import gc
 import json
 import multiprocessing
 import statistics
@@ -78,11 +77,22 @@ def menu() -> list[dict]:
     for model, targets in ((LLAMA1, USUAL.lora_targets), (QWEN, USUAL.lora_targets), (PHI, FUSED)):
         which = {"model": model, "lora_targets": targets}
         rows.append(row("menu", f"{model}, usual", limited=False, **which))
-        rows.append(row("menu", f"{model}, ours", **which, **OURS))
-        for size in (8, 12, 16, 24, 32):
-            rows.append(row("menu", f"{model}, micro batch {size}", micro_batch_size=size,
-                            max_steps=4, **which, **LEAN))
+        for size in (4, 8, 16, 24):
+            rows.append(row("menu", f"{model}, ours, micro batch {size}",
+                            **which | OURS | {"micro_batch_size": size}))
     return rows
+
+
+def checkpointing() -> list[dict]:
+    """What forgetting costs: Llama-3.2-1B with adapters, and with all weights trained."""
+    ways = {"LoRA": {}, "all weights": {"lora_rank": None, "base": "float32"}}
+    return [row("checkpointing", f"{way}, {k} of 16 layers", limited=False, model=LLAMA1,
+                sequence_length=1024, checkpointed_layers=k, **changes)
+            for way, changes in ways.items() for k in (0, 8, 16)]
+
+
+def matmul() -> list[dict]:
+    return [{"group": "matmul", "name": name} for name in ("float32", "float16", "bfloat16")]
 
 
 def curves() -> list[dict]:
@@ -93,7 +103,8 @@ def curves() -> list[dict]:
             row("curves", "ours", **common | {k: v for k, v in LEAN.items() if k not in common})]
 
 
-GROUPS = {"ladder": ladder, "fit": fitted, "menu": menu, "curves": curves}
+GROUPS = {"ladder": ladder, "fit": fitted, "curves": curves, "checkpointing": checkpointing,
+          "matmul": matmul, "menu": menu}
 
 
 class Sequences:
@@ -156,6 +167,12 @@ def train_row(spec: dict, source: str, pipe) -> None:
         "losses": [round(step["loss"], 5) for step in steps]})
 
 
+def time_product(spec: dict, pipe) -> None:
+    from course_utils import measurement
+
+    pipe.send({"flops": measurement.matmul_flops(spec["name"])})
+
+
 def recipe_of(spec: dict) -> TrainRecipe:
     """The recipe of a row, also one that came back from JSON."""
     fields = dict(spec["recipe"])
@@ -188,25 +205,23 @@ def main() -> None:
         "rows": [r for r in old if r["group"] not in options.groups]}
     specs = [spec for group in options.groups for spec in GROUPS[group]()]
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, full = None, {}
+        checkpoint = None
         for number, spec in enumerate(specs, 1):
-            key = (spec["recipe"]["model"], storage(spec))
-            if checkpoint != key:
-                gc.collect()
-                source, checkpoint = write_checkpoint(Path(folder), *key), key
-            size = spec["recipe"]["micro_batch_size"]
-            if spec["group"] == "menu" and size > full.get(key, size):
-                continue  # a smaller micro batch did not fit
-            found = answer(*in_child(context, train_row, spec, str(source)))
-            if found.get("outcome", "").startswith("out of memory"):
-                full[key] = size
+            title = f"{number}/{len(specs)} {spec['group']}: {spec['name']}"
+            if spec["group"] == "matmul":
+                found = answer(*in_child(context, time_product, spec))
+                print(title, found, flush=True)
+            else:
+                key = (spec["recipe"]["model"], storage(spec))
+                if checkpoint != key:
+                    source, checkpoint = write_checkpoint(Path(folder), *key), key
+                found = answer(*in_child(context, train_row, spec, str(source)))
+                peak = found.get("peak_allocated_bytes")
+                print(title, found.get("error") or found["outcome"],
+                      f"{peak / 2**30:.2f} GiB, {found['tokens_per_second']:.0f} tok/s"
+                      if peak else "", flush=True)
             record["rows"].append(spec | found)
             options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            peak = found.get("peak_allocated_bytes")
-            print(f"{number}/{len(specs)} {spec['group']}: {spec['name']}: "
-                  + (found.get("error") or found["outcome"])
-                  + (f", {peak / 2**30:.2f} GiB, {found['tokens_per_second']:.0f} tok/s"
-                     if peak else ""), flush=True)
 
 
 if __name__ == "__main__":
