@@ -6,6 +6,7 @@ keeps matplotlib to itself. Not drawn: signs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -148,3 +149,31 @@ def loss_scale(trace: Sequence[ScalerStep], title: str = "") -> Figure:
     return _finish(canvas, f"loss scale over {len(trace)} steps{': ' * bool(title)}{title}. From "
                            f"{scales[0]:,.0f} to {scales[-1]:,.0f}, at most {max(scales):,.0f}; "
                            f"steps skipped: {', '.join(map(str, skipped)) or 'none'}.")
+
+
+@styled
+def scale_window(errors: Mapping[int, float], title: str = "", limit: float = 0.01) -> Figure:
+    """Relative error of a float16 gradient over the scale of its loss.
+
+    Args:
+        errors: Power of two of the scale, rising, to the error; not finite where it overflowed.
+        title: Whose gradient.
+        limit: Errors up to this one are called good.
+    """
+    canvas, ax = _canvas(4.2)
+    finite = {power: error for power, error in errors.items() if math.isfinite(error)}
+    lost = [power for power in errors if power not in finite]
+    good = [power for power, error in finite.items() if error <= limit]
+    ax.axvspan(good[0], good[-1], color=GRID, alpha=0.6, linewidth=0)
+    ax.plot(*zip(*finite.items(), strict=True), color=COLOURS["gradients"], marker="o",
+            linewidth=2.5)
+    ax.plot(lost, [1.0] * len(lost), "X", color=INK, markersize=11, label="overflow: infinite")
+    ax.set(title=title, yscale="log", ylim=(1e-3, 2), xlabel="scale (grey: the good ones)",
+           ylabel="error of the gradient", **_powers(min(errors), max(errors), 4))
+    ax.grid(axis="y")
+    if lost:
+        ax.legend(loc="upper center")
+    over = f", infinite from 2**{lost[0]}" if lost else ""
+    return _finish(canvas, f"error of a float16 gradient over the loss scale{': ' * bool(title)}"
+                           f"{title}. At most {limit:.0%} from 2**{good[0]} to 2**{good[-1]}, more "
+                           f"below{over}.")

@@ -18,7 +18,7 @@ from . import shapes
 from .block import boundary_bytes, count_block, weight_bytes
 from .figures import Figure, compare
 from .hardware import PRESETS, preset
-from .number_figures import smallest_updates
+from .number_figures import magnitudes, smallest_updates
 from .recipe import TrainRecipe
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -127,6 +127,14 @@ def updates_explorer(weights: dict[str, Sequence]) -> Explorer:
         return smallest_updates(learning_rate, weights[of], of)
 
     return Explorer(draw, of=tuple(weights), learning_rate=(2e-4, 1e-6, 1e-5, 5e-5, 1e-3, 1e-2))
+
+
+def scale_explorer(groups: dict[str, Sequence]) -> Explorer:
+    """Where gradients land in float16 when their loss is scaled."""
+    def draw(scale: int) -> Figure:
+        return magnitudes(groups, ("float16",), scale, f"scale {scale:,}")
+
+    return Explorer(draw, scale=(1, *(2**power for power in range(4, 33, 4))))
 
 
 def _img(figure: Figure) -> str:

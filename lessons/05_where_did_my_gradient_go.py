@@ -1,0 +1,561 @@
+# %% [markdown]
+# # 05 · Where did my gradient go?
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/05_where_did_my_gradient_go.ipynb)
+#
+# **45 min** · runs anywhere; a GPU runs the same cells faster.
+#
+# Lesson 04 ended on a number: 5.96e-08, the smallest that float16 knows. A T4 has no other 16 bits,
+# and a part of every step's gradients is smaller. In this lesson you find out how many vanish, get
+# them back with one multiplication, and write the machine that does it in every fp16 run. Then you
+# break it in the four ways in which people break it.
+#
+# | objectives: you will be able to | level | assessed by |
+# |---|---|---|
+# | *predict* how many gradients flush to zero, and *determine* the best scale | B1 | exercise 05.1 |
+# | *implement* a dynamic loss scaler, equal to PyTorch's | B2 | exercise 05.2 |
+# | *order* the parts of a scaled step, and *recognise* a wrong order by its numbers | B2 | exercise 05.3 |
+# | *explain* when no scaler is needed, and when none can help | B1 | section 5 |
+#
+# **Needs:** formats and autocast (lesson 04); the effective batch (03).
+# **New concepts (5):** flush to zero · loss scaling · overflow and skipped step · dynamic scale ·
+# unscaling. Each is in the [glossary](glossary.md).
+
+# %% [markdown]
+# ## Set up
+# On Colab this fetches the course and the one package that is missing there; elsewhere it does
+# nothing.
+
+# %% tags=["setup"]
+import os
+import sys
+if "COLAB_RELEASE_TAG" in os.environ and not os.path.isdir("course"):
+    os.system("git clone -qb v0.1.0 https://github.com/course-authors/fit-the-fine-tune course")
+    os.system(f"{sys.executable} -m pip install -q --no-deps bitsandbytes==0.50.2")
+sys.path += [os.path.abspath("course"), os.path.abspath("..")]
+
+# %% tags=["setup"]
+import copy
+import functools
+import math
+import tempfile
+import warnings
+from dataclasses import replace
+import torch
+from course_utils import corpus, exercises_05 as exercises, hardware, number_figures, precision
+from course_utils import qlora, training, widgets
+from course_utils.checks import show_prediction
+from course_utils.precision import FORMATS, TracedScaler, land
+from course_utils.recipe import TrainRecipe
+print(hardware.describe(hardware.detect()))
+
+# %% [markdown]
+# The story's recipe on a T4: LoRA, 2 sequences in a micro batch, 16 micro batches in a step. The
+# loss of a micro batch is its share of the whole step (lesson 03), so it is divided by the labelled
+# tokens of all 32 sequences. We need a model in two states: fresh, and after some training.
+
+# %% tags=["setup"]
+from transformers import AutoTokenizer
+recipe = TrainRecipe(model="bundled", base="float32", lora_rank=16, lora_dropout=0, optimizer="adamw",
+                     micro_batch_size=2, gradient_accumulation_steps=16, sequence_length=128,
+                     checkpointed_layers=0, learning_rate=1e-2)
+tokenizer = AutoTokenizer.from_pretrained(corpus.bundled_model_dir())
+rows = corpus.encode(corpus.load_instructions(), tokenizer, recipe.sequence_length)
+collate = functools.partial(corpus.collate, pad_token_id=tokenizer.pad_token_id)
+
+def batch_of(some_rows):
+    return {name: tensor.to(hardware.device()) for name, tensor in collate(some_rows).items()}
+
+batch = batch_of(list(rows)[:recipe.micro_batch_size])
+num_items = recipe.gradient_accumulation_steps * int((batch["labels"][:, 1:] != -100).sum())
+
+# %% tags=["setup"]
+fresh, trained = training.build_model(recipe), training.build_model(recipe)
+optimizer = qlora.build_optimizer(trained, recipe)
+for step in range(20):
+    some = batch_of(list(rows)[2 * step:2 * step + 2])
+    loss = qlora.training_step(trained, optimizer, [some], recipe)
+print(f"loss after 20 steps: {loss.item():.0f} nats")
+
+# %% [markdown]
+# ## 1 · Where are the gradients?
+# Float32 first, so that nothing is lost yet. `watch_linears` collects the gradient that arrives at
+# each linear layer's output: under fp16 autocast, these travel through the model as float16.
+#
+# ### Predict
+# After the 20 steps of training: which share of these gradients would become exactly zero in
+# float16? (0.1 for 10 %.)
+
+# %% tags=["predict"]
+predicted_lost = ...
+
+# %% tags=["run"]
+def gradients_of(model):
+    model.zero_grad()
+    with precision.watch_linears(model) as watched:
+        qlora.compute_loss(model, batch, recipe, num_items).backward()
+    weights = [weight.grad.clone() for weight in model.parameters() if weight.requires_grad]
+    return {"layers' gradients": watched.gradients, "adapters' gradients": weights}
+
+groups = gradients_of(trained)
+lost = land(groups["layers' gradients"]).zero
+show_prediction(predicted_lost, show="{:.2f}".format, counted=lost)
+number_figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
+
+# %% [markdown]
+# ### Explain
+# Left of the first dotted line float16 has nothing: these gradients are **flushed to zero**.
+# Between the first and the second line they are *subnormal*, with fewer bits the further left. The
+# adapters' own gradients are sums over all tokens, and larger.
+#
+# On the right there is room: the whole picture is shifted to the left of float16's range.
+# Multiplying by a power of two shifts it back, and costs no precision. How far? In both states:
+
+# %% tags=["run"]
+print("scale      become zero: fresh   trained     infinite: fresh   trained")
+states = [[g for group in gradients_of(model).values() for g in group] for model in (fresh, trained)]
+for power in (0, 4, 8, 16, 20, 24):
+    landed = [land(state, scale=2.0**power) for state in states]
+    zeros, overflows = ([getattr(l, field) for l in landed] for field in ("zero", "infinite"))
+    print(f"2**{power:<2} {zeros[0]:22.2%} {zeros[1]:9.2%} {overflows[0]:20.4%} {overflows[1]:9.4%}")
+
+# %% [markdown]
+# The small ones come back long before the large ones overflow. And the right scale *moves*: as the
+# loss falls, gradients get smaller.
+#
+# ## Exercise 05.1 · The best scale
+# *Easy, 6 minutes.* `trained_gradients` below has all of them, after training. Which is the largest
+# power of two under which none overflows? Use `land(trained_gradients, scale=...)`, or think: what
+# is the largest of them, and what is float16's largest number?
+#
+# <details><summary>Hint 1</summary><code>torch.finfo(torch.float16).max</code>, divided by the
+# largest gradient, rounded down to a power of two.</details>
+# <details><summary>Hint 2</summary><code>max(g.abs().max().item() for g in
+# trained_gradients)</code></details>
+# <details><summary>Hint 3</summary><code>2.0 ** math.floor(math.log2(65504 /
+# largest))</code></details>
+
+# %% tags=["exercise"]
+trained_gradients = states[1]
+best_scale = ...
+
+# %% tags=["check"]
+exercises.check_best_scale(best_scale, trained_gradients)
+
+# %% [markdown]
+# Move the scale. When do the last ones leave the left, when do the first ones leave on the right?
+
+# %% tags=["run"]
+widgets.scale_explorer(groups)
+
+# %% [markdown]
+# ## 2 · Scale the loss, by hand
+# To shift all gradients, multiply *one* number: the loss. The chain rule carries the factor to
+# every gradient; before the optimizer sees them, divide it out again (**unscale**), in float32.
+#
+# Now for real: forward and backward under float16 autocast, compared with the float32 gradient.
+#
+# ### Predict
+# At scale 1, a tenth of the numbers in between is flushed. By how many percent is the adapters'
+# gradient wrong? (Relative error of the whole vector.)
+
+# %% tags=["predict"]
+predicted_error = ...
+
+# %% tags=["run"]
+def gradient(scale=1.0, amp=None, model=trained):
+    model.zero_grad()
+    dtype = FORMATS[amp or "float16"]
+    with torch.autocast(hardware.device(), dtype, enabled=amp is not None):
+        loss = qlora.compute_loss(model, batch, recipe, num_items)
+    (loss * scale).backward()                                            # scale, backward
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return torch.cat([weight.grad.flatten() / scale for weight in weights])  # unscale
+
+exact = gradient()
+
+def error(estimate):
+    return ((estimate - exact).norm() / exact.norm()).item()
+
+# %% tags=["run"]
+errors = {power: error(gradient(2.0**power, "float16")) for power in range(-12, 25, 4)}
+show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0])
+number_figures.scale_window(errors, "adapters, after 20 steps")
+
+# %% [markdown]
+# ### Explain
+# Surprised? At scale 1 the numbers that vanish are the small ones, and they carry little of the
+# sum: this model's gradient is almost right *without* any scaling. But look at the slope on the
+# left. A gradient 16 times smaller is as bad off as a scale of 2⁻⁴: one more accumulation, a lower
+# loss, a wider model, and the error doubles and doubles. And an error by flushing is no noise;
+# small gradients are gone in every step, always the same ones.
+#
+# So the folklore "without loss scaling fp16 does not learn" is half right: it depends on where your
+# gradients lie, and you do not know. The grey window is twenty powers of two wide. Loss scaling
+# means: stay in it, near its right edge, whatever the model does. [Micikevicius et al., section
+# 3.2]
+
+# %% [markdown]
+# ## 3 · Overflow, and a scale that looks after itself
+# Right of the window a gradient is infinite. What does one step with it do?
+#
+# ### Predict
+# One micro batch overflows and the optimizer steps all the same. Which share of the adapters'
+# weights is NaN afterwards?
+
+# %% tags=["predict"]
+predicted_nan = ...
+
+# %% tags=["run"]
+victim = copy.deepcopy(trained)
+gradient(2.0**28, "float16", victim)                     # leaves its scaled gradients behind
+adapters = [weight for weight in victim.parameters() if weight.requires_grad]
+torch.nn.utils.clip_grad_norm_(adapters, 1.0)            # "but I clip!"
+torch.optim.AdamW(adapters).step()
+nan = sum(int(weight.isnan().sum()) for weight in adapters) / sum(w.numel() for w in adapters)
+show_prediction(predicted_nan, show="{:.0%}".format, measured=nan)
+
+# %% [markdown]
+# ### Explain
+# One infinity makes the norm infinite, or NaN; clipping divides by it; infinity times zero is NaN,
+# and NaN spreads in the next forward pass to whatever was left. Clipping is no protection: it is
+# how the damage travels.
+#
+# So a scaler looks before the step. `torch.amp.GradScaler` does four things:
+#
+# 1. multiply the loss by the scale;
+# 2. after backward, divide the gradients by it, and look whether one is not finite;
+# 3. if so, **skip** the optimizer's step, and halve the scale;
+# 4. after 2000 good steps in a row, double it.
+#
+# Here is one at work on a single layer, with a gradient of 0.25. It grows after 10 good steps
+# instead of 2000, so that we see something, and in step 25 we inject an overflow.
+
+# %% tags=["setup"]
+def run(scaler, steps=60, injected=(), always_schedule=False):
+    weight = torch.nn.Parameter(torch.ones(1, 4, device=hardware.device()))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 10))
+    for step in range(1, steps + 1):
+        with torch.autocast(hardware.device(), torch.float16):
+            output = torch.nn.functional.linear(torch.ones_like(weight), weight)
+        loss = output.float().sum() * (math.inf if step in injected else 0.25)
+        rate = warm_up.get_last_lr()[0]
+        for act in (scaler.scale(loss).backward, lambda: scaler.step(optimizer), scaler.update):
+            act()
+        optimizer.zero_grad()
+        if always_schedule or not scaler.trace[-1].skipped:
+            warm_up.step()
+    return rate  # of the last step
+
+# %% [markdown]
+# ### Predict
+# The scale starts at 65 536 = 2¹⁶; 0.25 x 2¹⁸ is too large for float16. How many of the 60 steps
+# are skipped?
+
+# %% tags=["predict"]
+predicted_skipped = ...
+
+# %% tags=["run"]
+scaler = TracedScaler(hardware.device(), init_scale=2.0**16, growth_interval=10)
+run(scaler, injected=[25])
+skipped = sum(step.skipped for step in scaler.trace)
+show_prediction(predicted_skipped, show="{:.0f} steps".format, measured=skipped)
+number_figures.loss_scale(scaler.trace, "grows after 10 good steps; overflow injected in step 25")
+
+# %% [markdown]
+# ### Explain
+# The scaler cannot see the ceiling. It finds it by bumping into it: a skipped step at each bump,
+# then one power of two below. With the default of 2000 that costs one step in 2000. The injected
+# overflow costs the scale a factor of two for one growth interval, and one step's data; nothing
+# else. [torch/amp/grad_scaler.py]
+#
+# ## Exercise 05.2 · Your own scaler
+# *Medium, 10 minutes.* Write the rule. Given the scale, how many good steps in a row there have
+# been, and whether this step overflowed: return the next scale, the next count, and whether this
+# step is skipped. The check runs it beside `torch.amp.GradScaler` for 200 steps with ten injected
+# overflows and compares all three after every step.
+#
+# <details><summary>Hint 1</summary>Two cases: overflow, or a good step. The second has two cases
+# again.</details>
+# <details><summary>Hint 2</summary>This step counts: it is good step number
+# <code>good_steps + 1</code>. After growing, counting starts at 0.</details>
+# <details><summary>Hint 3</summary><code>if overflow: return scale / 2, 0, True</code>, then
+# <code>if good_steps + 1 == growth_interval: …</code></details>
+
+# %% tags=["exercise"]
+def next_state(scale, good_steps, overflow, growth_interval):
+    if overflow:
+        return ...
+    return ...
+
+# %% tags=["check"]
+exercises.check_scaler(next_state)
+
+# %% [markdown]
+# ## 4 · Four ways to get it wrong
+# A training step now has seven parts: scale, backward, unscale, look, clip, step, update. Loops
+# that people write get the order wrong in four ways. None raises an error. Each is known by a
+# number.
+#
+# ### (a) Clip before unscale
+# ### Predict
+# The gradient's norm is below 1, so clipping to `max_norm=1` should change nothing. Scale 65 536,
+# clip first, unscale then: what is the norm that reaches the optimizer?
+
+# %% tags=["predict"]
+predicted_norm = ...
+
+# %% tags=["run"]
+def norm_after(clip_first, scale=65536.0):
+    scaled = torch.nn.Parameter(exact.clone())
+    scaled.grad = exact * scale
+    if clip_first:
+        torch.nn.utils.clip_grad_norm_(scaled, max_norm=1.0)
+    scaled.grad /= scale
+    if not clip_first:
+        torch.nn.utils.clip_grad_norm_(scaled, max_norm=1.0)
+    return scaled.grad.norm().item()
+
+show_prediction(predicted_norm, show="{:.1e}".format, clip_first=norm_after(True))
+print(f"unscale first: {norm_after(False):.1e}")
+
+# %% [markdown]
+# ### Explain
+# Clipping compared 65 536 times the norm with 1. SGD would stand still. Adam *hides* the bug, as it
+# divides each gradient by its own size, until gradients come near its epsilon of 1e-08; and your
+# log shows a beautiful constant gradient norm. Call `scaler.unscale_(optimizer)` before you clip.
+#
+# ### (b) Step despite infinity
+# You saw its number in section 3: `scaler.step(optimizer)` looks first, `optimizer.step()` does
+# not.
+#
+# ### (c) The scaler is not in the checkpoint
+# ### Predict
+# A run starts at scale 2²⁴, finds its level, and is interrupted after 30 steps. You resume with
+# model, optimizer and schedule, and a *new* scaler. How many steps are lost again?
+
+# %% tags=["predict"]
+predicted_lost_again = ...
+
+# %% tags=["run"]
+first = TracedScaler(hardware.device(), init_scale=2.0**24)
+run(first, steps=30)
+new, restored = (TracedScaler(hardware.device(), init_scale=2.0**24) for _ in range(2))
+restored.load_state_dict(first.state_dict())
+for scaler in (new, restored):
+    run(scaler, steps=30)
+lost = {name: sum(step.skipped for step in scaler.trace)
+        for name, scaler in {"before": first, "new": new, "restored": restored}.items()}
+show_prediction(predicted_lost_again, show="{:.0f} steps".format, new_scaler=lost["new"],
+                restored_scaler=lost["restored"])
+
+# %% [markdown]
+# ### Explain
+# Skipped steps are lost data, and the resumed run is no longer the run that was interrupted: its
+# losses differ from step 31 on. `scaler.state_dict()` is five numbers. Save them.
+#
+# ### (d) The schedule moves on in skipped steps
+# ### Predict
+# The same start at 2²⁴, with a warm-up: the rate rises over 10 steps from a tenth to the full rate.
+# The schedule steps in *every* step, skipped or not. Which share of the full rate has the very
+# first update that is not skipped? (It should be 0.1.)
+
+# %% tags=["predict"]
+predicted_rate = ...
+
+# %% tags=["run"]
+def first_rate(always_schedule):
+    start = lost["before"] + 1  # the first step that is not skipped
+    scaler = TracedScaler(hardware.device(), init_scale=2.0**24)
+    return run(scaler, steps=start, always_schedule=always_schedule)
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    show_prediction(predicted_rate, show="{:.1f}".format, schedule_in_every_step=first_rate(True))
+print("waits for the optimizer:", first_rate(False))
+print("PyTorch warned:", str(caught[0].message).split(". ")[0])
+
+# %% [markdown]
+# ### Explain
+# The warm-up was over before training had begun: the untrained adapters get almost the full rate at
+# once, the very thing that a warm-up prevents. You may have seen PyTorch's warning about the order
+# of `lr_scheduler.step()` and `optimizer.step()` in a loop whose order was right. This is what it
+# means: the scaler skipped the first step. It is said once, and only when it is the *first* step
+# that is skipped.
+#
+# ## Exercise 05.3 · The right order
+# *Hard, 10 minutes.* Complete the step. Return whether it stepped. The check compares weights and
+# learning rate with PyTorch's scaler over twelve steps, three of which overflow. (The scale itself
+# is exercise 05.2's business: it comes in.)
+#
+# <details><summary>Hint 1</summary>After backward: unscale, look, clip, step, schedule, clear.
+# Which of them happen in a step that overflowed?</details>
+# <details><summary>Hint 2</summary>Unscale: <code>for weight in weights: weight.grad /=
+# scale</code>. Look: <code>all(weight.grad.isfinite().all() for weight in weights)</code></details>
+# <details><summary>Hint 3</summary>Clip, <code>optimizer.step()</code> and
+# <code>scheduler.step()</code> stand below <code>if finite:</code>;
+# <code>optimizer.zero_grad()</code> does not.</details>
+
+# %% tags=["exercise"]
+def careful_step(loss, weights, optimizer, scheduler, scale, max_norm):
+    (loss * scale).backward()
+    ...
+    finite = ...
+    return finite
+
+# %% tags=["check"]
+exercises.check_step(careful_step)
+
+# %% [markdown]
+# ## 5 · When a scaler cannot help, and when none is needed
+# Lesson 04 kept the adapters in float32. Here is the other reason. Adapters in float16 have float16
+# gradients; dividing *those* by the scale would flush them right there. PyTorch refuses:
+
+# %% tags=["raises-exception"]
+weight = torch.nn.Parameter(torch.ones(4, device=hardware.device(), dtype=torch.float16))
+scaler = torch.amp.GradScaler(hardware.device())
+scaler.scale(weight.sum()).backward()
+scaler.unscale_(torch.optim.SGD([weight], lr=0.1))
+
+# %% [markdown]
+# This is what a run says, at its first step, after `fp16_full_eval` or a careless `model.half()`.
+# The cure: `.float()` for everything that is trained.
+#
+# ### Predict
+# And bfloat16? Without any scaling: which share of the layers' gradients is flushed to zero?
+
+# %% tags=["predict"]
+predicted_bfloat16 = ...
+
+# %% tags=["run"]
+flushed = land(groups["layers' gradients"], "bfloat16").zero
+show_prediction(predicted_bfloat16, show="{:.4f}".format, counted=flushed)
+coarse = error(gradient(amp="bfloat16"))
+print("error of bfloat16 at scale 1 above that of float16 in its window:", coarse > errors[8])
+print("the same at any scale:", math.isclose(coarse, error(gradient(2.0**20, "bfloat16"))))
+
+# %% [markdown]
+# ### Explain
+# bfloat16 has float32's exponent, so a scale would shift numbers within a range that holds them
+# all: the error is the same at any scale, to the last digit. It is larger than float16's, by its
+# three missing fraction bits, and training does not mind (lesson 04). With `bf16=True` Trainer
+# makes no scaler. On a T4 that is not an option: it emulates bfloat16.
+#
+# ## 6 · What Trainer does with `fp16=True`
+# All of it. Watch it: ten steps, the scale starting far too high, a warm-up of half the run.
+# (Without a GPU accelerate leaves scaler and autocast out, and says nothing; `trace_scaler` puts
+# them in.)
+#
+# ### Predict
+# The log will say `global_step = 10`. How many of the ten steps have updated the adapters, when the
+# scale starts at 2²⁰? (Section 1 has the answer within a step or two: these are single examples,
+# not 32.)
+
+# %% tags=["predict"]
+predicted_updates = ...
+
+# %% tags=["run"]
+from transformers import PrinterCallback, Trainer
+short = replace(recipe, amp_dtype="float16", micro_batch_size=1, gradient_accumulation_steps=1,
+                max_steps=10, save_steps=5, warmup_fraction=0.5, learning_rate=1e-3, logging_steps=1)
+folder = tempfile.mkdtemp()
+arguments = short.to_training_arguments(folder, disable_tqdm=True, dataloader_pin_memory=False)
+trainer = Trainer(fresh, arguments, train_dataset=rows, data_collator=collate)
+trainer.remove_callback(PrinterCallback)
+scaler = precision.trace_scaler(trainer, init_scale=2.0**20)
+_ = trainer.train()
+updates = sum(not step.skipped for step in scaler.trace)
+show_prediction(predicted_updates, show="{:.0f} updates".format, measured=updates)
+
+# %% tags=["run"]
+print("step   scale   skipped   learning rate   gradient norm")
+for step, log in zip(scaler.trace, trainer.state.log_history):
+    norm = "not finite" if step.skipped else "finite"
+    print(f"{log['step']:4}   2**{math.log2(step.scale):.0f}   {step.skipped!s:7} "
+          f"{log['learning_rate']:14.4f}    {norm}")
+print("in the checkpoint:", [name for name in os.listdir(f"{folder}/checkpoint-5") if "scaler" in name])
+
+# %% [markdown]
+# ### Explain
+# Trainer unscales before it clips, skips, lets the schedule wait, and saves the scaler. But
+# `global_step` counts skipped steps, and so do `max_steps` and the epoch: their data are gone. The
+# first steps of an fp16 run with a gradient norm of `nan` in the log are no reason to stop; a scale
+# that keeps falling is. [transformers/trainer.py; accelerate/optimizer.py, `step_was_skipped`]
+
+# %% [markdown]
+# ## For those who struggle
+# Three numbers by hand. The gradients are 3e-8, 2e-6 and 0.5; float16 keeps nothing below 3e-8
+# (half its smallest number rounds to zero), and nothing above 65 504.
+#
+# | scale | 3e-8 becomes | 2e-6 becomes | 0.5 becomes |
+# |---|---|---|---|
+# | 1 | 6e-8, twice too large | 2e-6, five bits of it | 0.5 |
+# | 1024 | 3.1e-5, fine | 0.002, fine | 512, fine |
+# | 262 144 | 0.0079, fine | 0.52, fine | 131 072: **infinite** |
+
+# %% tags=["run"]
+numbers = torch.tensor([3e-8, 2e-6, 0.5])
+for scale in (1, 1024, 262144):
+    print(f"{scale:7}", (numbers * scale).half().tolist(), "->", (numbers * scale).half().float() / scale)
+
+# %% [markdown]
+# Which powers of two are good for all three? Try, then compare with 65 504 / 0.5.
+#
+# ## Go further
+# *Two losses, one scaler.* Add a second loss whose gradients are a million times smaller (multiply
+# it by 1e-6), and find a scale for both: is there a window? Then give each loss a scale of its own,
+# unscale each before adding, and compare with float32. What does this say about a loss that sums
+# over tokens instead of averaging?
+#
+# ## Try with AI
+# Give an assistant this loop and ask for all mistakes, and for the number by which each is seen:
+#
+# > ```
+# > scaler.scale(loss).backward()
+# > torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+# > scaler.step(optimizer)
+# > scheduler.step()
+# > scaler.update()
+# > torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "last.pt")
+# > ```
+#
+# A right answer finds three, and no fourth: clipping before `unscale_` (the norm that reaches the
+# optimizer is the scale times too small); the schedule in skipped steps (after a start at 2²⁴ the
+# first update has most of the full rate); no scaler in the checkpoint (the same steps are lost
+# again after each resume). `scaler.step` does look for infinities. For the loop of section 4 the
+# numbers are:
+
+# %% tags=["run"]
+print(f"norm {norm_after(True):.1e} instead of {norm_after(False):.1e}")
+print(f"steps lost after a resume: {lost['new']} instead of {lost['restored']}")
+
+# %% [markdown]
+# ## What this lesson left out
+# Scales per layer or per tensor (float8 needs them); `GradScaler` with several optimizers, and with
+# sharded models (all ranks must skip together); gradient clipping by value; stochastic rounding.
+#
+# ## Sources
+# - Micikevicius et al. 2018, [Mixed precision training](https://arxiv.org/abs/1710.03740), sections
+#   3.2 and 4
+# - PyTorch, [grad_scaler.py](https://github.com/pytorch/pytorch/blob/main/torch/amp/grad_scaler.py)
+#   and [AMP examples](https://docs.pytorch.org/docs/stable/notes/amp_examples.html): clipping
+# - accelerate,
+#   [optimizer.py](https://github.com/huggingface/accelerate/blob/main/src/accelerate/optimizer.py)
+#   and scheduler.py: skipped steps
+# - transformers,
+#   [trainer.py](https://github.com/huggingface/transformers/blob/main/src/transformers/trainer.py):
+#   `_save_scaler`, `_inner_training_loop`
+#
+# New terms are in the [glossary](glossary.md).
+#
+# ## To lesson 06
+# One number to take along. Of the ten steps in section 6, so many were lost at the start:
+
+# %% tags=["run"]
+print(len(scaler.trace) - updates)
+
+# %% [markdown]
+# In lesson 06 each of these would be an optimizer step over 32 conversations, in a run that a dead
+# session may interrupt at any moment. Can a fine-tune on a T4 be trusted, from preflight to export?
+# Lesson 06 puts everything together.
