@@ -31,27 +31,31 @@ FIELDS = ("Customer", "Order", "Product", "Issue", "Priority", "Next step")
 def bundled_model_dir() -> Path:
     """Folder of the bundled model and tokenizer, every file checked against its sha256.
 
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is damaged.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one.
     """
     manifest = DATA / "manifest.json"
-    if not manifest.is_file():
-        raise FileNotFoundError(f"{manifest} is missing; {REMEDY}")
-    for name, sha256 in json.loads(manifest.read_text(encoding="utf-8")).items():
+    _require(manifest)
+    try:
+        digests = json.loads(manifest.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{manifest} must be JSON ({error}): it is damaged; {REMEDY}") from error
+    for name, sha256 in digests.items():
         path = DATA / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; {REMEDY}")
+        _require(path)
         if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
             raise ValueError(f"{path} must have sha256 {sha256[:12]}…, got {found[:12]}… "
                              f"({path.stat().st_size} bytes): the file is damaged; {REMEDY}")
     return DATA / "model"
 
 
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; {REMEDY}")
+
+
 def is_heldout(prompt: str) -> bool:
     """Whether the prompt belongs to the held-out split: its sha256 is a multiple of ten."""
-    digest = hashlib.sha256(prompt.strip().encode("utf-8")).digest()
-    return int.from_bytes(digest, "big") % HELDOUT_EVERY == 0
+    return int(hashlib.sha256(prompt.strip().encode()).hexdigest(), 16) % HELDOUT_EVERY == 0
 
 
 def load_instructions(source: str = "bundled", split: str = "train") -> Dataset:
@@ -61,16 +65,14 @@ def load_instructions(source: str = "bundled", split: str = "train") -> Dataset:
         source: "bundled" (in the package, offline) or "dolly" (databricks-dolly-15k, from the hub).
         split: "train" or "heldout".
 
-    Raises:
-        FileNotFoundError: The bundled file is missing.
-        ValueError: Unknown source or split, or a line of the bundled file is damaged.
+    Raises ValueError for an unknown source or split and for a damaged line of the bundled file.
     """
     from datasets import Dataset, load_dataset
 
     for field, value, known in (("source", source, SOURCES), ("split", split, SPLITS)):
         if value not in known:
             raise ValueError(f"{field} must be one of {', '.join(known)}, got {value!r}; "
-                             f"choose one of them")
+                             "choose one of them")
     if source == "bundled":
         rows = _read_examples(DATA / "instructions.jsonl")
     else:
@@ -83,8 +85,7 @@ def load_instructions(source: str = "bundled", split: str = "train") -> Dataset:
 
 def _read_examples(path: Path) -> list[dict[str, str]]:
     """Examples of a JSONL file, each line checked, because one lost half line trains in silence."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {REMEDY}")
+    _require(path)
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -124,18 +125,14 @@ def encode(examples: Dataset, tokenizer: Any, sequence_length: int) -> Dataset:
     Args:
         examples: Columns `prompt` and `answer`.
         tokenizer: With a chat template in which an answer ends in a special token.
-        sequence_length: Tokens.
+        sequence_length: Tokens, at least 2.
 
-    Returns:
-        Columns `input_ids`, `attention_mask`, `labels`, unpadded.
-
-    Raises:
-        ValueError: No example keeps an answer token, or the template does not keep prompts whole.
+    Returns columns `input_ids`, `attention_mask`, `labels`, unpadded. Raises ValueError when no
+    example keeps an answer token, or the template does not begin the whole with the prompt.
     """
     from datasets import Dataset
 
-    if isinstance(sequence_length, bool) or not isinstance(sequence_length, int) \
-            or sequence_length < 2:
+    if type(sequence_length) is not int or sequence_length < 2:
         raise ValueError(f"sequence_length must be a whole number of at least 2 tokens, got "
                          f"{sequence_length!r}; 256 suits the bundled set")
     rows = []

@@ -50,6 +50,9 @@ def test_damaged_or_missing_file_is_named(copied, damage, error, words):
         with pytest.raises(error, match=rf"{name}.*{words}.*git checkout -- course_utils/data"):
             corpus.bundled_model_dir()
         (copied / name).write_bytes(whole)
+    (copied.parent / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json must be JSON.*git checkout"):
+        corpus.bundled_model_dir()
     (copied.parent / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"manifest\.json is missing"):
         corpus.bundled_model_dir()
