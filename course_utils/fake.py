@@ -82,6 +82,19 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> 
     return model.train()
 
 
+@contextlib.contextmanager
+def faked(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Inside, the model stands on fake tensors; afterwards on its own again."""
+    modules = list(model.modules())
+    before = [(dict(m._parameters), dict(m._buffers)) for m in modules]
+    try:
+        yield on_fake_tensors(model)
+    finally:
+        for module, (parameters, buffers) in zip(modules, before, strict=True):
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+
 def on_fake_tensors(model: torch.nn.Module) -> torch.nn.Module:
     """The same model with each parameter and buffer replaced by a fake one on the CPU.
 

@@ -24,24 +24,30 @@ class Gpu:
     Attributes:
         total_bytes: Memory that a program can see (`torch.cuda.mem_get_info()[1]`).
         capability: CUDA compute capability, (major, minor).
+        multiprocessors: Streaming multiprocessors; libraries pick kernels by their number.
         context_bytes: Memory gone before the first tensor: driver, kernels, cuBLAS handles.
-        matmul_flops: Peak dense half-precision tensor-core FLOP/s, from the data sheet.
-        bandwidth: Peak memory bandwidth in bytes/s, from the data sheet.
+        matmul_flops, float32_flops: Peak dense FLOP/s of 16-bit tensor cores and of plain float32.
+        bandwidth: Peak memory bandwidth in bytes/s.
+        flash_attention: `False` says "this memory, but a T4's attention kernels".
     """
 
     name: str
     total_bytes: int
     capability: tuple[int, int]
+    multiprocessors: int
     context_bytes: int
     matmul_flops: float
+    float32_flops: float
     bandwidth: float
+    flash_attention: bool = True
 
     def __post_init__(self):
-        for field in ("total_bytes", "context_bytes", "matmul_flops", "bandwidth"):
+        for field in ("total_bytes", "context_bytes", "multiprocessors", "matmul_flops",
+                      "float32_flops", "bandwidth"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise ValueError(f"{field} must be a positive number, got {value!r}; take it from "
-                                 f"the data sheet, or use a preset: {', '.join(PRESETS)}")
+                raise ValueError(f"{field} must be a positive number, got {value!r}; use the data "
+                                 f"sheet, or a preset: {', '.join(PRESETS)}")
         if self.context_bytes >= self.total_bytes:
             raise ValueError(f"context_bytes must be below total_bytes ({self.total_bytes}), got "
                              f"{self.context_bytes}; both are bytes, not MiB")
@@ -59,8 +65,7 @@ class Gpu:
     def workspace_bytes(self) -> int:
         """Bytes of one cuBLAS workspace (PyTorch keeps one per thread: forward and backward).
 
-        Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`:
-        4096 KiB x 2 + 16 KiB x 8 by default, 4096 KiB x 8 on compute capability 9.
+        Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`.
         """
         return 1024 * (4096 * 8 if self.capability[0] == 9 else 4096 * 2 + 16 * 8)
 
@@ -74,34 +79,30 @@ class Gpu:
 
     @property
     def has_flash_attention(self) -> bool:
-        """Whether PyTorch's FlashAttention kernel runs here (compute capability 8.0 and up)."""
-        return self.capability >= (8, 0)
+        """Whether FlashAttention runs here (compute capability 8.0 and up)."""
+        return self.flash_attention and self.capability >= (8, 0)
 
 
 # total_bytes: `torch.cuda.mem_get_info()` on a T4 and an H200; the others as PyTorch's own
-# out-of-memory messages report them ("total capacity of 39.50 GiB"), give or take 1 % by driver.
-# context_bytes: measured on a T4 and an H200 after a training step; the others take the H200's.
-# Speeds: NVIDIA data sheets, dense fp16 with fp32 accumulation, SXM parts.
+# out-of-memory messages report them, give or take 1 % by driver. context_bytes: measured on a T4
+# and an H200 after a step; others take the H200's. The rest: data sheets, SXM parts.
 T4, L4, A10, A100, H100, H200 = (
     Gpu(name=name, total_bytes=total * MIB, capability=capability, context_bytes=context * MIB,
-        matmul_flops=teraflops * 1e12, bandwidth=gigabytes * 1e9)
-    for name, total, capability, context, teraflops, gigabytes in (
-        ("T4", 14912, (7, 5), 141, 65, 320),
-        ("L4", 22563, (8, 9), 685, 121, 300),
-        ("A10", 22589, (8, 6), 685, 125, 600),
-        ("A100-40", 40448, (8, 0), 685, 312, 1555),
-        ("H100", 81003, (9, 0), 685, 989, 3350),
-        ("H200", 143166, (9, 0), 685, 989, 4800),
+        multiprocessors=sms, matmul_flops=half * 1e12, float32_flops=single * 1e12,
+        bandwidth=gigabytes * 1e9)
+    for name, total, capability, sms, context, half, single, gigabytes in (
+        ("T4", 14912, (7, 5), 40, 141, 65, 8.1, 320),
+        ("L4", 22563, (8, 9), 58, 520, 121, 30.3, 300),
+        ("A10", 22589, (8, 6), 72, 520, 125, 31.2, 600),
+        ("A100-40", 40448, (8, 0), 108, 520, 312, 19.5, 1555),
+        ("H100", 81003, (9, 0), 132, 520, 989, 67, 3350),
+        ("H200", 143166, (9, 0), 132, 520, 989, 67, 4800),
     ))
 PRESETS = {gpu.name: gpu for gpu in (T4, L4, A10, A100, H100, H200)}
 
 
 def preset(name: str) -> Gpu:
-    """The preset GPU of this name, in any letter case.
-
-    Raises:
-        ValueError: No such preset.
-    """
+    """The preset GPU of this name, in any letter case; no such preset raises `ValueError`."""
     for known, gpu in PRESETS.items():
         if known.lower() == str(name).lower():
             return gpu
@@ -143,8 +144,7 @@ def device() -> str:
 def detect() -> Gpu | None:
     """The GPU that this process trains on, the emulated one if any, or `None` without a GPU.
 
-    The environment variable COURSE_EMULATE_GPU (a preset's name) emulates for the whole process,
-    so that a notebook can be executed on a bigger card as if on a T4.
+    The environment variable COURSE_EMULATE_GPU (a preset's name) emulates for the whole process.
     """
     import torch
 
@@ -165,7 +165,7 @@ def detect() -> Gpu | None:
 
 
 def describe(gpu: Gpu | None) -> str:
-    """One line for a set-up cell: what is measured here, what is forecast, in which dtype."""
+    """One line for a set-up cell."""
     if gpu is None:
         return (f"No GPU here: bytes are counted on the CPU and forecast for a T4 "
                 f"({show_bytes(T4.total_bytes)}). Every number of the lesson still holds.")
@@ -176,8 +176,8 @@ def describe(gpu: Gpu | None) -> str:
 def emulate(gpu: Gpu) -> Iterator[Gpu]:
     """Train on the present card as if it were a smaller `gpu`: its memory, its attention kernels.
 
-    Limits the allocator to its usable bytes, turns off attention kernels that it lacks, and asks
-    for its cuBLAS workspace (in time only before the first matrix product). Speed stays.
+    Limits the allocator to its usable bytes, turns off kernels that it lacks, asks for its cuBLAS
+    workspace (in time only before the first matrix product). Speed stays.
 
     Raises:
         ValueError: There is no CUDA device, or it is smaller than `gpu`.
@@ -229,7 +229,7 @@ def peak_allocated_bytes() -> int | None:
 
 
 def peak_reserved_bytes() -> int | None:
-    """Most bytes that the allocator held from the driver since `reset_peak`; `None` on CPU."""
+    """Most bytes that the allocator held since `reset_peak`; `None` on CPU."""
     return _on_cuda("max_memory_reserved")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from .levers import (
 )
 from .recipe import TrainRecipe
 
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
 
 def storage_dtype(recipe: TrainRecipe) -> torch.dtype:
     """Dtype of every weight that is not quantized: the base's own, or for nf4 autocast's.
@@ -30,6 +34,18 @@ def storage_dtype(recipe: TrainRecipe) -> torch.dtype:
     """
     name = (recipe.amp_dtype or "float32") if recipe.base == "nf4" else recipe.base
     return getattr(torch, name)
+
+
+def quantization(recipe: TrainRecipe) -> BitsAndBytesConfig | None:
+    """How bitsandbytes stores the base; `None` for a base that is not quantized."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",  # the default is fp4
+        bnb_4bit_use_double_quant=recipe.double_quant,
+        bnb_4bit_compute_dtype=storage_dtype(recipe),  # the default, float32, is slow on a GPU
+    ) if recipe.base == "nf4" else None
 
 
 def load_base(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Module:
@@ -41,16 +57,10 @@ def load_base(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Module
 
     Sources: QLoRA (Dettmers et al. 2023, sections 2 and 3) for NF4 and double quantization.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",  # the default is fp4
-        bnb_4bit_use_double_quant=recipe.double_quant,
-        bnb_4bit_compute_dtype=storage_dtype(recipe),  # the default, float32, is slow on a GPU
-    ) if recipe.base == "nf4" else None
     model = AutoModelForCausalLM.from_pretrained(
-        source or shapes.hub_id(recipe.model), quantization_config=quantization,
+        source or shapes.hub_id(recipe.model), quantization_config=quantization(recipe),
         dtype=storage_dtype(recipe), device_map={"": hardware.device()})
     for module in model.modules():
         # On AVX512-BF16 CPUs an evaluation repacks the weights for a kernel without a backward:

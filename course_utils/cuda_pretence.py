@@ -1,0 +1,73 @@
+"""What Python libraries do when they see a CUDA device, on a machine without one.
+
+PyTorch's optimizers, bitsandbytes, PEFT and this package take other paths on CUDA than on a CPU.
+Inside `pretend_cuda` they take CUDA's, on fake tensors. Not modelled: multi-GPU paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+from . import cuda_bitsandbytes, hardware, levers
+from .cuda_rules import cuda_functions
+from .hardware import Gpu
+
+
+@contextlib.contextmanager
+def pretend_cuda(gpu: Gpu) -> Iterator[None]:
+    """Inside, libraries behave as on `gpu`. Enter it before the fake tensors."""
+    from bitsandbytes import functional as bnb
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+    from torch.optim import adam
+
+    with contextlib.ExitStack() as stack:
+        for target, name, stand_in in (
+            (hardware, "device", lambda: "cuda"),
+            (torch, "is_autocast_enabled", _autocast_of_cpu(torch.is_autocast_enabled)),
+            (levers, "to_host", to_host),
+            (levers, "from_host", from_host),
+            (adam, "_default_to_fused_or_foreach", foreach_by_default),
+            (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
+            (torch.amp.GradScaler, "_maybe_opt_step", step_without_looking),
+            (bnb, "create_dynamic_map", lambda *_, **__: torch.empty(256)),
+            (bnb, "prefetch_tensor", lambda *_, **__: None),
+            (Optimizer8bit, "get_state_buffer", cuda_bitsandbytes.state_buffer),
+        ):
+            stack.enter_context(mock.patch.object(target, name, stand_in))
+        stack.enter_context(mock.patch.dict(bnb.name2qmap, clear=True))
+        stack.enter_context(cuda_functions(gpu))
+        yield
+
+
+def _autocast_of_cpu(original):
+    """PEFT asks for autocast's state without naming a device, which means CUDA's."""
+    return lambda device="cpu": original(device)
+
+
+def to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+    """Pinned memory is the host's: the copy takes no device memory."""
+    return tensor.device, torch.empty_like(tensor, device="meta")
+
+
+def from_host(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    """The copy back on the device takes memory again."""
+    device, host = packed
+    return torch.empty_like(host, device=device)
+
+
+def foreach_by_default(*_, **__) -> tuple[bool, bool]:
+    """On CUDA, Adam updates all parameters at once: a copy of each in between.
+
+    Source: torch/optim/optimizer.py, `_default_to_fused_or_foreach`; torch/optim/adam.py,
+    `_multi_tensor_adam`.
+    """
+    return False, True
+
+
+def step_without_looking(self, optimizer, optimizer_state, *args, **kwargs):
+    """A step whose gradients are finite: fake ones hold no number to ask."""
+    return optimizer.step(*args, **kwargs)

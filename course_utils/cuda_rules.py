@@ -1,0 +1,216 @@
+"""What CUDA's kernels do to memory where a CPU's do something else: one function a rule.
+
+Operations on fake CPU tensors are re-expressed here as the allocations of the CUDA kernel. They
+then are ordinary operations, which the ledger below counts like any other. Attention and
+bitsandbytes have modules of their own; what libraries do when they see a CUDA device is in
+`cuda_pretence`.
+
+Not modelled: values; kernels' scratch of a few KiB (reductions, cumulative sums); AMD GPUs.
+Sources are files of PyTorch; native/ is aten/src/ATen/native.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from . import cuda_attention, cuda_bitsandbytes
+from .cuda_attention import scratch
+from .hardware import Gpu
+
+aten = torch.ops.aten
+
+
+@contextlib.contextmanager
+def cuda_functions(gpu: Gpu) -> Iterator[None]:
+    """Replaces functions of `torch.nn.functional` whose CUDA path differs before autograd sees it.
+
+    Patched rather than a function mode: backward would not pass one on to a recomputed forward.
+    """
+    with contextlib.ExitStack() as stack:
+        for rule in (scaled_dot_product_attention, dropout, softmax, rms_norm):
+            original = getattr(F, rule.__name__)
+            stack.enter_context(mock.patch.object(
+                F, rule.__name__, functools.partial(rule, gpu, original)))
+        yield
+
+
+def scaled_dot_product_attention(gpu, func, query, key, value, attn_mask=None, dropout_p=0.0,
+                                 is_causal=False, scale=None, enable_gqa=False):
+    """Autocast casts attention's inputs, then the GPU's kernel runs. Source: autocast_mode.h."""
+    tensors = query, key, value, attn_mask
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+    kernel = cuda_attention.attention_kernel(gpu, *tensors)
+    with torch.autocast("cpu", enabled=False):
+        return kernel(*tensors, dropout_p, is_causal, scale)
+
+
+def dropout(gpu, func, x, p=0.5, training=True, inplace=False):
+    """Keeps a byte for each element. Source: native/Dropout.cpp, `is_fused_kernel_acceptable`."""
+    if inplace or not training or not 0 < p < 1 or x.numel() == 0:
+        return func(x, p, training, inplace)
+    return torch.native_dropout(x, p, True)[0]
+
+
+def softmax(gpu, func, x, dim=None, _stacklevel=3, dtype=None):
+    """One kernel from float16 to float32, no cast before it. Source: native/SoftMax.cpp."""
+    if x.dtype == torch.float16 and dtype == torch.float32:
+        return torch._softmax(x, dim, True)
+    return func(x, dim, _stacklevel, dtype)
+
+
+def rms_norm(gpu, func, x, normalized_shape, weight=None, eps=None):
+    """One kernel where the dtypes agree. Source: native/layer_norm.cpp, `rms_norm_symint`."""
+    if weight is None or weight.dtype != x.dtype:
+        return func(x, normalized_shape, weight, eps)
+    return _FusedRmsNorm.apply(x, weight)
+
+
+class _FusedRmsNorm(torch.autograd.Function):
+    """Keeps its input and one float32 a row. Source: native/cuda/layer_norm_kernel.cu."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        scale = torch.empty(*x.shape[:-1], 1)
+        ctx.save_for_backward(x, weight, scale)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+class CudaKernels(TorchDispatchMode):
+    """Re-expresses each operation as what its CUDA kernel allocates, and adds up its work.
+
+    Enter it after the ledger, so that it sees an operation first.
+
+    Args:
+        gpu: Whose kernels.
+        on_work: Called with the FLOPs, the inputs and the result of each operation.
+    """
+
+    def __init__(self, gpu: Gpu, on_work: Callable[[int, tuple, object], None] | None = None):
+        super().__init__()
+        self.gpu, self.on_work = gpu, on_work
+        self._workspaces: dict[bool, torch.Tensor] = {}
+        holders_of_one()  # measured before this mode is entered
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten.add.Tensor and accumulates(*args[:2]):
+            return aten.add_.Tensor(*args[:2])
+        name = func.overloadpacket._qualified_op_name
+        rule = KERNEL_RULES.get(name)
+        result = func(*args, **kwargs) if rule is None else rule(self.gpu, func, *args, **kwargs)
+        if name in MATRIX_PRODUCTS:
+            self._take_workspace()
+        if self.on_work is not None:
+            self.on_work(matrix_flops(func, args, kwargs, result), args, result)
+        return result
+
+    def _take_workspace(self) -> None:
+        """cuBLAS keeps one for the thread that runs forward and one for autograd's, for good.
+
+        Source: cuda/CublasHandlePool.cpp, `getCUDABlasLtWorkspace` and its caller.
+        """
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward not in self._workspaces:
+            self._workspaces[in_backward] = scratch(self.gpu.workspace_bytes)
+
+
+def matrix_flops(func, args: tuple, kwargs: dict, result: object) -> int:
+    """Multiplications and additions of a matrix product or an attention kernel, else 0."""
+    packet = func.overloadpacket
+    if packet in flop_registry:
+        return flop_registry[packet](*args, **kwargs, out_val=result)
+    if packet._qualified_op_name == "bitsandbytes::gemm_4bit":
+        return 2 * args[0].numel() * args[2][0]  # x, shape of the weight
+    return 0
+
+
+def accumulates(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether this is autograd adding a gradient to one that nobody else holds.
+
+    It then adds in place, but never with tensor subclasses, of which a fake tensor is one. Source:
+    torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`.
+    """
+    return (torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+            and isinstance(new, torch.Tensor) and old.shape == new.shape
+            and torch._prims_common.is_non_overlapping_and_dense_or_false(old)
+            and holders(old) == holders_of_one())
+
+
+def holders(tensor: torch.Tensor) -> tuple[int, int]:
+    """How many hold the tensor and its storage; a caller in Python counts, too."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+@functools.cache
+def holders_of_one() -> tuple[int, int]:
+    """What `holders` answers for a gradient that autograd alone holds, in this PyTorch."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is aten.add.Tensor and not torch.is_grad_enabled():
+                seen.append(holders(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Watch():
+        x = torch.ones(2, requires_grad=True) * 1
+        (x * 2 + x * 3).sum().backward()
+    return seen[0]
+
+
+def softmax_backward(gpu, func, grad, output, *rest):
+    """Holds gradient x output besides its result. Source: native/cuda/SoftMax.cu."""
+    result = func(grad, output, *rest)
+    scratch(grad.numel() * max(grad.itemsize, output.itemsize))
+    return result
+
+
+def mask_before_output(gpu, func, x, p, train):
+    """The mask is allocated first. Source: native/cuda/Dropout.cu, `dropout_cuda`."""
+    mask = torch.empty_like(x, dtype=torch.bool)
+    return torch.empty_like(x), mask
+
+
+def foreach_norm(gpu, func, tensors, *args, **kwargs):
+    """A number for each 65 536 elements of the largest tensor, for each tensor; then their norms.
+
+    Source: native/cuda/ForeachReduceOp.cu.
+    """
+    chunks = max(-(-t.numel() // 65536) for t in tensors)
+    partial = torch.empty(len(tensors), chunks)
+    result = func(tensors, *args, **kwargs)
+    del partial
+    return result
+
+
+MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm",
+                   "bitsandbytes::gemm_4bit"}
+KERNEL_RULES = {
+    "aten::_softmax_backward_data": softmax_backward,
+    "aten::native_dropout": mask_before_output,
+    "aten::_foreach_norm": foreach_norm,
+    "aten::_scaled_dot_product_efficient_attention_backward":
+        cuda_attention.efficient_attention_backward,
+    "aten::_scaled_dot_product_flash_attention_backward": cuda_attention.flash_attention_backward,
+    "aten::_scaled_dot_product_cudnn_attention_backward": cuda_attention.cudnn_attention_backward,
+    "bitsandbytes::quantize_4bit": cuda_bitsandbytes.scales_before_weight,
+    "bitsandbytes::gemm_4bit": cuda_bitsandbytes.gemm_4bit,
+    "bitsandbytes::optimizer_update_8bit_blockwise": cuda_bitsandbytes.updates_in_place,
+    "bitsandbytes::optimizer_update_32bit": cuda_bitsandbytes.updates_in_place,
+}

@@ -1,0 +1,246 @@
+"""What a training step will need on a GPU, from a machine without one: no weights, no formulas.
+
+`forecast` runs the real step of `qlora` on fake tensors, re-expressed as CUDA's kernels would
+allocate, and replays the allocations through CUDA's caching allocator:
+
+    forecast(TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", sequence_length=2048)).fits
+
+Not modelled: fragmentation of earlier work in the same process beyond the stated interval, other
+processes on the GPU, several GPUs, data-dependent code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses import fake_tensor
+
+from . import depth, fake, shapes
+from .allocator import LARGE_SEGMENT, Playback, segment_bytes
+from .cuda_pretence import pretend_cuda
+from .cuda_rules import CudaKernels
+from .fake_run import DeviceLedger, Stream, fake_run, work_recorder
+from .hardware import T4, Gpu
+from .memory_report import MemoryReport, replay
+from .recipe import TrainRecipe
+from .units import show_bytes
+
+# What the step does not decide about reserved memory: other versions' small temporaries take or
+# spare a segment in forward, in backward and in the optimizer; one temporary misses the hole that
+# it fitted here, unless it has this share of all memory, hence a segment cut to its own size.
+SLACK = 3 * LARGE_SEGMENT
+SHARES_A_SEGMENT = 0.1
+# What a recipe may change without changing a byte.
+NO_MEMORY = {"learning_rate": 2e-4, "weight_decay": 0.0, "max_grad_norm": 1.0, "world_size": 1,
+             "warmup_fraction": 0.0, "max_steps": 1, "logging_steps": 1, "save_steps": 1, "seed": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast(MemoryReport):
+    """What a step will need on a GPU. Bytes, as `torch.cuda.memory_stats` will count them.
+
+    Attributes of a `MemoryReport` describe a step after the first; blocks have the sizes that the
+    allocator gives them. `phase_peaks` has "load" too, when weights were loaded.
+
+    Attributes:
+        gpu: The GPU.
+        peak_reserved_bytes: Between which bounds the allocator's memory will peak.
+        device_bytes: The same with the CUDA context: what `nvidia-smi` shows.
+        fits: Whether the step runs within the GPU's memory.
+        margin_bytes: What is left of the GPU's memory in the worse case; negative when it is short.
+        loaded_bytes: After loading the base model; `None` when nothing was loaded.
+        resident_bytes: Before the first step: weights and adapters.
+        flops: Multiplications and additions of the step's matrix products.
+        ideal_seconds: The step's time if every operation ran at the GPU's peak rate or bandwidth.
+    """
+
+    gpu: Gpu
+    peak_reserved_bytes: tuple[int, int]
+    fits: bool
+    loaded_bytes: int | None
+    resident_bytes: int
+    flops: int
+    ideal_seconds: float
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Most bytes in tensors, rounded by the allocator."""
+        return self.peak_bytes
+
+    @property
+    def device_bytes(self) -> tuple[int, int]:
+        """Lowest and highest use of the device, context included."""
+        low, high = self.peak_reserved_bytes
+        return low + self.gpu.context_bytes, high + self.gpu.context_bytes
+
+    @property
+    def margin_bytes(self) -> int:
+        """Bytes of the GPU left over at the upper bound."""
+        return self.gpu.total_bytes - self.device_bytes[1]
+
+    def __str__(self) -> str:
+        low, high = (show_bytes(n, "GiB") for n in self.device_bytes)
+        verdict = "fits" if self.fits else "does not fit"
+        return (f"{verdict} a {self.gpu.name} ({show_bytes(self.gpu.total_bytes)}): peak "
+                f"{show_bytes(self.peak_allocated_bytes)} in tensors, {low} to {high} of the "
+                f"device; highest in {self.peak_phase} at {self.peak_operation} in "
+                f"{self.peak_module or 'no module'}")
+
+
+def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
+    """What one optimizer step of `recipe` will need on `gpu`.
+
+    Args:
+        recipe: Everything that decides memory, from the model's shape to the levers.
+        gpu: Its kernels and its memory.
+
+    Raises:
+        ValueError: The recipe cannot run: a precision that the GPU lacks, a sequence beyond the
+            model's limit, targets that match no layer, a model that is not a plain decoder.
+
+    Example:
+        >>> forecast(TrainRecipe(amp_dtype="float16", sequence_length=64)).fits
+        True
+    """
+    recipe.check_on(gpu)
+    return _forecast(dataclasses.replace(recipe, **NO_MEMORY), gpu)
+
+
+@functools.lru_cache(maxsize=48)
+def _forecast(recipe: TrainRecipe, gpu: Gpu) -> Forecast:
+    return _report(run_stream(recipe, gpu), gpu)
+
+
+def run_stream(recipe: TrainRecipe, gpu: Gpu, *, whole: bool = False) -> Stream:
+    """The memory events of load and first step; unless `whole`, of few layers where they repeat."""
+    config = checked_config(recipe)
+    total = config.num_hidden_layers
+    k = total if recipe.checkpointed_layers == "all" else recipe.checkpointed_layers
+    if k > total:
+        raise ValueError(f"checkpointed_layers must be from 0 to {total}, the layers of "
+                         f"{recipe.model}, got {k}; use 'all' for every layer")
+    counts = depth.kinds(total, k)
+    alike = len(set(getattr(config, "layer_types", None) or ["one"])) == 1
+    if not whole and alike:
+        few = depth.run_layers(counts)
+        shallow = dataclasses.replace(recipe, checkpointed_layers=few[0] if k else 0)
+        try:
+            return depth.deepen(_shallow_run(shallow, gpu, sum(few)), counts)
+        except depth.NotRepeating:
+            pass  # then the whole model is run
+    return fake_run(recipe, gpu, config)
+
+
+@functools.lru_cache(maxsize=32)
+def _shallow_run(recipe: TrainRecipe, gpu: Gpu, num_layers: int) -> Stream:
+    config = checked_config(recipe)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    return fake_run(recipe, gpu, config)
+
+
+def checked_config(recipe: TrainRecipe):
+    """The model's config, if this recipe can run it.
+
+    Raises:
+        ValueError: Not a plain decoder, or a sequence beyond its limit.
+    """
+    config = shapes.config(recipe.model)
+    if not getattr(config, "num_hidden_layers", None) or getattr(config, "is_encoder_decoder", 0):
+        raise ValueError(f"model must be a decoder-only language model, got {recipe.model} of kind "
+                         f"{config.model_type!r}; see shapes.NAMES")
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and recipe.sequence_length > limit:
+        raise ValueError(f"sequence_length must be at most {limit} for {recipe.model}, got "
+                         f"{recipe.sequence_length}; shorten the sequences")
+    return config
+
+
+def forecast_step(model: torch.nn.Module, step: Callable[[torch.nn.Module], object],
+                  gpu: Gpu = T4) -> Forecast:
+    """What `step(model)` will need on `gpu`, for any step that you write.
+
+    Args:
+        model: A model of `fake.fake_model`, or a real one: it is left as it was.
+        step: Makes its inputs and its optimizer, runs forward, backward, update. It sees fake
+            tensors, which have shapes and no numbers.
+
+    Raises:
+        ValueError: The step asks a tensor for its numbers (`loss.item()`, `if loss > 1`), or uses
+            an operation that has no fake version.
+    """
+    ledger = DeviceLedger()
+    kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
+    with fake.faked(model), pretend_cuda(gpu), fake.fake_tensors(), ledger, kernels:
+        ledger.watch(model)
+        ledger.mark("ready")
+        try:
+            step(model)
+        except (fake_tensor.DataDependentOutputException,
+                fake_tensor.DynamicOutputShapeException) as error:
+            raise ValueError(f"step must not ask a tensor for its numbers, got {error.func}; drop "
+                             ".item(), float(...), print and `if` on tensors") from error
+        except fake_tensor.UnsupportedFakeTensorException as error:
+            raise ValueError(f"step must use operations with a fake version, got {error}; write it "
+                             "with PyTorch's own operations") from error
+        ledger.mark("step")
+    return _report(ledger.stream(), gpu)
+
+
+def _report(stream: Stream, gpu: Gpu) -> Forecast:
+    """Replay the events through the allocator and report the second step."""
+    loading, first = stream.marks.get("load", 0), stream.marks["ready"]
+    before, step = stream.events[:first], stream.events[first:]
+    later = _steady(step) if loading else step  # a reader's own step is taken once
+    device = Playback(stream.blocks, descending=True)
+    load_peak = device.play(before[:loading])
+    loaded = device.allocator.allocated_bytes
+    device.play(before[loading:])
+    resident = device.allocator.allocated_bytes
+    other = Playback(stream.blocks)
+    other.play(before)
+    if loading:
+        device.play(step)
+        other.play(step)
+    initial = list(device.address)
+    peak = device.play(later)
+    other.play(later)
+    simulated = [d.allocator.peak_reserved_bytes for d in (device, other)]
+    largest = max((segment_bytes(stream.blocks[b].n_bytes) for sign, b, _ in step if sign > 0),
+                  default=0)
+    miss = min(largest, int(SHARES_A_SEGMENT * max(simulated)))
+    low, high = max(peak, min(simulated) - SLACK), max(simulated) + miss + SLACK
+    blocks = [dataclasses.replace(block, n_bytes=device.sizes.get(index, 0))
+              for index, block in enumerate(stream.blocks)]
+    report = replay(blocks, initial, later, device.allocator.allocated_bytes)
+    fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
+    if loading:
+        fields["phase_peaks"] = {"load": load_peak} | report.phase_peaks
+    return Forecast(
+        **fields, gpu=gpu, peak_reserved_bytes=(low, high), fits=_fits(stream, gpu, peak, high),
+        loaded_bytes=loaded if loading else None, resident_bytes=resident,
+        flops=sum(flops for n, flops, _ in stream.work if n > first),
+        ideal_seconds=sum(seconds for n, _, seconds in stream.work if n > first))
+
+
+def _steady(step: list) -> list:
+    """A later step: without what the first one allocates for good (optimizer state, workspaces)."""
+    born = {block for sign, block, _ in step if sign > 0}
+    gone = {block for sign, block, _ in step if sign < 0}
+    return [event for event in step if event[1] in born and event[1] in gone]
+
+
+def _fits(stream: Stream, gpu: Gpu, peak: int, reserved: int) -> bool:
+    """Whether it runs in the GPU's memory, cached segments given back when that helps."""
+    if peak > gpu.usable_bytes or reserved <= gpu.usable_bytes:
+        return peak <= gpu.usable_bytes
+    try:
+        Playback(stream.blocks, descending=True, limit_bytes=gpu.usable_bytes).play(stream.events)
+    except MemoryError:
+        return False
+    return True
