@@ -367,7 +367,7 @@ print(f"\n{heldout['prompt'][0]}\n{new_answers[0]}")
 # loose: shares and losses differ by a little between CPU types
 shuffled = corpus.encode(corpus.shuffled_answers(train_set, seed=0), tokenizer, 128)
 control_model = training.build_model(recipe)
-control_recipe = replace(recipe, max_steps=30)
+control_recipe = replace(recipe, max_steps=40)
 control = training.train(control_recipe, control_model, shuffled, tokenizer, "control")
 control_loss = evaluation.answer_losses(control_model, heldout_rows, recipe)
 control_answers = evaluation.generate(control_model, tokenizer, heldout["prompt"])
@@ -379,7 +379,7 @@ print(f"held-out loss {sum(control_loss) / len(control_loss):.2f}")
 figures.losses({"true labels": run.losses, "shuffled labels": control.losses}, "and its control")
 
 # %% [markdown]
-# The control had 30 steps, enough to learn to *write tickets*: the layout is the same in every
+# The control had 40 steps, enough to learn to *write tickets*: the layout is the same in every
 # answer, true or not. It cannot learn to fill them in, and its loss stops falling where guessing
 # begins. Whoever measures only the layout, or only that the loss fell, believes the control. So
 # judge by what nothing but the labels can teach:
