@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from . import shapes
 from .checkpointing import trace_chain
-from .checks import Unfinished, Verdict, call, check, not_yet, right
+from .checks import Unfinished, Verdict, call, check, is_number, not_yet, right
+from .forecast import forecast
+from .hardware import Gpu
 from .ledger import MemoryLedger
-from .units import show_bytes
+from .recipe import TrainRecipe
+from .units import GB, GIB, show_bytes
 
 STEPS = 6
 # What autograd says when a checkpoint is wrong, and what it means.
@@ -130,3 +135,43 @@ def _train_blocks(through: Callable, blocks: int = 3) -> dict[str, Any]:
 
 def _equal(left: list, right: list) -> bool:
     return all(a is not None and torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@check
+def check_smallest_k(answer: int, recipe: TrainRecipe, gpu: Gpu, budget_bytes: int) -> Verdict:
+    """Exercise 02.3: the fewest layers that must forget, by forecast.
+
+    Args:
+        answer: How many layers forget.
+        recipe: Everything but that number.
+        gpu: The card to forecast.
+        budget_bytes: Most bytes of tensors at the peak.
+    """
+    layers = shapes.config(recipe.model).num_hidden_layers
+    if not is_number(answer) or answer != int(answer) or not 0 <= answer <= layers:
+        return not_yet(f"a whole number of layers from 0 to {layers} is asked for, got "
+                       f"{answer!r}.")
+
+    def peak(k: int) -> int:
+        return forecast(replace(recipe, checkpointed_layers=k), gpu).peak_allocated_bytes
+
+    answer = int(answer)
+    here = peak(answer)
+    if here <= budget_bytes and (answer == 0 or peak(answer - 1) > budget_bytes):
+        return right(f"{answer} of {layers} fit, with {show_bytes(here)}; one less does not. The "
+                     f"other {layers - answer} run forward only once.")
+    least, most = peak(layers), peak(0)
+    each = (most - least) / layers
+    remember = int((budget_bytes - least) // each)
+    gigabytes = budget_bytes / GIB * GB  # the same number of GB
+    mistakes = {
+        remember: "that is how many layers may *remember*; the other ones forget",
+        layers - int(budget_bytes // each): "the weights and everything else are there as well: "
+                                            "start from the peak with every layer forgetting",
+        layers - int((gigabytes - least) // each): "you used GB (10**9) where the budget is in "
+                                                   "GiB (2**30)",
+        layers: "that fits, as does much less: each layer that remembers saves time",
+    }
+    default = "that runs out of memory" if here > budget_bytes else f"{answer - 1} fit as well"
+    return not_yet(f"{answer} is not the smallest: {mistakes.get(answer, default)}. Its peak is "
+                   f"{show_bytes(here)}, the budget {show_bytes(budget_bytes)}.")

@@ -137,6 +137,46 @@ def scale_explorer(groups: dict[str, Sequence]) -> Explorer:
     return Explorer(draw, scale=(1, *(2**power for power in range(4, 33, 4))))
 
 
+def forgetting_explorer() -> Explorer:
+    """The peak of a QLoRA step by forecast: no layer, some and every layer forgets."""
+    from .forecast import forecast
+
+    def draw(gpu: str, layers_that_forget: str, **settings: Any) -> Figure:
+        recipe = TrainRecipe(amp_dtype="float16", **settings)
+        layers = shapes.config(recipe.model).num_hidden_layers
+        some = round(layers * int(layers_that_forget.split()[0]) / 100)
+        rows = {f"{k} of {layers} layers": forecast(replace(recipe, checkpointed_layers=k),
+                                                    preset(gpu)) for k in (0, some, layers)}
+        return compare(rows, preset(gpu), f"{recipe.model}: {recipe.micro_batch_size} x "
+                       f"{recipe.sequence_length:,} tokens, by how many layers forget")
+
+    return Explorer(draw, model=("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"),
+                    micro_batch_size=(1, 2, 4, 8), sequence_length=(2048, 256, 512, 1024, 4096),
+                    layers_that_forget=("50 %", "25 %", "75 %"), gpu=tuple(PRESETS))
+
+
+def split_explorer() -> Explorer:
+    """The peak of a QLoRA update by forecast: cut into micro batches, and all at once."""
+    from .forecast import forecast
+
+    def draw(gpu: str, effective_batch: int, micro_batch: int, **settings: Any) -> Figure:
+        card, rows = preset(gpu), {}
+        for size in (micro_batch, effective_batch):
+            steps = effective_batch // size
+            recipe = TrainRecipe(micro_batch_size=size, gradient_accumulation_steps=steps,
+                                 **settings).for_gpu(card)
+            # Two micro batches need as much as any larger number of them.
+            rows[f"{size} x {steps}"] = forecast(
+                replace(recipe, gradient_accumulation_steps=min(steps, 2)), card)
+        return compare(rows, card, f"{recipe.model}: {effective_batch} sequences of "
+                       f"{recipe.sequence_length:,} tokens behind an update")
+
+    return Explorer(draw, model=("llama-3.2-3b", "llama-3.2-1b", "llama-3.1-8b"),
+                    effective_batch=(32, 8, 16, 64), micro_batch=(2, 1, 4, 8),
+                    sequence_length=(2048, 256, 512, 1024), loss=("chunked", "full"),
+                    attention=("explicit_kv", "stock"), gpu=tuple(PRESETS))
+
+
 def _img(figure: Figure) -> str:
     png = base64.b64encode(figure.png).decode()
     return (f"<img alt='{html.escape(figure.alt, quote=True)}' style='max-width: 100%' "
