@@ -99,26 +99,27 @@ def layers_explorer() -> Explorer:
                     gpu=tuple(PRESETS))
 
 
-def levers_explorer(recipe: TrainRecipe) -> Explorer:
-    """One training step of a recipe and of the same with other levers, at the ledger's peak."""
-    from .measurement import measure_step  # here, because they import the whole of Trainer
-    from .training import build_model
+def levers_explorer() -> Explorer:
+    """The usual QLoRA recipe on a GPU and the same with levers pulled, at the forecast's peak."""
+    from .forecast import forecast
 
-    def peak(recipe: TrainRecipe) -> dict[str, int]:
-        recipe = replace(recipe, gradient_accumulation_steps=2)
-        return measure_step(recipe, build_model(recipe), steps=1).report.composition
+    def draw(gpu: str, checkpointed: str, **settings: Any) -> Figure:
+        names = ("attention", "loss", "norm", "lora_dropout")
+        levers = {name: settings.pop(name) for name in names}
+        usual = TrainRecipe(amp_dtype="float16", gradient_accumulation_steps=8, **settings)
+        layers = shapes.config(usual.model).num_hidden_layers
+        pulled = replace(usual, **levers, checkpointed_layers=(
+            layers // 2 if checkpointed == "half the layers" else "all"))
+        rows = {"the usual recipe": usual, "with these levers": pulled}
+        return compare({name: forecast(one, preset(gpu)) for name, one in rows.items()},
+                       preset(gpu), f"{usual.model}, QLoRA: {usual.micro_batch_size} x "
+                       f"{usual.sequence_length:,} tokens")
 
-    before = peak(recipe)
-
-    def draw(checkpointed_layers: str, **levers: Any) -> Figure:
-        k = "all" if checkpointed_layers == "all" else 0
-        other = replace(recipe, checkpointed_layers=k, **levers)
-        return compare({"this recipe": before, "with these levers": peak(other)},
-                       title=f"{recipe.model}, sequence length {recipe.sequence_length}")
-
-    return Explorer(draw, micro_batch_size=(2, 1, 4, 8, 16), lora_rank=(16, 4, 8, 32),
-                    checkpointed_layers=("all", "none"), loss=("chunked", "full"),
-                    attention=("explicit_kv", "stock", "eager"), norm=("stock", "native"))
+    return Explorer(draw, model=("llama-3.1-8b", "phi-4-mini", "llama-3.2-1b"),
+                    micro_batch_size=(4, 1, 2, 8), sequence_length=(2048, 512, 1024, 4096),
+                    attention=("explicit_kv", "stock"), loss=("chunked", "full"),
+                    norm=("native", "stock"), lora_dropout=(0.0, 0.05), checkpointed=("all layers", "half the layers"),
+                    lora_rank=(16, 4, 8, 32, 64), gpu=tuple(PRESETS))
 
 
 def updates_explorer(weights: dict[str, Sequence]) -> Explorer:
@@ -147,8 +148,8 @@ def forgetting_explorer() -> Explorer:
         some = round(layers * int(layers_that_forget.split()[0]) / 100)
         rows = {f"{k} of {layers} layers": forecast(replace(recipe, checkpointed_layers=k),
                                                     preset(gpu)) for k in (0, some, layers)}
-        return compare(rows, preset(gpu), f"{recipe.model}: {recipe.micro_batch_size} x "
-                       f"{recipe.sequence_length:,} tokens, by how many layers forget")
+        return compare(rows, preset(gpu), f"{recipe.model}, {recipe.micro_batch_size} x "
+                       f"{recipe.sequence_length:,}: layers that forget")
 
     return Explorer(draw, model=("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"),
                     micro_batch_size=(1, 2, 4, 8), sequence_length=(2048, 256, 512, 1024, 4096),
