@@ -149,13 +149,12 @@ def from_host(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
 
 def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor,
                  chunk_tokens: int = 512, num_items_in_batch: torch.Tensor | int | None = None,
-                 *, lean: bool = False) -> torch.Tensor:
+                 *, lean: bool = False, skip_unlabelled: bool = False) -> torch.Tensor:
     """Cross entropy from hidden states, `chunk_tokens` rows of logits at a time.
 
     Saves the logits, (batch x seq, vocab): up to four float32 copies of them at the peak of the
     usual loss. Each chunk forgets its logits and computes them again in backward, so at most one
-    chunk's exist. Costs one more product with the head, or nothing with `lean`. Positions without
-    a label (prompts, padding) get no logits when they are more than a tenth.
+    chunk's exist. Costs one more product with the head, or nothing with `lean`.
 
     Args:
         hidden: (batch, seq, hidden).
@@ -164,11 +163,14 @@ def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tens
         chunk_tokens: Rows of logits alive at once.
         num_items_in_batch: What to divide the sum by; `None` means this batch's labelled tokens.
         lean: Take the gradient together with the logits (`lean.head_loss`; needs a frozen head).
+        skip_unlabelled: Compute no logits for prompts and padding. Finding them makes the CPU wait
+            for the GPU, so it is worth it for padded batches and not for packed ones.
     """
     rows, targets = hidden.flatten(0, 1), F.pad(labels, (0, 1), value=ABSENT)[:, 1:].reshape(-1)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != ABSENT).sum()
-    rows, targets = _labelled(rows, targets)
+    if skip_unlabelled:
+        rows, targets = _labelled(rows, targets)
     if lean:
         return head_loss(rows, head.weight, targets, chunk_tokens) / num_items_in_batch
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -178,15 +180,10 @@ def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tens
 
 
 def _labelled(rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leave out prompts and padding, which need no logits, if they are worth a copy of the rest.
-
-    Fake tensors have no values to choose by: a forecast counts the worst case, all labelled.
-    """
+    """The positions with a label; all of them on fake tensors, which have no values to tell."""
     if isinstance(targets, FakeTensor):
         return rows, targets
     kept = (targets != ABSENT).nonzero().squeeze(1)
-    if len(kept) > 0.9 * len(targets):
-        return rows, targets
     return rows.index_select(0, kept), targets.index_select(0, kept)
 
 

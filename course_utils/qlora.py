@@ -163,7 +163,8 @@ def compute_loss(model: torch.nn.Module, batch: dict, recipe: TrainRecipe,
     base = unwrap(model)
     hidden = base.model(**inputs).last_hidden_state  # (batch, seq, hidden)
     return chunked_loss(hidden, base.get_output_embeddings(), batch["labels"],
-                        recipe.loss_chunk_tokens, num_items_in_batch, lean=recipe.loss == "lean")
+                        recipe.loss_chunk_tokens, num_items_in_batch, lean=recipe.loss == "lean",
+                        skip_unlabelled="attention_mask" in batch)
 
 
 def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:

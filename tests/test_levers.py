@@ -143,14 +143,15 @@ def test_chunked_loss_never_holds_all_logits():
 
 @pytest.mark.parametrize("loss", ["chunked", "lean"])
 def test_prompts_get_no_logits(loss):
-    """Half of the tokens labelled: half of the head's products."""
+    """Half of the tokens labelled: half of the head's products, in a batch with a mask."""
     def products(labelled):
-        model, inputs = build(dataclasses.replace(STOCK, loss=loss, loss_chunk_tokens=4)), batch()
+        recipe = dataclasses.replace(STOCK, loss=loss, loss_chunk_tokens=4)
+        model, inputs = build(recipe), batch()
         inputs["labels"] = inputs["input_ids"].clone()
         inputs["labels"][:, :SEQ - labelled] = -100
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with FlopCounterMode(display=False) as counter:
-            qlora.compute_loss(model, inputs, dataclasses.replace(STOCK, loss=loss,
-                                                                  loss_chunk_tokens=4))
+            qlora.compute_loss(model, inputs, recipe)
         return counter.get_total_flops()
 
     head = 2 * 64 * 256 * (2 if loss == "lean" else 1)  # FLOPs a token, forward
