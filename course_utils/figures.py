@@ -184,8 +184,10 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[int]], xlabel: str, 
                     color=colour, va="center")
     if gpu and gpu.usable_bytes < 1.2 * highest:
         ax.axhline(gpu.usable_bytes / size, color=INK, linestyle="--")
-        ax.annotate(f"{gpu.name}: {show_bytes(gpu.usable_bytes)} usable",
-                    (x[0], gpu.usable_bytes / size), xytext=(0, 5), textcoords="offset points")
+        falls = any(line[0] > gpu.usable_bytes for line in lines.values())
+        ax.annotate(f"{gpu.name}: {show_bytes(gpu.usable_bytes)} usable", xytext=(0, 5),
+                    xy=(x[len(x) // 2 if falls else 0], gpu.usable_bytes / size),
+                    textcoords="offset points")
     ax.set(title=title, xlabel=xlabel, ylabel=unit, ylim=(0, None), xticks=x,
            xlim=(None, x[-1] + 0.3 * (x[-1] - x[0])))
     ax.grid(axis="y")

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from course_utils import exercises_02, qlora
+from course_utils import exercises_02, hardware, qlora, widgets
 from course_utils.checks import not_yet, right
+from course_utils.forecast import forecast
 from course_utils.levers import decoder_layers, unwrap
 from course_utils.recipe import TrainRecipe
+from course_utils.units import GIB, show_bytes
 
 RECIPE = TrainRecipe(base="float32", lora_rank=16, lora_dropout=0.0, checkpointed_layers=0,
                      optimizer="adamw", micro_batch_size=2, sequence_length=32)
@@ -118,6 +120,15 @@ def traces(keep_all, keep_135):
     return {"keep_all": keep_all, "keep_135": keep_135}
 
 
+EIGHT = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", sequence_length=1024)
+
+
+def check_smallest_k(answer=...):
+    return exercises_02.check_smallest_k(answer, EIGHT, hardware.T4, 12 * GIB)
+
+
+CHECKS = {"check_traces": exercises_02.check_traces, "check_forget": exercises_02.check_forget,
+          "check_smallest_k": check_smallest_k}
 # exercise: (reference, {wrong answer's name: answer}, untouched answers)
 EXERCISES = {
     "check_traces": (traces(ALL, SOME), {
@@ -141,8 +152,20 @@ EXERCISES = {
         "twice": backward(twice),
         "a number": 3,
     }, (..., Untouched.apply, backward(never_filled_in))),
+    "check_smallest_k": (18, {
+        "rounded up": 17,
+        "one too many": 19,
+        "the ones that remember": 14,
+        "GB for GiB": 20,
+        "every layer": 32,
+        "none": 0,
+        "too many": 33,
+        "half a layer": 17.5,
+        "text": "18 layers",
+    }, (...,)),
 }
-ALIKE = {"check_traces": 0, "check_forget": 1}  # two that keep as much hear the same sentence
+# Two answers that keep as much hear the same sentence.
+ALIKE = {"check_traces": 0, "check_forget": 1, "check_smallest_k": 0}
 
 
 def complaints(name, check) -> list[str]:
@@ -165,7 +188,7 @@ def complaints(name, check) -> list[str]:
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_check_knows_right_from_wrong(name):
-    assert complaints(name, getattr(exercises_02, name)) == []
+    assert complaints(name, CHECKS[name]) == []
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -191,6 +214,31 @@ def test_check_that_judges_nothing_is_caught(name, stub, complaint):
 ])
 def test_forget_names_the_mistake(answer, words):
     assert words in repr(exercises_02.check_forget(answer))
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    (17, "that runs out of memory. Its peak is 12.02 GiB"), (19, "18 fit as well"),
+    (14, "how many layers may *remember*"), (20, "you used GB (10**9)"),
+    (32, "each layer that remembers saves time"), (33, "from 0 to 32"), (17.5, "a whole number"),
+])
+def test_smallest_k_names_the_mistake(answer, words):
+    assert words in repr(check_smallest_k(answer))
+
+
+def test_memory_is_linear_in_k():
+    """What the hints of exercise 02.3 rest on."""
+    peaks = [forecast(replace(EIGHT, checkpointed_layers=k)).peak_allocated_bytes
+             for k in (16, 17, 18, 24, 32)]
+    assert peaks[0] - peaks[1] == pytest.approx(peaks[1] - peaks[2], rel=1e-3)
+    assert peaks[0] - peaks[1] == pytest.approx((peaks[3] - peaks[4]) / 8, rel=1e-2)
+
+
+def test_rule_of_three_billion_is_wrong_on_both_sides():
+    def fits(model, length):
+        return forecast(replace(EIGHT, model=model, sequence_length=length,
+                                checkpointed_layers=0)).fits
+
+    assert fits("llama-3.1-8b", 512) and not fits("llama-3.2-1b", 2048)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -250,3 +298,15 @@ def test_a_layer_forgets_only_in_training_mode():
         kept[mode.__name__] = ledger.report().saved_activation_bytes
         del loss
     assert kept["train"] < 0.3 * kept["eval"]
+
+
+def test_widget_follows_the_forecast():
+    explorer = widgets.forgetting_explorer()
+    peak = forecast(TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=2048,
+                                checkpointed_layers=8)).peak_allocated_bytes
+    assert f"8 of 16 layers: {show_bytes(peak)}, fits" in explorer.figure.alt
+    assert "0 of 16 layers" in explorer.figure.alt and "does not fit" in explorer.figure.alt
+    explorer.controls["sequence_length"].value = 256
+    explorer.controls["layers_that_forget"].value = "25 %"
+    assert "4 of 16 layers" in explorer.picture.value
+    assert "does not fit" not in explorer.picture.value
