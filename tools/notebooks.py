@@ -1,9 +1,10 @@
 """Lessons as files: where they are, how one is read, executed and made ready to commit."""
 
+import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jupytext
@@ -23,6 +24,8 @@ ENVIRONMENT = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars obey it too
     "TOKENIZERS_PARALLELISM": "false",
+    # Sums are added up in one order on every machine, and no thread spins for a core it shares.
+    "OMP_NUM_THREADS": "1",
     # ipykernel captures C-level stderr unless it believes that pytest runs; nbval makes it so.
     "PYTEST_CURRENT_TEST": "a lesson, headless",
 }
@@ -71,15 +74,12 @@ def from_script(script: Path) -> NotebookNode:
     return notebook
 
 
-def execute(
-    notebook: NotebookNode, folder: Path, progress: Callable[[int, int], None] | None = None
-) -> None:
+def execute(notebook: NotebookNode, folder: Path) -> None:
     """Run all cells in place, in a fresh kernel that starts in `folder`, as a learner's does.
 
     Args:
         notebook: Gets its outputs; on failure, those up to the failing cell.
         folder: The kernel's working directory.
-        progress: Called with (cells done, cells in all) after each cell.
 
     Raises:
         LessonError: A cell raised without the tag `raises-exception`, ran too long, or took the
@@ -89,10 +89,6 @@ def execute(
 
     def started(cell: NotebookNode, cell_index: int) -> None:
         running.update(cell=cell, number=cell_index + 1)
-
-    def finished(cell: NotebookNode, cell_index: int, execute_reply: dict) -> None:
-        if progress:
-            progress(cell_index + 1, len(notebook.cells))
 
     client = NotebookClient(
         notebook,
@@ -104,10 +100,9 @@ def execute(
         coalesce_streams=True,
         extra_arguments=["--log-level=ERROR"],  # no notice that the kernel listens on localhost
         on_cell_execute=started,
-        on_cell_executed=finished,
     )
     try:
-        client.execute(env={**os.environ, **ENVIRONMENT})
+        asyncio.run(client.async_execute(env={**os.environ, **ENVIRONMENT}))  # in any thread
     except CellExecutionError as error:
         what = f"{error.ename}: {error.evalue}\n\n{_plain(error.traceback)}"
         raise LessonError(_report(running, what)) from error

@@ -8,10 +8,12 @@ stay as they are. Exits with 1 when a cell fails, after showing its source and t
 
 import html
 import itertools
+import os
 import re
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +74,7 @@ def run_lesson(script: Path, folder: Path) -> Result:
     failure = ""
     start = time.perf_counter()
     try:
-        execute(notebook, script.parent, _progress(script.stem))
+        execute(notebook, script.parent)
     except LessonError as error:
         failure = str(error)
     seconds = time.perf_counter() - start
@@ -104,12 +106,6 @@ def check_verdicts(cell: NotebookNode) -> list[str]:
     )
     found = re.findall(rf"^(?:{'|'.join(VERDICTS)})", shown, re.MULTILINE)
     return [verdict.lower() for verdict in found] or ["silent"]
-
-
-def _progress(name: str):
-    if not sys.stdout.isatty():
-        return None
-    return lambda done, total: print(f"\r{name}: {done}/{total} cells", end="", flush=True)
 
 
 def _style() -> str:
@@ -167,11 +163,10 @@ def main() -> int:
     folder = BUILD / "lessons"
     folder.mkdir(parents=True, exist_ok=True)
     results = []
-    for script in scripts:
-        result = run_lesson(script, folder)
-        end = "\r\x1b[K" if sys.stdout.isatty() else ""
-        print(f"{end}{result.name}: {'FAILED' if result.failure else 'done'}", flush=True)
-        results.append(result)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # a kernel computes on one core
+        for result in pool.map(lambda script: run_lesson(script, folder), scripts):
+            print(f"{result.name}: {'FAILED' if result.failure else 'done'}", flush=True)
+            results.append(result)
     for text in scripts[0].parent.glob("*.md"):  # the glossary, which lessons link to
         notebook = new_notebook(cells=[new_markdown_cell(text.read_text("utf-8"))])
         (folder / f"{text.stem}.html").write_text(_page(text.stem, notebook), "utf-8")
