@@ -90,7 +90,8 @@ def _memory(gpu: hardware.Gpu | None, peak_bytes: int | None) -> Finding:
     free = min(gpu.usable_bytes, hardware.free_bytes() or gpu.usable_bytes)
     fits = peak_bytes is None or peak_bytes <= free
     return Finding("memory", f"{needed}, {show_bytes(free)} free", None if fits else
-                   "halve micro_batch_size, then sequence_length, or take a setting from fit()")
+                   "halve micro_batch_size and double gradient_accumulation_steps, then set "
+                   "loss='chunked' and checkpointed_layers='all'")
 
 
 def _disk(recipe: TrainRecipe, output_dir: Path) -> Finding:

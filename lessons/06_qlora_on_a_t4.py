@@ -43,9 +43,10 @@ from course_utils import exercises_06 as exercises, qlora, training, widgets
 from course_utils.block import boundary_bytes
 from course_utils.checkpoints import verify
 from course_utils.checks import show_prediction
+from course_utils.forecast import forecast
 from course_utils.preflight import preflight
 from course_utils.recipe import TrainRecipe
-from course_utils.units import GIB, MIB, show_bytes
+from course_utils.units import MIB, show_bytes
 os.chdir(tempfile.mkdtemp())  # checkpoints of this lesson go here
 gpu = hardware.detect()
 print(hardware.describe(gpu))
@@ -67,18 +68,27 @@ recipe = TrainRecipe(
 print(recipe.effective_batch_size, "sequences and", f"{recipe.tokens_per_step:,}", "tokens a step")
 
 # %% [markdown]
+# What will it need? The forecast runs this very step on tensors without numbers, as a T4 would
+# allocate them:
+
+# %% tags=["run"]
+planned = forecast(recipe.for_gpu(hardware.T4), hardware.T4)
+print(planned)
+
+# %% [markdown]
 # Most runs that die, die of something that was known before they started. So look first: this
 # takes seconds, and no download has begun.
 
 # %% tags=["run"]
-preflight(recipe, gpu).require()
+preflight(recipe, gpu, peak_bytes=planned.peak_allocated_bytes).require()
 
 # %% [markdown]
-# And this is how it refuses: a recipe that asks a T4 for bfloat16 and for 19 GiB.
+# And this is how it refuses: a recipe that asks a T4 for bfloat16, and for too much of everything.
 
 # %% tags=["raises-exception"]
-unlucky = replace(recipe, amp_dtype="bfloat16")
-preflight(unlucky, hardware.T4, peak_bytes=19 * GIB).require()
+greedy = replace(recipe, micro_batch_size=4096, loss="full").for_gpu(hardware.T4)
+peak = forecast(greedy, hardware.T4).peak_allocated_bytes
+preflight(replace(greedy, amp_dtype="bfloat16"), hardware.T4, peak_bytes=peak).require()
 
 # %% [markdown]
 # Three words of that are worth remembering on Colab: `torch.cuda.is_bf16_supported()` says
@@ -161,22 +171,24 @@ formulas = {"weights": ("0.516 x 4-bit + the others", 0.516 * in_4_bit + plain_b
             "adapters": ("4 x trainable", 4 * trainable),
             "gradients": ("4 x trainable", 4 * trainable),
             "optimizer state": ("2.03 x trainable", 2.03 * trainable),
-            "activations": ("layers x boundary", layers),
-            "inputs": ("2 x tokens x 8", 2 * recipe.tokens_per_step * 8)}
-print(f"{'holder':16}{'in circulation':28}{'':>12}{'counted':>12}")
+            "activations": ("layers x boundary", layers)}
+print(f"{'holder':16}{'in circulation':40}{'counted':>12}{'on a T4':>12}")
 for holder, (formula, n_bytes) in formulas.items():
-    print(f"{holder:16}{formula:28}{show_bytes(int(n_bytes)):>12}{show_bytes(most[holder]):>12}")
+    row = int(n_bytes), most[holder], max(planned.timeline[holder])
+    print(f"{holder:16}{formula:28}" + "".join(f"{show_bytes(n):>12}" for n in row))
+print("and the batch of token ids:", show_bytes(most["inputs"]))
 
 # %% tags=["run"]
 figures.memory_over_time(step.report, "one optimizer step: four micro batches, then Adam")
 
 # %% [markdown]
 # ### Explain
-# Weights, adapters and gradients are what the formulas say. The batch of token ids is kilobytes,
-# not the gigabyte that some budgets give it. Activations are the row where people are wrong: three
-# of the four layers keep everything that lesson 01 counted; only the checkpointed one is down to
-# its boundary (lesson 02). Four equal hills, one for each micro batch: activations follow the
-# *micro* batch, and only gradients survive from hill to hill.
+# Weights, adapters and gradients are what the formulas say. The batch is kilobytes, not the
+# gigabyte that some budgets give it. Activations are the row where people are wrong: three of the
+# four layers keep everything that lesson 01 counted; only the checkpointed one is down to its
+# boundary (lesson 02). On a T4 (the last column is the forecast) autocast's 16 bits make them
+# smaller, but not half: norms and adapters keep float32 copies. Four equal hills, one for each
+# micro batch: activations follow the *micro* batch, only gradients survive from hill to hill.
 #
 # On top of the last hill sit the logits, as temporaries: `loss="chunked"` builds only 512 rows of
 # them at a time. With this vocabulary, 1280 words, that is a detail. Llama's has 128 256, and
@@ -441,11 +453,12 @@ print(evaluation.generate(shipped, tokenizer, heldout["prompt"][:1]) == new_answ
 
 # %% [markdown]
 # ## 10 · Turn the levers
-# The same step with other choices, counted by the ledger. Which one moves the peak, and which one
-# is decoration?
+# Small models forgive. Here is the run that everybody loses: Llama-3.1-8B in 4 bits on a T4, four
+# sequences of 2048 tokens, forecast for the usual recipe and with the levers that this lesson has
+# used all along. Which one moves the peak, and which one is decoration? Try the rank.
 
 # %% tags=["run"]
-widgets.levers_explorer(recipe)
+widgets.levers_explorer()
 
 # %% [markdown]
 # ## Exercise 06.3 · The same lesson in less memory
@@ -486,7 +499,7 @@ exercises.check_budget(smaller_recipe, recipe, budget_bytes=10 * MIB)
 # Is the difference larger than the interval? Then try `base="float32"`: what did 4 bits cost?
 #
 # ## Try with AI
-# Give an assistant each of these, and check it against the numbers below.
+# Give an assistant each of these, and check it against the course's own planner.
 #
 # > 1. I fine-tune Llama-3.1-8B with QLoRA on a T4: 4-bit base, gradient checkpointing, batch 4,
 # >    sequence length 2048, gradient accumulation 8. CUDA out of memory. Name the largest holders
@@ -496,17 +509,36 @@ exercises.check_budget(smaller_recipe, recipe, budget_bytes=10 * MIB)
 # > 3. I have 50 000 conversations of 500 tokens, two T4s and 24 hours. Three epochs. Which speed
 # >    do I need, and how many optimizer steps of 32 sequences is that?
 #
-# A right answer to 1 names the logits first, not the weights, and does not start with the rank;
-# to 2, that the gradient and the quality are the same and activations are four times larger; to
-# 3:
+# A right answer to 1 names the logits (among the temporaries) before the weights, and does not
+# start with the rank:
 
 # %% tags=["run"]
-logits = 4 * 2048 * 128_256 * 4  # tokens x vocabulary, float32
-print("1. one float32 copy of the logits:", show_bytes(logits), "- the usual loss holds up to 4")
-t4, a10 = (replace(recipe, micro_batch_size=m, gradient_accumulation_steps=32 // m) for m in (2, 8))
-print("2. sequences behind a step:", t4.effective_batch_size, "and", a10.effective_batch_size)
+usual = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", micro_batch_size=4,
+                    gradient_accumulation_steps=8, sequence_length=2048)
+levers = dict(attention="explicit_kv", loss="chunked", norm="native", lora_dropout=0.0)
+for change in ({}, {"lora_rank": 4}, {"micro_batch_size": 2}, {"loss": "chunked"}, levers):
+    one = forecast(replace(usual, **change), hardware.T4)
+    print(f"{show_bytes(one.peak_bytes):>10}  {', '.join(change) or 'as it is'}")
+print({holder: show_bytes(n) for holder, n in forecast(usual, hardware.T4).composition.items()})
+
+# %% [markdown]
+# A right answer to 2 says that both steps see 32 sequences and give the same gradient, so the
+# same quality; that activations and logits are four times as large on the A10; and it asks for the
+# model and the length before it says "fits". For Llama-3.2-1B at 2048 tokens:
+
+# %% tags=["run"]
+t4 = replace(usual, model="llama-3.2-1b", micro_batch_size=2, gradient_accumulation_steps=16)
+a10 = replace(t4, micro_batch_size=8, gradient_accumulation_steps=4)
+print(t4.effective_batch_size, "sequences:", forecast(t4, hardware.T4))
+print(a10.effective_batch_size, "sequences:", forecast(a10, hardware.A10))
+print("with the levers:", forecast(replace(a10, **levers), hardware.A10))
+
+# %% [markdown]
+# A right answer to 3 multiplies before it recommends:
+
+# %% tags=["run"]
 tokens = 3 * 50_000 * 500
-print(f"3. {tokens / (24 * 3600):,.0f} tokens a second in all, {3 * 50_000 / 32:,.0f} steps")
+print(f"{tokens / (24 * 3600):,.0f} tokens a second in all, {3 * 50_000 / 32:,.0f} steps")
 
 # %% [markdown]
 # ## What this lesson left out
