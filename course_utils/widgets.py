@@ -118,7 +118,7 @@ def levers_explorer() -> Explorer:
     return Explorer(draw, model=("llama-3.1-8b", "phi-4-mini", "llama-3.2-1b"),
                     micro_batch_size=(4, 1, 2, 8), sequence_length=(2048, 512, 1024, 4096),
                     attention=("explicit_kv", "stock"), loss=("chunked", "full"),
-                    norm=("native", "stock"), lora_dropout=(0.0, 0.05), lora_rank=(16, 4, 8, 32, 64),
+                    norm=("native", "stock"), lora_dropout=(0.0, 0.05), lora_rank=(16, 4, 8, 64),
                     checkpointed=("all layers", "half the layers"), gpu=tuple(PRESETS))
 
 
