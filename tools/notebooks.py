@@ -104,8 +104,9 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
     try:
         asyncio.run(client.async_execute(env={**os.environ, **ENVIRONMENT}))  # in any thread
     except CellExecutionError as error:
-        what = f"{error.ename}: {error.evalue}\n\n{_plain(error.traceback)}"
-        raise LessonError(_report(running, what)) from error
+        raised = [out for out in running["cell"].outputs if out.output_type == "error"]
+        what = "\n".join(raised[-1].traceback) if raised else f"{error.ename}: {error.evalue}"
+        raise LessonError(_report(running, _plain(what))) from error
     except CellTimeoutError as error:
         what = f"still running after {CELL_TIMEOUT_SECONDS} s"
         raise LessonError(_report(running, what)) from error
