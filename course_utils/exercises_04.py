@@ -11,9 +11,8 @@ import torch
 
 from . import hardware, measurement, qlora, shapes
 from .checks import Verdict, call, check, check_function, describe, is_number, not_yet, right
-from .fake import fake_model, fake_tensors, meta_model, on_fake_tensors
+from .fake import fake_model, fake_tensors
 from .ledger import MemoryLedger
-from .memory_report import MemoryReport
 from .precision import FORMATS, OperationLog
 from .recipe import TrainRecipe
 from .units import show_bytes
@@ -94,23 +93,6 @@ def check_copies(answer: Callable) -> Verdict:
             said += f"{show_bytes(int(result))}." if is_number(result) else f"{describe(result)}."
             return not_yet(mistakes.get(result, said))
     return right(f"to the byte, for {', '.join(COPIED)}.")
-
-
-def fake_step(recipe: TrainRecipe) -> MemoryReport:
-    """The ledger of a recipe's forward and backward on fake tensors: any size, no optimizer."""
-    if recipe.base == "nf4":
-        raise ValueError("base must be float16, bfloat16 or float32 here, got 'nf4'; a fake tensor "
-                         "has no 4-bit weights")
-    config = shapes.config(recipe.model)
-    model = qlora.prepare_base(meta_model(config, qlora.storage_dtype(recipe), "sdpa"), recipe)
-    model = on_fake_tensors(qlora.apply_levers(qlora.add_adapters(model, recipe), recipe))
-    with fake_tensors(), MemoryLedger(model) as ledger:
-        ids = torch.zeros(recipe.micro_batch_size, recipe.sequence_length, dtype=torch.long)
-        with torch.autocast("cpu", dtype=getattr(torch, recipe.amp_dtype or "float16"),
-                            enabled=recipe.amp_dtype is not None):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-    return ledger.report()
 
 
 def run_published(settings: Mapping[str, Any]) -> OperationLog:

@@ -152,7 +152,7 @@ def loss_scale(trace: Sequence[ScalerStep], title: str = "") -> Figure:
 
 
 @styled
-def scale_window(errors: Mapping[int, float], title: str = "", limit: float = 0.01) -> Figure:
+def scale_window(errors: Mapping[int, float], title: str = "", limit: float = 0.02) -> Figure:
     """Relative error of a float16 gradient over the scale of its loss.
 
     Args:
@@ -168,7 +168,7 @@ def scale_window(errors: Mapping[int, float], title: str = "", limit: float = 0.
     ax.plot(*zip(*finite.items(), strict=True), color=COLOURS["gradients"], marker="o",
             linewidth=2.5)
     ax.plot(lost, [1.0] * len(lost), "X", color=INK, markersize=11, label="overflow: infinite")
-    ax.set(title=title, yscale="log", ylim=(1e-3, 2), xlabel="scale (grey: the good ones)",
+    ax.set(title=title, yscale="log", ylim=(1e-3, 10), xlabel="scale (grey: the good ones)",
            ylabel="error of the gradient", **_powers(min(errors), max(errors), 4))
     ax.grid(axis="y")
     if lost:

@@ -12,9 +12,9 @@
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *predict* how many gradients flush to zero, and *determine* the best scale | B1 | exercise 05.1 |
+# | *predict* how many gradients flush to zero, *determine* the best scale | B1 | exercise 05.1 |
 # | *implement* a dynamic loss scaler, equal to PyTorch's | B2 | exercise 05.2 |
-# | *order* the parts of a scaled step, and *recognise* a wrong order by its numbers | B2 | exercise 05.3 |
+# | *order* the parts of a scaled step, *recognise* a wrong order by a number | B2 | exercise 05.3 |
 # | *explain* when no scaler is needed, and when none can help | B1 | section 5 |
 #
 # **Needs:** formats and autocast (lesson 04); the effective batch (03).
@@ -56,9 +56,9 @@ print(hardware.describe(hardware.detect()))
 
 # %% tags=["setup"]
 from transformers import AutoTokenizer
-recipe = TrainRecipe(model="bundled", base="float32", lora_rank=16, lora_dropout=0, optimizer="adamw",
+recipe = TrainRecipe(model="bundled", base="float32", lora_rank=16, lora_dropout=0,
                      micro_batch_size=2, gradient_accumulation_steps=16, sequence_length=128,
-                     checkpointed_layers=0, learning_rate=1e-2)
+                     checkpointed_layers=0, optimizer="adamw", learning_rate=3e-3)
 tokenizer = AutoTokenizer.from_pretrained(corpus.bundled_model_dir())
 rows = corpus.encode(corpus.load_instructions(), tokenizer, recipe.sequence_length)
 collate = functools.partial(corpus.collate, pad_token_id=tokenizer.pad_token_id)
@@ -72,10 +72,8 @@ num_items = recipe.gradient_accumulation_steps * int((batch["labels"][:, 1:] != 
 # %% tags=["setup"]
 fresh, trained = training.build_model(recipe), training.build_model(recipe)
 optimizer = qlora.build_optimizer(trained, recipe)
-for step in range(20):
-    some = batch_of(list(rows)[2 * step:2 * step + 2])
-    loss = qlora.training_step(trained, optimizer, [some], recipe)
-print(f"loss after 20 steps: {loss.item():.0f} nats")
+losses = [qlora.training_step(trained, optimizer, [batch], recipe).item() for _ in range(20)]
+print(f"loss {losses[0]:.0f}, after 20 steps on this micro batch {losses[-1]:.1f} nats")
 
 # %% [markdown]
 # ## 1 · Where are the gradients?
@@ -112,12 +110,13 @@ number_figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 # Multiplying by a power of two shifts it back, and costs no precision. How far? In both states:
 
 # %% tags=["run"]
-print("scale      become zero: fresh   trained     infinite: fresh   trained")
-states = [[g for group in gradients_of(model).values() for g in group] for model in (fresh, trained)]
-for power in (0, 4, 8, 16, 20, 24):
-    landed = [land(state, scale=2.0**power) for state in states]
-    zeros, overflows = ([getattr(l, field) for l in landed] for field in ("zero", "infinite"))
-    print(f"2**{power:<2} {zeros[0]:22.2%} {zeros[1]:9.2%} {overflows[0]:20.4%} {overflows[1]:9.4%}")
+states = {name: [gradient for group in gradients_of(model).values() for gradient in group]
+          for name, model in {"fresh": fresh, "trained": trained}.items()}
+for name, state in states.items():
+    for power in (0, 4, 8, 16, 24):
+        landing = land(state, scale=2.0**power)
+        print(f"{name:8} scale 2**{power:<2}  {landing.zero:4.0%} become zero   "
+              f"{'some' if landing.infinite else 'none'} infinite")
 
 # %% [markdown]
 # The small ones come back long before the large ones overflow. And the right scale *moves*: as the
@@ -136,7 +135,7 @@ for power in (0, 4, 8, 16, 20, 24):
 # largest))</code></details>
 
 # %% tags=["exercise"]
-trained_gradients = states[1]
+trained_gradients = states["trained"]
 best_scale = ...
 
 # %% tags=["check"]
@@ -156,7 +155,7 @@ widgets.scale_explorer(groups)
 # Now for real: forward and backward under float16 autocast, compared with the float32 gradient.
 #
 # ### Predict
-# At scale 1, a tenth of the numbers in between is flushed. By how many percent is the adapters'
+# At scale 1, with the share of zeros that you have just seen: by how many percent is the adapters'
 # gradient wrong? (Relative error of the whole vector.)
 
 # %% tags=["predict"]
@@ -178,22 +177,22 @@ def error(estimate):
     return ((estimate - exact).norm() / exact.norm()).item()
 
 # %% tags=["run"]
-errors = {power: error(gradient(2.0**power, "float16")) for power in range(-12, 25, 4)}
+errors = {power: error(gradient(2.0**power, "float16")) for power in range(-8, 25, 4)}
 show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0])
 number_figures.scale_window(errors, "adapters, after 20 steps")
 
 # %% [markdown]
 # ### Explain
 # Surprised? At scale 1 the numbers that vanish are the small ones, and they carry little of the
-# sum: this model's gradient is almost right *without* any scaling. But look at the slope on the
+# sum: this model's gradient is nearly right *without* any scaling. But look at the slope on the
 # left. A gradient 16 times smaller is as bad off as a scale of 2⁻⁴: one more accumulation, a lower
 # loss, a wider model, and the error doubles and doubles. And an error by flushing is no noise;
 # small gradients are gone in every step, always the same ones.
 #
 # So the folklore "without loss scaling fp16 does not learn" is half right: it depends on where your
-# gradients lie, and you do not know. The grey window is twenty powers of two wide. Loss scaling
-# means: stay in it, near its right edge, whatever the model does. [Micikevicius et al., section
-# 3.2]
+# gradients lie, and you do not know. The grey window is many powers of two wide, and scale 1 stands
+# at its left edge. Loss scaling means: stay in it, near its right edge, whatever the model does.
+# [Micikevicius et al., section 3.2]
 
 # %% [markdown]
 # ## 3 · Overflow, and a scale that looks after itself
@@ -237,12 +236,12 @@ def run(scaler, steps=60, injected=(), always_schedule=False):
     optimizer = torch.optim.SGD([weight], lr=1.0)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 10))
     for step in range(1, steps + 1):
+        rate = warm_up.get_last_lr()[0]
         with torch.autocast(hardware.device(), torch.float16):
             output = torch.nn.functional.linear(torch.ones_like(weight), weight)
-        loss = output.float().sum() * (math.inf if step in injected else 0.25)
-        rate = warm_up.get_last_lr()[0]
-        for act in (scaler.scale(loss).backward, lambda: scaler.step(optimizer), scaler.update):
-            act()
+        scaler.scale(output.float().sum() * (math.inf if step in injected else 0.25)).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         if always_schedule or not scaler.trace[-1].skipped:
             warm_up.step()
@@ -307,24 +306,34 @@ exercises.check_scaler(next_state)
 predicted_norm = ...
 
 # %% tags=["run"]
-def norm_after(clip_first, scale=65536.0):
-    scaled = torch.nn.Parameter(exact.clone())
-    scaled.grad = exact * scale
+def what_arrives(clip_first, scale=65536.0):
+    weight = torch.nn.Parameter(exact.clone())
+    weight.grad = exact * scale
     if clip_first:
-        torch.nn.utils.clip_grad_norm_(scaled, max_norm=1.0)
-    scaled.grad /= scale
+        torch.nn.utils.clip_grad_norm_(weight, max_norm=1.0)
+    weight.grad /= scale
     if not clip_first:
-        torch.nn.utils.clip_grad_norm_(scaled, max_norm=1.0)
-    return scaled.grad.norm().item()
+        torch.nn.utils.clip_grad_norm_(weight, max_norm=1.0)
+    return weight.grad
 
-show_prediction(predicted_norm, show="{:.1e}".format, clip_first=norm_after(True))
-print(f"unscale first: {norm_after(False):.1e}")
+wrong, right = what_arrives(clip_first=True), what_arrives(clip_first=False)
+show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.norm().item())
+print("unscale first: less than 1, and unchanged:", torch.equal(right, exact))
+
+# %% [markdown]
+# And Adam? In its first step an update is rate x g / (|g| + 1e-08):
+
+# %% tags=["run"]
+for name, arrived in {"clip first": wrong, "unscale first": right}.items():
+    share = (arrived.abs() / (arrived.abs() + 1e-8)).mean()
+    print(f"{name:14} Adam's updates: {share:.1f} of the learning rate, on average")
 
 # %% [markdown]
 # ### Explain
-# Clipping compared 65 536 times the norm with 1. SGD would stand still. Adam *hides* the bug, as it
-# divides each gradient by its own size, until gradients come near its epsilon of 1e-08; and your
-# log shows a beautiful constant gradient norm. Call `scaler.unscale_(optimizer)` before you clip.
+# Clipping compared 65 536 times the norm with 1. SGD would stand still. Adam half *hides* the bug,
+# as it divides each gradient by its own size, down to its epsilon of 1e-08: the small ones shrink,
+# the large ones do not, and your log shows a beautiful constant gradient norm. Call
+# `scaler.unscale_(optimizer)` before you clip.
 #
 # ### (b) Step despite infinity
 # You saw its number in section 3: `scaler.step(optimizer)` looks first, `optimizer.step()` does
@@ -458,7 +467,7 @@ predicted_updates = ...
 # %% tags=["run"]
 from transformers import PrinterCallback, Trainer
 short = replace(recipe, amp_dtype="float16", micro_batch_size=1, gradient_accumulation_steps=1,
-                max_steps=10, save_steps=5, warmup_fraction=0.5, learning_rate=1e-3, logging_steps=1)
+                max_steps=10, save_steps=5, logging_steps=1, warmup_fraction=0.5)
 folder = tempfile.mkdtemp()
 arguments = short.to_training_arguments(folder, disable_tqdm=True, dataloader_pin_memory=False)
 trainer = Trainer(fresh, arguments, train_dataset=rows, data_collator=collate)
@@ -470,11 +479,12 @@ show_prediction(predicted_updates, show="{:.0f} updates".format, measured=update
 
 # %% tags=["run"]
 print("step   scale   skipped   learning rate   gradient norm")
-for step, log in zip(scaler.trace, trainer.state.log_history):
-    norm = "not finite" if step.skipped else "finite"
+for step, log in zip(scaler.trace, trainer.state.log_history, strict=False):
+    norm = "finite" if math.isfinite(log["grad_norm"]) else "not finite"
     print(f"{log['step']:4}   2**{math.log2(step.scale):.0f}   {step.skipped!s:7} "
           f"{log['learning_rate']:14.4f}    {norm}")
-print("in the checkpoint:", [name for name in os.listdir(f"{folder}/checkpoint-5") if "scaler" in name])
+saved = os.listdir(f"{folder}/checkpoint-5")
+print("in the checkpoint:", [name for name in saved if "scaler" in name])
 
 # %% [markdown]
 # ### Explain
@@ -497,7 +507,8 @@ print("in the checkpoint:", [name for name in os.listdir(f"{folder}/checkpoint-5
 # %% tags=["run"]
 numbers = torch.tensor([3e-8, 2e-6, 0.5])
 for scale in (1, 1024, 262144):
-    print(f"{scale:7}", (numbers * scale).half().tolist(), "->", (numbers * scale).half().float() / scale)
+    stored = (numbers * scale).half()
+    print(f"{scale:7}  ", *(f"{number:9.2e}" for number in stored.tolist()))
 
 # %% [markdown]
 # Which powers of two are good for all three? Try, then compare with 65 504 / 0.5.
@@ -527,7 +538,7 @@ for scale in (1, 1024, 262144):
 # numbers are:
 
 # %% tags=["run"]
-print(f"norm {norm_after(True):.1e} instead of {norm_after(False):.1e}")
+print(f"norm x {(wrong.norm() / right.norm()).item():.0e}")
 print(f"steps lost after a resume: {lost['new']} instead of {lost['restored']}")
 
 # %% [markdown]
