@@ -223,9 +223,9 @@ def train_and_kill(recipe: TrainRecipe, output_dir: str | Path, at_step: int) ->
     """
     command = [sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(recipe)),
                str(output_dir)]
-    here = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                          env=os.environ | here) as child:
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}) as child:
         for line in child.stdout:
             if line.startswith(f"step {at_step}:"):
                 child.kill()

@@ -180,7 +180,8 @@ def test_the_drive_has_what_the_machine_lost(recipe, tmp_path):
 def survived(tmp_path_factory):
     """What kill_worker.py reports."""
     folder = tmp_path_factory.mktemp("kills")
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent),
+                             *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("kill_worker.py"), folder], text=True,
         capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths})
