@@ -167,10 +167,11 @@ predicted_count = ...
 on_gpu, on_cpu = (precision.autocast_table(device) for device in ("cuda", "cpu"))
 count = sum(given_float32 == "float16" for given_float32, _ in on_gpu.values())
 show_prediction(predicted_count, show="{:.0f} of 12".format, counted=count)
-print(f"{'':16}given float32          given float16")
-print(f"{'':16}on a GPU   on a CPU    on a GPU   on a CPU")
-for name, (full, half) in on_gpu.items():
-    print(f"{name:16}{full:11}{on_cpu[name][0]:12}{half:11}{on_cpu[name][1]}")
+print(f"{'':17}given float32         given float16")
+print(f"{'':17}on a GPU   on a CPU   on a GPU   on a CPU")
+for name, on_a_gpu in on_gpu.items():
+    pairs = zip(on_a_gpu, on_cpu[name], strict=True)
+    print(f"{name:16}", " ".join(f"{gpu_side:10} {cpu_side:10}" for gpu_side, cpu_side in pairs))
 
 # %% [markdown]
 # ### Explain
@@ -199,7 +200,7 @@ print("additions:      ", {kind: n for (name, kind), n in log.counts.items() if 
 # argument `stored` waits for section 4.)
 
 # %% tags=["setup"]
-def train(recipe, model=None, stored="float32", learning_rate=5e-4):
+def fifteen_steps(recipe, model=None, stored="float32", learning_rate=5e-4):
     model = model or training.build_model(recipe)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0)
@@ -218,7 +219,7 @@ def train(recipe, model=None, stored="float32", learning_rate=5e-4):
 predicted_difference = ...
 
 # %% tags=["run"]
-curves = {"float32": train(recipe), f"autocast {sixteen}": train(mixed)}
+curves = {"float32": fifteen_steps(recipe), f"autocast {sixteen}": fifteen_steps(mixed)}
 last = [losses[-1] for losses in curves.values()]
 show_prediction(predicted_difference, show="{:.1f} nats".format, measured=abs(last[0] - last[1]))
 figures.losses(curves, "all weights trained, learning rate 5e-4")
@@ -324,8 +325,8 @@ figures.compare(steps, hardware.T4, "Llama-3.2-1B, LoRA, 1 x 512 tokens")
 # weights do they read?</details>
 # <details><summary>Hint 2</summary>Walk over <code>model.modules()</code> and pick
 # <code>torch.nn.Linear</code>. Norms and embeddings are other classes.</details>
-# <details><summary>Hint 3</summary><code>sum(2 * m.weight.numel() for m in modules if
-# isinstance(m, torch.nn.Linear))</code></details>
+# <details><summary>Hint 3</summary><code>sum(2 * m.weight.numel() for m in
+# model.modules() if isinstance(m, torch.nn.Linear))</code></details>
 
 # %% tags=["exercise"]
 def copied_bytes(model):
@@ -371,7 +372,8 @@ number_figures.smallest_updates(2e-5, list(training.build_model(recipe).paramete
 # In bfloat16, of a hundred weights only a few move. Is that enough to learn?
 
 # %% tags=["run"]
-stored = {f"stored in {name}": train(recipe, stored=name, learning_rate=2e-5) for name in FORMATS}
+stored = {f"stored in {name}": fifteen_steps(recipe, stored=name, learning_rate=2e-5)
+          for name in FORMATS}
 figures.losses(stored, "all weights trained, learning rate 2e-5")
 
 # %% [markdown]
@@ -381,7 +383,7 @@ figures.losses(stored, "all weights trained, learning rate 2e-5")
 # %% tags=["run"]
 lora = replace(recipe, lora_rank=16)
 fresh, trained = training.build_model(lora), training.build_model(lora)
-print(f"loss after 15 steps: {train(lora, trained, learning_rate=1e-2)[-1]:.1f}")
+print(f"loss after 15 steps: {fifteen_steps(lora, trained, learning_rate=1e-2)[-1]:.1f}")
 print("share of the adapters' weights that an update moves, when stored in bfloat16")
 adapters = {name: [p for p in model.parameters() if p.requires_grad]
             for name, model in {"fresh": fresh, "trained": trained}.items()}
