@@ -32,7 +32,7 @@ def updates(events: Sequence[tuple[str, float]], title: str = "") -> Figure:
         micro_batches += event == "accumulate"
         optimizer_steps += event == "update"
         label = f"micro\nbatch\n{micro_batches}" if event == "accumulate" else event
-        ax.text(x, -0.04 * highest, label, ha="center", va="top", fontsize=11,
+        ax.text(x, -0.04 * highest, label, ha="center", va="top", fontsize=10.5,
                 color=EVENTS[event], weight="normal" if event == "accumulate" else "bold")
         if event == "update":
             ax.annotate(f"optimizer step {optimizer_steps}:\nlog, warm-up and\nschedule count it",
@@ -68,9 +68,8 @@ def token_shares(counts: Sequence[int], title: str = "") -> Figure:
         ax.annotate(f"{count}", (x, 0), xytext=(0, -6), textcoords="offset points", ha="center",
                     va="top", fontsize=10.5)
     ax.axhline(1, color=INK, linestyle="--")
-    ax.annotate("every token alike: 1", (number + 0.45, 1), xytext=(0, 5), ha="right",
-                textcoords="offset points")
-    ax.set(title=title, ylabel="what one token counts", ylim=(0, 1.15 * max(max(shares), 1.2)),
+    ax.set(title=title, ylabel="what one token counts\n(dashed: its fair share)",
+           ylim=(0, 1.15 * max(max(shares), 1.2)),
            xlabel="labelled tokens of each micro batch", xlim=(0.4, number + 0.6), xticks=[])
     ax.xaxis.labelpad = 18
     return _finish(canvas, f"bars: what one token counts in a mean of micro batches' "

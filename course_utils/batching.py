@@ -161,8 +161,9 @@ def largest_micro_batch(backward: Callable[[int], object], model: torch.nn.Modul
         probes.append(_probe(backward, size, model, optimizer, min(gradient_accumulation_steps, 2),
                              budget_bytes))
         # Only here, with the exception and the frames that it held gone, is memory free again.
-        optimizer.zero_grad(set_to_none=True)
-        _give_back()
+        if not probes[-1].fits:
+            gc.collect()  # the exception may be part of a cycle
+            model.zero_grad(set_to_none=True)
         return probes[-1].fits
 
     with unchanged(model, optimizer):
@@ -174,7 +175,8 @@ def largest_micro_batch(backward: Callable[[int], object], model: torch.nn.Modul
         while bad - good > 1:
             middle = (good + bad) // 2
             good, bad = (middle, bad) if fits(middle) else (good, middle)
-    _give_back()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
     return Search(good, probes)
 
 
@@ -198,12 +200,6 @@ def _probe(backward: Callable, size: int, model: torch.nn.Module, optimizer: tor
     return Probe(size, True, peak_bytes)
 
 
-def _give_back() -> None:
-    gc.collect()  # a caught exception can be part of a cycle
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-
-
 @contextlib.contextmanager
 def unchanged(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Whatever is trained inside, model, optimizer and PyTorch's random state are as before after.
@@ -219,8 +215,7 @@ def unchanged(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Itera
               for group in optimizer.param_groups]
     state = {p: {key: _on_host(value) for key, value in entries.items()}
              for p, entries in optimizer.state.items()}
-    for parameter, _ in gradients:
-        parameter.grad = None
+    model.zero_grad(set_to_none=True)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices):
@@ -240,6 +235,7 @@ def unchanged(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Itera
             group.update(before)
         for module, training in modes:
             module.training = training
+        model.zero_grad(set_to_none=True)
         for p, grad in gradients:
             p.grad = grad.to(p.device)
 

@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -115,7 +114,7 @@ def launch(recipe: TrainRecipe, batch: Batch, timeout_s: float = 120) -> dict[st
             try:
                 _, errors = agent.communicate(timeout=timeout_s)
             except BaseException as reason:  # an interrupted cell must not leave ranks behind
-                os.killpg(agent.pid, signal.SIGKILL)
+                _end(agent)
                 if not isinstance(reason, subprocess.TimeoutExpired):
                     raise
                 raise TimeoutError(f"{recipe.world_size} ranks did not finish in {timeout_s:g} s "
@@ -123,6 +122,15 @@ def launch(recipe: TrainRecipe, batch: Batch, timeout_s: float = 120) -> dict[st
         if agent.returncode:
             raise RuntimeError(f"a rank failed: {_last_word(errors)}")
         return torch.load(result)
+
+
+def _end(agent: subprocess.Popen) -> None:
+    """Ask torchrun to end its ranks, which live in sessions of their own, and itself."""
+    agent.terminate()
+    try:
+        agent.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        agent.kill()
 
 
 def _environment(on_gpus: bool) -> dict[str, str]:
