@@ -138,7 +138,7 @@ def check_published(answer: Mapping[str, Any]) -> Verdict:
     if set(log.matmuls) != {amp_dtype}:
         said = " and ".join(f"{count} in {name}" for name, count in log.matmuls.items())
         why = "nothing has changed; " if not changed else ""
-        return not_yet(f"{why}a step's matrix products still run {said}.")
+        return not_yet(f"{why}a step's products with weights still run {said}.")
     if len(changed) > 1:
         return not_yet(f"that works, but one change is enough; you changed {', '.join(changed)}.")
-    return right(f"all {log.matmuls[amp_dtype]} matrix products of a step run in {amp_dtype}.")
+    return right(f"all {log.matmuls[amp_dtype]} products with weights of a step run in {amp_dtype}.")

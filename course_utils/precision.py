@@ -23,7 +23,7 @@ from . import hardware
 
 FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EXPONENT_BITS = {"float32": 8, "float16": 5, "bfloat16": 8}
-MATMULS = ("mm", "addmm", "bmm", "baddbmm")
+MATMULS = ("mm", "addmm")  # with a weight matrix; attention's own products are batched
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -207,7 +207,7 @@ class OperationLog(TorchDispatchMode):
 
     @property
     def matmuls(self) -> dict[str, int]:
-        """Matrix products by the format in which they ran."""
+        """Products with weight matrices, by the format in which they ran."""
         formats: Counter[str] = Counter()
         for (name, dtype), count in self.counts.items():
             formats[dtype] += count if name in MATMULS else 0

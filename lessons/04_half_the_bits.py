@@ -189,8 +189,8 @@ for name, on_a_gpu in on_gpu.items():
 mixed = replace(recipe, amp_dtype=sixteen)
 with precision.OperationLog() as log, torch.autocast(hardware.device(), getattr(torch, sixteen)):
     loss = qlora.compute_loss(model, batch, mixed)
-print("matrix products:", log.matmuls)
-print("additions:      ", {kind: n for (name, kind), n in log.counts.items() if name == "add"})
+print("products with weights:", log.matmuls)
+print("additions:            ", {kind: n for (name, kind), n in log.counts.items() if name == "add"})
 
 # %% [markdown]
 # All products in 16 bits; the boundaries between layers, sums of float32 embeddings and what layers
@@ -443,15 +443,15 @@ for name, value in published.items():
 
 # %% [markdown]
 # ### Predict
-# Run one training step with it, forward and backward. How many of its matrix products (there are
-# over a hundred) run in bfloat16?
+# Run one training step with it, forward and backward. How many of its products with weights (there
+# are over a hundred) run in bfloat16?
 
 # %% tags=["predict"]
 predicted_products = ...
 
 # %% tags=["run"]
 log = exercises.run_published(published)
-show_prediction(predicted_products, show="{:.0f}".format, counted=log.matmuls["bfloat16"])
+show_prediction(predicted_products, show="{:.0f}".format, counted=log.matmuls.get("bfloat16", 0))
 print(log.matmuls, "and casts that wrote", show_bytes(log.copied_bytes))
 
 # %% [markdown]

@@ -100,7 +100,7 @@ def test_check_that_judges_nothing_is_caught(name, stub, complaint):
 
 
 @pytest.mark.parametrize(("answer", "words"), [
-    (PUBLISHED, "nothing has changed; a step's matrix products still run"),
+    (PUBLISHED, "nothing has changed; a step's products with weights still run"),
     (PUBLISHED | {"bnb_4bit_compute_dtype": "float32"}, "in float32"),
     (PUBLISHED | {"fp16": False, "bf16": True}, "must be 'float16' on a T4"),
 ])
