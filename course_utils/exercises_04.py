@@ -141,4 +141,4 @@ def check_published(answer: Mapping[str, Any]) -> Verdict:
         return not_yet(f"{why}a step's products with weights still run {said}.")
     if len(changed) > 1:
         return not_yet(f"that works, but one change is enough; you changed {', '.join(changed)}.")
-    return right(f"all {log.matmuls[amp_dtype]} products with weights of a step run in {amp_dtype}.")
+    return right(f"all {log.matmuls[amp_dtype]} products with weights run in {amp_dtype}.")

@@ -190,7 +190,8 @@ mixed = replace(recipe, amp_dtype=sixteen)
 with precision.OperationLog() as log, torch.autocast(hardware.device(), getattr(torch, sixteen)):
     loss = qlora.compute_loss(model, batch, mixed)
 print("products with weights:", log.matmuls)
-print("additions:            ", {kind: n for (name, kind), n in log.counts.items() if name == "add"})
+additions = {kind: count for (name, kind), count in log.counts.items() if name == "add"}
+print("additions:            ", additions)
 
 # %% [markdown]
 # All products in 16 bits; the boundaries between layers, sums of float32 embeddings and what layers
