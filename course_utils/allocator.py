@@ -152,12 +152,14 @@ class Playback:
     Attributes:
         address: Block -> where it lies, of those alive.
         sizes: Block -> the bytes it was given last.
+        phase_peaks: Phase -> the most allocated bytes at an allocation in it.
     """
 
     def __init__(self, blocks: list[Block], **options):
         self.blocks, self.allocator = blocks, CachingAllocator(**options)
         self.address: dict[int, int] = {}
         self.sizes: dict[int, int] = {}
+        self.phase_peaks: dict[str, int] = {}
 
     def play(self, events: list[tuple[int, int, str]]) -> int:
         """The most allocated bytes on the way.
@@ -166,11 +168,13 @@ class Playback:
             MemoryError: The allocator's limit is reached.
         """
         allocator, blocks, address = self.allocator, self.blocks, self.address
+        peaks, sizes = self.phase_peaks, self.sizes
         allocator.peak_allocated_bytes = allocator.allocated_bytes
-        for sign, block, _ in events:
+        for sign, block, phase in events:
             if sign > 0:
                 address[block] = at = allocator.allocate(blocks[block].n_bytes)
-                self.sizes[block] = allocator.size_of(at)
+                sizes[block] = allocator.size_of(at)
+                peaks[phase] = max(peaks.get(phase, 0), allocator.allocated_bytes)
             else:
                 allocator.free(address.pop(block))
         return allocator.peak_allocated_bytes

@@ -37,12 +37,14 @@ def gemm_4bit(gpu, func, x, weight, shape, absmax, blocksize, quant_type, bias=N
     if rows <= most_rows and columns % blocksize == 0 \
             and use_fused_kernel(0, x.dtype, rows, shape[0], columns):
         return torch.empty(*x.shape[:-1], shape[0], dtype=x.dtype)
-    held = []
+    unscaled = None
     if absmax_8bit is not None:
-        held.append(torch.empty_like(absmax_8bit, dtype=torch.float32))
-        held.append(held[0] + absmax_offset)
-    held.append(torch.empty(tuple(shape), dtype=x.dtype))
-    return F.linear(x, held[-1], bias)
+        unscaled = torch.empty_like(absmax_8bit, dtype=torch.float32)
+        absmax = unscaled + absmax_offset
+    dequantized = torch.empty(tuple(shape), dtype=x.dtype)
+    result = F.linear(x, dequantized, bias)
+    del absmax, unscaled, dequantized
+    return result
 
 
 @functools.cache

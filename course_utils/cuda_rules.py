@@ -45,14 +45,17 @@ def cuda_functions(gpu: Gpu) -> Iterator[None]:
 
 def scaled_dot_product_attention(gpu, func, query, key, value, attn_mask=None, dropout_p=0.0,
                                  is_causal=False, scale=None, enable_gqa=False):
-    """Autocast casts attention's inputs, then the GPU's kernel runs. Source: autocast_mode.h."""
-    tensors = query, key, value, attn_mask
+    """Autocast casts attention's inputs, last one first, then the GPU's kernel runs.
+
+    Source: aten/src/ATen/autocast_mode.h, whose argument list is evaluated from its end.
+    """
+    tensors = [attn_mask, value, key, query]
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
-    kernel = cuda_attention.attention_kernel(gpu, *tensors)
+    kernel = cuda_attention.attention_kernel(gpu, *reversed(tensors))
     with torch.autocast("cpu", enabled=False):
-        return kernel(*tensors, dropout_p, is_causal, scale)
+        return kernel(*reversed(tensors), dropout_p, is_causal, scale)
 
 
 def dropout(gpu, func, x, p=0.5, training=True, inplace=False):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from .fake_run import Stream
+from .device_ledger import Stream
 from .memory_report import Block
 
 RUN = 4  # layers of a kind that are run: first, two to compare, last
@@ -33,7 +33,7 @@ class Segment:
     sweep: int = 0  # which pass
     flops: int = 0
     seconds: float = 0.0
-    mark: str | None = None  # the moment just before
+    marks: tuple[str, ...] = ()  # moments just before
 
 
 def kinds(num_layers: int, checkpointed: int) -> list[int]:
@@ -80,7 +80,9 @@ def _segments(stream: Stream, n_layers: int) -> list[Segment]:
     home: dict[int, int | None] = {}  # block -> layer of the segment that allocated it
     layers = [int(found[1]) if (found := LAYER.search(block.module)) else None
               for block in stream.blocks]
-    starts = {position: name for name, position in stream.marks.items()}
+    starts: dict[int, tuple[str, ...]] = {}
+    for name, position in stream.marks.items():
+        starts[position] = (*starts.get(position, ()), name)
     segments = [Segment(None)]
     position_of: list[Segment] = []  # event -> segment, for the work
     position, layer = 0, None
@@ -94,7 +96,7 @@ def _segments(stream: Stream, n_layers: int) -> list[Segment]:
     events = stream.events
     while position < len(events):
         if position in starts:
-            segments.append(Segment(None, mark=starts[position]))
+            segments.append(Segment(None, marks=starts[position]))
             layer = None
         sign, block, phase = events[position]
         if position and phase != events[position - 1][2]:
@@ -123,7 +125,7 @@ def _segments(stream: Stream, n_layers: int) -> list[Segment]:
         where = position_of[min(max(n_before - 1, 0), len(position_of) - 1)]
         where.flops += flops
         where.seconds += seconds
-    return [s for s in segments if s.events or s.mark or s.layer is None]
+    return [s for s in segments if s.events or s.layer is None]
 
 
 def _number_passes(segments: list[Segment], n_layers: int) -> None:
@@ -214,8 +216,7 @@ def _expand(segments: list[Segment], stream: Stream, places: list[list[int]]) ->
                 and segments[end].layer == segments[position].layer:
             end += 1
         for segment in segments[position:end]:
-            if segment.mark:
-                deep.marks[segment.mark] = len(deep.events)
+            deep.marks |= dict.fromkeys(segment.marks, len(deep.events))
         segment = segments[position]
         wanted = [None] if segment.layer is None else places[segment.layer]
         before = segments[position - 1].layer if position else None

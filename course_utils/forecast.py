@@ -23,7 +23,8 @@ from . import depth, fake, shapes
 from .allocator import LARGE_SEGMENT, Playback, segment_bytes
 from .cuda_pretence import pretend_cuda
 from .cuda_rules import CudaKernels
-from .fake_run import DeviceLedger, Stream, fake_run, work_recorder
+from .device_ledger import DeviceLedger, Stream, later_step, work_recorder
+from .fake_run import MICRO_BATCHES, fake_run
 from .hardware import T4, Gpu
 from .memory_report import MemoryReport, replay
 from .recipe import TrainRecipe
@@ -44,7 +45,7 @@ class Forecast(MemoryReport):
     """What a step will need on a GPU. Bytes, as `torch.cuda.memory_stats` will count them.
 
     Attributes of a `MemoryReport` describe a step after the first; blocks have the sizes that the
-    allocator gives them. `phase_peaks` has "load" too, when weights were loaded.
+    allocator gives them. `phase_peaks` are over all phases, "load" included.
 
     Attributes:
         gpu: The GPU.
@@ -100,7 +101,7 @@ def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
 
     Raises:
         ValueError: The recipe cannot run: a precision that the GPU lacks, a sequence beyond the
-            model's limit, targets that match no layer, a model that is not a plain decoder.
+            model's limit, targets that match no layer, a model not built like Llama.
 
     Example:
         >>> forecast(TrainRecipe(amp_dtype="float16", sequence_length=64)).fits
@@ -112,7 +113,8 @@ def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
 
 @functools.lru_cache(maxsize=48)
 def _forecast(recipe: TrainRecipe, gpu: Gpu) -> Forecast:
-    return _report(run_stream(recipe, gpu), gpu)
+    micro_batches = recipe.gradient_accumulation_steps
+    return _report(run_stream(recipe, gpu), gpu, max(1, micro_batches / MICRO_BATCHES))
 
 
 def run_stream(recipe: TrainRecipe, gpu: Gpu, *, whole: bool = False) -> Stream:
@@ -139,8 +141,8 @@ def run_stream(recipe: TrainRecipe, gpu: Gpu, *, whole: bool = False) -> Stream:
 def _shallow_run(recipe: TrainRecipe, gpu: Gpu, num_layers: int) -> Stream:
     config = checked_config(recipe)
     config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_layers]
+    if (types := getattr(config, "layer_types", None)) and len(types) > num_layers:
+        config.layer_types = types[:num_layers]
     return fake_run(recipe, gpu, config)
 
 
@@ -154,6 +156,10 @@ def checked_config(recipe: TrainRecipe):
     if not getattr(config, "num_hidden_layers", None) or getattr(config, "is_encoder_decoder", 0):
         raise ValueError(f"model must be a decoder-only language model, got {recipe.model} of kind "
                          f"{config.model_type!r}; see shapes.NAMES")
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if getattr(config, name, None):
+            raise ValueError(f"model must not be a mixture of experts, got {recipe.model} with "
+                             f"{name}={getattr(config, name)}; what its kernels need is not known")
     limit = getattr(config, "max_position_embeddings", None)
     if limit and recipe.sequence_length > limit:
         raise ValueError(f"sequence_length must be at most {limit} for {recipe.model}, got "
@@ -186,27 +192,30 @@ def forecast_step(model: torch.nn.Module, step: Callable[[torch.nn.Module], obje
             raise ValueError(f"step must not ask a tensor for its numbers, got {error.func}; drop "
                              ".item(), float(...), print and `if` on tensors") from error
         except fake_tensor.UnsupportedFakeTensorException as error:
-            raise ValueError(f"step must use operations with a fake version, got {error}; write it "
-                             "with PyTorch's own operations") from error
+            raise ValueError(f"step must use operations with a fake version, got {error}; write "
+                             "it with PyTorch's own") from error
         ledger.mark("step")
     return _report(ledger.stream(), gpu)
 
 
-def _report(stream: Stream, gpu: Gpu) -> Forecast:
+def _report(stream: Stream, gpu: Gpu, repeats: float = 1) -> Forecast:
     """Replay the events through the allocator and report the second step."""
     loading, first = stream.marks.get("load", 0), stream.marks["ready"]
     before, step = stream.events[:first], stream.events[first:]
-    later = _steady(step) if loading else step  # a reader's own step is taken once
+    later = later_step(step) if loading else step  # a reader's own step is taken once
     device = Playback(stream.blocks, descending=True)
-    load_peak = device.play(before[:loading])
+    device.play(before[:loading])
     loaded = device.allocator.allocated_bytes
     device.play(before[loading:])
     resident = device.allocator.allocated_bytes
-    other = Playback(stream.blocks)
+    other = Playback(stream.blocks)  # addresses rise; something multiplied matrices before
     other.play(before)
     if loading:
         device.play(step)
-        other.play(step)
+        kept = {block for _, block, _ in step} - {block for _, block, _ in later}
+        early = [event for event in step if event[1] in kept
+                 and stream.blocks[event[1]].n_bytes == gpu.workspace_bytes][:1]
+        other.play(early + [event for event in step if event not in early])
     initial = list(device.address)
     peak = device.play(later)
     other.play(later)
@@ -214,25 +223,17 @@ def _report(stream: Stream, gpu: Gpu) -> Forecast:
     largest = max((segment_bytes(stream.blocks[b].n_bytes) for sign, b, _ in step if sign > 0),
                   default=0)
     miss = min(largest, int(SHARES_A_SEGMENT * max(simulated)))
-    low, high = max(peak, min(simulated) - SLACK), max(simulated) + miss + SLACK
+    low, high = max(peak, min(simulated) - SLACK), max(*simulated, min(simulated) + miss) + SLACK
     blocks = [dataclasses.replace(block, n_bytes=device.sizes.get(index, 0))
               for index, block in enumerate(stream.blocks)]
     report = replay(blocks, initial, later, device.allocator.allocated_bytes)
-    fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
-    if loading:
-        fields["phase_peaks"] = {"load": load_peak} | report.phase_peaks
+    peaks = {phase: n for phase, n in device.phase_peaks.items() if phase != "start"}
     return Forecast(
-        **fields, gpu=gpu, peak_reserved_bytes=(low, high), fits=_fits(stream, gpu, peak, high),
+        **vars(report) | {"phase_peaks": peaks}, gpu=gpu, peak_reserved_bytes=(low, high),
+        fits=_fits(stream, gpu, peak, high),
         loaded_bytes=loaded if loading else None, resident_bytes=resident,
-        flops=sum(flops for n, flops, _ in stream.work if n > first),
-        ideal_seconds=sum(seconds for n, _, seconds in stream.work if n > first))
-
-
-def _steady(step: list) -> list:
-    """A later step: without what the first one allocates for good (optimizer state, workspaces)."""
-    born = {block for sign, block, _ in step if sign > 0}
-    gone = {block for sign, block, _ in step if sign < 0}
-    return [event for event in step if event[1] in born and event[1] in gone]
+        flops=int(sum(flops for n, flops, _ in stream.work if n > first) * repeats),
+        ideal_seconds=sum(seconds for n, _, seconds in stream.work if n > first) * repeats)
 
 
 def _fits(stream: Stream, gpu: Gpu, peak: int, reserved: int) -> bool:

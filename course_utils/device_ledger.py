@@ -1,0 +1,138 @@
+"""A ledger of what would live on the GPU, as a stream of events for the caching allocator.
+
+Not modelled: tensors that a program makes on the CPU on purpose, except Python's own scalars.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .hardware import Gpu
+from .ledger import MemoryLedger
+from .memory_report import Block
+
+
+@dataclass
+class Stream:
+    """What happened to memory.
+
+    Attributes:
+        blocks: Every storage, with its size as asked for.
+        events: (+1 or -1, index of the block, phase) for each allocation or free, in order.
+        marks: Name of a moment -> number of events before it.
+        work: (number of events before it, FLOPs, seconds) of each operation.
+        growing: Bytes that a block of no layer gains with each further layer.
+    """
+
+    blocks: list[Block]
+    events: list[tuple[int, int, str]]
+    marks: dict[str, int]
+    work: list[tuple[int, int, float]] = field(default_factory=list)
+    growing: dict[int, int] = field(default_factory=dict)
+
+
+def later_step(step: list) -> list:
+    """A step after the first: without what that allocates for good, as the optimizer's state."""
+    born = {block for sign, block, _ in step if sign > 0}
+    gone = {block for sign, block, _ in step if sign < 0}
+    return [event for event in step if event[1] in born and event[1] in gone]
+
+
+class DeviceLedger(MemoryLedger):
+    """Counts what would live on the GPU: fake tensors, except Python's own scalars."""
+
+    def __init__(self):
+        super().__init__(device_type="cpu")
+        self.marks: dict[str, int] = {}
+        self.work: list[tuple[int, int, float]] = []
+        self.growing: dict[int, int] = {}
+        self._on_host: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self._trained: list[str] = []
+        self._owner = ""
+        self._inputs: Iterator = iter(())
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Recognise this model's parameters, gradients and modules from now on."""
+        self.model = model
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._register_model(model)
+        self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                self._hooks.callback(parameter.register_post_accumulate_grad_hook(
+                    lambda p: self._found(p.grad, "gradients")).remove)
+
+    def mark(self, name: str) -> None:
+        """Name this moment."""
+        self.marks[name] = len(self._events)
+
+    @contextlib.contextmanager
+    def inside(self, module: str) -> Iterator[None]:
+        """What is allocated here belongs to `module`."""
+        self._modules.append(module)
+        yield
+        self._modules.pop()
+
+    def counts(self, tensor: object) -> bool:
+        return isinstance(tensor, FakeTensor) and super().counts(tensor) \
+            and tensor.untyped_storage()._cdata not in self._on_host
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._inputs = iter(args[0] if args and isinstance(args[0], (list, tuple)) else args)
+        if func is torch.ops.aten.lift_fresh.default and args[0].dim() == 0:
+            result = func(*args)  # torch.tensor(1.0) lives on the host
+            storage = result.untyped_storage()
+            self._on_host[storage._cdata] = storage
+            return result
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self._inputs = iter(())  # held no longer than the operation
+        return result
+
+    def _allocated(self, tensor: torch.Tensor, operation: str) -> None:
+        joined = operation in ("stack.default", "empty.memory_format")  # one of all parameters
+        self._owner = "" if joined else self._module_of(next(self._inputs, None))
+        super()._allocated(tensor, operation)
+        if joined and tensor.shape[:1] == (len(self._trained),) and not self._module_now() \
+                and self.phase_now() != "backward":
+            self.growing[len(self._blocks) - 1] = tensor[0].nbytes * sum(
+                "layers.1." in name for name in self._trained)
+        self._owner = ""
+
+    def _module_of(self, tensor: object) -> str:
+        index = self._index.get(tensor.untyped_storage()._cdata) \
+            if isinstance(tensor, FakeTensor) else None
+        return "" if index is None else self._blocks[index].module
+
+    def _module_now(self) -> str:
+        """Outside of modules, a tensor belongs where the one does that it was made from."""
+        return super()._module_now() or self._owner
+
+    def stream(self) -> Stream:
+        """What was seen; blocks that existed before come first."""
+        existed = [(1, block, "start") for block in self._initial]
+        self.marks = {name: n + len(existed) for name, n in self.marks.items()}
+        self.work = [(n + len(existed), *rest) for n, *rest in self.work]
+        self._events = existed + self._events
+        return Stream(self._blocks, self._events, self.marks, self.work, self.growing)
+
+
+def work_recorder(ledger: DeviceLedger, gpu: Gpu) -> Callable[[int, tuple, object], None]:
+    """Notes each operation's FLOPs and the seconds it takes at least on `gpu`.
+
+    At least: as long as its arithmetic at the peak rate or its traffic at the peak bandwidth,
+    whichever is longer (Williams et al. 2009, the roofline model).
+    """
+    def record(flops: int, args: tuple, result: object) -> None:
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, result))
+                   if isinstance(t, torch.Tensor)]
+        traffic = sum(t.numel() * t.itemsize for t in tensors)
+        rate = gpu.matmul_flops if tensors and tensors[0].itemsize < 4 else gpu.float32_flops
+        seconds = max(flops / rate, traffic / gpu.bandwidth)
+        ledger.work.append((len(ledger._events), flops, seconds))
+    return record
