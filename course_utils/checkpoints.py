@@ -152,16 +152,16 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def find_last(*folders: Path | None, say=print) -> Path | None:
+def find_last(*folders: str | Path | None, say=print) -> Path | None:
     """The whole checkpoint with the most steps in any of the folders, or `None`.
 
     Says what it passes over: the half-written, the damaged, a folder that cannot be read.
     """
     candidates = []
-    for folder in folders:
+    for folder in map(Path, filter(None, folders)):
         try:
-            candidates += _newest_first(folder) if folder else []
-            unfinished = list((folder / STAGING).glob(f"{PREFIX}*")) if folder else []
+            candidates += _newest_first(folder)
+            unfinished = list((folder / STAGING).glob(f"{PREFIX}*"))
         except OSError as error:
             say(f"{folder} cannot be read ({error}); going on without it.")
             continue

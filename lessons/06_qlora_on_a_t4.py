@@ -36,12 +36,11 @@ sys.path += [os.path.abspath("course"), os.path.abspath("..")]
 # %% tags=["setup"]
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 from transformers import AutoTokenizer
 from course_utils import corpus, evaluation, export, figures, gates, hardware, measurement
 from course_utils import exercises_06 as exercises, qlora, training, widgets
 from course_utils.block import boundary_bytes
-from course_utils.checkpoints import verify
+from course_utils.checkpoints import find_last, verify
 from course_utils.checks import show_prediction
 from course_utils.forecast import forecast
 from course_utils.preflight import preflight
@@ -192,7 +191,7 @@ figures.memory_over_time(step.report, "one optimizer step: four micro batches, t
 #
 # On top of the last hill sit the logits, as temporaries: `loss="chunked"` builds only 512 rows of
 # them at a time. With this vocabulary, 1280 words, that is a detail. Llama's has 128 256, and
-# lesson 01 counted four copies of all rows.
+# lesson 01 counted three float32 copies of all rows.
 
 # %% [markdown]
 # ## Exercise 06.2 · Labels
@@ -326,7 +325,7 @@ assert different == 0
 # entirely or not at all. Let us spoil one, as a non-atomic save would:
 
 # %% tags=["raises-exception"]
-last = max(Path("run").glob("checkpoint-*"), key=os.path.getmtime)
+last = find_last("run")
 optimizer_file = last / "optimizer.pt"
 whole = optimizer_file.read_bytes()
 optimizer_file.write_bytes(whole[:1000])
