@@ -4,8 +4,8 @@ An effective batch is micro_batch_size x gradient_accumulation_steps x world_siz
 gradient is a mean over *tokens*, so each micro batch brings its tokens' sum, divided by the number
 of labelled tokens of all of them.
 
-Not modelled: batch statistics (batch norm sees micro batches), losses that compare examples
-(contrastive ones), fragmentation that builds up over hours, sequences longer than the probed ones.
+Not modelled: batch norm (it sees micro batches), losses that compare examples, fragmentation that
+builds up over hours, sequences longer than the probed ones.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def split(batch: dict[str, torch.Tensor], micro_batch_size: int) -> list[dict[st
     Raises:
         ValueError: Not a whole number from 1.
     """
-    if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int) \
-            or micro_batch_size < 1:
+    if not isinstance(micro_batch_size, int) or micro_batch_size < 1:
         raise ValueError(f"micro_batch_size must be a whole number from 1, got "
                          f"{micro_batch_size!r}; 1 always splits")
     rows = len(next(iter(batch.values())))
@@ -61,8 +60,7 @@ def accumulate(model: torch.nn.Module, micro_batches: Sequence[dict[str, torch.T
                num_items: int | None = None) -> torch.Tensor:
     """Add the gradient of the mean loss over all labelled tokens to the parameters' `.grad`.
 
-    One micro batch's graph is gone before the next one's is built, so that activations follow the
-    micro batch. No optimizer step, no clearing: both belong to the caller.
+    One micro batch's graph is gone before the next one's is built. Neither steps nor clears.
 
     Args:
         model: A Hugging Face causal language model.
@@ -87,22 +85,6 @@ def accumulate(model: torch.nn.Module, micro_batches: Sequence[dict[str, torch.T
         loss.backward()
         total = total + loss.detach()
     return total
-
-
-def gradient(model: torch.nn.Module) -> torch.Tensor:
-    """All gradients of the model as one vector, a copy; parameters without one are left out."""
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def relative_error(approximate: torch.Tensor, exact: torch.Tensor) -> float:
-    """Length of the difference by the length of the exact vector: 0 is equal, 1 as bad as zero.
-
-    Example:
-        >>> relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0]))
-        0.2
-    """
-    approximate, exact = approximate.double(), exact.double()  # float32's own norm errs by 1e-4
-    return ((approximate - exact).norm() / exact.norm()).item()
 
 
 @dataclass(frozen=True)
@@ -132,14 +114,13 @@ def largest_micro_batch(backward: Callable[[int], object], model: torch.nn.Modul
                         budget_bytes: int | None = None) -> Search:
     """Find the most sequences of a micro batch that train without running out of memory.
 
-    Doubles from 1 until a size fails, then halves the interval: about 2 log2(answer) attempts. An
-    attempt is two whole optimizer steps, because Adam's state appears in the first one and only the
-    second has to live with it. Weights, gradients, optimizer state, train/eval modes and PyTorch's
-    random state are afterwards what they were.
+    Doubles from 1 until a size fails, then halves the interval. An attempt is two whole optimizer
+    steps: Adam's state appears in the first, the second has to live with it. Weights, gradients,
+    optimizer state, train/eval modes and PyTorch's random state are afterwards what they were.
 
     Args:
         backward: Called with a size: forward and backward of one micro batch, as the run will do
-            it: the longest sequences, the same loss, the same autocast.
+            it: the longest sequences, the same loss and autocast.
         model: Set to training mode; in eval mode checkpointing and dropout would be off.
         optimizer: The run's own.
         upper: The largest size to consider.
@@ -204,8 +185,7 @@ def _probe(backward: Callable, size: int, model: torch.nn.Module, optimizer: tor
 def unchanged(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Whatever is trained inside, model, optimizer and PyTorch's random state are as before after.
 
-    Copies wait in host memory, so that the device has room for what is tried inside. Gradients are
-    cleared at entry and come back at the end.
+    Copies wait in host memory. Gradients are cleared at entry and come back at the end.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     values = [(t, _on_host(t)) for t in (*trained, *model.buffers())]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .batching import accumulate, gradient, labelled_tokens, relative_error, split
+from .batching import accumulate, labelled_tokens, split
 from .checks import (
     Unfinished,
     Verdict,
@@ -21,6 +21,7 @@ from .checks import (
     not_yet,
     right,
 )
+from .gradients import gradient, in_float64, relative_error
 from .trainer_log import scheduled
 from .units import show_bytes
 
@@ -86,9 +87,9 @@ def small_model() -> torch.nn.Module:
 
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(
+        return in_float64(LlamaForCausalLM(LlamaConfig(
             vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, use_cache=False)).double()
+            num_attention_heads=4, num_key_value_heads=2, use_cache=False)))
 
 
 def uneven_batch(rows: int = 8, tokens: int = 64) -> dict[str, torch.Tensor]:
@@ -185,10 +186,10 @@ def check_search(answer: Callable) -> Verdict:
         if len(attempts) > MOST_ATTEMPTS:
             return not_yet(f"{len(attempts)} attempts to find {limit} in 0 to {UPPER}; halving the "
                            f"interval needs at most {MOST_ATTEMPTS}.")
-        if found == limit:
-            continue
         if max(attempts, default=0) > UPPER:
             return not_yet(f"it tried {max(attempts)}, and {UPPER} was the largest allowed.")
+        if found == limit:
+            continue
         if not is_number(found) or found > limit:
             return not_yet(f"{found} runs out of memory where {limit} is the largest that trains: "
                            "return the last one that did.")

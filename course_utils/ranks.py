@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import hardware, qlora
 from .batching import labelled_tokens, split
+from .gradients import in_float64
 from .recipe import TrainRecipe
 
 LOOPBACK = "127.0.0.1"
@@ -66,7 +67,7 @@ def update(recipe: TrainRecipe, batch: Batch, weigh: str = "tokens", rank: int =
     mine = {name: tensor[rank * share:(rank + 1) * share].to(device)
             for name, tensor in batch.items()}
     model = qlora.load_base(dataclasses.replace(recipe, base="float32", lora_rank=None))
-    model = model.to(device, torch.float64).train()
+    model = in_float64(model).to(device).train()
     before = _flat(model)
     optimizer = qlora.build_optimizer(model, recipe)
     ddp = DistributedDataParallel(model) if world_size > 1 else None

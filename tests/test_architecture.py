@@ -250,17 +250,21 @@ def test_the_block_on_torch_blocks():
 
 
 def repeated(lesson: str, package: dict[str, str]) -> list[str]:
-    """Functions that a lesson defines although the package has them."""
+    """Functions that a lesson defines although the package has them (a method overrides)."""
     known = {
         node.name: name
         for name, source in package.items()
         for node in ast.parse(source).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
+    nodes = list(ast.walk(ast.parse(lesson)))
+    methods = {id(part) for node in nodes if isinstance(node, ast.ClassDef) for part in node.body}
     return [
         f"{node.name} is also in course_utils.{known[node.name]}: import it, or rename it"
-        for node in ast.walk(ast.parse(lesson))
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in known
+        for node in nodes
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and node.name in known
+        and id(node) not in methods
     ]
 
 
@@ -275,3 +279,4 @@ def test_repeated_function_is_caught():
         "show_bytes is also in course_utils.units: import it, or rename it"
     ]
     assert repeated("def my_own(x):\n    ...", package) == []
+    assert repeated("class Mine(Theirs):\n    def show_bytes(self):\n        ...", package) == []
