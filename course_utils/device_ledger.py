@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .hardware import Gpu
 from .ledger import MemoryLedger
-from .memory_report import Block
+from .memory_report import Block, tensors_in
 
 
 @dataclass
@@ -57,6 +57,10 @@ class DeviceLedger(MemoryLedger):
         self._owner = ""
         self._inputs: Iterator = iter(())
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else every operation pays for telling torch.compile to stay away
+
     def watch(self, model: torch.nn.Module) -> None:
         """Recognise this model's parameters, gradients and modules from now on."""
         self.model = model
@@ -80,8 +84,10 @@ class DeviceLedger(MemoryLedger):
         self._modules.pop()
 
     def counts(self, tensor: object) -> bool:
-        return isinstance(tensor, FakeTensor) and super().counts(tensor) \
-            and tensor.untyped_storage()._cdata not in self._on_host
+        if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != "cpu":
+            return False  # `tensor.device` would be an operation of its own, asked of every mode
+        storage = tensor.untyped_storage()
+        return storage._cdata not in self._on_host and storage.nbytes() > 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._inputs = iter(args[0] if args and isinstance(args[0], (list, tuple)) else args)
@@ -129,8 +135,7 @@ def work_recorder(ledger: DeviceLedger, gpu: Gpu) -> Callable[[int, tuple, objec
     whichever is longer (Williams et al. 2009, the roofline model).
     """
     def record(flops: int, args: tuple, result: object) -> None:
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, result))
-                   if isinstance(t, torch.Tensor)]
+        tensors = list(tensors_in((args, result)))
         traffic = sum(t.numel() * t.itemsize for t in tensors)
         rate = gpu.matmul_flops if tensors and tensors[0].itemsize < 4 else gpu.float32_flops
         seconds = max(flops / rate, traffic / gpu.bandwidth)

@@ -33,9 +33,20 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+class _Mode(FakeTensorMode):
+    """Without what every operation pays for telling torch.compile to stay away."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.dispatch(func, types, args, kwargs or {})
+
+
 @functools.cache
 def _mode() -> FakeTensorMode:
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return _Mode(allow_non_fake_inputs=True)
 
 
 @contextlib.contextmanager

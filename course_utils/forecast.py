@@ -224,8 +224,7 @@ def _report(stream: Stream, gpu: Gpu, repeats: float = 1) -> Forecast:
                   default=0)
     miss = min(largest, int(SHARES_A_SEGMENT * max(simulated)))
     low, high = max(peak, min(simulated) - SLACK), max(*simulated, min(simulated) + miss) + SLACK
-    blocks = [dataclasses.replace(block, n_bytes=device.sizes.get(index, 0))
-              for index, block in enumerate(stream.blocks)]
+    blocks = [block.resized(device.sizes.get(i, 0)) for i, block in enumerate(stream.blocks)]
     report = replay(blocks, initial, later, device.allocator.allocated_bytes)
     peaks = {phase: n for phase, n in device.phase_peaks.items() if phase != "start"}
     return Forecast(

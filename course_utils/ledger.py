@@ -21,9 +21,8 @@ import torch
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from .memory_report import Block, MemoryReport, replay
+from .memory_report import Block, MemoryReport, replay, tensors_in
 from .units import show_bytes
 
 
@@ -83,7 +82,7 @@ class MemoryLedger(TorchDispatchMode):
             self._register_model(model)
         if optimizer is not None:
             self._register_optimizer(optimizer)
-        for tensor in tree_leaves(inputs):
+        for tensor in tensors_in(inputs):
             self._found(tensor, "inputs")
 
     def _register_model(self, model: torch.nn.Module) -> None:
@@ -96,7 +95,7 @@ class MemoryLedger(TorchDispatchMode):
             self._found(buffer, "weights")
 
     def _register_optimizer(self, optimizer: torch.optim.Optimizer, *_) -> None:
-        for tensor in tree_leaves(list(optimizer.state.values())):
+        for tensor in tensors_in(list(optimizer.state.values())):
             self._found(tensor, "optimizer state")
 
     def _found(self, tensor: object, category: str, rename: bool = True) -> None:
@@ -200,12 +199,12 @@ class MemoryLedger(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is not torch.ops.aten.lift_fresh.default:  # `torch.tensor(...)` being born
-            for tensor in tree_leaves((args, kwargs)):
+            for tensor in tensors_in((args, kwargs)):
                 self._found(tensor, "inputs", rename=False)
         self._remember_node()
         result = func(*args, **kwargs)
         if not kwargs.get("pin_memory"):  # pinned memory is the host's, not the device's
-            for tensor in tree_leaves(result):
+            for tensor in tensors_in(result):
                 if self.counts(tensor):
                     self._allocated(tensor, func.__name__)
         return result

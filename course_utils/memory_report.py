@@ -6,6 +6,7 @@ Not modelled: anything the ledger did not see; see `ledger`.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,11 @@ class Block:
     dtype: torch.dtype
     saved: bool = False  # autograd packed it for backward
     alive: weakref.ref | None = field(default=None, repr=False)  # its callback reports the end
+
+    def resized(self, n_bytes: int) -> Block:
+        """The same block with another size."""
+        return Block(n_bytes, self.category, self.operation, self.module, self.phase, self.shape,
+                     self.dtype, self.saved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,18 @@ class MemoryReport:
     saved: list[Block]
     timeline: dict[str, list[int]]
     phases: list[str]
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
 
 
 def replay(blocks: list[Block], initial: list[int], events: list[tuple[int, int, str]],
