@@ -114,9 +114,10 @@ def largest_micro_batch(backward: Callable[[int], object], model: torch.nn.Modul
                         budget_bytes: int | None = None) -> Search:
     """Find the most sequences of a micro batch that train without running out of memory.
 
-    Doubles from 1 until a size fails, then halves the interval. An attempt is two whole optimizer
-    steps: Adam's state appears in the first, the second has to live with it. Weights, gradients,
-    optimizer state, train/eval modes and PyTorch's random state are afterwards what they were.
+    Doubles from 1 until a size fails, then halves the interval. An attempt is a whole optimizer
+    step; the first attempt is two, because Adam's state appears in the first step and the second
+    has to live with it. Weights, gradients, optimizer state, train/eval modes and PyTorch's random
+    state are afterwards what they were.
 
     Args:
         backward: Called with a size: forward and backward of one micro batch, as the run will do
@@ -168,7 +169,7 @@ def _probe(backward: Callable, size: int, model: torch.nn.Module, optimizer: tor
     hardware.reset_peak()
     try:
         with ledger or contextlib.nullcontext():
-            for _ in range(2):
+            for _ in range(1 if optimizer.state else 2):
                 for _ in range(accumulated):
                     backward(size)
                 optimizer.step()
@@ -212,7 +213,9 @@ def unchanged(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Itera
                     optimizer.state[p][key] = \
                         optimizer.state[p][key].copy_(value) if is_tensor else value
         for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.update(before)
+            parameters = group["params"]
+            group.clear()
+            group.update(before, params=parameters)
         for module, training in modes:
             module.training = training
         model.zero_grad(set_to_none=True)

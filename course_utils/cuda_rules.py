@@ -125,7 +125,7 @@ class CudaKernels(TorchDispatchMode):
         result = func(*args, **kwargs) if rule is None else rule(self.gpu, func, *args, **kwargs)
         if name in MATRIX_PRODUCTS:
             self._take_workspace()
-        if self.on_work is not None:
+        if self.on_work is not None and not func.is_view and name not in NO_WORK:
             self.on_work(matrix_flops(func, args, kwargs, result), args, result)
         return result
 
@@ -210,6 +210,8 @@ def foreach_norm(gpu, func, tensors, *args, **kwargs):
 
 MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm",
                    "bitsandbytes::gemm_4bit"}
+NO_WORK = {"aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::empty",
+           "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 KERNEL_RULES = {
     "aten::_softmax_backward_data": softmax_backward,
     "aten::native_dropout": mask_before_output,

@@ -72,6 +72,11 @@ class DeviceLedger(MemoryLedger):
                 self._hooks.callback(parameter.register_post_accumulate_grad_hook(
                     lambda p: self._found(p.grad, "gradients")).remove)
 
+    def note_inputs(self, batches: object) -> None:
+        """These tensors, nested as they may be, are inputs."""
+        for tensor in tensors_in(batches):
+            self._found(tensor, "inputs")
+
     def mark(self, name: str) -> None:
         """Name this moment."""
         self.marks[name] = len(self._events)

@@ -32,6 +32,7 @@ def fake_run(recipe: TrainRecipe, gpu: Gpu, config) -> Stream:
         optimizer = qlora.build_optimizer(model, recipe)
         scaler = torch.amp.GradScaler("cpu") if recipe.amp_dtype == "float16" else None
         batches = [fake_batch(recipe) for _ in range(recipe.gradient_accumulation_steps)]
+        ledger.note_inputs(batches)
         ledger.mark("ready")
         qlora.training_step(model, optimizer, batches[:MICRO_BATCHES], recipe, scaler)
         ledger.mark("step")

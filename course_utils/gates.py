@@ -15,7 +15,7 @@ from . import corpus, evaluation, hardware, qlora
 from .preflight import Finding, Preflight
 from .recipe import TrainRecipe
 
-OVERFIT_STEPS, OVERFIT_RATE = 30, 1e-2
+OVERFIT_STEPS, OVERFIT_RATE = 20, 1e-2
 # Kernels that never write the (seq x seq) scores to memory; the last one is the CPU's.
 FUSED = ("flash", "efficient", "cudnn")
 

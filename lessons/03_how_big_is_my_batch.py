@@ -440,8 +440,9 @@ try:
         backward(usual_answer)
 except torch.OutOfMemoryError:
     gc.collect()
-    print("alive inside except, cleaned up:", show_bytes(ledger.live_bytes))
-print("alive after it:", show_bytes(ledger.live_bytes))
+    print("alive, cleaned up inside except:", show_bytes(ledger.live_bytes))
+gc.collect()
+print("alive, cleaned up after it:     ", show_bytes(ledger.live_bytes))
 padding = int((batch["attention_mask"] == 0).sum())
 print(f"padding in our 32 examples: {padding} of {batch['labels'].numel()} positions")
 
@@ -456,8 +457,8 @@ print(f"padding in our 32 examples: {padding} of {batch['labels'].numel()} posit
 #    model to write padding.
 #
 # And it tries powers of two only. `largest_micro_batch` doubles until it fails, then halves the
-# interval; runs two whole updates an attempt; and leaves weights, gradients, optimizer state,
-# train/eval mode and random state as they were.
+# interval; an attempt is a whole update, optimizer step included; and weights, gradients, optimizer
+# state, train/eval mode and random state are afterwards as they were.
 #
 # It works on anything that trains, so also on a model that is not there: Llama-3.2-1B on fake
 # tensors (lesson 01), all weights trained in 16 bits, on a T4 that we pretend to have.

@@ -51,6 +51,8 @@ ARROWS = {
     "depth": "memory_report device_ledger",
     "forecast": "units hardware shapes recipe memory_report fake depth allocator fake_run "
     "device_ledger cuda_rules cuda_pretence",
+    "fit": "units hardware recipe forecast",
+    "doctor": "units hardware preflight",
     "evaluation": "units hardware recipe corpus qlora",
     "export": "hardware recipe qlora",
     "gates": "hardware recipe corpus qlora preflight evaluation",

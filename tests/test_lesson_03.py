@@ -1,13 +1,14 @@
 """Lesson 03's exercises: the reference passes, each named mistake fails in its own words."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import Trainer
 
-from course_utils import exercises_03, trainer_log
+from course_utils import exercises_03, trainer_log, widgets
 from course_utils.batching import labelled_tokens
 from course_utils.checks import not_yet, right
 from course_utils.recipe import TrainRecipe
@@ -293,3 +294,11 @@ def test_trainer_log_has_trainers_own_lines():
     one = trainer_log.trainer_log(replace(recipe, max_steps=1), rows, padding, Doubled,
                                   logging_steps=1)
     assert one[0]["loss"] == pytest.approx(2 * log[0]["loss"], rel=1e-5)
+
+
+def test_the_widget_compares_a_split_with_the_whole():
+    explorer = widgets.split_explorer()
+    assert re.search(r"2 x 16: [\d.]+ GiB, fits .* 32 x 1: [\d.]+ GiB, does not fit",
+                     explorer.figure.alt)
+    explorer.controls["effective_batch"].value = 8
+    assert "2 x 4: " in explorer.picture.value and "8 x 1: " in explorer.picture.value

@@ -1,0 +1,83 @@
+"""What is this machine, what would break on it, and how to fix that.
+
+Not modelled: whether a given run fits (`forecast`), whether its weights can be had (`preflight`).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+
+from . import hardware
+from .preflight import FLOORS, Finding
+from .units import GIB, show_bytes
+
+DISK_BYTES = 5 * GIB  # a 16-bit checkpoint of Llama-3.2-1B, its adapters and room to write them
+TORCHAO_FLOOR = (0, 16)
+
+
+def doctor() -> list[Finding]:
+    """Everything looked at, in the order in which a run would meet it."""
+    return [_python(), *map(_package, FLOORS), _torchao(), _gpu(), _precision(), _disk(), _hub()]
+
+
+def _python() -> Finding:
+    old = sys.version_info < (3, 11)
+    return Finding("python", f"{platform.python_version()} on {platform.machine()}",
+                   "install Python 3.11 or newer" if old else None)
+
+
+def _package(name: str) -> Finding:
+    floor = ".".join(map(str, FLOORS[name]))
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, "not installed", f"pip install '{name}>={floor}'")
+    return Finding(name, version, None if _numbers(version) >= FLOORS[name] else
+                   f"pip install '{name}>={floor}', then restart")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _torchao() -> Finding:
+    """PEFT refuses an old torchao as soon as the base is not quantized."""
+    try:
+        version = metadata.version("torchao")
+    except metadata.PackageNotFoundError:
+        return Finding("torchao", "not installed, not needed")
+    old = _numbers(version) < TORCHAO_FLOOR
+    return Finding("torchao", version, "pip uninstall torchao: with it, PEFT raises on a base "
+                   "that is not in 4 bits" if old else None)
+
+
+def _gpu() -> Finding:
+    gpu = hardware.detect()
+    if gpu is None:
+        return Finding("GPU", "none: bytes are counted on the CPU and forecast for a T4")
+    free = hardware.free_bytes() or 0
+    found = f"{gpu.name}, {show_bytes(gpu.total_bytes)}, {show_bytes(free)} free"
+    busy = free < gpu.total_bytes // 2
+    return Finding("GPU", found, "another program or notebook holds most of it: see nvidia-smi, "
+                   "restart that kernel" if busy else None)
+
+
+def _precision() -> Finding:
+    choice = hardware.mixed_precision(hardware.detect())
+    return Finding("precision", f"{choice.dtype or 'float32'} ({choice.reason})")
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(".").free
+    return Finding("disk", f"{show_bytes(free)} free", None if free >= DISK_BYTES else
+                   f"free {show_bytes(DISK_BYTES - free)}, or work in another folder")
+
+
+def _hub() -> Finding:
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    return Finding("hub", "switched off by HF_HUB_OFFLINE: bundled and local models only"
+                   if offline else "allowed")

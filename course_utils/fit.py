@@ -1,0 +1,226 @@
+"""Which settings fit a GPU and train fastest; which single change saves what, at which price.
+
+Every answer is a forecast: nothing is interpolated. Times are roofline times divided by a stated
+utilisation: each operation takes as long as its arithmetic at the GPU's peak rate or its traffic at
+the peak bandwidth, whichever is longer. On the GPU-bound rows of tests/data/h200_steps.json that
+ratio is 0.56 to 0.64, stock attention or not.
+
+Not modelled: the time to launch operations, which rules when the work is small; communication;
+transfers to the host (so `offload_checkpoints` is tried only when nothing else fits).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .forecast import Forecast, checked_config, forecast
+from .hardware import T4, Gpu
+from .recipe import TrainRecipe
+from .units import show_bytes
+
+UTILISATION = 0.6
+SECONDS_PER_HOUR = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lever:
+    """One change of a recipe and what it does to peak and time.
+
+    Attributes:
+        change: What changes, in words.
+        recipe: The recipe with this change.
+        saved_bytes: Peak before minus peak after.
+        speedup: Tokens per second after over before: above 1 is faster.
+        forecast: Of the changed recipe.
+    """
+
+    change: str
+    recipe: TrainRecipe
+    saved_bytes: int
+    speedup: float
+    forecast: Forecast
+
+    def __str__(self) -> str:
+        sign = "-" if self.saved_bytes > 0 else "+"
+        pace = f"{self.speedup:.1f}x faster" if self.speedup >= 1.05 else \
+            f"{1 / self.speedup:.1f}x slower" if self.speedup <= 0.95 else "same speed"
+        return f"{self.change}: {sign}{show_bytes(abs(self.saved_bytes))}, {pace}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Settings that fit, their forecast and their speed on one GPU.
+
+    Attributes:
+        tokens_per_second: Estimated, on one GPU, with `utilisation` of its peak.
+        tried: (recipe, forecast) of everything that was weighed, in order.
+    """
+
+    recipe: TrainRecipe
+    forecast: Forecast
+    tokens_per_second: float
+    utilisation: float
+    tried: tuple[tuple[TrainRecipe, Forecast], ...]
+
+    def hours(self, n_tokens: int) -> float:
+        """Hours to train on `n_tokens`, padding counted, on all GPUs of the recipe."""
+        return n_tokens / (self.tokens_per_second * self.recipe.world_size) / SECONDS_PER_HOUR
+
+
+def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTILISATION) -> float:
+    """Tokens per second of one GPU, padding counted.
+
+    Raises:
+        ValueError: utilisation is not a fraction.
+    """
+    if isinstance(utilisation, bool) or not 0 < utilisation <= 1:
+        raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation!r}; 0.6 is "
+                         "what large steps reach")
+    tokens = recipe.tokens_per_step / recipe.world_size
+    return tokens / f.ideal_seconds * utilisation
+
+
+def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
+    """Every single change that makes sense for a recipe: what it is called -> the fields."""
+    k = num_layers if recipe.checkpointed_layers == "all" else recipe.checkpointed_layers
+    changes: dict[str, dict] = {
+        "explicit K/V attention": {"attention": "explicit_kv"},
+        "stock attention": {"attention": "stock"},
+        "chunked loss": {"loss": "chunked"},
+        "native RMSNorm": {"norm": "native"},
+        "lean MLP": {"mlp": "lean"},
+        "no dropout in adapters": {"lora_dropout": 0.0},
+        "4-bit base": {"base": "nf4"},
+        "double quantization": {"double_quant": True},
+        "no k-bit upcast": {"kbit_upcast": False},
+        "8-bit optimizer": {"optimizer": "adamw_8bit"},
+        "paged 8-bit optimizer": {"optimizer": "paged_adamw_8bit"},
+        "no padding": {"padded": False},
+    }
+    if recipe.lora_rank is not None:
+        changes["lean adapters"] = {"adapters": "lean"}
+        changes["lean loss"] = {"loss": "lean"}
+        rank = max(1, recipe.lora_rank // 2)
+        changes[f"rank {rank}"] = {"lora_rank": rank}
+    if k:
+        changes["checkpoints in host memory"] = {"offload_checkpoints": True}
+        changes["keep attention's output"] = {"keep_attention": True}
+    for wanted in (num_layers, num_layers // 2, 0):
+        changes[f"{wanted} of {num_layers} layers checkpointed"] = {
+            "checkpointed_layers": "all" if wanted == num_layers else wanted}
+    if recipe.micro_batch_size > 1:
+        half = recipe.micro_batch_size // 2
+        changes[f"micro batch {half}, accumulated"] = {
+            "micro_batch_size": half,
+            "gradient_accumulation_steps": recipe.gradient_accumulation_steps * 2}
+    if recipe.sequence_length > 2:
+        changes[f"sequence {recipe.sequence_length // 2}"] = {
+            "sequence_length": recipe.sequence_length // 2}
+    return changes
+
+
+def levers(recipe: TrainRecipe, gpu: Gpu = T4,
+           progress: Callable[[str], None] = lambda text: None) -> tuple[Lever, ...]:
+    """Every single change of `recipe`, the one that saves most first.
+
+    Args:
+        progress: Told what is being weighed.
+
+    Raises:
+        ValueError: The recipe itself cannot run on `gpu`.
+    """
+    before = forecast(recipe, gpu)
+    speed = tokens_per_second(recipe, before)
+    found, seen = [], {recipe}
+    for name, fields in single_changes(recipe, checked_config(recipe).num_hidden_layers).items():
+        try:
+            changed = dataclasses.replace(recipe, **fields)
+            if changed in seen:
+                continue
+            seen.add(changed)
+            progress(name)
+            after = forecast(changed, gpu)
+        except ValueError:  # a change that this recipe excludes, as offloading without checkpoints
+            continue
+        found.append(Lever(
+            change=name, recipe=changed, forecast=after,
+            saved_bytes=before.peak_allocated_bytes - after.peak_allocated_bytes,
+            speedup=tokens_per_second(changed, after) / speed))
+    return tuple(sorted(found, key=lambda lever: (-lever.saved_bytes, -lever.speedup)))
+
+
+def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None = None, *,
+        utilisation: float = UTILISATION,
+        progress: Callable[[str], None] = lambda text: None) -> Fit:
+    """The fastest settings of micro batch, accumulation, k, loss, attention and offload that fit.
+
+    They fit even at the forecast's upper bound (`margin_bytes` is not negative). Model, adapters,
+    sequence length and precision stay. Loss and gradients stay, too: none of these settings changes
+    what is learnt.
+
+    Args:
+        target_effective_batch: Sequences behind one optimizer step; by default the recipe's own.
+        utilisation: Part of the GPU's peak that is reached, for times only.
+        progress: Told what is being weighed.
+
+    Raises:
+        ValueError: The target is no multiple of world_size, or nothing fits.
+    """
+    target = recipe.effective_batch_size if target_effective_batch is None \
+        else target_effective_batch
+    if isinstance(target, bool) or not isinstance(target, int) or target < 1 \
+            or target % recipe.world_size:
+        raise ValueError(f"target_effective_batch must be a positive multiple of world_size "
+                         f"({recipe.world_size}), got {target!r}; try {recipe.world_size * 8}")
+    num_layers = checked_config(recipe).num_hidden_layers
+    per_gpu = target // recipe.world_size
+    tried: list[tuple[TrainRecipe, Forecast]] = []
+
+    def weigh(candidate: TrainRecipe) -> Forecast:
+        progress(f"micro batch {candidate.micro_batch_size}, {candidate.checkpointed_layers} "
+                 f"layers checkpointed, {candidate.loss} loss, {candidate.attention} attention")
+        tried.append((candidate, forecast(candidate, gpu)))
+        return tried[-1][1]
+
+    def sized(micro: int, **fields) -> TrainRecipe:
+        return dataclasses.replace(recipe, micro_batch_size=micro,
+                                   gradient_accumulation_steps=per_gpu // micro, **fields)
+
+    smallest = {"checkpointed_layers": "all", "keep_attention": False}
+    attention = min(("stock", "explicit_kv"), key=lambda kind: weigh(
+        sized(1, attention=kind, **smallest, offload_checkpoints=False)).ideal_seconds)
+    for offload in (False, True):
+        for loss in ("full", "chunked"):
+            fields = {"attention": attention, "loss": loss, "offload_checkpoints": offload}
+            micro = 1
+            while per_gpu % micro == 0 \
+                    and weigh(sized(micro, **smallest, **fields)).margin_bytes >= 0:
+                _fewest_checkpoints(lambda k, m=micro, f=fields: weigh(
+                    sized(m, **f | {"checkpointed_layers": k})).margin_bytes >= 0, num_layers,
+                    offload)
+                micro *= 2
+        fitting = [(r, f) for r, f in tried if f.margin_bytes >= 0]
+        if fitting:
+            best = max(fitting, key=lambda pair: tokens_per_second(*pair))
+            return Fit(recipe=best[0], forecast=best[1], utilisation=utilisation,
+                       tokens_per_second=tokens_per_second(*best, utilisation), tried=tuple(tried))
+    least = min(tried, key=lambda pair: pair[1].device_bytes[0])[1]
+    raise ValueError(f"recipe must fit {show_bytes(gpu.total_bytes)} of a {gpu.name}, got at least "
+                     f"{show_bytes(least.device_bytes[0])} with one sequence of "
+                     f"{recipe.sequence_length} tokens; shorten the sequences or take a smaller "
+                     "model")
+
+
+def _fewest_checkpoints(fits: Callable[[int], bool], num_layers: int, offload: bool) -> None:
+    """Bisect for the smallest number of checkpointed layers that fits."""
+    low, high = int(offload), num_layers  # `high` fits
+    if fits(low):
+        return
+    while low < high:
+        middle = (low + high) // 2
+        if fits(middle):
+            high = middle
+        else:
+            low = middle + 1

@@ -1,0 +1,113 @@
+"""The command line: exit codes, JSON, refusals in one sentence, progress when it takes long."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from course_utils import __main__ as cli
+from course_utils.forecast import forecast
+from course_utils.hardware import T4
+from course_utils.recipe import TrainRecipe
+
+SMALL = ["--model", "bundled", "--sequence-length", "64"]
+
+
+def test_forecast_that_fits_exits_0_and_shows_where_bytes_go(capsys):
+    assert cli.main(["forecast", *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("fits a T4 (14.56 GiB): peak ")
+    assert "\n  weights " in out and "\n  peak in backward " in out
+
+
+def test_forecast_that_does_not_fit_exits_3(capsys):
+    arguments = ["forecast", "--model", "llama-3.2-1b", "--sequence-length", "2048",
+                 "--micro-batch-size", "12"]
+    assert cli.main(arguments) == 3
+    assert capsys.readouterr().out.startswith("does not fit a T4")
+
+
+def test_json_is_what_the_library_says(capsys):
+    assert cli.main(["forecast", *SMALL, "--json", "--amp-dtype", "float16", "--no-double-quant",
+                     "--lora-targets", "q_proj,v_proj", "--checkpointed-layers", "0"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    recipe = TrainRecipe(sequence_length=64, amp_dtype="float16", double_quant=False,
+                         lora_targets=("q_proj", "v_proj"), checkpointed_layers=0)
+    f = forecast(recipe, T4)
+    assert told["peak_allocated_bytes"] == f.peak_allocated_bytes
+    assert tuple(told["device_bytes"]) == f.device_bytes
+    assert told["composition"] == f.composition and told["fits"] is True
+    assert told["recipe"]["lora_targets"] == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--model", "lama-8b"], "model must be one of"),
+    (["--gpu", "T5"], "gpu must be one of T4"),
+    (["--sequence-length", "-4"], "sequence_length must be a whole number"),
+    (["--micro-batch-size", "0"], "micro_batch_size must be a whole number"),
+    (["--amp-dtype", "bfloat16"], "amp_dtype must be 'float16' on a T4"),
+    (["--lora-targets", "qkv"], "lora_targets must name linear layers"),
+    (["--checkpointed-layers", "half"], "checkpointed_layers must be a whole number"),
+    (["--lora-rank", "none"], "lora_rank must be a number when base is 'nf4'"),
+])
+def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
+    assert cli.main(["forecast", *SMALL, *arguments]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and message in told.err
+    assert len([line for line in told.err.splitlines() if not line.startswith("...")]) == 1
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["predict"], ["forecast", "--loss", "half"], ["forecast", "--sequence-length", "long"]])
+def test_what_argparse_refuses_exits_2_too(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+
+
+def test_amp_none_is_not_the_same_as_not_said():
+    parse = cli.parser().parse_args
+    assert cli.recipe_of(parse(["forecast"])).amp_dtype == "float16"
+    assert cli.recipe_of(parse(["forecast", "--gpu", "A10"])).amp_dtype == "bfloat16"
+    assert cli.recipe_of(parse(["forecast", "--amp-dtype", "none"])).amp_dtype is None
+
+
+def test_fit_names_settings_and_levers(capsys):
+    arguments = ["fit", *SMALL, "--target-effective-batch", "2"]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "tokens/s" in out and "one change at a time" in out and "micro batch" in out
+    assert cli.main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] and told["levers"][0].keys() == {"change", "saved_bytes", "speedup"}
+
+
+def test_doctor_tells_of_this_machine(capsys, monkeypatch):
+    assert cli.main(["doctor", "--json"]) == 0
+    told = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert told["python"]["found"].startswith(".".join(map(str, sys.version_info[:2])))
+    assert all(finding["fix"] is None for finding in told.values())
+    monkeypatch.setitem(cli.sys.modules["course_utils.doctor"].FLOORS, "peft", (99, 0))
+    assert cli.main(["doctor"]) == 3
+    assert "-> pip install 'peft>=99.0'" in capsys.readouterr().out
+
+
+def test_progress_is_shown_after_a_second_and_not_before(capsys):
+    progress = cli.Progress()
+    progress("first thing")
+    progress.stop()
+    assert capsys.readouterr().err == ""
+    progress = cli.Progress()
+    time.sleep(1.1)
+    progress("second thing")
+    progress.stop()
+    assert capsys.readouterr().err.splitlines() == ["... forecasting", "... second thing"]
+
+
+def test_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "course_utils", "forecast", *SMALL, "--json"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["gpu"] == "T4"

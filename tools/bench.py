@@ -1,0 +1,145 @@
+"""What the package promises, measured here: the forecast's errors, its latency, the ledger's cost.
+
+    python tools/bench.py [--rows FILE ...]
+
+Errors are against rows measured on a GPU (tests/data, or files of tools/measure_steps.py). Times
+depend on the machine and on what else it does: they are shown as ratios to a fixed piece of Python
+and, for orientation, in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from course_utils import forecast as forecasts  # noqa: E402
+from course_utils import hardware, qlora, shapes  # noqa: E402
+from course_utils.ledger import MemoryLedger  # noqa: E402
+from course_utils.recipe import TrainRecipe  # noqa: E402
+from course_utils.units import KIB, MIB  # noqa: E402
+
+DATA = ROOT / "tests" / "data"
+SHARED = {"llama-1b": "llama-3.2-1b", "llama-8b": "llama-3.1-8b"}
+T4_KERNELS = dataclasses.replace(hardware.H200, flash_attention=False)
+
+
+def recipe_of(row: dict, folder: Path) -> TrainRecipe:
+    """The recipe of a row, in either file's words."""
+    if "recipe" in row:
+        return TrainRecipe(**row["recipe"])
+    path = folder / row["model"]
+    if not path.exists():  # that file's models have a head of their own
+        config = shapes.config(SHARED[row["model"]])
+        config.tie_word_embeddings = False
+        config.save_pretrained(path)
+    return TrainRecipe(
+        model=str(path), amp_dtype="float16", loss=row["loss"], lora_dropout=row["lora_dropout"],
+        micro_batch_size=row["micro_batch_size"], sequence_length=row["sequence_length"],
+        checkpointed_layers=row["checkpointed_layers"],
+        attention={"efficient": "explicit_kv"}.get(row["attention"], row["attention"]))
+
+
+def errors(path: Path, folder: Path) -> None:
+    """Print one line a row and the totals of a file."""
+    rows = [row for row in json.loads(path.read_text("utf-8"))["rows"] if "error" not in row]
+    found, inside, widths = [], 0, []
+    print(f"\n{path.name}: {len(rows)} rows; error of the peak, place of reserved in its interval")
+    for row in rows:
+        recipe = recipe_of(row, folder)
+        gpu = hardware.H200 if row.get("kernels") == "own" else T4_KERNELS
+        f = forecasts.forecast(recipe, gpu)
+        error = f.peak_allocated_bytes / row["peak_allocated_bytes"] - 1
+        low, high = f.peak_reserved_bytes
+        reserved = row["peak_reserved_bytes"]
+        found.append(abs(error))
+        inside += low <= reserved <= high
+        widths.append((high - low) / reserved)
+        default = TrainRecipe()
+        words = [f"{name}={value}" for name, value in dataclasses.asdict(recipe).items()
+                 if value != getattr(default, name) and name not in ("model", "amp_dtype")]
+        print(f"  {error:+8.4%}  {(reserved - low) / (high - low):5.0%} of "
+              f"{widths[-1]:3.0%}  {Path(recipe.model).name} {' '.join(words)}")
+    print(f"  peak: median {statistics.median(found):.4%}, worst {max(found):.4%}; reserved: "
+          f"{inside} of {len(rows)} inside, widest {max(widths):.1%}")
+
+
+def yardstick() -> float:
+    """Seconds of a fixed piece of Python."""
+    start = time.process_time()
+    sum(i * i % 7 for i in range(2_000_000))
+    return time.process_time() - start
+
+
+def latency() -> None:
+    """Print how long a forecast takes that is not in the cache, libraries loaded."""
+    forecasts.forecast(TrainRecipe(amp_dtype="float16", sequence_length=64))  # loads libraries
+    print("\nlatency of a new forecast (best of 3)")
+    unit = min(yardstick() for _ in range(3))
+    for model in ("llama-3.2-1b", "llama-3.1-8b"):
+        times = []
+        for sequence in (1001, 1002, 1003):
+            start = time.process_time()
+            forecasts.forecast(TrainRecipe(model=model, amp_dtype="float16",
+                                           sequence_length=sequence))
+            times.append(time.process_time() - start)
+        print(f"  {model}: {min(times):.2f} s of one core, {min(times) / unit:.1f} yardsticks")
+    recipe = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=1003)
+    forecasts.forecast(dataclasses.replace(recipe, checkpointed_layers=7))
+    start = time.process_time()
+    forecasts.forecast(dataclasses.replace(recipe, checkpointed_layers=9))
+    print(f"  another k of the same recipe: {time.process_time() - start:.2f} s")
+
+
+def ledger_overhead() -> None:
+    """Print a real training step's time with the ledger over without."""
+    recipe = TrainRecipe(base="float32", sequence_length=128, micro_batch_size=4)
+    model = qlora.apply_levers(qlora.add_adapters(qlora.load_base(recipe), recipe), recipe).train()
+    optimizer = qlora.build_optimizer(model, recipe)
+    ids = torch.randint(10, 100, (4, 128))
+
+    def step() -> float:
+        start = time.process_time()
+        qlora.training_step(model, optimizer, [{"input_ids": ids, "labels": ids}], recipe)
+        return time.process_time() - start
+
+    step()
+    plain = statistics.median(step() for _ in range(5))
+    with MemoryLedger(model):
+        watched = statistics.median(step() for _ in range(5))
+    print(f"\nledger on a real step of the bundled model: {watched / plain:.2f} x the time without")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, nargs="*",
+                        default=[DATA / "h200_steps.json", DATA / "h200_rules.json"])
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    latency()
+    ledger_overhead()
+    with tempfile.TemporaryDirectory() as folder:
+        for path in options.rows:
+            errors(path, Path(folder))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    print(f"\nmemory of this process: {(after - before) / MIB:.0f} MiB above torch's own")
+
+
+if __name__ == "__main__":
+    main()
