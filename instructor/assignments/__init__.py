@@ -1,0 +1,1 @@
+"""One source per assignment, py:percent: text, marked solutions, and cells that stay here."""
