@@ -34,6 +34,7 @@ class Case:
         mistakes: Name of a known mistake to the answer that it leads to (never `expected`).
         oracle: Name of a question that the function may ask, as its last argument.
         most_questions: How often it may ask; one more fails the case as `TOO_MANY`.
+        knows: What the oracle answers from. It never enters the child either.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     mistakes: Mapping[str, Any] = field(default_factory=dict)
     oracle: str | None = None
     most_questions: int = 0
+    knows: Any = None
 
 
 class Draw:
@@ -108,7 +110,8 @@ class Exercise:
         cases: The student's cases from the student's numbers.
         mistakes: Name to one friendly sentence: what is wrong, how to mend it.
         oracles: Name to `answer(case, *question)`. The grader's parent answers, over a pipe, so
-            that what it knows never enters the child.
+            that what it knows never enters the child. A question that makes no sense raises
+            ValueError, which fails the case.
         solution: The reference, for tests and the answer key.
         wrong: Name of each mistake to a function that makes it, for tests.
         cpu_seconds: Limit of the child process that runs all of its cases.

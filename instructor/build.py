@@ -1,0 +1,211 @@
+"""Build an assignment: students' notebooks, the answer key and the rubric.
+
+    python -m instructor.build effective_batch --out build/effective_batch
+    python -m instructor.build effective_batch --out build/effective_batch \\
+        --roster roster.csv --secret-file secret.txt
+
+Without a roster there is one notebook for all, with the same public numbers; with one, each student
+gets a notebook with their own id and numbers. The hidden numbers are each student's own in both
+ways, and are in neither notebook.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from tools.notebooks import METADATA
+
+from . import selfcheck
+from .assignment import (
+    ASSIGNMENTS,
+    Assignment,
+    Case,
+    Exercise,
+    Numbers,
+    load,
+    names,
+    numbers,
+    read_secret,
+)
+from .cases import EVERYBODY
+from .roster import file_name, read_roster
+from .rubric import rubric, show_points
+
+SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION$", re.M | re.S)
+MARKER = re.compile(r"^ *### (BEGIN|END) SOLUTION\n?", re.M)
+HOW = """**How it works.** Replace each `...` by your code, and run the cell below it: it knows some
+public cases and says in a sentence what is wrong. Grading adds cases with numbers that are yours
+alone, so write the rule, not the number. Keep the functions' names and arguments; add cells and
+functions of your own as you like. Plain Python is enough.
+
+{points} points, about {minutes} minutes. First put your student id between the quotes:"""
+
+
+def student_notebook(assignment: Assignment, own: Numbers | None = None) -> NotebookNode:
+    """What a student gets: text, empty functions, self-checks on public cases.
+
+    Args:
+        assignment: Which.
+        own: The student's numbers; without them, the notebook is for all.
+    """
+    return _notebook(assignment, own, key=False)
+
+
+def answer_key(assignment: Assignment) -> NotebookNode:
+    """The notebook with its solutions, and below each what students get wrong."""
+    return _notebook(assignment, None, key=True)
+
+
+def _notebook(assignment: Assignment, own: Numbers | None, *, key: bool) -> NotebookNode:
+    exercises = {exercise.function: exercise for exercise in assignment.exercises}
+    number, cells = 0, []
+    for cell in jupytext.read(ASSIGNMENTS / f"{assignment.name}.py").cells:
+        tags = cell.metadata.get("tags", [])
+        if "hidden" in tags:
+            continue
+        if cell.cell_type == "markdown":
+            cells.append(new_markdown_cell(cell.source))
+            continue
+        if "exercise" not in tags:
+            cells.append(new_code_cell(cell.source, metadata={"tags": tags}))
+            continue
+        exercise = exercises.pop(re.search(r"^def (\w+)", cell.source, re.M)[1])
+        number += 1
+        cases = _public(exercise, own)
+        cells[-1].source = _heading(number, exercise, cases) + cells[-1].source
+        source = MARKER.sub("", cell.source) if key else SOLUTION.sub(r"\1return ...", cell.source)
+        cells.append(new_code_cell(source.strip(), metadata={
+            "tags": tags, "points": exercise.points, "minutes": exercise.minutes}))
+        cells.append(new_code_cell(f'check("{exercise.function}", PUBLIC, globals())',
+                                   metadata={"tags": ["check"]}))
+        if key:
+            cells.append(new_markdown_cell(_mistakes(exercise)))
+    if exercises:
+        raise ValueError(f"{assignment.name}.py must have a cell tagged exercise for each "
+                         f"exercise, got none for {', '.join(exercises)}; add them")
+    cells[1:1] = _front(assignment, own)
+    for index, cell in enumerate(cells):
+        cell.id = hashlib.sha256(f"{assignment.name} {index}".encode()).hexdigest()[:8]
+    notebook = new_notebook(cells=cells, metadata=METADATA)
+    notebook.nbformat_minor = 5
+    return notebook
+
+
+def _front(assignment: Assignment, own: Numbers | None) -> list[NotebookNode]:
+    """What stands between the title and the first exercise: how to, the id, the self-check."""
+    minutes = sum(exercise.minutes for exercise in assignment.exercises)
+    public = {exercise.function: {
+        "mistakes": dict(exercise.mistakes),
+        "cases": [_as_json(case) for case in _public(exercise, own)],
+    } for exercise in assignment.exercises}
+    folded = {"tags": ["setup"], "cellView": "form", "jupyter": {"source_hidden": True}}
+    return [
+        new_markdown_cell(HOW.format(points=show_points(assignment.points), minutes=minutes)),
+        new_code_cell("STUDENT_ID = "
+                      + json.dumps(own.student_id if own else "...", ensure_ascii=False),
+                      metadata={"tags": ["setup"]}),
+        new_code_cell("# @title Self-check: run me once, nothing to change here\n"
+                      + _self_check_source(), metadata=folded),
+        new_code_cell("# @title The public cases\n"
+                      f"PUBLIC = {json.dumps(public, ensure_ascii=True)!r}", metadata=folded),
+    ]
+
+
+def _self_check_source() -> str:
+    """`selfcheck` without its docstring, which speaks to authors."""
+    source = inspect.getsource(selfcheck)
+    return source[source.index("import copy"):].strip()
+
+
+def _public(exercise: Exercise, own: Numbers | None) -> list[Case]:
+    return [case for case in exercise.cases(own or EVERYBODY) if not case.hidden]
+
+
+def _as_json(case: Case) -> dict:
+    return {name: getattr(case, name) for name in (
+        "arguments", "expected", "rel_tolerance", "mistakes", "oracle", "most_questions", "knows")}
+
+
+def _heading(number: int, exercise: Exercise, cases: Sequence[Case]) -> str:
+    case = cases[0]
+    call = selfcheck.show_call(exercise.function, _as_json(case))
+    return (f"## {number} · {exercise.title}\n"
+            f"*{show_points(exercise.points)} points, {exercise.minutes} minutes. Background: "
+            f"{exercise.reread}.* For example, `{call}` gives `{case.expected!r}`.\n\n")
+
+
+def _mistakes(exercise: Exercise) -> str:
+    rows = "\n".join(f"- **{name}**: {sentence}" for name, sentence in exercise.mistakes.items())
+    return f"What goes wrong here:\n\n{rows}"
+
+
+def build(name: str, out: Path, roster: Path | None = None,
+          secret_file: Path | None = None) -> list[Path]:
+    """Write everything an instructor needs to hand an assignment out.
+
+    Args:
+        name: Of the assignment.
+        out: Folder for the key and the rubric; students' notebooks go into its `students`.
+        roster: For a notebook of their own for each student.
+        secret_file: Holds the instructor's secret; goes with a roster.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: No such assignment, a roster without a secret, or a faulty roster.
+    """
+    assignment = load(name)
+    files = {f"{name}_answer_key.ipynb": answer_key(assignment)}
+    if roster is None:
+        files[f"students/{name}.ipynb"] = student_notebook(assignment)
+    elif secret_file is None:
+        raise ValueError("--secret-file must be given with --roster, got none; students' numbers "
+                         "come from it, and grading needs the same one")
+    else:
+        secret = read_secret(secret_file)
+        for row in read_roster(roster):
+            own = numbers(name, row["student_id"], secret)
+            files[f"students/{file_name(name, own.student_id)}"] = student_notebook(assignment, own)
+    (out / "students").mkdir(parents=True, exist_ok=True)
+    for path, notebook in files.items():
+        nbformat.validate(notebook)
+        (out / path).write_text(nbformat.writes(notebook) + "\n", "utf-8")
+    (out / f"{name}_rubric.md").write_text(rubric(assignment), "utf-8")
+    return [out / path for path in (*files, f"{name}_rubric.md")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 and a sentence when it cannot do what is asked."""
+    parser = argparse.ArgumentParser(prog="python -m instructor.build",
+                                     description="Build an assignment for your class.")
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(names())}")
+    parser.add_argument("--roster", type=Path, help="CSV with student_id,name: one notebook each")
+    parser.add_argument("--secret-file", type=Path, help="your secret; needed with --roster")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    options = parser.parse_args(arguments)
+    try:
+        written = build(options.name, options.out, options.roster, options.secret_file)
+    except (ValueError, OSError) as error:
+        print(f"Nothing built: {error}", file=sys.stderr)
+        return 2
+    students = [path for path in written if path.parent.name == "students"]
+    print(f"{len(students)} student notebook{'s'[:len(students) > 1]} in {options.out}/students")
+    print(f"answer key and rubric, for you alone, in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
