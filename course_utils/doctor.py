@@ -9,11 +9,11 @@ import os
 import platform
 import shutil
 import sys
-from importlib import metadata
 
 from . import hardware
-from .preflight import FLOORS, Finding
+from .preflight import Finding
 from .units import GIB, show_bytes
+from .verified import FLOORS, drifted, installed, numbers, record
 
 DISK_BYTES = 5 * GIB  # a 16-bit checkpoint of Llama-3.2-1B, its adapters and room to write them
 TORCHAO_FLOOR = (0, 16)
@@ -21,7 +21,8 @@ TORCHAO_FLOOR = (0, 16)
 
 def doctor() -> list[Finding]:
     """Everything looked at, in the order in which a run would meet it."""
-    return [_python(), *map(_package, FLOORS), _torchao(), _gpu(), _precision(), _disk(), _hub()]
+    return [_python(), *map(_package, FLOORS), _torchao(), _drift(), _gpu(), _precision(), _disk(),
+            _hub()]
 
 
 def _python() -> Finding:
@@ -32,27 +33,28 @@ def _python() -> Finding:
 
 def _package(name: str) -> Finding:
     floor = ".".join(map(str, FLOORS[name]))
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
+    version = installed(name)
+    if version is None:
         return Finding(name, "not installed", f"pip install '{name}>={floor}'")
-    return Finding(name, version, None if _numbers(version) >= FLOORS[name] else
+    return Finding(name, version, None if numbers(version) >= FLOORS[name] else
                    f"pip install '{name}>={floor}', then restart")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _torchao() -> Finding:
     """PEFT refuses an old torchao as soon as the base is not quantized."""
-    try:
-        version = metadata.version("torchao")
-    except metadata.PackageNotFoundError:
+    version = installed("torchao")
+    if version is None:
         return Finding("torchao", "not installed, not needed")
-    old = _numbers(version) < TORCHAO_FLOOR
+    old = numbers(version) < TORCHAO_FLOOR
     return Finding("torchao", version, "pip uninstall torchao: with it, PEFT raises on a base "
                    "that is not in 4 bits" if old else None)
+
+
+def _drift() -> Finding:
+    """Newer than verified is a remark, not a fault: most new versions work."""
+    newer = drifted()
+    return Finding("verified", f"{record()['date']}, " + (
+        f"newer here: {', '.join(newer)}" if newer else "nothing here is newer"))
 
 
 def _gpu() -> Finding:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import torch
 from . import hardware, shapes
 from .recipe import TrainRecipe
 from .units import show_bytes
-
-FLOORS = {"torch": (2, 11), "transformers": (5, 15), "peft": (0, 20), "bitsandbytes": (0, 50)}
+from .verified import too_old
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,7 @@ def _parameters(recipe: TrainRecipe) -> int:
 
 
 def _versions() -> Finding:
-    old = [f"{name} {metadata.version(name)}" for name, floor in FLOORS.items()
-           if tuple(map(int, metadata.version(name).split(".")[:2])) < floor]
+    old = too_old()
     return Finding("versions", ", ".join(old) or "all recent enough",
                    "run the set-up cell, then Runtime > Restart session" if old else None)
 

@@ -33,7 +33,8 @@ ARROWS = {
     "qlora": "units hardware shapes recipe levers lean",
     "block": "shapes recipe memory_report ledger fake levers qlora",
     "checkpointing": "hardware shapes recipe ledger",
-    "preflight": "units hardware shapes recipe",
+    "verified": "__version__ hardware",
+    "preflight": "units hardware shapes recipe verified",
     "measurement": "hardware shapes recipe memory_report ledger qlora",
     "batching": "units hardware recipe ledger",
     "trainer_log": "hardware recipe corpus qlora",
@@ -52,7 +53,7 @@ ARROWS = {
     "forecast": "units hardware shapes recipe memory_report fake depth allocator fake_run "
     "device_ledger cuda_rules cuda_pretence",
     "fit": "units hardware recipe forecast",
-    "doctor": "units hardware preflight",
+    "doctor": "units hardware preflight verified",
     "evaluation": "units hardware recipe corpus qlora",
     "export": "hardware recipe qlora",
     "gates": "hardware recipe corpus qlora preflight evaluation",

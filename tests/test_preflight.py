@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from course_utils import hardware, preflight
-from course_utils.preflight import FLOORS
 from course_utils.recipe import TrainRecipe
 from course_utils.units import GIB
+from course_utils.verified import FLOORS
 from tools.notebooks import ROOT
 
 ONE_B = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16")
@@ -64,7 +64,7 @@ def test_versions_are_those_of_requirements(monkeypatch):
         assert re.search(rf"^{name}>={floor[0]}\.{floor[1]}\s", text, re.MULTILINE), name
     monkeypatch.setattr(metadata, "version", lambda name: {"peft": "0.9.1"}.get(name, "99.0"))
     finding = found(TrainRecipe(), None, "versions")
-    assert finding.found == "peft 0.9.1" and "run the set-up cell" in finding.fix
+    assert finding.found == "peft 0.9.1 (needed: 0.20)" and "run the set-up cell" in finding.fix
 
 
 @pytest.mark.parametrize(("error", "words"), [
