@@ -31,7 +31,6 @@ from . import selfcheck
 from .assignment import (
     ASSIGNMENTS,
     Assignment,
-    Case,
     Exercise,
     Numbers,
     load,
@@ -83,7 +82,7 @@ def _notebook(assignment: Assignment, own: Numbers | None, *, key: bool) -> Note
             continue
         exercise = exercises.pop(re.search(r"^def (\w+)", cell.source, re.M)[1])
         number += 1
-        cases = _public(exercise, own)
+        cases = public_cases(exercise, own or EVERYBODY)
         cells[-1].source = _heading(number, exercise, cases) + cells[-1].source
         source = MARKER.sub("", cell.source) if key else SOLUTION.sub(r"\1return ...", cell.source)
         cells.append(new_code_cell(source.strip(), metadata={
@@ -108,7 +107,7 @@ def _front(assignment: Assignment, own: Numbers | None) -> list[NotebookNode]:
     minutes = sum(exercise.minutes for exercise in assignment.exercises)
     public = {exercise.function: {
         "mistakes": dict(exercise.mistakes),
-        "cases": [_as_json(case) for case in _public(exercise, own)],
+        "cases": public_cases(exercise, own or EVERYBODY),
     } for exercise in assignment.exercises}
     folded = {"tags": ["setup"], "cellView": "form", "jupyter": {"source_hidden": True}}
     return [
@@ -129,21 +128,20 @@ def _self_check_source() -> str:
     return source[source.index("import copy"):].strip()
 
 
-def _public(exercise: Exercise, own: Numbers | None) -> list[Case]:
-    return [case for case in exercise.cases(own or EVERYBODY) if not case.hidden]
+def public_cases(exercise: Exercise, own: Numbers) -> list[dict]:
+    """What the self-check gets: the cases whose numbers a student may see, as JSON."""
+    fields = ("arguments", "expected", "rel_tolerance", "mistakes", "oracle", "most_questions",
+              "knows")
+    shown = [{name: getattr(case, name) for name in fields} for case in exercise.cases(own)
+             if not case.hidden]
+    return json.loads(json.dumps(shown))
 
 
-def _as_json(case: Case) -> dict:
-    return {name: getattr(case, name) for name in (
-        "arguments", "expected", "rel_tolerance", "mistakes", "oracle", "most_questions", "knows")}
-
-
-def _heading(number: int, exercise: Exercise, cases: Sequence[Case]) -> str:
-    case = cases[0]
-    call = selfcheck.show_call(exercise.function, _as_json(case))
+def _heading(number: int, exercise: Exercise, cases: Sequence[dict]) -> str:
+    call = selfcheck.show_call(exercise.function, cases[0])
     return (f"## {number} · {exercise.title}\n"
             f"*{show_points(exercise.points)} points, {exercise.minutes} minutes. Background: "
-            f"{exercise.reread}.* For example, `{call}` gives `{case.expected!r}`.\n\n")
+            f"{exercise.reread}.* For example, `{call}` gives `{cases[0]['expected']!r}`.\n\n")
 
 
 def _mistakes(exercise: Exercise) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .assignment import TOO_MANY, Case, Exercise, Numbers
+from .assignment import Case, Exercise, Numbers
 from .selfcheck import TooMany, oracle, same
 
 MOST_DRAWS = 200
@@ -56,7 +56,7 @@ class Oracle:
 
 def exercise(solution: Callable, *, title: str, minutes: int, reread: str, ideas: Sequence[Idea],
              mistakes: Mapping[str, tuple[str, Callable]], rel_tolerance: float = 0.0,
-             ask: Oracle | None = None, too_many: str = "") -> Exercise:
+             ask: Oracle | None = None) -> Exercise:
     """An exercise whose cases follow from its solution.
 
     Args:
@@ -67,8 +67,7 @@ def exercise(solution: Callable, *, title: str, minutes: int, reread: str, ideas
         ideas: Its cases, public ones first.
         mistakes: Name to a friendly sentence and a function that makes the mistake.
         rel_tolerance: Relative error of a number that still passes.
-        ask: The oracle, if it has one.
-        too_many: The sentence for a function that asks it too often.
+        ask: The oracle, if it has one; then `TOO_MANY` is one of the mistakes.
     """
     def cases(numbers: Numbers) -> tuple[Case, ...]:
         found: list[Case] = []
@@ -86,7 +85,7 @@ def exercise(solution: Callable, *, title: str, minutes: int, reread: str, ideas
     sentences = {name: sentence for name, (sentence, _) in mistakes.items()}
     return Exercise(
         function=solution.__name__, title=title, minutes=minutes, reread=reread, cases=cases,
-        mistakes=sentences | ({TOO_MANY: too_many} if ask else {}),
+        mistakes=sentences,
         oracles={ask.name: _at_most} if ask else {}, solution=solution, wrong=wrong)
 
 
