@@ -9,11 +9,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint con
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
 READY := .venv/ready-$(shell cat requirements.txt constraints.txt pyproject.toml | cksum | tr ' ' -)
 
-.PHONY: help lessons test lab execute lint bench clean
-lessons test execute lint bench: export HF_HUB_OFFLINE := 1
+.PHONY: help lessons test lab execute stamp test-colab lint bench clean
+lessons test execute stamp lint bench: export HF_HUB_OFFLINE := 1
 
 help: ## show these verbs
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1 \t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 18
 
 lessons: $(READY) ## execute every lesson into build/ and write the report; lessons/ stays as it is
 	@echo "Executing the lessons into build/"
@@ -31,6 +31,14 @@ execute: $(READY) ## author's verb: make the .ipynb from the .py and run it (LES
 	@echo "Rebuilding the committed notebooks from their .py"
 	@$(BIN)/python -m tools.execute $(LESSON)
 
+stamp: $(READY) ## author's verb: badges, set-up cells, README's table and outputs, from one place
+	@echo "Stamping"
+	@$(BIN)/python -m tools.stamp
+
+test-colab: $(READY) ## set-up cell and lessons on Colab's packages, in .venv-colab (LESSON=01 for one)
+	@echo "Testing on Colab's packages"
+	@$(BIN)/python -m tools.colab_leg $(LESSON)
+
 lint: $(READY) ## check style with ruff
 	@echo "Checking style"
 	@$(BIN)/python -m ruff check .
@@ -42,7 +50,7 @@ bench: $(READY) ## measure what the package promises
 clean: ## remove build/ and caches; .venv stays
 	@echo "Removing build/ and caches"
 	@rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
-	@find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) \
+	@find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) \
 		-exec rm -rf {} +
 
 $(READY):

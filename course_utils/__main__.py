@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import threading
 import time
@@ -181,6 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         does_not_fit = str(error).startswith("recipe must fit")
         return DOES_NOT_FIT if does_not_fit else BAD_INPUT
+    except BrokenPipeError:  # `| head -1` has read enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FITS
     finally:
         progress.stop()
 

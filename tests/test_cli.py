@@ -111,3 +111,10 @@ def test_module_runs_as_a_program():
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["gpu"] == "T4"
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    command = f"set -o pipefail; {sys.executable} -m course_utils doctor | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("ok   python") and len(done.stdout.splitlines()) == 1
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr

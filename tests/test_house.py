@@ -21,12 +21,8 @@ from tools import execute, notebooks, report
 from tools.notebooks import ROOT
 
 PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
-VERBS = {"help", "lessons", "test", "lab", "execute", "lint", "bench", "clean"}
-# Colab's GPU image of 2026-08-19, Python 3.13; bitsandbytes is not in it.
-COLAB = {
-    "torch": "2.11.0", "transformers": "5.15.0", "peft": "0.20.0", "accelerate": "1.14.0",
-    "datasets": "4.0.0", "safetensors": "0.8.0", "numpy": "2.1.3", "matplotlib": "3.10.0",
-    "ipywidgets": "7.7.1", "huggingface_hub": "1.27.0",
+VERBS = {
+    "help", "lessons", "test", "lab", "execute", "stamp", "test-colab", "lint", "bench", "clean",
 }  # fmt: skip
 
 
@@ -40,18 +36,23 @@ def requirements(name: str) -> list[tuple[Requirement, str]]:
     return [(Requirement(text), why.strip()) for text, _, why in lines if text.strip()]
 
 
+def exact(name: str) -> dict[str, str]:
+    """Versions by package of a constraints file; each must be exact."""
+    pins = {pin.name: str(pin.specifier) for pin, _ in requirements(name)}
+    assert all(re.fullmatch(r"==[\w.]+", specifier) for specifier in pins.values())
+    return {name: specifier.removeprefix("==") for name, specifier in pins.items()}
+
+
 def test_floors_have_a_reason_and_fit_colab():
     floors = requirements("requirements.txt")
     assert all(why for _, why in floors)
-    assert {floor.name for floor, _ in floors} == {*COLAB, "bitsandbytes"}
-    too_high = [f for f, _ in floors if f.name in COLAB and COLAB[f.name] not in f.specifier]
-    assert too_high == []
+    colab = exact("constraints-colab.txt")
+    assert {floor.name for floor, _ in floors} - set(colab) == {"bitsandbytes"}
+    assert [f for f, _ in floors if f.name in colab and colab[f.name] not in f.specifier] == []
 
 
 def test_pins_are_exact_and_cover_the_floors():
-    pins = {pin.name: pin.specifier for pin, _ in requirements("constraints.txt")}
-    versions = {name: str(specifier).removeprefix("==") for name, specifier in pins.items()}
-    assert all(re.fullmatch(r"==[\d.]+", str(specifier)) for specifier in pins.values())
+    versions = exact("constraints.txt")
     assert versions["torch"] == "2.13.0"
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]["dev"]
     for floor in [f for f, _ in requirements("requirements.txt")] + [*map(Requirement, extras)]:
@@ -84,14 +85,15 @@ def test_undeclared_import_is_caught():
 
 def test_verbs_are_there_and_explained():
     shown = make("help", ROOT)
-    assert set(re.findall(r"^  make (\w+) +\w", shown, re.MULTILINE)) == VERBS
+    assert set(re.findall(r"^  make ([\w-]+) +\w", shown, re.MULTILINE)) == VERBS
 
 
 def test_readme_and_ci_name_only_verbs_that_exist():
     ci = read(".ci/run").splitlines()[-1].removesuffix(" </dev/null")
     assert ci in read("README.md"), "README says what CI runs"
-    for text in (read("README.md"), ci):
-        commands = re.findall(r"^make [\w ]+?(?=$|  )|`make [^`]+`", text, re.MULTILINE)
+    for text in (read("README.md"), read("CONTRIBUTING.md"), ci):
+        commands = re.findall(r"^make [\w -]+?(?=$|  )|`make [^`]+`", text, re.MULTILINE)
+        commands = [re.sub(r'=("[^"]*"|\S+)', "=", command) for command in commands]
         verbs = {w for c in commands for w in c.strip("`").split()[1:] if "=" not in w}
         assert verbs, "no make command found"
         assert verbs <= VERBS
@@ -141,7 +143,7 @@ def test_wheel_brings_the_data(tmp_path):
     source = tmp_path / "source"
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "course_utils", source / "course_utils", ignore=skip)
-    for name in ("pyproject.toml", "requirements.txt", "README.md"):
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
     command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]

@@ -1,0 +1,199 @@
+"""Author's tool: facts that stand in one place, written wherever a reader meets them.
+
+    python -m tools.stamp
+
+The address and the version come from pyproject.toml, bitsandbytes' version from constraints.txt.
+From them it writes each lesson's badge and set-up cell (in the `.py` and in the `.ipynb`, whose
+other outputs stay), README's table of lessons, its picture and example outputs, CITATION.cff and
+`__version__`.
+"""
+
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+from nbformat.v4 import new_output
+
+from course_utils import verified
+from tools import closing_act
+from tools.notebooks import ROOT, lesson_scripts
+
+SETUP_PROSE = """\
+## Set up
+On Colab this fetches the course and the one package that is missing there; elsewhere it does
+nothing. A second run changes nothing."""
+SETUP = """\
+import os
+import sys
+if "course_utils" not in sys.modules:
+    if "COLAB_RELEASE_TAG" in os.environ and not os.path.isdir("course"):
+        os.system(f"{{sys.executable}} -m pip install -q --no-deps bitsandbytes=={bitsandbytes} && "
+                  "git clone -qb {tag} {repository} course")
+    sys.path += [os.path.abspath("course"), os.path.abspath("..")]
+from course_utils import verified
+print(verified.welcome())"""
+COLAB = "https://colab.research.google.com"
+BADGE = rf"\[!\[Open in Colab\]\([^)]*\)\]\({re.escape(COLAB)}[^)]*\)"
+TABLE = re.compile(r"(?<=<!-- lessons: make stamp -->\n).*?(?=<!-- end of lessons -->)", re.DOTALL)
+CONSOLE = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.DOTALL | re.MULTILINE)
+PICTURE = re.compile(r"!\[[^]]*\]\(docs/closing_act\.svg\)")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What badges and set-up cells name."""
+
+    repository: str
+    version: str
+    bitsandbytes: str
+
+    @property
+    def tag(self) -> str:
+        return f"v{self.version}"
+
+    @property
+    def setup(self) -> str:
+        """Source of the set-up cell, the same in every lesson."""
+        return SETUP.format(
+            tag=self.tag, repository=self.repository, bitsandbytes=self.bitsandbytes
+        )
+
+    def badge(self, lesson: str) -> str:
+        """Markdown that opens this lesson of this tag in Colab."""
+        path = f"{self.repository.removeprefix('https://github.com/')}/blob/{self.tag}/lessons"
+        picture = f"![Open in Colab]({COLAB}/assets/colab-badge.svg)"
+        return f"[{picture}]({COLAB}/github/{path}/{lesson}.ipynb)"
+
+
+def facts(root: Path = ROOT) -> Facts:
+    """The facts as they stand in pyproject.toml and constraints.txt."""
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+    pins = (root / "constraints.txt").read_text("utf-8")
+    return Facts(
+        repository=project["urls"]["Repository"],
+        version=project["version"],
+        bitsandbytes=re.search(r"^bitsandbytes==(\S+)", pins, re.MULTILINE)[1],
+    )
+
+
+def lesson_source(text: str, lesson: str, now: Facts) -> str:
+    """A lesson's `.py` with the badge and the set-up cell of now.
+
+    Raises:
+        ValueError: The lesson has no badge, or no section "Set up" with a code cell behind it.
+    """
+    prose = "\n".join(f"# {line}".rstrip() for line in SETUP_PROSE.splitlines())
+    section = f'# %% [markdown]\n{prose}\n\n# %% tags=["setup"]\n{now.setup}\n\n'
+    text, badges = re.subn(BADGE, lambda _: now.badge(lesson), text, count=1)
+    text, sections = re.subn(
+        r'# %% \[markdown\]\n# ## Set up\n(?:#.*\n)*\n# %% tags=\["setup"\]\n(?:.+\n)+\n',
+        lambda _: section,
+        text,
+        count=1,
+    )
+    if not (badges and sections):
+        raise ValueError(
+            f"{lesson} must have a Colab badge and a section 'Set up' with a code cell, got "
+            f"{badges} and {sections}; copy both from another lesson, then make stamp"
+        )
+    return text
+
+
+def lesson_notebook(notebook: NotebookNode, lesson: str, now: Facts) -> None:
+    """The same in place for the notebook, and the line that the set-up cell prints."""
+    notebook.cells[0].source = re.sub(
+        BADGE, lambda _: now.badge(lesson), notebook.cells[0].source, count=1
+    )
+    headings = [cell.source.startswith("## Set up") for cell in notebook.cells]
+    where = headings.index(True)
+    cell = notebook.cells[where + 1]
+    notebook.cells[where].source, cell.source = SETUP_PROSE, now.setup
+    cell.outputs = [new_output("stream", name="stdout", text=f"{verified.banner()}\n")]
+
+
+def opening(lesson: str) -> dict[str, str]:
+    """Number, question, minutes and hardware, as a lesson's first cell states them."""
+    number, question = re.search(r"^# # (\d\d) · (.+)$", lesson, re.MULTILINE).groups()
+    minutes, hardware = re.search(r"\*\*(\d+) min\*\* · ([^;.]+)", lesson).groups()
+    return dict(number=number, question=question, minutes=minutes, hardware=hardware)
+
+
+def table(scripts: list[Path], now: Facts) -> str:
+    """README's table of lessons, in Markdown."""
+    rows = ["| | the question | minutes | hardware | |", "|---|---|---|---|---|"]
+    for script in scripts:
+        said = opening(script.read_text("utf-8"))
+        rows.append(
+            f"| {said['number']} | [{said['question']}](lessons/{script.stem}.ipynb) | "
+            f"{said['minutes']} | {said['hardware']} | {now.badge(script.stem)} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def console(block: str) -> str:
+    """A block of `$ command` lines, each with what it prints now."""
+    lines = []
+    for command in re.findall(r"^\$ (.+)$", block, re.MULTILINE):
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        )
+        lines += [f"$ {command}", *done.stdout.splitlines()]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def readme(text: str, scripts: list[Path], now: Facts) -> str:
+    """README with the table, the picture's words and the example outputs of now."""
+    text = TABLE.sub(lambda _: table(scripts, now), text)
+    text = CONSOLE.sub(lambda block: console(block[0]), text)
+    return PICTURE.sub(lambda _: f"![{closing_act.alt()}](docs/closing_act.svg)", text)
+
+
+def citation(text: str, now: Facts) -> str:
+    """CITATION.cff with the version and the address of now."""
+    text = re.sub(r"^version: .*$", f"version: {now.version}", text, flags=re.MULTILINE)
+    address = f'repository-code: "{now.repository}"'
+    return re.sub(r"^repository-code: .*$", address, text, flags=re.MULTILINE)
+
+
+def package(text: str, now: Facts) -> str:
+    """`course_utils/__init__.py` with the version of now."""
+    return re.sub(r'^__version__ = ".*"$', f'__version__ = "{now.version}"', text, flags=re.M)
+
+
+def texts(root: Path = ROOT) -> dict[Path, str]:
+    """Every stamped text file, as it should be."""
+    now, scripts = facts(root), lesson_scripts()
+    wanted = {path: lesson_source(path.read_text("utf-8"), path.stem, now) for path in scripts}
+    for name, write in (("CITATION.cff", citation), ("course_utils/__init__.py", package)):
+        wanted[root / name] = write((root / name).read_text("utf-8"), now)
+    wanted[root / "README.md"] = readme((root / "README.md").read_text("utf-8"), scripts, now)
+    wanted[root / "docs" / "closing_act.svg"] = closing_act.svg()
+    return wanted
+
+
+def main() -> int:
+    changed = []
+    for path, wanted in texts().items():
+        if not path.exists() or path.read_text("utf-8") != wanted:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(wanted, "utf-8")
+            changed.append(path)
+    for script in lesson_scripts():
+        path = script.with_suffix(".ipynb")
+        before = path.read_text("utf-8")
+        notebook = nbformat.reads(before, as_version=4)
+        lesson_notebook(notebook, script.stem, facts())
+        if (after := nbformat.writes(notebook) + "\n") != before:
+            path.write_text(after, "utf-8")
+            changed.append(path)
+    print("\n".join(f"stamped {path.relative_to(ROOT)}" for path in changed) or "all up to date")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
