@@ -47,6 +47,15 @@ bench: $(READY) ## measure what the package promises
 	@echo "Measuring"
 	@$(BIN)/python tools/bench.py
 
+assignment: $(READY) ## instructor's verb: build an assignment (NAME=effective_batch; ROSTER=, SECRET=, OUT=)
+	@echo "Building the assignment $(NAME)"
+	@$(BIN)/python -m instructor.build $(NAME) --out "$(or $(OUT),build/$(NAME))" \
+		$(if $(ROSTER),--roster "$(ROSTER)") $(if $(SECRET),--secret-file "$(SECRET)")
+
+release: $(READY) ## instructor's verb: pack the course without instructor/ into build/course-students.zip
+	@echo "Packing what students get"
+	@$(BIN)/python -m instructor.release
+
 clean: ## remove build/ and caches; .venv stays
 	@echo "Removing build/ and caches"
 	@rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,76 @@
+"""Pack what students get: the last commit without `instructor/` and its tests.
+
+    python -m instructor.release --out build/course-students.zip
+
+The same commit gives the same bytes: names are sorted, dates and modes fixed. Changes that are not
+committed are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.notebooks import ROOT
+
+PRIVATE = ("instructor/", "tests/instructor/")
+FOLDER = "course/"  # what the archive unpacks to
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip file knows
+
+
+def student_files(root: Path = ROOT) -> dict[str, tuple[bytes, bool]]:
+    """Path to (content, whether it is executable), of the last commit.
+
+    Raises:
+        OSError: This is no git repository, or it has no commit.
+    """
+    done = subprocess.run(["git", "-C", str(root), "archive", "--format=tar", "HEAD"],
+                          capture_output=True)
+    if done.returncode:
+        raise OSError(f"git archive failed: {done.stderr.decode(errors='replace').strip()}")
+    files = {}
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        for member in archive:
+            if member.isfile() and not member.name.startswith(PRIVATE):
+                content = archive.extractfile(member).read()
+                files[member.name] = content, bool(member.mode & 0o100)
+    return files
+
+
+def write_zip(files: dict[str, tuple[bytes, bool]], out: Path) -> None:
+    """Write the files below `FOLDER`; equal files give equal bytes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(files):
+            content, executable = files[name]
+            entry = zipfile.ZipInfo(FOLDER + name, EPOCH)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.create_system = 3  # Unix, on every system, so that modes are kept
+            entry.external_attr = (0o100755 if executable else 0o100644) << 16
+            archive.writestr(entry, content)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 and a sentence when there is nothing to pack."""
+    parser = argparse.ArgumentParser(prog="python -m instructor.release",
+                                     description="Pack the course for students.")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "course-students.zip")
+    options = parser.parse_args(arguments)
+    try:
+        files = student_files()
+        write_zip(files, options.out)
+    except OSError as error:
+        print(f"Nothing packed: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(files)} files in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The students' archive: everything but what is the instructor's, and the same bytes each time."""
+
+import subprocess
+import zipfile
+
+import pytest
+
+from instructor.release import FOLDER, main, student_files, write_zip
+from tools.notebooks import ROOT
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    path = tmp_path_factory.mktemp("release") / "students.zip"
+    assert main(["--out", str(path)]) == 0
+    return path
+
+
+def test_archive_is_the_commit_without_the_instructors_part(archive):
+    listed = subprocess.run(["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=ROOT, text=True,
+                            capture_output=True, check=True).stdout.splitlines()
+    with zipfile.ZipFile(archive) as packed:
+        names = [name.removeprefix(FOLDER) for name in packed.namelist()]
+        assert names == sorted(names)
+        private = set(listed) - set(names)
+        assert set(names) <= set(listed)
+        assert private == {name for name in listed if "instructor" in name.split("/")[:2]}
+        assert any(name.startswith("instructor/assignments/") for name in private)
+        texts = [packed.read(name) for name in packed.namelist()]
+    assert not any(b"END SOLUTION\n" in text for text in texts)
+
+
+def test_archive_keeps_content_and_modes(archive):
+    with zipfile.ZipFile(archive) as packed:
+        ci = packed.getinfo(f"{FOLDER}.ci/run")
+        assert ci.external_attr >> 16 == 0o100755
+        assert packed.getinfo(f"{FOLDER}README.md").external_attr >> 16 == 0o100644
+        committed = subprocess.run(["git", "show", "HEAD:README.md"], cwd=ROOT,
+                                   capture_output=True, check=True).stdout
+        assert packed.read(f"{FOLDER}README.md") == committed
+
+
+def test_same_commit_same_bytes(archive, tmp_path):
+    again = tmp_path / "again.zip"
+    write_zip(dict(reversed(student_files().items())), again)
+    assert again.read_bytes() == archive.read_bytes()
+
+
+def test_no_repository_is_said(tmp_path, monkeypatch, capsys):
+    with pytest.raises(OSError, match="git archive failed"):
+        student_files(tmp_path)
+    monkeypatch.setattr("instructor.release.ROOT", tmp_path)
+    monkeypatch.setattr("instructor.release.student_files", lambda: student_files(tmp_path))
+    assert main([]) == 2
+    assert "Nothing packed: git archive failed" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
