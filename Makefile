@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint con
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
 READY := .venv/ready-$(shell cat requirements.txt constraints.txt pyproject.toml | cksum | tr ' ' -)
 
-.PHONY: help lessons test lab execute stamp test-colab lint bench clean
+.PHONY: help lessons test lab execute stamp test-colab lint bench assignment release clean
 lessons test execute stamp lint bench: export HF_HUB_OFFLINE := 1
 
 help: ## show these verbs

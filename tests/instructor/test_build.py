@@ -237,7 +237,7 @@ def test_a_missing_exercise_cell_is_refused(tmp_path, monkeypatch):
 def test_make_assignment_calls_the_builder():
     done = subprocess.run(["make", "--dry-run", "assignment", "NAME=checkpointing"], cwd=ROOT,
                           capture_output=True, text=True, check=True)
-    assert "-m instructor.build checkpointing --out build/checkpointing" in done.stdout
+    assert "-m instructor.build checkpointing --out \"build/checkpointing\"" in done.stdout
 
 
 def test_build_returns_what_it_wrote(tmp_path):
