@@ -1,6 +1,7 @@
 """The assignments: solutions pass, each named mistake is told apart, numbers are the student's."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -171,3 +172,19 @@ def test_no_torch_is_needed():
             "        assert exercise.cases(numbers(name, 's1', 'secret'))\n"
             "        assert not exercise.needs_torch\n")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_cases_are_the_same_on_every_python(version):
+    python = shutil.which(f"python{version}")
+    if not python or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"no Python {version} here")
+    code = ("import hashlib, json\nfrom instructor.assignment import load, names, numbers\n"
+            "cases = [vars(case) for name in names() for exercise in load(name).exercises\n"
+            "         for student in ('s1', 's2', 's3')\n"
+            "         for case in exercise.cases(numbers(name, student, 'a secret'))]\n"
+            "print(hashlib.sha256(json.dumps(cases).encode()).hexdigest())")
+    runs = [subprocess.run([one, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
+                           env={"PYTHONHASHSEED": seed}).stdout
+            for one, seed in ((sys.executable, "1"), (python, "2"))]
+    assert runs[0] == runs[1] != ""
