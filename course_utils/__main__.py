@@ -177,7 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     progress = Progress()
     try:
-        return COMMANDS[options.command](options, progress)
+        code = COMMANDS[options.command](options, progress)
+        sys.stdout.flush()
+        return code
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         does_not_fit = str(error).startswith("recipe must fit")

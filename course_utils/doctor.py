@@ -41,13 +41,13 @@ def _package(name: str) -> Finding:
 
 
 def _torchao() -> Finding:
-    """PEFT refuses an old torchao as soon as the base is not quantized."""
+    """PEFT refuses an old torchao as soon as the base is not quantized; see `old_torchao`."""
     version = installed("torchao")
     if version is None:
         return Finding("torchao", "not installed, not needed")
     old = numbers(version) < TORCHAO_FLOOR
-    return Finding("torchao", version, "pip uninstall torchao: with it, PEFT raises on a base "
-                   "that is not in 4 bits" if old else None)
+    return Finding("torchao", f"{version}, too old for PEFT: the course looks past it" if old
+                   else version)
 
 
 def _drift() -> Finding:

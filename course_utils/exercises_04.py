@@ -106,7 +106,8 @@ def run_published(settings: Mapping[str, Any]) -> OperationLog:
         **{name: value for name, value in settings.items() if name.startswith(("load", "bnb"))})
     model = AutoModelForCausalLM.from_pretrained(
         shapes.hub_id(recipe.model), quantization_config=quantization,
-        dtype=getattr(torch, amp_dtype or "float32"), device_map={"": hardware.device()})
+        dtype=getattr(torch, amp_dtype or "float32"), device_map={"": hardware.device()},
+        use_safetensors=True)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # see qlora.load_base
             module.support_avx512bf16_for_cpu = False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import hardware, shapes
+from . import hardware, old_torchao, shapes
 from .lean import use_lean_lora, use_lean_mlp
 from .levers import (
     checkpoint_layers,
@@ -61,7 +61,7 @@ def load_base(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Module
 
     model = AutoModelForCausalLM.from_pretrained(
         source or shapes.hub_id(recipe.model), quantization_config=quantization(recipe),
-        dtype=storage_dtype(recipe), device_map={"": hardware.device()})
+        dtype=storage_dtype(recipe), device_map={"": hardware.device()}, use_safetensors=True)
     for module in model.modules():
         # On AVX512-BF16 CPUs an evaluation repacks the weights for a kernel without a backward:
         # training after it would silently lose every gradient that passes through the base.
@@ -106,6 +106,7 @@ def add_adapters(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
     if recipe.lora_targets != "all-linear" and missing:
         raise ValueError(f"lora_targets must name linear layers of {recipe.model}, got "
                          f"{', '.join(missing)}; it has {', '.join(linear)}")
+    old_torchao.look_past()
     targets = recipe.lora_targets
     model.enable_input_require_grads()  # else a reentrant checkpoint cuts the gradient off
     config = LoraConfig(

@@ -19,6 +19,8 @@ PATH = Path(__file__).parent / "data" / "verified.json"
 # The floors of requirements.txt that a lesson cannot do without.
 FLOORS = {"torch": (2, 11), "transformers": (5, 15), "peft": (0, 20), "bitsandbytes": (0, 50)}
 COLAB_VARIABLE = "COLAB_RELEASE_TAG"  # Colab sets it, nobody else does
+NO_GPU = ('This Colab runtime has no GPU: every lesson runs; for the lines that say "measured" '
+          "choose Runtime > Change runtime type > T4 GPU.")
 
 
 @cache
@@ -92,8 +94,7 @@ def remarks() -> list[str]:
                     "`python -m course_utils doctor` shows what to report.")
     gpu = hardware.detect()
     if gpu is None and on_colab():
-        said.append('This Colab runtime has no GPU: every lesson runs; for the lines that say '
-                    '"measured" choose Runtime > Change runtime type > T4 GPU.')
+        said.append(NO_GPU)
     elif gpu is not None and gpu.total_bytes > hardware.T4.total_bytes:
         said.append(f"{gpu.name} holds more than a T4: what fits here may not fit there; "
                     f"forecasts for a T4 are the same on every machine, and "

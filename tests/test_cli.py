@@ -1,6 +1,7 @@
 """The command line: exit codes, JSON, refusals in one sentence, progress when it takes long."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -114,7 +115,9 @@ def test_module_runs_as_a_program():
 
 
 def test_a_reader_who_has_seen_enough_is_no_error():
-    command = f"set -o pipefail; {sys.executable} -m course_utils doctor | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.stdout.startswith("ok   python") and len(done.stdout.splitlines()) == 1
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    reads, writes = os.pipe()
+    os.close(reads)  # as `| head -1` does, only at once
+    done = subprocess.run([sys.executable, "-m", "course_utils", "doctor"],
+                          stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, "BrokenPipe" in done.stderr) == (0, False), done.stderr

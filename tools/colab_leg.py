@@ -1,0 +1,229 @@
+"""The course as a Colab runtime sees it: the set-up cell, then every lesson, on Colab's packages.
+
+    python -m tools.colab_leg         # all lessons; then data/verified.json says when and with what
+    python -m tools.colab_leg 01 06   # these
+
+Makes `.venv-colab` from constraints-colab.txt, with `python3.13` (Colab's) when there is one. Works
+in an empty folder, on a clone of the last commit that answers to the course's public address.
+Not the same as on Colab: the GPU, torch's CUDA build where the CPU wheel is installed, and the
+packages that no lesson touches.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+
+from course_utils import verified
+from tools import stamp
+from tools.notebooks import CELL_TIMEOUT_SECONDS, ENVIRONMENT, ROOT, lesson_scripts
+
+HOME = ROOT / ".venv-colab"
+PYTHON = HOME / "bin" / "python"
+PINS = ROOT / "constraints-colab.txt"
+KERNEL = "colab"
+SEEN = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "numpy",
+        "matplotlib", "ipywidgets")  # fmt: skip
+# Runs the set-up cell twice in one process that has already imported what Colab imports for its
+# user, and tells what that did to the packages: a restart would be needed if one of them moved.
+PROBE = """
+import contextlib, io, json, subprocess, sys
+import ipywidgets, matplotlib, numpy, torch, transformers
+
+def freeze():
+    command = [sys.executable, "-m", "pip", "freeze"]
+    return sorted(subprocess.run(command, capture_output=True, text=True).stdout.split("\\n"))
+
+cell = compile(open(sys.argv[1]).read(), "set-up cell", "exec")
+told, frozen = [], [freeze()]
+for _ in range(2):
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        exec(cell, {})
+    told.append(shown.getvalue())
+    frozen.append(freeze())
+import bitsandbytes, course_utils
+print(json.dumps({"told": told, "frozen": frozen, "path": sys.path,
+                  "course_utils": course_utils.__file__, "bitsandbytes": bitsandbytes.__version__}))
+"""
+
+
+class LegError(Exception):
+    """Something is not on Colab as the course promises; the message says what."""
+
+
+def interpreter() -> str:
+    """Colab's Python if this machine has it, else the one that runs this."""
+    try:
+        subprocess.run(["python3.13", "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return sys.executable
+    return "python3.13"
+
+
+def set_up() -> None:
+    """`.venv-colab` with exactly the listed packages, made anew when the list changed."""
+    ready = HOME / f"ready-{hashlib.sha256(PINS.read_bytes()).hexdigest()[:12]}"
+    pip = [PYTHON, "-m", "pip", "--disable-pip-version-check"]
+    if not ready.exists():
+        print(f"Making {HOME.name} with {interpreter()} (some minutes)", flush=True)
+        subprocess.run([interpreter(), "-m", "venv", "--clear", HOME], check=True)
+        subprocess.run([*pip, "install", "--quiet", "--requirement", PINS], check=True)
+        ready.touch()
+    subprocess.run([*pip, "uninstall", "--quiet", "--yes", "bitsandbytes"], check=True)
+
+
+def surroundings(origin: Path, now: stamp.Facts) -> dict[str, str]:
+    """Environment of a Colab runtime whose GitHub is `origin`."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    return inherited | ENVIRONMENT | {
+        verified.COLAB_VARIABLE: "release-colab",
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": now.repository,
+        "GIT_TERMINAL_PROMPT": "0",
+    }  # fmt: skip
+
+
+def publish(folder: Path, now: stamp.Facts, source: Path = ROOT) -> Path:
+    """A bare clone of the last commit, with the tag that the set-up cell asks for."""
+    origin = folder / "origin.git"
+    subprocess.run(["git", "clone", "--quiet", "--bare", source, origin], check=True)
+    subprocess.run(["git", "-C", origin, "tag", "--force", now.tag], check=True,
+                   capture_output=True)  # fmt: skip
+    return origin
+
+
+def run_set_up_cell(folder: Path, environment: dict[str, str], now: stamp.Facts) -> None:
+    """One install, nothing upgraded, a second run that does nothing, no restart.
+
+    Raises:
+        LegError: One of these does not hold.
+    """
+    cell = folder.parent / "set_up_cell.py"
+    cell.write_text(now.setup, "utf-8")
+    done = subprocess.run(
+        [PYTHON, "-c", PROBE, cell], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise LegError(f"the set-up cell failed\n{done.stdout}{done.stderr}")
+    for complaint in complaints(json.loads(done.stdout.splitlines()[-1]), folder, now):
+        raise LegError(complaint)
+
+
+def complaints(probe: dict, folder: Path, now: stamp.Facts) -> list[str]:
+    """What the probe found that should not be."""
+    before, after, again = map(set, probe["frozen"])
+    wanted = {f"bitsandbytes=={now.bitsandbytes}"}
+    found = []
+    if after - before != wanted or before - after:
+        found.append(f"installs {sorted(after - before)} for {sorted(before - after)}, "
+                     f"not {wanted} and nothing else")  # fmt: skip
+    if again != after:
+        found.append(f"a second run changes packages: {sorted(again ^ after)}")
+    if len(set(probe["told"])) != 1 or not probe["told"][0].startswith(verified.banner()):
+        found.append(f"two runs say {probe['told']}, not twice the banner")
+    if not probe["course_utils"].startswith(str(folder / "course")):
+        found.append(f"course_utils comes from {probe['course_utils']}, not from the clone")
+    if len(probe["path"]) != len(set(probe["path"])):
+        found.append(f"a second run adds to sys.path: {probe['path']}")
+    return found
+
+
+def add_kernel(folder: Path) -> Path:
+    """A folder for JUPYTER_PATH with the kernel of `.venv-colab`."""
+    spec = folder / "jupyter" / "kernels" / KERNEL / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    argv = [str(PYTHON), "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+    spec.write_text(json.dumps({"argv": argv, "display_name": KERNEL, "language": "python"}))
+    return folder / "jupyter"
+
+
+def as_on_colab(script: Path, folder: Path) -> Path:
+    """A copy of the lesson's notebook that expects what its set-up cell says on a Colab CPU."""
+    notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+    (said,) = [out for cell in notebook.cells for out in cell.get("outputs", [])
+               if out.get("text", "").startswith(verified.banner())]  # fmt: skip
+    said.text = f"{verified.banner()}\n{verified.NO_GPU}\n"
+    copy = folder / f"{script.stem}.ipynb"
+    nbformat.write(notebook, copy)
+    return copy
+
+
+def run_lesson(notebook: Path, environment: dict[str, str]) -> int:
+    """Number of cells, all of which reproduced on Colab's packages.
+
+    Raises:
+        LegError: A cell failed or shows something else.
+    """
+    command = [sys.executable, "-m", "pytest", "--quiet", "--nbval", "--color=no"]
+    command += ["--nbval-kernel-name", KERNEL, f"--nbval-cell-timeout={CELL_TIMEOUT_SECONDS}"]
+    command += ["-p", "no:cacheprovider", "--rootdir", notebook.parent, notebook]
+    done = subprocess.run(
+        command, cwd=notebook.parent, env=environment, capture_output=True, text=True
+    )
+    passed = re.search(r"(\d+) passed", done.stdout)
+    if done.returncode or not passed:
+        raise LegError(f"{notebook.stem} differs\n{done.stdout}{done.stderr}")
+    return int(passed[1])
+
+
+def write_record(path: Path = verified.PATH) -> None:
+    """Today's date and the versions of both sides, for the line that every lesson prints."""
+    sides = {}
+    for side, pins in (("pins", ROOT / "constraints.txt"), ("colab", PINS)):
+        known = dict(re.findall(r"^([\w-]+)==(\S+)", pins.read_text("utf-8"), re.MULTILINE))
+        sides[side] = {name: known[name] for name in SEEN if name in known}
+    image = re.search(r"image of (\d{4}-\d\d-\d\d)", PINS.read_text("utf-8"))[1]
+    record = {"date": datetime.date.today().isoformat(), "colab_image": image, **sides}
+    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+def main(numbers: list[str]) -> int:
+    try:
+        scripts = lesson_scripts(numbers)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    set_up()
+    now, failed = stamp.facts(), []
+    base = Path(tempfile.mkdtemp(prefix="colab-"))
+    try:
+        folder = base / "content"
+        folder.mkdir()
+        environment = surroundings(publish(base, now), now)
+        run_set_up_cell(folder, environment, now)
+        print(f"set-up cell: installs bitsandbytes {now.bitsandbytes} and nothing else", flush=True)
+        environment["JUPYTER_PATH"] = str(add_kernel(base))
+        for script in scripts:
+            start = time.perf_counter()
+            try:
+                cells = run_lesson(as_on_colab(script, folder), environment)
+            except LegError as error:
+                failed.append(str(error))
+                print(f"{script.stem}: FAILED", flush=True)
+            else:
+                print(f"{script.stem}: {cells} cells, {time.perf_counter() - start:.1f} s",
+                      flush=True)  # fmt: skip
+    except LegError as error:
+        failed.append(str(error))
+    finally:
+        shutil.rmtree(base)
+    if failed:
+        print("\n\n".join(failed), file=sys.stderr)
+    elif not numbers:
+        write_record()
+        print(f"{verified.PATH.relative_to(ROOT)} is of today; now make stamp")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
