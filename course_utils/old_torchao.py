@@ -13,7 +13,7 @@ import sys
 def look_past() -> bool:
     """Whether PEFT had to be told to look past the installed torchao."""
     import peft
-    import peft.tuners.lora.torchao  # noqa: F401 - one of those that ask
+    import peft.tuners.lora.torchao  # one of those that ask
 
     try:
         peft.import_utils.is_torchao_available()

@@ -147,13 +147,14 @@ def add_kernel(folder: Path) -> Path:
     return folder / "jupyter"
 
 
-def as_on_colab(script: Path, folder: Path) -> Path:
-    """A copy of the lesson's notebook that expects what its set-up cell says on a Colab CPU."""
-    notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+def as_on_colab(lesson: str, folder: Path) -> Path:
+    """A copy of the clone's notebook that expects what its set-up cell says on a Colab CPU."""
+    committed = folder / "course" / "lessons" / f"{lesson}.ipynb"
+    notebook = nbformat.read(committed, as_version=4)
     (said,) = [out for cell in notebook.cells for out in cell.get("outputs", [])
                if out.get("text", "").startswith(verified.banner())]  # fmt: skip
     said.text = f"{verified.banner()}\n{verified.NO_GPU}\n"
-    copy = folder / f"{script.stem}.ipynb"
+    copy = folder / committed.name
     nbformat.write(notebook, copy)
     return copy
 
@@ -206,7 +207,7 @@ def main(numbers: list[str]) -> int:
         for script in scripts:
             start = time.perf_counter()
             try:
-                cells = run_lesson(as_on_colab(script, folder), environment)
+                cells = run_lesson(as_on_colab(script.stem, folder), environment)
             except LegError as error:
                 failed.append(str(error))
                 print(f"{script.stem}: FAILED", flush=True)
