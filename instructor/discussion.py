@@ -1,0 +1,70 @@
+"""The page for the discussion: each lesson's "Try with AI", with the numbers of a right answer.
+
+    python -m instructor.discussion --out build/try_with_ai.md
+
+Prompts, answers and numbers are those of the committed lessons, so they are always the course's
+own. What to make of them in class is in `instructor/README.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tools.notebooks import LESSONS
+
+SECTION = "## Try with AI"
+
+
+def section(notebook: dict) -> Iterator[str]:
+    """The parts of one lesson's section: text, and in between what its cells printed."""
+    inside = False
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            for part in re.split(r"^(?=## )", source, flags=re.MULTILINE):
+                if part.startswith("## "):
+                    inside = part.startswith(SECTION)
+                if inside and part.strip():
+                    yield part.removeprefix(SECTION).strip()
+        elif inside:
+            printed = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+            yield f"```text\n{printed.rstrip()}\n```"
+
+
+def page(lessons: Path = LESSONS) -> str:
+    """The page as Markdown, one heading per lesson.
+
+    Raises:
+        ValueError: A lesson has no such section, or it has not been executed.
+    """
+    parts = ["# Try with AI: prompts and right answers"]
+    for path in sorted(lessons.glob("[0-9][0-9]_*.ipynb")):
+        notebook = json.loads(path.read_text("utf-8"))
+        title = re.search(r"^# (.+)$", "".join(notebook["cells"][0]["source"]), re.M)[1]
+        found = list(section(notebook))
+        if not found or "```text\n\n```" in found:
+            raise ValueError(f"{path.name} must have a section {SECTION!r} with printed numbers, "
+                             "got none; execute the lesson")
+        parts += [f"## {title}", *found]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m instructor.discussion",
+                                     description="Write the page for the discussion.")
+    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
+    out = parser.parse_args(arguments).out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(), "utf-8")
+    print(f"prompts and right answers in {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
