@@ -1,0 +1,118 @@
+"""Answers that two students can hardly have found independently, with what speaks for it.
+
+Evidence for a conversation, not a verdict: there are innocent ways, such as working together.
+Right answers to short exercises look alike, so they never count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .marking import Mark, Outcome, equal, show
+
+LONG_PARTS = 60  # of a right function, from which on the same letters are no accident
+SHORT_PARTS = 15  # of a wrong one
+FEW = 3  # students; what more share is an obvious way to write it
+FEW_SHARE = 0.05  # of the class
+FEWEST_ANSWERS = 2  # wrong answers in common
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Students whose work is alike, and in what."""
+
+    students: tuple[str, ...]
+    evidence: str
+
+
+def find(marks: Mapping[str, Sequence[Mark]], code: Mapping[str, Mapping[str, Mapping]],
+         ) -> list[Alike]:
+    """Everything alike, in a fixed order.
+
+    Args:
+        marks: By student.
+        code: By student and function, what `source.read` said of it.
+    """
+    few = max(FEW, int(FEW_SHARE * len(marks)))
+    found = [*_same_code(marks, code, few), *_same_answers(marks, few), *_anothers(marks)]
+    return sorted(found, key=lambda alike: (alike.students, alike.evidence))
+
+
+def _same_code(marks: Mapping, code: Mapping, few: int) -> list[Alike]:
+    shared: dict[tuple, list[str]] = defaultdict(list)
+    for student in sorted(marks):
+        for mark in marks[student]:
+            about = code.get(student, {}).get(mark.exercise.function, {})
+            if mark.unfinished or not mark.outcomes or "shape" not in about:
+                continue
+            name = mark.exercise.function
+            right = all(o.verdict == "right" for o in mark.outcomes)
+            odd = any(o.verdict != "right" and not o.mistake for o in mark.outcomes)
+            if right and about["parts"] >= LONG_PARTS:
+                shared[name, "letter", about["letter"]].append(student)
+            elif odd and about["parts"] >= SHORT_PARTS:
+                shared[name, "shape", about["shape"]].append(student)
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for (name, kind, _), students in sorted(shared.items()):
+        if 1 < len(students) <= few:
+            groups[tuple(students)].append(
+                f"`{name}` is the same to the letter" if kind == "letter" else
+                f"`{name}` is not right and the same but for names and layout")
+    return [Alike(students, "; ".join(lines)) for students, lines in groups.items()]
+
+
+def _odd(marks: Sequence[Mark]) -> list[tuple[str, Outcome]]:
+    """Wrong answers that no known mistake explains, each with where it was given."""
+    return [(f"{mark.exercise.function}, {outcome.case.name}", outcome)
+            for mark in marks for outcome in mark.outcomes
+            if outcome.verdict == "wrong" and not outcome.mistake and _telling(outcome.answer)]
+
+
+def _telling(answer: Any) -> bool:
+    """Whether an answer is one that two people do not give by accident."""
+    if isinstance(answer, bool) or answer is None:
+        return False
+    return not isinstance(answer, int | float) or abs(answer) >= 10 or answer != answer // 1
+
+
+def _same_answers(marks: Mapping[str, Sequence[Mark]], few: int) -> list[Alike]:
+    by_answer: dict[tuple[str, str], list[tuple[str, Outcome]]] = defaultdict(list)
+    for student in sorted(marks):
+        for place, outcome in _odd(marks[student]):
+            by_answer[place, json.dumps(outcome.answer)].append((student, outcome))
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for (place, _), given in sorted(by_answer.items()):
+        numbers = {json.dumps(outcome.case.arguments) for _, outcome in given}
+        if 1 < len(given) <= few and len(numbers) > 1:
+            groups[tuple(student for student, _ in given)].append(
+                f"{place}: {show(given[0][1].answer)}")
+    return [Alike(students, "the same wrong answers though their numbers differ: "
+                  + "; ".join(lines))
+            for students, lines in groups.items() if len(lines) >= FEWEST_ANSWERS]
+
+
+def _anothers(marks: Mapping[str, Sequence[Mark]]) -> list[Alike]:
+    """Wrong answers that would be right with one other student's numbers."""
+    right: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for student in sorted(marks):
+        for mark in marks[student]:
+            for outcome in mark.outcomes:
+                place = f"{mark.exercise.function}, {outcome.case.name}"
+                right[place, json.dumps(outcome.case.expected)].append(student)
+    found = []
+    for student in sorted(marks):
+        lines: dict[str, list[str]] = defaultdict(list)
+        for place, outcome in _odd(marks[student]):
+            owners = right.get((place, json.dumps(outcome.answer)), [])
+            for owner in owners if len(owners) <= FEW else []:
+                if owner != student and not equal(outcome.answer, outcome.case.expected, 0.0):
+                    lines[owner].append(f"{place}: {show(outcome.answer)}")
+        found += [Alike(tuple(sorted((student, owner))),
+                        f"answers of {student} that are right with the numbers of {owner}: "
+                        + "; ".join(given))
+                  for owner, given in lines.items() if len(given) >= FEWEST_ANSWERS]
+    return found

@@ -1,0 +1,199 @@
+"""From what a student's function answered to points, the mistake's name, and a reason in words.
+
+Everything a child says is data: compared, shortened, shown; nothing of it is believed or run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .assignment import TOO_MANY, Case, Exercise
+from .rubric import show_points
+from .selfcheck import same
+
+LONGEST_SHOWN = 80  # characters of an answer
+MISTAKE_TOLERANCE = 1e-9  # relative, as in the notebook's self-check
+ENDED = {
+    "time": "it did not come back in time: an endless loop, or a wait for something",
+    "memory": "it used more memory than the exercise allows",
+    "left": "it ended the process instead of returning (`exit`, `os._exit`)",
+    "crash": "it crashed Python",
+    "flood": "its answer is far too long",
+    "garbage": "it wrote to the grader's pipe instead of returning",
+    "finished": "it ended without an answer",
+}
+HINTS = {
+    "ModuleNotFoundError": "the grader has Python's standard library only",
+    "ImportError": "the grader has Python's standard library only",
+    "PermissionError": "the grader allows no network, no other program and no files of its own",
+    "EOFError": "nobody is there to answer `input`",
+    "MemoryError": "it used more memory than the exercise allows",
+    "SystemExit": "it ended the process instead of returning",
+}
+FILE_TOO_LARGE = "[Errno 27]"  # EFBIG: what it printed, or a file
+
+
+def equal(answer: Any, expected: Any, rel_tolerance: float) -> bool:
+    """`selfcheck.same`, also for integers beyond every float."""
+    try:
+        return same(answer, expected, rel_tolerance)
+    except OverflowError:
+        return False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case, judged.
+
+    Args:
+        case: Which.
+        earned: Points.
+        verdict: `right`, `wrong`, `failed` (no answer) or `unfinished`.
+        mistake: Name of the known mistake that explains it, if one does.
+        reason: For the instructor; with numbers.
+        told: For the student; without numbers if the case is hidden.
+        answer: What it answered, as JSON; None if it did not.
+    """
+
+    case: Case
+    earned: float
+    verdict: str
+    mistake: str | None
+    reason: str
+    told: str
+    answer: Any = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One exercise of one student, judged.
+
+    Args:
+        exercise: Which.
+        outcomes: One a case.
+        problem: Why there is nothing to judge; then no case earned anything.
+        notes: What the reader of the notebook found odd.
+    """
+
+    exercise: Exercise
+    outcomes: tuple[Outcome, ...] = ()
+    problem: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def earned(self) -> float:
+        """Points."""
+        return math.fsum(outcome.earned for outcome in self.outcomes)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the student left the `...` everywhere."""
+        return bool(self.outcomes) and all(o.verdict == "unfinished" for o in self.outcomes)
+
+    @property
+    def mistakes(self) -> dict[str, int]:
+        """Known mistakes, each with the number of cases that it explains."""
+        return dict(Counter(o.mistake for o in self.outcomes if o.mistake))
+
+    @property
+    def reason(self) -> str:
+        """Why not all points, in a line for the instructor."""
+        if self.problem:
+            return "; ".join([self.problem, *self.notes])
+        if self.unfinished:
+            return "; ".join(["not attempted", *self.notes])
+        lost = [f"{o.case.name}: {o.reason}" for o in self.outcomes if o.verdict != "right"]
+        return "; ".join([*(lost or ["right"]), *self.notes])
+
+
+def mark(exercise: Exercise, cases: Sequence[Case], replies: Sequence[Mapping],
+         notes: Sequence[str] = ()) -> Mark:
+    """Judge what one student's function answered."""
+    named = [_mistakes(case, reply) for case, reply in zip(cases, replies, strict=True)]
+    # Of the mistakes that explain a case, the one that explains most cases is named.
+    weight = Counter(name for names in named for name in names)
+    order = [*exercise.mistakes, TOO_MANY]
+    outcomes = []
+    for case, reply, names in zip(cases, replies, named, strict=True):
+        name = min(names, key=lambda name: (-weight[name], order.index(name)), default=None)
+        outcomes.append(_outcome(exercise, case, reply, name))
+    return Mark(exercise, tuple(outcomes), notes=tuple(notes))
+
+
+def _mistakes(case: Case, reply: Mapping) -> list[str]:
+    if "too_many" in reply:
+        return [TOO_MANY]
+    if "value" not in reply or equal(reply["value"], case.expected, case.rel_tolerance):
+        return []
+    tolerance = max(MISTAKE_TOLERANCE, case.rel_tolerance)
+    return [name for name, value in case.mistakes.items()
+            if equal(reply["value"], value, tolerance)]
+
+
+def _outcome(exercise: Exercise, case: Case, reply: Mapping, mistake: str | None) -> Outcome:
+    sentence = exercise.mistakes.get(mistake, "") if mistake else ""
+    if "value" in reply:
+        answer = reply["value"]
+        if equal(answer, case.expected, case.rel_tolerance):
+            return Outcome(case, case.points, "right", None, "right", "Right.", answer)
+        numbers = f"answered {show(answer)}, expected {show(case.expected)}"
+        told = "" if case.hidden else f"Your answer {show(answer)} should be {show(case.expected)}."
+        told = " ".join(filter(None, [told, _capital(sentence)])) or "Not the right answer."
+        if answer is None:
+            told += " The function returns nothing; is a `return` missing?"
+        reason = f"{mistake} ({numbers})" if mistake else numbers
+        return Outcome(case, 0.0, "wrong", mistake, reason, told, answer)
+    if "unfinished" in reply:
+        return Outcome(case, 0.0, "unfinished", None, "not attempted", "Not attempted yet.")
+    if "too_many" in reply:
+        return Outcome(case, 0.0, "wrong", mistake, f"{mistake} (more than {case.most_questions})",
+                       _capital(sentence) or "It asks too many questions.")
+    if "refused" in reply:
+        text = reply["refused"]
+        told = "A question it asked makes no sense." if case.hidden else _capital(text)
+        return Outcome(case, 0.0, "failed", None, text, told)
+    if "error" in reply:
+        reason, told = _error(reply, case.hidden)
+    elif "not_run" in reply:
+        reason = told = "not run, because the time was used up by the cases before it"
+    else:
+        reason = told = ENDED[reply["ended"]] + (f" ({reply['detail']})" if reply["detail"] else "")
+    return Outcome(case, 0.0, "failed", None, reason, _capital(told) + ".")
+
+
+def _error(reply: Mapping, hidden: bool) -> tuple[str, str]:
+    """The reason and what the student is told; a hidden case's exception could hold its numbers."""
+    kind, text = reply["type"], reply["error"]
+    hint = HINTS.get(kind, "")
+    if FILE_TOO_LARGE in text:
+        hint = "it printed or wrote more than 1 MiB"
+    if kind == "NoFunction":
+        return text, text  # its definition failed, before any case
+    notes = [f"before, {note}" for note in reply["notes"]]
+    told = f"it raised {kind}" if hidden else f"it raised {show(text, 200)[1:-1]}"
+    rest = [f"({hint})"] if hint else []
+    return (" ".join([f"raised {show(text, 200)[1:-1]}", *rest, *notes]),
+            " ".join([told, *rest, *notes]))
+
+
+def show(value: Any, longest: int = LONGEST_SHOWN) -> str:
+    """A value as Python writes it, in ASCII and not endless."""
+    try:
+        text = ascii(value) if not isinstance(value, str) else repr(value)
+        text = text.encode("utf-8", "backslashreplace").decode()
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= longest else text[:longest - 4] + " ..." + text[-1:]
+
+
+def points_of(earned: float, out_of: float) -> str:
+    """`2.5 of 4`."""
+    return f"{show_points(earned)} of {show_points(out_of)}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
