@@ -116,13 +116,13 @@ def _front(assignment: Assignment, own: Numbers | None) -> list[NotebookNode]:
                       + json.dumps(own.student_id if own else "...", ensure_ascii=False),
                       metadata={"tags": ["setup"]}),
         new_code_cell("# @title Self-check: run me once, nothing to change here\n"
-                      + _self_check_source(), metadata=folded),
+                      + self_check_source(), metadata=folded),
         new_code_cell("# @title The public cases\n"
                       f"PUBLIC = {json.dumps(public, ensure_ascii=True)!r}", metadata=folded),
     ]
 
 
-def _self_check_source() -> str:
+def self_check_source() -> str:
     """`selfcheck` without its docstring, which speaks to authors."""
     source = inspect.getsource(selfcheck)
     return source[source.index("import copy"):].strip()
@@ -150,14 +150,15 @@ def _mistakes(exercise: Exercise) -> str:
 
 
 def build(name: str, out: Path, roster: Path | None = None,
-          secret_file: Path | None = None) -> list[Path]:
+          secret_file: Path | None = None, nbgrader: bool = False) -> list[Path]:
     """Write everything an instructor needs to hand an assignment out.
 
     Args:
         name: Of the assignment.
         out: Folder for the key and the rubric; students' notebooks go into its `students`.
         roster: For a notebook of their own for each student.
-        secret_file: Holds the instructor's secret; goes with a roster.
+        secret_file: Holds the instructor's secret; goes with a roster and with nbgrader.
+        nbgrader: Also write the source notebook of an nbgrader class.
 
     Returns:
         The files written.
@@ -165,21 +166,24 @@ def build(name: str, out: Path, roster: Path | None = None,
     Raises:
         ValueError: No such assignment, a roster without a secret, or a faulty roster.
     """
-    assignment = load(name)
+    assignment, secret = load(name), read_secret(secret_file) if secret_file else None
+    if secret is None and (roster or nbgrader):
+        raise ValueError("--secret-file must be given with --roster and --nbgrader, got none; "
+                         "students' numbers come from it, and grading needs the same one")
     files = {f"{name}_answer_key.ipynb": answer_key(assignment)}
+    if nbgrader:
+        from .nbgrader_source import nbgrader_source
+
+        files[f"nbgrader/source/{name}/{name}.ipynb"] = nbgrader_source(assignment, secret)
     if roster is None:
         files[f"students/{name}.ipynb"] = student_notebook(assignment)
-    elif secret_file is None:
-        raise ValueError("--secret-file must be given with --roster, got none; students' numbers "
-                         "come from it, and grading needs the same one")
     else:
-        secret = read_secret(secret_file)
         for row in read_roster(roster):
             own = numbers(name, row["student_id"], secret)
             files[f"students/{file_name(name, own.student_id)}"] = student_notebook(assignment, own)
-    (out / "students").mkdir(parents=True, exist_ok=True)
     for path, notebook in files.items():
         nbformat.validate(notebook)
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).write_text(nbformat.writes(notebook) + "\n", "utf-8")
     (out / f"{name}_rubric.md").write_text(rubric(assignment), "utf-8")
     return [out / path for path in (*files, f"{name}_rubric.md")]
@@ -192,10 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(names())}")
     parser.add_argument("--roster", type=Path, help="CSV with student_id,name: one notebook each")
     parser.add_argument("--secret-file", type=Path, help="your secret; needed with --roster")
+    parser.add_argument("--nbgrader", action="store_true", help="also write an nbgrader source")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     options = parser.parse_args(arguments)
     try:
-        written = build(options.name, options.out, options.roster, options.secret_file)
+        written = build(options.name, options.out, options.roster, options.secret_file,
+                        options.nbgrader)
     except (ValueError, OSError) as error:
         print(f"Nothing built: {error}", file=sys.stderr)
         return 2
