@@ -16,19 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
 
 from . import hardware, shapes
+from .flops import FLOPS
 from .ledger import MemoryLedger
 from .recipe import TrainRecipe
-
-aten = torch.ops.aten
-FLOPS = flop_registry | {  # PyTorch counts attention's CUDA kernels only; the CPU's do the same
-    aten._scaled_dot_product_flash_attention_for_cpu:
-        flop_registry[aten._scaled_dot_product_flash_attention],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        flop_registry[aten._scaled_dot_product_flash_attention_backward],
-}
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from . import cuda_attention, cuda_bitsandbytes
 from .cuda_attention import scratch
+from .flops import CUDA_FLOPS
 from .hardware import Gpu
 
 aten = torch.ops.aten
@@ -142,8 +142,8 @@ class CudaKernels(TorchDispatchMode):
 def matrix_flops(func, args: tuple, kwargs: dict, result: object) -> int:
     """Multiplications and additions of a matrix product or an attention kernel, else 0."""
     packet = func.overloadpacket
-    if packet in flop_registry:
-        return flop_registry[packet](*args, **kwargs, out_val=result)
+    if packet in CUDA_FLOPS:
+        return CUDA_FLOPS[packet](*args, **kwargs, out_val=result)
     if packet._qualified_op_name == "bitsandbytes::gemm_4bit":
         return 2 * args[0].numel() * args[2][0]  # x, shape of the weight
     return 0

@@ -1,0 +1,46 @@
+"""Floating-point operations of matrix products and attention, from the shapes of their inputs.
+
+PyTorch's own formulas, made to work for grouped keys and values before torch 2.13, too (Colab's
+2.11 refuses them). Not counted: everything elementwise. Source: torch/utils/flop_counter.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+FORWARD = [aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
+           aten._scaled_dot_product_cudnn_attention]
+BACKWARD = [aten._scaled_dot_product_flash_attention_backward,
+            aten._scaled_dot_product_efficient_attention_backward,
+            aten._scaled_dot_product_cudnn_attention_backward]
+
+
+def grouped(formula: Callable[..., int], query: int) -> Callable[..., int]:
+    """The formula for keys and values with fewer heads than the query: each serves several.
+
+    Args:
+        formula: Takes tensors or shapes, (batch, heads, length, head_dim) each.
+        query: Position of the query among the arguments; key and value follow.
+    """
+    def count(*args, **kwargs) -> int:
+        heads = args[query].shape[1]
+        shared = [(tensor.shape[0], heads, *tensor.shape[2:])
+                  for tensor in args[query + 1:query + 3]]
+        return formula(*args[:query + 1], *shared, *args[query + 3:], **kwargs)
+
+    return count
+
+
+# Operation: its count, called with the operation's own arguments and `out_val=` its result.
+CUDA_FLOPS = flop_registry | {
+    **{kernel: grouped(flop_registry[kernel], 0) for kernel in FORWARD},
+    **{kernel: grouped(flop_registry[kernel], 1) for kernel in BACKWARD},  # 0 is the gradient
+}
+FLOPS = CUDA_FLOPS | {  # PyTorch counts attention's CUDA kernels only; the CPU's do the same
+    aten._scaled_dot_product_flash_attention_for_cpu: CUDA_FLOPS[FORWARD[0]],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: CUDA_FLOPS[BACKWARD[0]],
+}
