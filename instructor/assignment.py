@@ -7,6 +7,7 @@ standard library only. Not here: running a student's code (`sandbox`), building 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import importlib
@@ -132,7 +133,7 @@ class Exercise:
     memory_bytes: int = 512 * 1024 * 1024
     needs_torch: bool = False
 
-    @property
+    @functools.cached_property
     def points(self) -> float:
         """What a student without a mistake gets; the same for all."""
         sample = Numbers("points", "sample", "no secret is needed to count")
@@ -148,7 +149,7 @@ class Assignment:
     lesson: str
     exercises: tuple[Exercise, ...]
 
-    @property
+    @functools.cached_property
     def points(self) -> float:
         """Of all exercises."""
         return sum(exercise.points for exercise in self.exercises)
