@@ -3,8 +3,9 @@
 Reserved memory is what `nvidia-smi` shows and what runs out. It exceeds the live bytes because the
 allocator takes memory from the driver in segments, cuts them into blocks and keeps what is freed.
 
-Not modelled: several streams, expandable segments, memory pools of CUDA graphs, and the addresses
-that the driver hands out, which break ties between free blocks of one size.
+Not modelled: several streams, memory pools of CUDA graphs, expandable segments after the driver
+refused more, and the addresses that the driver hands out, which break ties between free blocks of
+one size.
 
 Source: c10/cuda/CUDACachingAllocator.cpp; the comments name its functions and constants.
 """
@@ -42,14 +43,17 @@ class CachingAllocator:
     Args:
         limit_bytes: What the driver has; `None` for plenty.
         descending: Whether the driver's addresses fall rather than rise from segment to segment.
+        expandable: One segment for small and one for large blocks, each growing at its end
+            (`expandable_segments:True`), rather than a new segment for what fits no hole.
 
     Attributes:
         allocated_bytes, reserved_bytes: Now; `peak_allocated_bytes` and `peak_reserved_bytes`: the
             most so far. As in `torch.cuda.memory_stats`.
     """
 
-    def __init__(self, limit_bytes: int | None = None, descending: bool = False):
-        self.limit_bytes, self.descending = limit_bytes, descending
+    def __init__(self, limit_bytes: int | None = None, descending: bool = False,
+                 expandable: bool = False):
+        self.limit_bytes, self.descending, self.expandable = limit_bytes, descending, expandable
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self._edge = 0  # where the next segment goes
@@ -60,6 +64,7 @@ class CachingAllocator:
         self._small: list[tuple[int, int]] = []  # free blocks, smallest first: (bytes, address)
         self._large: list[tuple[int, int]] = []
         self._is_small: dict[int, bool] = {}
+        self._last: dict[bool, int] = {}  # small or not -> last block of its expandable segment
 
     def allocate(self, n_bytes: int) -> int:
         """The address of a block for `n_bytes`; its real size is `size_of`.
@@ -71,10 +76,17 @@ class CachingAllocator:
         small = wanted <= SMALL
         pool = self._small if small else self._large
         found = bisect_left(pool, (wanted, -(1 << 62)))
-        address = pool.pop(found)[1] if found < len(pool) else self._new_segment(wanted, small)
+        if self.expandable and pool[found + 1:] and pool[found][1] == self._last[small]:
+            found += 1  # the block that can grow is taken last: get_free_block
+        if found < len(pool):
+            address = pool.pop(found)[1]
+        elif self.expandable:
+            address = self._expand(wanted, small, pool)
+        else:
+            address = self._new_segment(wanted, small)
         self._free.discard(address)
         rest = self._size[address] - wanted
-        if rest >= MIN_BLOCK if small else rest > SMALL:  # should_split
+        if rest >= MIN_BLOCK if small or self.expandable else rest > SMALL:  # should_split
             self._split(address, wanted, rest, small, pool)
         self.allocated_bytes += self._size[address]
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
@@ -91,6 +103,8 @@ class CachingAllocator:
         self._after[address], self._before[other] = other, address
         if after is not None:
             self._after[other], self._before[after] = after, other
+        if self._last.get(small) == address:
+            self._last[small] = other
         self._free.add(other)
         insort(pool, (rest, other))
 
@@ -115,7 +129,9 @@ class CachingAllocator:
 
     def _absorb(self, address: int, after: int) -> None:
         self._size[address] += self._size.pop(after)
-        del self._before[after], self._is_small[after]
+        if self._last.get(small := self._is_small.pop(after)) == after:
+            self._last[small] = address
+        del self._before[after]
         beyond = self._after.pop(after, None)
         if beyond is None:
             self._after.pop(address, None)
@@ -124,19 +140,42 @@ class CachingAllocator:
 
     def _new_segment(self, wanted: int, small: bool) -> int:
         n_bytes = segment_bytes(wanted)
+        self._reserve(n_bytes)
+        self._edge += n_bytes + 64 * KIB
+        address = -self._edge if self.descending else self._edge - n_bytes
+        self._size[address], self._is_small[address] = n_bytes, small
+        return address
+
+    def _expand(self, wanted: int, small: bool, pool: list) -> int:
+        """Map pages behind the last block, itself used when it is free: `map_block`."""
+        last, page = self._last.get(small), SMALL_SEGMENT if small else LARGE_SEGMENT
+        grows = last in self._free
+        n_bytes = round_up(wanted - (self._size[last] if grows else 0), page)
+        self._reserve(n_bytes)
+        if grows:
+            self._take_out(pool, last)
+            self._size[last] += n_bytes
+            return last
+        # small blocks lie far above all large ones
+        address = (small << 60) if last is None else last + self._size[last]
+        self._size[address], self._is_small[address] = n_bytes, small
+        if last is not None:
+            self._after[last], self._before[address] = address, last
+        self._last[small] = address
+        return address
+
+    def _reserve(self, n_bytes: int) -> None:
         if self.limit_bytes is not None and self.reserved_bytes + n_bytes > self.limit_bytes:
             self.empty_cache()  # release_cached_blocks, then one more try
             if self.reserved_bytes + n_bytes > self.limit_bytes:
                 raise MemoryError(f"{n_bytes} bytes do not fit {self.limit_bytes}")
-        self._edge += n_bytes + 64 * KIB
-        address = -self._edge if self.descending else self._edge - n_bytes
-        self._size[address], self._is_small[address] = n_bytes, small
         self.reserved_bytes += n_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        return address
 
     def empty_cache(self) -> None:
         """Give segments without a live block back to the driver: `torch.cuda.empty_cache()`."""
+        if self.expandable:
+            return  # its free pages could go; not modelled
         for pool in (self._small, self._large):
             for n_bytes, address in list(pool):
                 if address not in self._after and address not in self._before:

@@ -190,6 +190,13 @@ def softmax_backward(gpu, func, grad, output, *rest):
     return result
 
 
+def logsumexp(gpu, func, x, *args, **kwargs):
+    """Holds exp(x - max), as large as x. Source: native/ReduceOps.cpp, `logsumexp_out_impl`."""
+    result = func(x, *args, **kwargs)
+    scratch(x.nbytes)
+    return result
+
+
 def mask_before_output(gpu, func, x, p, train):
     """The mask is allocated first. Source: native/cuda/Dropout.cu, `dropout_cuda`."""
     mask = torch.empty_like(x, dtype=torch.bool)
@@ -214,6 +221,7 @@ NO_WORK = {"aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::empt
            "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 KERNEL_RULES = {
     "aten::_softmax_backward_data": softmax_backward,
+    "aten::logsumexp": logsumexp,
     "aten::native_dropout": mask_before_output,
     "aten::_foreach_norm": foreach_norm,
     "aten::_scaled_dot_product_efficient_attention_backward":

@@ -31,6 +31,7 @@ class Segment:
     layer: int | None
     events: list[tuple[int, int, str]] = field(default_factory=list)
     sweep: int = 0  # which pass
+    operations: int = 0
     flops: int = 0
     seconds: float = 0.0
     marks: tuple[str, ...] = ()  # moments just before
@@ -121,8 +122,9 @@ def _segments(stream: Stream, n_layers: int) -> list[Segment]:
             add(event, home[event[1]] if far and home[event[1]] is not None else layer)
         position = end
     _number_passes(segments, n_layers)
-    for n_before, flops, seconds in stream.work:
+    for n_before, operations, flops, seconds in stream.work:
         where = position_of[min(max(n_before - 1, 0), len(position_of) - 1)]
+        where.operations += operations
         where.flops += flops
         where.seconds += seconds
     return [s for s in segments if s.events or s.layer is None]
@@ -207,7 +209,8 @@ def _expand(segments: list[Segment], stream: Stream, places: list[list[int]]) ->
             elif name not in made:
                 raise NotRepeating(f"{name} is freed before it is allocated")
             deep.events.append((sign, made[name], phase))
-        deep.work.append((len(deep.events), segment.flops, segment.seconds))
+        deep.work.append((len(deep.events), segment.operations, segment.flops,
+                          segment.seconds))
 
     position = 0
     while position < len(segments):

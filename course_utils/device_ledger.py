@@ -26,14 +26,14 @@ class Stream:
         blocks: Every storage, with its size as asked for.
         events: (+1 or -1, index of the block, phase) for each allocation or free, in order.
         marks: Name of a moment -> number of events before it.
-        work: (number of events before it, FLOPs, seconds) of each operation.
+        work: (number of events before, operations, FLOPs, seconds) of one or some operations.
         growing: Bytes that a block of no layer gains with each further layer.
     """
 
     blocks: list[Block]
     events: list[tuple[int, int, str]]
     marks: dict[str, int]
-    work: list[tuple[int, int, float]] = field(default_factory=list)
+    work: list[tuple[int, int, int, float]] = field(default_factory=list)
     growing: dict[int, int] = field(default_factory=dict)
 
 
@@ -50,7 +50,7 @@ class DeviceLedger(MemoryLedger):
     def __init__(self):
         super().__init__(device_type="cpu")
         self.marks: dict[str, int] = {}
-        self.work: list[tuple[int, int, float]] = []
+        self.work: list[tuple[int, int, int, float]] = []
         self.growing: dict[int, int] = {}
         self._on_host: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
         self._trained: list[str] = []
@@ -144,5 +144,5 @@ def work_recorder(ledger: DeviceLedger, gpu: Gpu) -> Callable[[int, tuple, objec
         traffic = sum(t.numel() * t.itemsize for t in tensors)
         rate = gpu.matmul_flops if tensors and tensors[0].itemsize < 4 else gpu.float32_flops
         seconds = max(flops / rate, traffic / gpu.bandwidth)
-        ledger.work.append((len(ledger._events), flops, seconds))
+        ledger.work.append((len(ledger._events), 1, flops, seconds))
     return record

@@ -3,15 +3,19 @@
 Every answer is a forecast: nothing is interpolated. Times are roofline times divided by a stated
 utilisation: each operation takes as long as its arithmetic at the GPU's peak rate or its traffic at
 the peak bandwidth, whichever is longer. On the GPU-bound rows of tests/data/h200_steps.json that
-ratio is 0.56 to 0.64, stock attention or not.
+ratio is 0.56 to 0.64, stock attention or not. A step of small operations takes as long as Python
+needs to launch them.
 
-Not modelled: the time to launch operations, which rules when the work is small; communication;
-transfers to the host (so `offload_checkpoints` is tried only when nothing else fits).
+Not modelled: communication; transfers to the host (so `offload_checkpoints` is tried only when
+nothing else fits).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +25,7 @@ from .recipe import TrainRecipe
 from .units import show_bytes
 
 UTILISATION = 0.6
+LAUNCH_SECONDS = 5e-5  # of one operation, all of Python included; group "launch" of recorded_runs
 SECONDS_PER_HOUR = 3600
 
 
@@ -69,8 +74,9 @@ class Fit:
         return n_tokens / (self.tokens_per_second * self.recipe.world_size) / SECONDS_PER_HOUR
 
 
-def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTILISATION) -> float:
-    """Tokens per second of one GPU, padding counted.
+def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTILISATION,
+                      launch_seconds: float = LAUNCH_SECONDS) -> float:
+    """Tokens per second of one GPU, padding counted: the GPU's pace or Python's, the slower one.
 
     Raises:
         ValueError: utilisation is not a fraction.
@@ -79,7 +85,7 @@ def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTI
         raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation!r}; 0.6 is "
                          "what large steps reach")
     tokens = recipe.tokens_per_step / recipe.world_size
-    return tokens / f.ideal_seconds * utilisation
+    return tokens / max(f.ideal_seconds / utilisation, f.operations * launch_seconds)
 
 
 def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
@@ -91,6 +97,7 @@ def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
         "chunked loss": {"loss": "chunked"},
         "native RMSNorm": {"norm": "native"},
         "lean MLP": {"mlp": "lean"},
+        "lean rotary embedding": {"rotary": "lean"},
         "no dropout in adapters": {"lora_dropout": 0.0},
         "4-bit base": {"base": "nf4"},
         "double quantization": {"double_quant": True},
@@ -98,6 +105,7 @@ def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
         "8-bit optimizer": {"optimizer": "adamw_8bit"},
         "paged 8-bit optimizer": {"optimizer": "paged_adamw_8bit"},
         "no padding": {"padded": False},
+        "expandable segments": {"expandable_segments": True},
     }
     if recipe.lora_rank is not None:
         changes["lean adapters"] = {"adapters": "lean"}
@@ -186,41 +194,52 @@ def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None =
 
     def sized(micro: int, **fields) -> TrainRecipe:
         return dataclasses.replace(recipe, micro_batch_size=micro,
-                                   gradient_accumulation_steps=per_gpu // micro, **fields)
+                                   gradient_accumulation_steps=per_gpu // micro,
+                                   expandable_segments=True, **fields)
 
-    smallest = {"checkpointed_layers": "all", "keep_attention": False}
+    def speed(pair: tuple[TrainRecipe, Forecast]) -> float:
+        return tokens_per_second(*pair, utilisation)
+
+    least = {"checkpointed_layers": "all", "keep_attention": False, "offload_checkpoints": False}
     attention = min(("stock", "explicit_kv"), key=lambda kind: weigh(
-        sized(1, attention=kind, **smallest, offload_checkpoints=False)).ideal_seconds)
+        sized(1, attention=kind, **least)).ideal_seconds)
+    # The lean loss costs nothing beside the full one, and the head is frozen under adapters.
+    losses = ("full", "chunked") if recipe.lora_rank is None else ("lean",)
     for offload in (False, True):
-        for loss in ("full", "chunked"):
-            fields = {"attention": attention, "loss": loss, "offload_checkpoints": offload}
+        for loss, keep in itertools.product(losses, (False, True)):
+            fields = {"attention": attention, "loss": loss, "keep_attention": keep,
+                      "offload_checkpoints": offload}
             micro = 1
-            while per_gpu % micro == 0 \
-                    and weigh(sized(micro, **smallest, **fields)).margin_bytes >= 0:
-                _fewest_checkpoints(lambda k, m=micro, f=fields: weigh(
-                    sized(m, **f | {"checkpointed_layers": k})).margin_bytes >= 0, num_layers,
-                    offload)
+            while per_gpu % micro == 0:
+                margin = functools.cache(lambda k, m=micro, f=fields: weigh(
+                    sized(m, checkpointed_layers=k, **f)).margin_bytes)
+                if margin(num_layers) < 0:
+                    break
+                _fewest_checkpoints(margin, num_layers, int(offload or keep))
                 micro *= 2
-        fitting = [(r, f) for r, f in tried if f.margin_bytes >= 0]
+        fitting = [pair for pair in tried if pair[1].margin_bytes >= 0]
         if fitting:
-            best = max(fitting, key=lambda pair: tokens_per_second(*pair))
+            best = max(fitting, key=speed)
             return Fit(recipe=best[0], forecast=best[1], utilisation=utilisation,
-                       tokens_per_second=tokens_per_second(*best, utilisation), tried=tuple(tried))
-    least = min(tried, key=lambda pair: pair[1].device_bytes[0])[1]
+                       tokens_per_second=speed(best), tried=tuple(tried))
+    closest = min(tried, key=lambda pair: pair[1].device_bytes[0])[1]
     raise ValueError(f"recipe must fit {show_bytes(gpu.total_bytes)} of a {gpu.name}, got at least "
-                     f"{show_bytes(least.device_bytes[0])} with one sequence of "
+                     f"{show_bytes(closest.device_bytes[0])} with one sequence of "
                      f"{recipe.sequence_length} tokens; shorten the sequences or take a smaller "
                      "model")
 
 
-def _fewest_checkpoints(fits: Callable[[int], bool], num_layers: int, offload: bool) -> None:
-    """Bisect for the smallest number of checkpointed layers that fits."""
-    low, high = int(offload), num_layers  # `high` fits
-    if fits(low):
-        return
-    while low < high:
-        middle = (low + high) // 2
-        if fits(middle):
-            high = middle
-        else:
-            low = middle + 1
+def _fewest_checkpoints(margin: Callable[[int], int], high: int, low: int) -> None:
+    """Find the smallest number of checkpointed layers, at least `low`, that fits; `high` does.
+
+    Each layer costs about the same, so the next guess lies on the line between the two ends.
+    """
+    while low < high and margin(low) < 0:
+        share = -margin(low) / (margin(high) - margin(low))
+        guess = min(high - 1, max(low + 1, low + math.ceil(share * (high - low))))
+        if high - low == 1:
+            return
+        low, high = (low, guess) if margin(guess) >= 0 else (guess, high)
+        if margin(high - 1) < 0:
+            return
+        high -= 1

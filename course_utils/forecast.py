@@ -32,9 +32,11 @@ from .units import show_bytes
 
 # What the step does not decide about reserved memory: other versions' small temporaries take or
 # spare a segment in forward, in backward and in the optimizer; one temporary misses the hole that
-# it fitted here, unless it has this share of all memory, hence a segment cut to its own size.
+# it fitted here, unless it has this share of all memory, hence a segment cut to its own size (or
+# segments are expandable: then there are no holes between them).
 SLACK = 3 * LARGE_SEGMENT
 SHARES_A_SEGMENT = 0.1
+WORK = {"operations": int, "flops": int, "ideal_seconds": float}  # of a stream, in this order
 # What a recipe may change without changing a byte.
 NO_MEMORY = {"learning_rate": 2e-4, "weight_decay": 0.0, "max_grad_norm": 1.0, "world_size": 1,
              "warmup_fraction": 0.0, "max_steps": 1, "logging_steps": 1, "save_steps": 1, "seed": 0}
@@ -55,8 +57,9 @@ class Forecast(MemoryReport):
         margin_bytes: What is left of the GPU's memory in the worse case; negative when it is short.
         loaded_bytes: After loading the base model; `None` when nothing was loaded.
         resident_bytes: Before the first step: weights and adapters.
-        flops: Multiplications and additions of the step's matrix products.
-        ideal_seconds: The step's time if every operation ran at the GPU's peak rate or bandwidth.
+        operations: About how many operations the step launches.
+        flops: Multiplications and additions of its matrix products.
+        ideal_seconds: Its time if every operation ran at the GPU's peak rate or bandwidth.
     """
 
     gpu: Gpu
@@ -64,6 +67,7 @@ class Forecast(MemoryReport):
     fits: bool
     loaded_bytes: int | None
     resident_bytes: int
+    operations: int
     flops: int
     ideal_seconds: float
 
@@ -93,11 +97,7 @@ class Forecast(MemoryReport):
 
 
 def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
-    """What one optimizer step of `recipe` will need on `gpu`.
-
-    Args:
-        recipe: Everything that decides memory, from the model's shape to the levers.
-        gpu: Its kernels and its memory.
+    """What one optimizer step of `recipe` will need on `gpu`, with its kernels and its memory.
 
     Raises:
         ValueError: The recipe cannot run: a precision that the GPU lacks, a sequence beyond the
@@ -114,7 +114,8 @@ def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
 @functools.lru_cache(maxsize=48)
 def _forecast(recipe: TrainRecipe, gpu: Gpu) -> Forecast:
     micro_batches = recipe.gradient_accumulation_steps
-    return _report(run_stream(recipe, gpu), gpu, max(1, micro_batches / MICRO_BATCHES))
+    return _report(run_stream(recipe, gpu), gpu, max(1, micro_batches / MICRO_BATCHES),
+                   recipe.expandable_segments)
 
 
 def run_stream(recipe: TrainRecipe, gpu: Gpu, *, whole: bool = False) -> Stream:
@@ -198,17 +199,18 @@ def forecast_step(model: torch.nn.Module, step: Callable[[torch.nn.Module], obje
     return _report(ledger.stream(), gpu)
 
 
-def _report(stream: Stream, gpu: Gpu, repeats: float = 1) -> Forecast:
+def _report(stream: Stream, gpu: Gpu, repeats: float = 1, expandable: bool = False) -> Forecast:
     """Replay the events through the allocator and report the second step."""
     loading, first = stream.marks.get("load", 0), stream.marks["ready"]
     before, step = stream.events[:first], stream.events[first:]
     later = later_step(step) if loading else step  # a reader's own step is taken once
-    device = Playback(stream.blocks, descending=True)
+    device = Playback(stream.blocks, descending=True, expandable=expandable)
     device.play(before[:loading])
     loaded = device.allocator.allocated_bytes
     device.play(before[loading:])
     resident = device.allocator.allocated_bytes
-    other = Playback(stream.blocks)  # addresses rise; something multiplied matrices before
+    # the other one's addresses rise, and something multiplied matrices before
+    other = Playback(stream.blocks, expandable=expandable)
     other.play(before)
     if loading:
         device.play(step)
@@ -222,23 +224,23 @@ def _report(stream: Stream, gpu: Gpu, repeats: float = 1) -> Forecast:
     simulated = [d.allocator.peak_reserved_bytes for d in (device, other)]
     largest = max((segment_bytes(stream.blocks[b].n_bytes) for sign, b, _ in step if sign > 0),
                   default=0)
-    miss = min(largest, int(SHARES_A_SEGMENT * max(simulated)))
+    miss = 0 if expandable else min(largest, int(SHARES_A_SEGMENT * max(simulated)))
     low, high = max(peak, min(simulated) - SLACK), max(*simulated, min(simulated) + miss) + SLACK
     blocks = [block.resized(device.sizes.get(i, 0)) for i, block in enumerate(stream.blocks)]
     report = replay(blocks, initial, later, device.allocator.allocated_bytes)
     peaks = {phase: n for phase, n in device.phase_peaks.items() if phase != "start"}
     return Forecast(
         **vars(report) | {"phase_peaks": peaks}, gpu=gpu, peak_reserved_bytes=(low, high),
-        fits=_fits(stream, gpu, peak, high),
+        fits=_fits(stream, gpu, peak, high, expandable),
         loaded_bytes=loaded if loading else None, resident_bytes=resident,
-        flops=int(sum(flops for n, flops, _ in stream.work if n > first) * repeats),
-        ideal_seconds=sum(seconds for n, _, seconds in stream.work if n > first) * repeats)
+        **{name: kind(sum(work[i] for work in stream.work if work[0] > first) * repeats)
+           for i, (name, kind) in enumerate(WORK.items(), 1)})
 
 
-def _fits(stream: Stream, gpu: Gpu, peak: int, reserved: int) -> bool:
+def _fits(stream: Stream, gpu: Gpu, peak: int, reserved: int, expandable: bool) -> bool:
     """Whether it runs in the GPU's memory, cached segments given back when that helps."""
-    if peak > gpu.usable_bytes or reserved <= gpu.usable_bytes:
-        return peak <= gpu.usable_bytes
+    if peak > gpu.usable_bytes or reserved <= gpu.usable_bytes or expandable:
+        return max(peak, reserved * expandable) <= gpu.usable_bytes
     try:
         Playback(stream.blocks, descending=True, limit_bytes=gpu.usable_bytes).play(stream.events)
     except MemoryError:

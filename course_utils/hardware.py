@@ -1,7 +1,7 @@
 """Which GPU is this, or which one are we pretending to have.
 
-The only module that asks `torch.cuda`. What it measures is `None` without a GPU: `torch.cuda`
-answers 0 there, which looks like a measurement. Not modelled: clocks, power limits, PCIe, NVLink.
+The only module that asks `torch.cuda`. What it measures is `None` without a GPU (`torch.cuda`
+answers 0, which looks like a measurement). Not modelled: clocks, power limits, PCIe, NVLink.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .units import MIB, show_bytes
 
 EMULATE_VARIABLE = "COURSE_EMULATE_GPU"  # set to "T4" to run every lesson as if on a T4
 _emulated: Gpu | None = None
+_for_good = contextlib.ExitStack()  # what the variable set up stays until the process ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Gpu:
         context_bytes: Memory gone before the first tensor: driver, kernels, cuBLAS handles.
         matmul_flops, float32_flops: Peak dense FLOP/s of 16-bit tensor cores and of plain float32.
         bandwidth: Peak memory bandwidth in bytes/s.
-        flash_attention: `False` says "this memory, but a T4's attention kernels".
+        flash_attention: `False` for a T4's attention kernels on another card.
     """
 
     name: str
@@ -79,30 +80,30 @@ class Gpu:
 
     @property
     def has_flash_attention(self) -> bool:
-        """Whether FlashAttention runs here (compute capability 8.0 and up)."""
+        """Whether FlashAttention runs here: compute capability 8.0 and up."""
         return self.flash_attention and self.capability >= (8, 0)
 
 
-# total_bytes: `torch.cuda.mem_get_info()` on a T4 and an H200; the others as PyTorch's own
-# out-of-memory messages report them, give or take 1 % by driver. context_bytes: measured on a T4
-# and an H200 after a step; others take the H200's. The rest: data sheets, SXM parts.
+# total_bytes: `torch.cuda.mem_get_info()` on a T4 and an H200; the others as out-of-memory messages
+# report them, give or take 1 % by driver. context_bytes: measured on a T4 and an H200 after a step,
+# the others take the H200's. The rest: data sheets, SXM parts.
 T4, L4, A10, A100, H100, H200 = (
     Gpu(name=name, total_bytes=total * MIB, capability=capability, context_bytes=context * MIB,
         multiprocessors=sms, matmul_flops=half * 1e12, float32_flops=single * 1e12,
         bandwidth=gigabytes * 1e9)
     for name, total, capability, sms, context, half, single, gigabytes in (
         ("T4", 14912, (7, 5), 40, 141, 65, 8.1, 320),
-        ("L4", 22563, (8, 9), 58, 520, 121, 30.3, 300),
-        ("A10", 22589, (8, 6), 72, 520, 125, 31.2, 600),
-        ("A100-40", 40448, (8, 0), 108, 520, 312, 19.5, 1555),
-        ("H100", 81003, (9, 0), 132, 520, 989, 67, 3350),
-        ("H200", 143166, (9, 0), 132, 520, 989, 67, 4800),
+        ("L4", 22563, (8, 9), 58, 685, 121, 30.3, 300),
+        ("A10", 22589, (8, 6), 72, 685, 125, 31.2, 600),
+        ("A100-40", 40448, (8, 0), 108, 685, 312, 19.5, 1555),
+        ("H100", 81003, (9, 0), 132, 685, 989, 67, 3350),
+        ("H200", 143166, (9, 0), 132, 685, 989, 67, 4800),
     ))
 PRESETS = {gpu.name: gpu for gpu in (T4, L4, A10, A100, H100, H200)}
 
 
 def preset(name: str) -> Gpu:
-    """The preset GPU of this name, in any letter case; no such preset raises `ValueError`."""
+    """The preset of this name, in any letter case; `ValueError` when there is none."""
     for known, gpu in PRESETS.items():
         if known.lower() == str(name).lower():
             return gpu
@@ -113,18 +114,12 @@ def preset(name: str) -> Gpu:
 @dataclass(frozen=True)
 class MixedPrecision:
     """The autocast dtype that suits a GPU (`None`: stay in float32) and the reason for it."""
-
     dtype: str | None
     reason: str
 
 
 def mixed_precision(gpu: Gpu | None) -> MixedPrecision:
-    """Which half-precision dtype to train in on `gpu` (`None`: no GPU), and why.
-
-    Example:
-        >>> mixed_precision(T4).dtype
-        'float16'
-    """
+    """Which half-precision dtype to train in on `gpu` (`None`: no GPU), and why."""
     if gpu is None:
         return MixedPrecision(None, "no GPU: float32, so that results match on every machine")
     has = "{} has compute capability {}.{}".format(gpu.name, *gpu.capability)
@@ -151,8 +146,8 @@ def detect() -> Gpu | None:
     if not torch.cuda.is_available():
         return None
     if _emulated is None and (wanted := os.environ.get(EMULATE_VARIABLE)):
-        contextlib.ExitStack().enter_context(emulate(preset(wanted)))
-    if _emulated is not None:
+        _for_good.enter_context(emulate(preset(wanted)))
+    if _emulated:
         return _emulated
     properties = torch.cuda.get_device_properties(0)
     capability = (properties.major, properties.minor)
@@ -177,10 +172,8 @@ def emulate(gpu: Gpu) -> Iterator[Gpu]:
     """Train on the present card as if it were a smaller `gpu`: its memory, its attention kernels.
 
     Limits the allocator to its usable bytes, turns off kernels that it lacks, asks for its cuBLAS
-    workspace (in time only before the first matrix product). Speed stays.
-
-    Raises:
-        ValueError: There is no CUDA device, or it is smaller than `gpu`.
+    workspace (in time only before the first matrix product). Speed stays. No CUDA device, or one
+    smaller than `gpu`, raises `ValueError`.
     """
     import torch
 
@@ -209,23 +202,37 @@ def emulate(gpu: Gpu) -> Iterator[Gpu]:
         _emulated = before
 
 
-def reset_peak() -> None:
-    """Start a new peak measurement, from what is live now."""
+def use_expandable_segments(wanted: bool) -> None:
+    """Let CUDA's allocator grow one segment from now on, or not; nothing happens without a GPU."""
+    import torch
+    if torch.cuda.is_available():
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{wanted}")
+
+
+def reset_peak() -> int | None:
+    """Start a new peak measurement; returns the bytes in tensors right now, `None` on CPU."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def _on_cuda(measure: str) -> int | None:
     import torch
+
     return getattr(torch.cuda, measure)() if torch.cuda.is_available() else None
 
 
-def peak_allocated_bytes() -> int | None:
-    """Most bytes in tensors since `reset_peak`, rounded by the allocator; `None` on CPU."""
-    return _on_cuda("max_memory_allocated")
+def peak_allocated_bytes(above: int | None = 0) -> int | None:
+    """Most bytes in tensors since `reset_peak`, less those `above` which to count; `None` on CPU.
+
+    The allocator's rounding counts. What `reset_peak` returned leaves out what others hold.
+    """
+    peak = _on_cuda("max_memory_allocated")
+    return None if peak is None else peak - above
 
 
 def peak_reserved_bytes() -> int | None:
@@ -233,15 +240,9 @@ def peak_reserved_bytes() -> int | None:
     return _on_cuda("max_memory_reserved")
 
 
-def allocated_bytes() -> int | None:
-    """Bytes in tensors right now; `None` on CPU."""
-    return _on_cuda("memory_allocated")
-
-
 def free_bytes() -> int | None:
     """Bytes of the GPU that nobody holds, other programs counted; `None` on CPU."""
-    free_and_total = _on_cuda("mem_get_info")
-    return free_and_total[0] if free_and_total else None
+    return (_on_cuda("mem_get_info") or (None,))[0]
 
 
 def synchronize() -> None:

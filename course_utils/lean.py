@@ -1,4 +1,4 @@
-"""The same mathematics with less kept and less moved: MLP, adapters and loss written out whole.
+"""The same mathematics with less kept and less moved: MLP, adapters, rotary, loss written whole.
 
 PyTorch keeps what each operation asks for. Where we know the whole expression, its backward needs
 less. Each piece replaces a forward method and can be used alone. Not modelled: activations other
@@ -7,7 +7,8 @@ than SiLU, heads with a bias, several adapters active at once (those take the us
 
 from __future__ import annotations
 
-from types import MethodType
+import inspect
+from types import FunctionType, MethodType
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,66 @@ def use_lean_lora(model: torch.nn.Module) -> None:
             module.forward = MethodType(forward, module)
 
 
+class Rotary(torch.autograd.Function):
+    """Each pair (a, b) of x turned by its position's angle: (a cos - b sin, b cos + a sin).
+
+    Saves time, not bytes: half the trips of x through memory that negating, joining, two products
+    and a sum take. Backward is the same turn, the other way.
+
+    Source: Su et al. 2021, "RoFormer", section 3.2.2.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _turn(x, cos, sin, torch.result_type(x, cos))
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin, ctx.dtype), None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype):
+    turned = torch.empty_like(x, dtype=dtype)
+    (a, b), (to_a, to_b) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=to_b).addcmul_(a, sin)
+    return turned
+
+
+def apply_rotary(query, key, cos, sin, unsqueeze_dim: int = 1):
+    """Query and key, (batch, heads, seq, head_dim), turned by `Rotary`.
+
+    Args:
+        cos, sin: (batch, seq, rotated); only the first `rotated` of each head's numbers are turned,
+            and the second half of these angles repeats the first.
+    """
+    rotated = cos.shape[-1]
+    cos, sin = (t[..., : rotated // 2].unsqueeze(unsqueeze_dim) for t in (cos, sin))
+    if rotated == query.shape[-1]:
+        return Rotary.apply(query, cos, sin), Rotary.apply(key, cos, sin)
+    return tuple(torch.cat([Rotary.apply(x[..., :rotated], cos, sin), x[..., rotated:]], dim=-1)
+                 for x in (query, key))
+
+
+def use_lean_rotary(model: torch.nn.Module) -> None:
+    """Let every attention layer of the model turn its query and key with `apply_rotary`.
+
+    transformers calls a function of the model's file; each layer gets its forward method again,
+    with that one name looked up elsewhere.
+    """
+    stock = "apply_rotary_pos_emb"
+    for module in model.modules():
+        forward = inspect.unwrap(type(module).forward)
+        if stock in forward.__code__.co_names:
+            ours = FunctionType(forward.__code__, forward.__globals__ | {stock: apply_rotary},
+                                forward.__name__, forward.__defaults__, forward.__closure__)
+            ours.__kwdefaults__ = forward.__kwdefaults__
+            module.forward = MethodType(ours, module)
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk_tokens):
@@ -89,12 +150,14 @@ class _HeadLoss(torch.autograd.Function):
         chunks = (tensor.split(chunk_tokens) for tensor in (hidden, targets, grad_hidden))
         for rows, wanted, grad in zip(*chunks, strict=True):
             wanted, labelled = wanted.clamp(min=0)[:, None], (wanted != ABSENT)[:, None]
-            logits = F.linear(rows, weight).float()  # (chunk, vocab)
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            total += ((normalizer - logits.gather(1, wanted)) * labelled).sum()
+            logits = F.linear(rows, weight).float()  # (chunk, vocab), the only tensor of its size
+            logits -= logits.amax(-1, keepdim=True)  # logsumexp would hold a second one
+            at_target = logits.gather(1, wanted)
+            sums = logits.exp_().sum(-1, keepdim=True)
+            total += ((sums.log() - at_target) * labelled).sum()
             # d loss / d logits = softmax(logits) - one at the target
-            probabilities = logits.sub_(normalizer).exp_()
-            probabilities.scatter_add_(1, wanted, -torch.ones_like(normalizer))
+            probabilities = logits.div_(sums)
+            probabilities.scatter_add_(1, wanted, -torch.ones_like(sums))
             grad.copy_(probabilities.mul_(labelled).to(weight.dtype) @ weight)
         ctx.save_for_backward(grad_hidden)
         return total

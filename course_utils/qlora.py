@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import hardware, old_torchao, shapes
-from .lean import use_lean_lora, use_lean_mlp
+from .lean import use_lean_lora, use_lean_mlp, use_lean_rotary
 from .levers import (
     checkpoint_layers,
     chunked_loss,
@@ -52,13 +52,14 @@ def load_base(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Module
     """The frozen base model on the device, in 4 bits (nf4) or in `recipe.base`.
 
     Args:
-        recipe: Uses model, base, double_quant, kbit_upcast, amp_dtype.
+        recipe: Uses model, base, double_quant, kbit_upcast, amp_dtype, expandable_segments.
         source: Folder or hub id of the weights; by default where `shapes.hub_id` says.
 
     Sources: QLoRA (Dettmers et al. 2023, sections 2 and 3) for NF4 and double quantization.
     """
     from transformers import AutoModelForCausalLM
 
+    hardware.use_expandable_segments(recipe.expandable_segments)
     model = AutoModelForCausalLM.from_pretrained(
         source or shapes.hub_id(recipe.model), quantization_config=quantization(recipe),
         dtype=storage_dtype(recipe), device_map={"": hardware.device()}, use_safetensors=True)
@@ -107,6 +108,7 @@ def add_adapters(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
         raise ValueError(f"lora_targets must name linear layers of {recipe.model}, got "
                          f"{', '.join(missing)}; it has {', '.join(linear)}")
     old_torchao.look_past()
+    old_torchao.look_past()
     targets = recipe.lora_targets
     model.enable_input_require_grads()  # else a reentrant checkpoint cuts the gradient off
     config = LoraConfig(
@@ -141,6 +143,8 @@ def apply_levers(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
         use_lean_mlp(base)
     if recipe.adapters == "lean":
         use_lean_lora(base)
+    if recipe.rotary == "lean":
+        use_lean_rotary(base)
     checkpoint_layers(base, recipe.checkpointed_layers, offload=recipe.offload_checkpoints,
                       keep_attention=recipe.keep_attention)
     return model

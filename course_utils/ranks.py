@@ -63,9 +63,8 @@ def update(recipe: TrainRecipe, batch: Batch, weigh: str = "tokens", rank: int =
                          f"accumulation x world size), got {rows}; cut it, or change the recipe")
     if weigh not in WEIGHINGS:
         raise ValueError(f"weigh must be one of {', '.join(WEIGHINGS)}, got {weigh!r}; pick one")
-    device, share = hardware.device(), rows // world_size
-    mine = {name: tensor[rank * share:(rank + 1) * share].to(device)
-            for name, tensor in batch.items()}
+    device, share = batch["labels"].device, rows // world_size
+    mine = {name: tensor[rank * share:(rank + 1) * share] for name, tensor in batch.items()}
     model = qlora.load_base(dataclasses.replace(recipe, base="float32", lora_rank=None))
     model = in_float64(model).to(device).train()
     before = _flat(model)
@@ -94,24 +93,28 @@ def launch(recipe: TrainRecipe, batch: Batch, timeout_s: float = 120) -> dict[st
 
     Args:
         recipe: As for `update`.
-        batch: As for `update`; handed over in a file.
+        batch: As for `update`; handed over in a file. If it is on a GPU, each process takes one.
         timeout_s: After so many seconds every process is ended.
 
     Raises:
+        ValueError: There are fewer GPUs than processes.
         TimeoutError: It took too long.
         RuntimeError: A process failed; the message is its last word.
     """
-    enough = torch.accelerator.is_available() \
-        and torch.accelerator.device_count() >= recipe.world_size
+    on_gpus = batch["labels"].device.type != "cpu"
+    if on_gpus and (n_gpus := torch.accelerator.device_count()) < recipe.world_size:
+        raise ValueError(f"world_size must be at most {n_gpus}, the GPUs of this machine, got "
+                         f"{recipe.world_size}; NCCL wants one each, a batch on the CPU wants none")
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder, "job.pt"), Path(folder, "result.pt")
-        torch.save({"recipe": dataclasses.asdict(recipe), "batch": batch}, job)
+        torch.save({"recipe": dataclasses.asdict(recipe),
+                    "batch": {name: tensor.cpu() for name, tensor in batch.items()}}, job)
         command = [sys.executable, "-m", "torch.distributed.run",  # what `torchrun` runs
                    "--nproc-per-node", str(recipe.world_size), "--local-addr", LOOPBACK,
                    "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{LOOPBACK}:0",  # any free port
                    "-m", __name__, str(job), str(result)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                              text=True, env=_environment(enough), start_new_session=True) as agent:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              env=_environment(on_gpus), start_new_session=True) as agent:
             try:
                 _, errors = agent.communicate(timeout=timeout_s)
             except BaseException as reason:  # an interrupted cell must not leave ranks behind
@@ -158,9 +161,10 @@ def main(job: str, result: str) -> None:
     on_gpus = hardware.device() != "cpu"
     if on_gpus:
         torch.accelerator.set_device_index(rank)
+    batch = {name: tensor.to(hardware.device()) for name, tensor in asked["batch"].items()}
     dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(seconds=60))
     try:
-        updates = {weigh: update(recipe, asked["batch"], weigh, rank) for weigh in WEIGHINGS}
+        updates = {weigh: update(recipe, batch, weigh, rank) for weigh in WEIGHINGS}
         if rank == 0:
             torch.save(updates, result)
     finally:

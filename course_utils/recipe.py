@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple] = {
     "norm": ("stock", "native"),
     "mlp": ("stock", "lean"),
     "adapters": ("stock", "lean"),
+    "rotary": ("stock", "lean"),
     "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
 }
 # field: (smallest, largest); the largest catches a slip of the keyboard, not a real run
@@ -69,7 +70,10 @@ class TrainRecipe:
         norm: "stock" RMSNorm as in transformers, "native" as PyTorch's one fused operation.
         mlp: "stock", or "lean" to keep one tensor less (`lean.SwiGLU`).
         adapters: "stock" as PEFT adds them, "lean" in one product (`lean.use_lean_lora`).
+        rotary: "stock" position embedding, or "lean" with half the memory traffic (`lean.Rotary`).
         optimizer: Name in `CHOICES["optimizer"]`.
+        expandable_segments: Whether CUDA's allocator grows one segment rather than cutting many
+            (PYTORCH_ALLOC_CONF), which leaves fewer holes.
         max_steps: Optimizer steps.
         warmup_fraction: Part of `max_steps` over which the learning rate rises.
 
@@ -104,7 +108,9 @@ class TrainRecipe:
     norm: Literal["stock", "native"] = "stock"
     mlp: Literal["stock", "lean"] = "stock"
     adapters: Literal["stock", "lean"] = "stock"
+    rotary: Literal["stock", "lean"] = "stock"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "paged_adamw_8bit"
+    expandable_segments: bool = False
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -130,7 +136,7 @@ class TrainRecipe:
                 raise ValueError(f"{field} must be a number from 0 to {high:g}, got {value!r}; "
                                  "see TrainRecipe's defaults")
         for field in ("double_quant", "kbit_upcast", "padded", "offload_checkpoints",
-                      "keep_attention"):
+                      "keep_attention", "expandable_segments"):
             if not isinstance(value := getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False, got {value!r}; drop the quotes "
                                  "or the number")

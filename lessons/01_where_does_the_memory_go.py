@@ -43,6 +43,7 @@ from course_utils import exercises_01 as exercises, figures, hardware, qlora, wi
 from course_utils.block import boundary_bytes, count_block, weight_bytes
 from course_utils.checks import show_prediction
 from course_utils.fake import fake_model, fake_tensors
+from course_utils.forecast import forecast
 from course_utils.ledger import MemoryLedger
 from course_utils.recipe import TrainRecipe
 from course_utils.units import MIB, show_bytes
@@ -55,8 +56,9 @@ print(hardware.describe(hardware.detect()))
 # memory depends on shapes, not on words.
 #
 # The `MemoryLedger` watches each operation and books every tensor's storage, from its first byte to
-# its last reference. What it wraps is the loop that you know. "Counted" below is the ledger's word;
-# "measured" is the GPU's own, where there is one.
+# its last reference. What it wraps is the loop that you know. Of the lines below, "counted" is the
+# ledger's and "measured" the GPU's own, where there is one. "Forecast" needs neither: it runs the
+# step on tensors that have shapes and no numbers, as your GPU would, or a T4.
 
 # %% tags=["setup"]
 recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, lora_dropout=0,
@@ -84,10 +86,12 @@ def two_steps(recipe, budget_bytes=None):
 predicted_peak = ...
 
 # %% tags=["run"]
-hardware.reset_peak()
+before = hardware.reset_peak()
 full = two_steps(recipe)
-measured = hardware.peak_allocated_bytes()
-show_prediction(predicted_peak, counted=full.peak_bytes, measured=measured)
+measured = hardware.peak_allocated_bytes(above=before)
+step = forecast(recipe, hardware.detect() or hardware.T4)
+show_prediction(predicted_peak, forecast=step.peak_allocated_bytes, counted=full.peak_bytes,
+                measured=measured)
 
 # %% tags=["run"]
 figures.memory_over_time(full, "two training steps, all weights trained")
@@ -98,8 +102,8 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # descends: it uses them up, last layer first, and leaves gradients. The **optimizer step**
 # creates Adam's two averages, once; they never go away. So the second step starts higher than the
 # first, and the peak belongs to the *second* step: whoever probes a batch size without an
-# optimizer step probes too low. (On a GPU, "measured" is higher than "counted" by cuBLAS's
-# workspaces and the allocator's rounding.)
+# optimizer step probes too low. (A GPU needs more than the tensors counted here: cuBLAS's
+# workspaces and the allocator's rounding, which the forecast knows.)
 #
 # Now the folklore: "gradients are as large as the weights, Adam's state is twice that".
 

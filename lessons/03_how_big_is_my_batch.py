@@ -334,12 +334,12 @@ predicted_fraction = ...
 
 # %% tags=["run"]
 at_once = two_updates(replace(recipe, micro_batch_size=32, gradient_accumulation_steps=1))
-hardware.reset_peak()
+before = hardware.reset_peak()
 in_parts = two_updates(recipe)
 show_prediction(predicted_fraction, show="{:.3f} of the peak".format,
                 counted=in_parts.peak_bytes / at_once.peak_bytes)
-print("2 x 16, counted:", show_bytes(in_parts.peak_bytes), "· by the GPU:",
-      show_bytes(hardware.peak_allocated_bytes()))
+print("2 x 16, counted: ", show_bytes(in_parts.peak_bytes))
+print("2 x 16, measured:", show_bytes(hardware.peak_allocated_bytes(above=before)))
 
 # %% tags=["run"]
 figures.compare({"32 x 1": at_once, "2 x 16": in_parts}, title="at the peak of two updates")

@@ -261,9 +261,9 @@ predicted_fraction = ...
 
 # %% tags=["run"]
 full = two_steps(recipe)
-hardware.reset_peak()
+before = hardware.reset_peak()
 half = two_steps(mixed)
-measured = hardware.peak_allocated_bytes()
+measured = hardware.peak_allocated_bytes(above=before)
 show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
                 counted=half.peak_bytes / full.peak_bytes)
 print("with autocast, counted: ", show_bytes(half.peak_bytes))

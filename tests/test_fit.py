@@ -1,6 +1,7 @@
 """What fits and what each change is worth, against exhaustive search and measured speeds."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -37,16 +38,16 @@ def test_fit_finds_what_exhaustive_search_finds(recipe, small_gpu):
     assert best.forecast.fits and best.forecast.margin_bytes >= 0
     assert best.recipe.effective_batch_size == 4
     fastest = 0.0
-    for micro in (1, 2, 4):
-        for k in (0, 1, 2):
-            for loss in ("full", "chunked"):
-                for attention in ("stock", "explicit_kv"):
-                    candidate = dataclasses.replace(
-                        recipe, micro_batch_size=micro, gradient_accumulation_steps=4 // micro,
-                        checkpointed_layers=k, loss=loss, attention=attention)
-                    f = forecast(candidate, small_gpu)
-                    if f.margin_bytes >= 0:
-                        fastest = max(fastest, tokens_per_second(candidate, f))
+    for micro, k, loss, attention, keep in itertools.product(
+            (1, 2, 4), (0, 1, 2), ("full", "lean"), ("stock", "explicit_kv"), (False, True)):
+        if k or not keep:
+            candidate = dataclasses.replace(
+                recipe, micro_batch_size=micro, gradient_accumulation_steps=4 // micro, loss=loss,
+                checkpointed_layers=k, attention=attention, keep_attention=keep,
+                expandable_segments=True)
+            f = forecast(candidate, small_gpu)
+            if f.margin_bytes >= 0:
+                fastest = max(fastest, tokens_per_second(candidate, f))
     assert best.tokens_per_second == pytest.approx(fastest, rel=0.01)
 
 

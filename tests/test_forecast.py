@@ -138,7 +138,10 @@ def test_few_layers_give_every_event_of_many(tmp_path, model, changes, layers, c
 
     assert list(events(deep)) == list(events(whole))
     assert deep.marks == whole.marks
-    assert sum(flops for _, flops, _ in deep.work) == sum(flops for _, flops, _ in whole.work)
+    (operations, flops), (expected, all_flops) = (
+        [sum(work[part] for work in stream.work) for part in (1, 2)] for stream in (deep, whole))
+    assert flops == all_flops
+    assert operations == pytest.approx(expected, rel=0.03)  # the optimizer's are of no layer
 
 
 def test_layers_that_differ_are_not_repeated():

@@ -253,7 +253,17 @@ def test_on_cuda_the_peak_is_max_memory_allocated_up_to_cublas_workspaces(checkp
             model(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad()
     assert workspaces in (hardware.detect().workspace_bytes * n for n in (1, 2))
-    # log-softmax backward holds one temporary of its output's size inside the kernel
-    hidden_temporary = ids.numel() * 32000 * 4
-    difference = requested("peak") - workspaces - ledger.report().peak_bytes
-    assert difference in (0, hidden_temporary)
+    assert requested("peak") - workspaces == peak_with_softmax_backward(ledger)
+
+
+def peak_with_softmax_backward(ledger):
+    """The ledger's peak, if softmax backward holds a second tensor of its result's size.
+
+    That one lives and dies inside the CUDA kernel, so it lifts that moment alone.
+    """
+    report = ledger.report()
+    lifted = [sum(live[event + 1] for live in report.timeline.values())
+              + ledger._blocks[block].n_bytes
+              for event, (sign, block, _) in enumerate(ledger._events) if sign > 0
+              and ledger._blocks[block].operation.startswith("_softmax_backward_data")]
+    return max([report.peak_bytes, *lifted])

@@ -6,10 +6,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from course_utils import levers, qlora
+from course_utils import lean, levers, qlora
 from course_utils.ledger import MemoryLedger
+from course_utils.memory_report import tensors_in
 from course_utils.recipe import TrainRecipe
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 256,
@@ -26,9 +34,11 @@ LEVERS = {
     "lean loss": {"loss": "lean", "loss_chunk_tokens": 20},
     "lean mlp": {"mlp": "lean"},
     "lean adapters": {"adapters": "lean"},
+    "lean rotary": {"rotary": "lean"},
     "attention kept": {"checkpointed_layers": "all", "keep_attention": True},
     "everything": {"attention": "explicit_kv", "loss": "lean", "norm": "native", "mlp": "lean",
-                   "adapters": "lean", "checkpointed_layers": 2, "keep_attention": True},
+                   "adapters": "lean", "rotary": "lean", "checkpointed_layers": 2,
+                   "keep_attention": True},
     "checkpoints on the host": {"checkpointed_layers": "all", "offload_checkpoints": True},
 }
 STOCK = TrainRecipe(base="float32", lora_dropout=0.0, checkpointed_layers=0, sequence_length=SEQ)
@@ -189,6 +199,44 @@ def test_kept_attention_is_not_computed_again():
     assert (kernels(False), kernels(True)) == (8, 4)  # 4 layers
 
 
+def test_lean_rotary_turns_a_part_of_each_head_as_phi_wants():
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(Phi3Config(**SIZES, partial_rotary_factor=0.75, pad_token_id=0,
+                                       bos_token_id=1, eos_token_id=2))
+    results = []
+    for change in (lambda model: None, lean.use_lean_rotary):
+        change(model)
+        model.zero_grad()
+        model(**batch()).loss.backward()
+        results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    stock, ours = results
+    assert (ours - stock).norm() <= 1e-5 * stock.norm()
+
+
+def test_lean_rotary_moves_half_the_bytes():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    class Traffic(TorchDispatchMode):
+        n_bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if not func.is_view:
+                self.n_bytes += sum(t.nbytes for t in tensors_in((args, result)))
+            return result
+
+    def moved(turn):
+        query, key = (torch.randn(2, 32, heads, 16).transpose(1, 2).requires_grad_()
+                      for heads in (4, 2))
+        angles = torch.randn(2, 32, 8).repeat(1, 1, 2)
+        cos, sin, grads = angles.cos(), angles.sin(), (query.clone(), key.clone())
+        with Traffic() as traffic:
+            torch.autograd.backward(turn(query, key, cos, sin), grads)
+        return traffic.n_bytes
+
+    assert moved(lean.apply_rotary) < 0.6 * moved(apply_rotary_pos_emb)
+
+
 def test_lean_adapters_step_aside_when_adapters_are_off():
     model = build(dataclasses.replace(STOCK, adapters="lean")).eval()
     inputs = {"input_ids": batch()["input_ids"]}
@@ -219,3 +267,20 @@ def test_explicit_kv_runs_on_the_memory_efficient_kernel():
         levers.explicit_kv_attention(None, query, key, key, None)
         with pytest.raises(RuntimeError):
             torch.nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 on a GPU has a noise of its own")
+@pytest.mark.parametrize("lever", LEVERS)
+def test_lever_in_float16_is_as_near_to_float32_as_the_stock_path(lever):
+    def gradients(recipe):
+        model, inputs = build(recipe).cuda(), {n: t.cuda() for n, t in batch().items()}
+        with torch.autocast("cuda", torch.float16, enabled=recipe.amp_dtype is not None):
+            loss = qlora.compute_loss(model, inputs, recipe)
+        (loss * 1024).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    exact = gradients(STOCK)
+    half = dataclasses.replace(STOCK, amp_dtype="float16")
+    noise = (gradients(half) - exact).norm()
+    error = (gradients(dataclasses.replace(half, **LEVERS[lever])) - exact).norm()
+    assert 0 < noise < 0.01 * exact.norm() and error < 2 * noise

@@ -34,7 +34,7 @@ WRONG += [(field, value) for field, high in recipe.FRACTIONS.items()
           for value in (-0.1, high * 1.01, "0.1", float("nan"), None)]
 WRONG += [(field, "no such thing") for field in recipe.CHOICES]
 WRONG += [(field, 1) for field in ("double_quant", "kbit_upcast", "padded", "offload_checkpoints",
-                                    "keep_attention")]
+                                    "keep_attention", "expandable_segments")]
 WRONG += [("model", "no such thing"), ("model", 7), ("lora_rank", 0), ("lora_rank", "16"),
           ("lora_rank", None), ("lora_targets", ()), ("lora_targets", "q_proj"),
           ("lora_targets", ("q_proj", 3)), ("lora_dropout", 1), ("checkpointed_layers", -1),

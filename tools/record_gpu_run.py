@@ -4,10 +4,11 @@
 
 Each row is a recipe run through `training.QLoRATrainer` in a process of its own, one after the
 other: random weights at the real shapes (memory and speed do not depend on values), full-length
-sequences, T4 kernels and, unless a row says otherwise, the T4's memory limit; the allocator has
-expandable segments. Speed is the median of the steps after the second; peaks are the highest of all
-steps but the first two. The file is written again after every row, and rows of groups that were not
-asked for stay as they were.
+sequences, T4 kernels and, unless a row says otherwise, the T4's memory limit. Speed is the median
+of the steps after the second; peaks are the highest of all steps but the first two. Beside each
+peak stands its forecast, made at the end without the GPU. The group "lessons" executes every
+lesson headlessly on the emulated T4. The file is written again after every row, and rows of groups
+that were not asked for stay as they were.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-from course_utils.hardware import T4  # noqa: E402
+from course_utils.hardware import EMULATE_VARIABLE, H200, T4  # noqa: E402
 from course_utils.recipe import TrainRecipe  # noqa: E402
 from tools.measure_steps import answer, in_child, storage, versions, write_checkpoint  # noqa: E402
 
 LLAMA8, LLAMA1, PHI, QWEN = "llama-3.1-8b", "llama-3.2-1b", "phi-4-mini", "qwen3-1.7b"
 FUSED = ("qkv_proj", "o_proj")
+# This card's speed, a T4's memory and kernels: what `fit` is asked about.
+CARD = dataclasses.replace(H200, name="H200 as a T4", total_bytes=T4.total_bytes,
+                           context_bytes=T4.context_bytes, flash_attention=False)
 USUAL = TrainRecipe(model=LLAMA8, amp_dtype="float16", sequence_length=2048, micro_batch_size=4,
                     max_steps=6, warmup_fraction=0.0, seed=0)
 LADDER = (  # each rung keeps the ones before it
@@ -44,6 +48,8 @@ LADDER = (  # each rung keeps the ones before it
     ("native RMSNorm", {"norm": "native"}),
     ("loss with its gradient", {"loss": "lean"}),
     ("adapters in one product", {"adapters": "lean"}),
+    ("lean rotary embedding", {"rotary": "lean"}),
+    ("expandable segments", {"expandable_segments": True}),
     ("lean MLP", {"mlp": "lean"}),
     ("checkpoints on the host", {"offload_checkpoints": True}),
 )
@@ -66,13 +72,18 @@ def ladder() -> list[dict]:
 
 
 def fitted() -> list[dict]:
-    """Effective batch 8 on a T4, the ways that fit; 50 steps with the fastest."""
+    """Effective batch 8 on a T4: what `fit` picks, for 50 steps, and its neighbours."""
+    from course_utils.fit import fit
+
+    start = dataclasses.replace(USUAL, gradient_accumulation_steps=2)
+    best = fit(dataclasses.replace(start, **LEAN), CARD).recipe
     rows = [row("fit", "the usual recipe", limited=False, gradient_accumulation_steps=2)]
+    rows.append(rows[0] | {"name": "what fit picks", "limited": True, "recipe":
+                           dataclasses.asdict(dataclasses.replace(best, max_steps=50))})
     return rows + [
         row("fit", f"micro batch {size}, {k} layers checkpointed", micro_batch_size=size,
-            gradient_accumulation_steps=8 // size, checkpointed_layers=k,
-            max_steps=50 if size == 2 and k == 16 else 6, **LEAN)
-        for size, k in ((1, 0), (1, 8), (2, 16), (2, 20), (4, 26), (4, "all"))]
+            gradient_accumulation_steps=8 // size, checkpointed_layers=k, **LEAN)
+        for size, k in ((1, 0), (2, 18), (4, 26), (4, "all"))]
 
 
 def menu() -> list[dict]:
@@ -80,9 +91,10 @@ def menu() -> list[dict]:
     for model, targets in ((LLAMA1, USUAL.lora_targets), (QWEN, USUAL.lora_targets), (PHI, FUSED)):
         which = {"model": model, "lora_targets": targets}
         rows.append(row("menu", f"{model}, usual", limited=False, **which))
-        for size in (4, 8, 16, 24):
+        for size in (4, 8, 16):
             rows.append(row("menu", f"{model}, ours, micro batch {size}",
                             **which | OURS | {"micro_batch_size": size}))
+        rows.append(row("menu", f"{model}, ours, largest micro batch", **which | OURS))
     return rows
 
 
@@ -98,6 +110,17 @@ def matmul() -> list[dict]:
     return [{"group": "matmul", "name": name} for name in ("float32", "float16", "bfloat16")]
 
 
+def launch() -> list[dict]:
+    """A step so small that Python's pace of launching operations is the only thing to see."""
+    return [row("launch", "8B, 1 x 64 tokens", model=LLAMA8, micro_batch_size=1, max_steps=20,
+                **LEAN | {"sequence_length": 64, "checkpointed_layers": 0})]
+
+
+def lessons() -> list[dict]:
+    return [{"group": "lessons", "name": script.stem} for script in sorted(
+        (ROOT / "lessons").glob("[0-9][0-9]_*.py"))]
+
+
 def curves() -> list[dict]:
     """The same data and seed, 50 steps: the levers change the memory, not the training."""
     common = {"micro_batch_size": 1, "max_steps": 50, "lora_dropout": 0.0, "limited": False,
@@ -107,7 +130,11 @@ def curves() -> list[dict]:
 
 
 GROUPS = {"ladder": ladder, "fit": fitted, "curves": curves, "checkpointing": checkpointing,
-          "matmul": matmul, "menu": menu}
+          "matmul": matmul, "menu": menu, "launch": launch, "lessons": lessons}
+
+
+def list_rows(group: str, pipe) -> None:
+    pipe.send(GROUPS[group]())
 
 
 class Sequences:
@@ -142,32 +169,91 @@ def train_row(spec: dict, source: str, pipe) -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     gpu = T4 if spec["limited"] else dataclasses.replace(T4, total_bytes=total)
     steps: list[dict] = []
+    found: dict = {}
     try:
         with hardware.emulate(gpu), tempfile.TemporaryDirectory() as folder:
             base = qlora.load_base(recipe, source)
             torch.manual_seed(recipe.seed)
             model = qlora.apply_levers(qlora.add_adapters(base, recipe), recipe)
+            if "largest" in spec["name"]:
+                recipe = largest(recipe, model)
+                found["recipe"] = dataclasses.asdict(recipe)
             trainer = training.QLoRATrainer(
                 recipe, model, Sequences(recipe, model.config.vocab_size),
                 SimpleNamespace(pad_token_id=0), Path(folder), on_step=steps.append,
                 save_strategy="no", remove_unused_columns=False)
             trainer.data_collator = collate
             trainer.train()
-        outcome = "trained"
+        found["outcome"] = "trained"
     except torch.OutOfMemoryError as error:
-        outcome = "out of memory: " + str(error).split(". GPU")[0]
+        found["outcome"] = "out of memory: " + str(error).split(". GPU")[0]
     except BaseException as error:  # the row's own record of what went wrong
         pipe.send({"error": f"{type(error).__name__}: {error}"})
         return
     measured = steps[2:] or [{}]
     speeds = [step["tokens_per_second"] for step in measured if step]
-    pipe.send({
-        "outcome": outcome, "steps": len(steps),
+    pipe.send(found | {
+        "steps": len(steps),
         "peak_allocated_bytes": max((s["peak_allocated_bytes"] for s in measured if s),
                                     default=None),
         "peak_reserved_bytes": max((s["peak_reserved_bytes"] for s in measured if s), default=None),
         "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "losses": [round(step["loss"], 5) for step in steps]})
+
+
+def largest(recipe: TrainRecipe, model) -> TrainRecipe:
+    """The recipe with the largest micro batch that this GPU, as it is limited, can train."""
+    import gc
+
+    import torch
+
+    from course_utils import batching, qlora
+
+    scaler = torch.amp.GradScaler("cuda")
+    model.train()
+
+    def backward(size: int) -> None:
+        ids = torch.randint(10, 1000, (size, recipe.sequence_length), device="cuda")
+        with torch.autocast("cuda", torch.float16):
+            loss = qlora.compute_loss(model, {"input_ids": ids, "labels": ids}, recipe)
+        scaler.scale(loss).backward()
+
+    optimizer = qlora.build_optimizer(model, recipe)
+    size = batching.largest_micro_batch(backward, model, optimizer).micro_batch_size
+    del optimizer
+    gc.collect()
+    torch.cuda.empty_cache()
+    return dataclasses.replace(recipe, micro_batch_size=size)
+
+
+def run_lesson(spec: dict) -> dict:
+    """Execute a lesson as on a T4; what each cell printed beside "measured" goes into the row."""
+    from tools.notebooks import LESSONS, LessonError, execute, from_script, lesson_scripts
+
+    notebook = from_script(lesson_scripts([spec["name"][:2]])[0])
+    os.environ[EMULATE_VARIABLE] = "T4"
+    start = time.monotonic()
+    try:
+        execute(notebook, LESSONS)
+    except LessonError as error:
+        return {"error": str(error)[-1000:]}
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    printed = [output.text.strip() for cell in cells for output in cell.outputs
+               if output.get("text") and "measured" in output.text]
+    return {"outcome": "executed", "seconds": round(time.monotonic() - start, 1),
+            "cells": len(cells), "measured": printed}
+
+
+def add_forecasts(rows: list[dict]) -> None:
+    """Put beside every measured peak what a T4 with this much memory was forecast to need."""
+    from course_utils.forecast import forecast
+
+    for spec in rows:
+        if "recipe" in spec:
+            said = forecast(recipe_of(spec), T4)
+            spec["forecast"] = {"peak_allocated_bytes": said.peak_allocated_bytes,
+                                "peak_reserved_bytes": said.peak_reserved_bytes,
+                                "fits": said.fits}
 
 
 def time_product(spec: dict, pipe) -> None:
@@ -206,25 +292,35 @@ def main() -> None:
         "versions": versions(), "date": datetime.date.today().isoformat(),
         "protocol": " ".join(__doc__.split("\n\n", 2)[2].split()),
         "rows": [r for r in old if r["group"] not in options.groups]}
-    specs = [spec for group in options.groups for spec in GROUPS[group]()]
+    specs = [spec for group in options.groups
+             for spec in answer(*in_child(context, list_rows, group))]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         for number, spec in enumerate(specs, 1):
             title = f"{number}/{len(specs)} {spec['group']}: {spec['name']}"
             if spec["group"] == "matmul":
                 found = answer(*in_child(context, time_product, spec))
-                print(title, found, flush=True)
+            elif spec["group"] == "lessons":
+                found = run_lesson(spec)
             else:
                 key = (spec["recipe"]["model"], storage(spec))
                 if checkpoint != key:
                     source, checkpoint = write_checkpoint(Path(folder), *key), key
                 found = answer(*in_child(context, train_row, spec, str(source)))
-                peak = found.get("peak_allocated_bytes")
-                print(title, found.get("error") or found["outcome"],
-                      f"{peak / 2**30:.2f} GiB, {found['tokens_per_second']:.0f} tok/s"
-                      if peak else "", flush=True)
+            peak = found.get("peak_allocated_bytes")
+            print(title, f"{peak / 2**30:.2f} GiB, {found['tokens_per_second']:.0f} tok/s"
+                  if peak else {k: v for k, v in found.items() if k != "losses"}, flush=True)
             record["rows"].append(spec | found)
-            options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            save(record, options.out)
+    add_forecasts(record["rows"])
+    save(record, options.out)
+
+
+def save(record: dict, path: Path) -> None:
+    """Write beside the old file first, so that an interruption leaves a whole one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 if __name__ == "__main__":
