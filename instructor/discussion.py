@@ -1,6 +1,6 @@
-"""The page for the discussion: each lesson's "Try with AI", with the numbers of a right answer.
+"""The page for the meeting: each lesson's minutes, and its "Try with AI" with the right answer.
 
-    python -m instructor.discussion --out build/try_with_ai.md
+    python -m instructor.discussion --out build/meeting.md
 
 Prompts, answers and numbers are those of the committed lessons, so they are always the course's
 own. What to make of them in class is in `instructor/README.md`.
@@ -36,33 +36,54 @@ def section(notebook: dict) -> Iterator[str]:
             yield f"```text\n{printed.rstrip()}\n```"
 
 
+def timing(notebook: dict) -> str:
+    """A row of the table of minutes: the lesson, its minutes, its exercises with theirs.
+
+    Raises:
+        ValueError: The lesson does not say how long it takes.
+    """
+    text = "\n".join("".join(cell["source"]) for cell in notebook["cells"]
+                     if cell["cell_type"] == "markdown")
+    title = re.search(r"^# (.+)$", text, re.M)[1]
+    if not (minutes := re.search(r"\*\*(\d+) min\*\*", text)):
+        raise ValueError(f"lesson {title!r} must say '**45 min**' or so at its top, got no "
+                         "minutes; add them")
+    exercises = re.findall(r"^## Exercise (\S+) · (.+)\n+\*(\w+), (\d+) minutes", text, re.M)
+    listed = "; ".join(f"{number} {name}: {took} ({level.lower()})"
+                       for number, name, level, took in exercises)
+    return f"| {title} | {minutes[1]} | {listed} |"
+
+
 def page(lessons: Path = LESSONS) -> str:
     """The page as Markdown, one heading per lesson.
 
     Raises:
         ValueError: A lesson has no such section, or it has not been executed.
     """
-    parts = ["# Try with AI: prompts and right answers"]
+    parts, rows = [], []
     for path in sorted(lessons.glob("[0-9][0-9]_*.ipynb")):
         notebook = json.loads(path.read_text("utf-8"))
-        title = re.search(r"^# (.+)$", "".join(notebook["cells"][0]["source"]), re.M)[1]
+        rows.append(timing(notebook))
+        title = rows[-1].split(" | ")[0].removeprefix("| ")
         found = list(section(notebook))
         if not found or "```text\n\n```" in found:
             raise ValueError(f"{path.name} must have a section {SECTION!r} with printed numbers, "
                              "got none; execute the lesson")
         parts += [f"## {title}", *found]
-    return "\n\n".join(parts) + "\n"
+    table = ["| lesson | minutes | its exercises, in minutes |", "|---|---|---|", *rows]
+    return "\n\n".join(["# For the meeting", "## Timing", "\n".join(table),
+                        "# Try with AI: prompts and right answers", *parts]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m instructor.discussion",
-                                     description="Write the page for the discussion.")
+                                     description="Write the page for the meeting.")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
     out = parser.parse_args(arguments).out
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(), "utf-8")
-    print(f"prompts and right answers in {out}")
+    print(f"minutes, prompts and right answers in {out}")
     return 0
 
 
