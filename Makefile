@@ -5,9 +5,10 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
-READY := .venv/ready-$(shell cat requirements.txt constraints.txt pyproject.toml | cksum | tr ' ' -)
+READY := .venv/ready-$(shell cat requirements.txt $(CONSTRAINTS) pyproject.toml | cksum | tr ' ' -)
 
 .PHONY: help lessons test lab execute stamp test-colab lint bench assignment release clean
 lessons test execute stamp lint bench: export HF_HUB_OFFLINE := 1

@@ -6,9 +6,13 @@ torch.
 """
 
 import logging
+import os
 
 # On some CPUs bitsandbytes reports a missing optional kernel when transformers imports it; the
 # stored outputs of lessons would differ from machine to machine.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# The hub's client counts who uses it unless it is told not to; a learner's own choice stands.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
