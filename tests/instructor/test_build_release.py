@@ -35,9 +35,13 @@ def test_archive_keeps_content_and_modes(archive):
         ci = packed.getinfo(f"{FOLDER}.ci/run")
         assert ci.external_attr >> 16 == 0o100755
         assert packed.getinfo(f"{FOLDER}README.md").external_attr >> 16 == 0o100644
-        committed = subprocess.run(["git", "show", "HEAD:README.md"], cwd=ROOT,
-                                   capture_output=True, check=True).stdout
-        assert packed.read(f"{FOLDER}README.md") == committed
+        for name in ("requirements.txt", "lessons/01_where_does_the_memory_go.ipynb"):
+            committed = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT,
+                                       capture_output=True, check=True).stdout
+            assert packed.read(FOLDER + name) == committed
+        readme = packed.read(f"{FOLDER}README.md").decode()
+    assert "](lessons)" in readme
+    assert "](instructor" not in readme
 
 
 def test_same_commit_same_bytes(archive, tmp_path):
