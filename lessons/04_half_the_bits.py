@@ -183,7 +183,8 @@ for name, on_a_gpu in on_gpu.items():
 #
 # - **products** go down to 16 bits: tensor cores are fast there, and add up in float32 inside;
 # - **sums over many numbers and steep functions** go up to float32 on a GPU: softmax, norms, exp,
-#   losses. The CPU's list trusts 16 bits more, so a model can behave differently there;
+#   losses. (`rms_norm` joined after torch 2.11, so where that runs, its float16 stays float16.)
+#   The CPU's list trusts 16 bits more, so a model can behave differently there;
 # - **the rest takes what comes**, and float32 wins where two formats meet.
 #
 # [`aten/src/ATen/autocast_mode.h`] And what is there to cast, in a real step of our model?

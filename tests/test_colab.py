@@ -7,6 +7,7 @@ what it was asked for, a repository on this disk. `make test-colab` does it with
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -181,6 +182,17 @@ PROBE["frozen"].append(PROBE["frozen"][1])
 def test_leg_judges_what_the_cell_did(change, complaint, tmp_path):
     found = colab_leg.complaints(PROBE | change, Path("/content"), NOW)
     assert found == [] if complaint is None else complaint in " ".join(found)
+
+
+def test_leg_expects_on_colab_what_the_lessons_say_there(tmp_path):
+    shutil.copytree(LESSONS, tmp_path / "course" / "lessons")
+    for script in SCRIPTS:
+        copied = nbformat.read(colab_leg.as_on_colab(script.stem, tmp_path), as_version=4)
+        ours = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+        changed = [cell.source for cell, other in zip(ours.cells, copied.cells, strict=True)
+                   if cell != other]  # fmt: skip
+        assert changed[0] == NOW.setup
+        assert len(changed) == 1 + len(colab_leg.OTHERWISE.get(script.stem, {})), script.stem
 
 
 def test_leg_writes_the_record_that_is_committed(tmp_path):
