@@ -49,7 +49,13 @@ public cases and says in a sentence what is wrong. Grading adds cases with numbe
 alone, so write the rule, not the number. Keep the functions' names and arguments; add cells and
 functions of your own as you like. Plain Python is enough.
 
-{points} points, about {minutes} minutes. First put your student id between the quotes:"""
+{points} points, about {minutes} minutes. {id}"""
+YOUR_ID = "First put your student id between the quotes:"
+THEIR_ID = "This notebook is yours: your id and your numbers are in it already."
+HAND_IN = """## Hand in
+Run all cells once more, from the top: every check should say "Right". Then save, and hand in this
+file as it is, with its name. (On Colab: *File > Download > Download .ipynb*.) Unfinished is better
+than nothing: each case counts."""
 
 
 def student_notebook(assignment: Assignment, own: Numbers | None = None) -> NotebookNode:
@@ -95,6 +101,8 @@ def _notebook(assignment: Assignment, own: Numbers | None, *, key: bool) -> Note
         raise ValueError(f"{assignment.name}.py must have a cell tagged exercise for each "
                          f"exercise, got none for {', '.join(exercises)}; add them")
     cells[1:1] = _front(assignment, own)
+    if not key:
+        cells.append(new_markdown_cell(HAND_IN))
     for index, cell in enumerate(cells):
         cell.id = hashlib.sha256(f"{assignment.name} {index}".encode()).hexdigest()[:8]
     notebook = new_notebook(cells=cells, metadata=METADATA)
@@ -111,7 +119,8 @@ def _front(assignment: Assignment, own: Numbers | None) -> list[NotebookNode]:
     } for exercise in assignment.exercises}
     folded = {"tags": ["setup"], "cellView": "form", "jupyter": {"source_hidden": True}}
     return [
-        new_markdown_cell(HOW.format(points=show_points(assignment.points), minutes=minutes)),
+        new_markdown_cell(HOW.format(points=show_points(assignment.points), minutes=minutes,
+                                     id=THEIR_ID if own else YOUR_ID)),
         new_code_cell("STUDENT_ID = "
                       + json.dumps(own.student_id if own else "...", ensure_ascii=False),
                       metadata={"tags": ["setup"]}),
@@ -130,18 +139,25 @@ def self_check_source() -> str:
 
 def public_cases(exercise: Exercise, own: Numbers) -> list[dict]:
     """What the self-check gets: the cases whose numbers a student may see, as JSON."""
-    fields = ("arguments", "expected", "rel_tolerance", "mistakes", "oracle", "most_questions",
-              "knows")
+    fields = ("name", "arguments", "expected", "rel_tolerance", "mistakes", "oracle",
+              "most_questions", "knows")
     shown = [{name: getattr(case, name) for name in fields} for case in exercise.cases(own)
              if not case.hidden]
     return json.loads(json.dumps(shown))
 
 
 def _heading(number: int, exercise: Exercise, cases: Sequence[dict]) -> str:
-    call = selfcheck.show_call(exercise.function, cases[0])
-    return (f"## {number} · {exercise.title}\n"
-            f"*{show_points(exercise.points)} points, {exercise.minutes} minutes. Background: "
-            f"{exercise.reread}.* For example, `{call}` gives `{cases[0]['expected']!r}`.\n\n")
+    lines = [f"## {number} · {exercise.title}",
+             f"*{show_points(exercise.points)} points, {exercise.minutes} minutes. Background: "
+             f"{exercise.reread}.*",
+             f"For example, `{_call(exercise, cases[0])}` gives `{cases[0]['expected']!r}`."]
+    yours = [f"{case['name'][0].upper()}{case['name'][1:]}: `{call}`." for case in cases
+             if case["name"].startswith("your") and len(call := _call(exercise, case)) < 120]
+    return "\n".join([*lines, *yours]) + "\n\n"
+
+
+def _call(exercise: Exercise, case: dict) -> str:
+    return selfcheck.show_call(exercise.function, case)
 
 
 def _mistakes(exercise: Exercise) -> str:

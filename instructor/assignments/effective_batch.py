@@ -424,8 +424,8 @@ def falling(draw):
 EXERCISES += [exercise(
     learning_rate, title="Warm-up", minutes=8, reread="lesson 03, section 1", rel_tolerance=1e-9,
     ideas=[
-        Idea("the very first update", (0, 1000, 3, 2e-4), 0.25),
         Idea("half-way up", (15, 1000, 3, 2e-4), 0.25),
+        Idea("the very first update", (0, 1000, 3, 2e-4), 0.25),
         Idea("your climb", climbing, 0.5, tells=("counts from 1", "no warm-up",
                                                  "rounds the warm-up down")),
         Idea("your descent", falling, 0.5, tells=("never falls", "no warm-up")),

@@ -16,7 +16,7 @@ from instructor.assignment import ASSIGNMENTS, load, names, numbers
 from instructor.build import answer_key, build, main, student_notebook
 from instructor.roster import file_name, read_roster
 from instructor.rubric import rubric
-from instructor.selfcheck import NOT_ATTEMPTED
+from instructor.selfcheck import NOT_ATTEMPTED, same
 from tools.notebooks import METADATA, ROOT, execute
 
 SECRET = "the instructor's, of this test"
@@ -142,14 +142,16 @@ def test_any_student_id_is_itself_in_the_notebook(student):
     assert namespace["STUDENT_ID"] == student
 
 
-def test_example_in_the_heading_is_right():
-    for cell in student_notebook(load("effective_batch")).cells:
-        for call, result in re.findall(r"For example, `(.+)` gives `(.+)`", cell.source):
-            function = call.split("(")[0]
-            (exercise,) = [e for e in load("effective_batch").exercises if e.function == function]
-            if not exercise.oracles:
-                answer = eval(call, {function: exercise.solution})
-                assert answer == pytest.approx(ast.literal_eval(result), rel=1e-11)
+@pytest.mark.parametrize("name", names())
+def test_example_in_the_heading_is_right(name):
+    assignment = load(name)
+    text = "\n".join(cell.source for cell in student_notebook(assignment).cells)
+    examples = re.findall(r"^For example, `(.+)` gives `(.+)`\.$", text, re.M)
+    assert len(examples) == len(assignment.exercises)
+    for exercise, (call, result) in zip(assignment.exercises, examples, strict=True):
+        if not exercise.oracles:
+            answer = eval(call, {exercise.function: exercise.solution})
+            assert same(answer, ast.literal_eval(result), 1e-11)
 
 
 @pytest.mark.parametrize("name", names())
@@ -244,3 +246,17 @@ def test_build_returns_what_it_wrote(tmp_path):
     written = build("loss_scaling", tmp_path)
     assert all(path.is_file() for path in written)
     assert {path.suffix for path in written} == {".ipynb", ".md"}
+
+
+def test_a_students_own_numbers_stand_in_the_text():
+    own = numbers("effective_batch", "s1", SECRET)
+    text = "\n".join(cell.source for cell in student_notebook(load("effective_batch"), own).cells
+                     if cell.cell_type == "markdown")
+    for exercise in load("effective_batch").exercises[:5]:
+        (case,) = [case for case in exercise.cases(own) if case.name.startswith("your")]
+        arguments = ", ".join(map(repr, case.arguments))
+        assert f": `{exercise.function}({arguments})`." in text
+    assert "your id and your numbers are in it already" in text
+    shared = student_notebook(load("effective_batch"))
+    assert "First put your student id" in shared.cells[1].source
+    assert shared.cells[-1].source.startswith("## Hand in")
