@@ -139,8 +139,9 @@ def console(block: str) -> str:
     """A block of `$ command` lines, each with what it prints now."""
     lines = []
     for command in re.findall(r"^\$ (.+)$", block, re.MULTILINE):
+        here = command.replace(".venv/bin/python", sys.executable)
         done = subprocess.run(
-            ["bash", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+            ["bash", "-c", here], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
         )
         lines += [f"$ {command}", *done.stdout.splitlines()]
     return "".join(f"{line}\n" for line in lines)
