@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 REMEDY = "run `git checkout -- course_utils/data`, or reinstall the package"
 SOURCES = ("bundled", "dolly")
+DOLLY = "databricks/databricks-dolly-15k"
 SPLITS = ("train", "heldout")
 HELDOUT_EVERY = 10  # one prompt in ten is held out
 IGNORED = -100  # the label that torch's cross entropy skips
@@ -76,7 +77,7 @@ def load_instructions(source: str = "bundled", split: str = "train") -> Dataset:
     if source == "bundled":
         rows = _read_examples(DATA / "instructions.jsonl")
     else:
-        hub = load_dataset("databricks/databricks-dolly-15k", split="train")
+        hub = load_dataset(DOLLY, split="train")
         rows = [{"prompt": f"{row['instruction']}\n\n{row['context']}".strip(),
                  "answer": row["response"].strip()} for row in hub if row["response"].strip()]
     return Dataset.from_list([row for row in rows

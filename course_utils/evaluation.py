@@ -5,6 +5,8 @@ Not modelled: sampling (answers are greedy, so that they can be compared), judgi
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,16 @@ class Score:
         return f"{self.structure:.0%} have the structure, {self.correct:.0%} are right"
 
 
+@dataclass(frozen=True)
+class Overlap:
+    """For free text, where no answer is the only right one: mean share of words in common (F1)."""
+
+    correct: float
+
+    def __str__(self):
+        return f"{self.correct:.0%} of the words in common with the expected answers"
+
+
 @torch.no_grad()
 def answer_losses(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecipe) -> list[float]:
     """Loss of each example's answer, in nats per token.
@@ -67,12 +79,13 @@ def autocast(recipe: TrainRecipe) -> torch.autocast:
 
 
 @torch.no_grad()
-def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str],
+def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], recipe: TrainRecipe,
              max_new_tokens: int = 64, micro_batch_size: int = 32) -> list[str]:
     """The model's greedy answer to each prompt, without special tokens.
 
     Args:
         prompts: What the user says; the chat template is added here.
+        recipe: Uses amp_dtype.
         max_new_tokens: Longest answer.
         micro_batch_size: Prompts at once, padded on the left.
     """
@@ -84,23 +97,41 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str],
         texts = [corpus.render_prompt(prompt, tokenizer) for prompt in some]
         batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
                           return_tensors="pt").to(hardware.device())
-        tokens = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=True,
-            do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+        with autocast(recipe):
+            tokens = model.generate(
+                **{name: batch[name] for name in ("input_ids", "attention_mask")}, use_cache=True,
+                do_sample=False, max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id)
         answers += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1]:],
                                           skip_special_tokens=True)
     model.train(training)
     return answers
 
 
-def score(answers: Sequence[str], expected: Sequence[str]) -> Score:
-    """How many answers are tickets, and how many agree with the expected ticket in every field."""
+def score(answers: Sequence[str], expected: Sequence[str]) -> Score | Overlap:
+    """How many answers are tickets and right in every field; for other data, words in common.
+
+    Raises:
+        ValueError: Not one answer for each expected one.
+
+    Source of the F1: Rajpurkar et al. 2016, "SQuAD", section 6.1.
+    """
     if len(answers) != len(expected) or not answers:
         raise ValueError(f"answers must be as many as expected ({len(expected)}, at least 1), got "
                          f"{len(answers)}; generate one answer for each example")
+    pairs = list(zip(answers, expected, strict=True))
+    if any(corpus.parse_answer(text) is None for text in expected):
+        return Overlap(sum(_f1(answer, wanted) for answer, wanted in pairs) / len(pairs))
     structured = [corpus.parse_answer(answer) is not None for answer in answers]
-    right = [corpus.is_correct(a, e) for a, e in zip(answers, expected, strict=True)]
+    right = [corpus.is_correct(answer, wanted) for answer, wanted in pairs]
     return Score(sum(structured) / len(answers), sum(right) / len(answers))
+
+
+def _f1(answer: str, wanted: str) -> float:
+    """Harmonic mean of precision and recall of an answer's words; 0 without one in common."""
+    one, other = (Counter(re.findall(r"\w+", text.lower())) for text in (answer, wanted))
+    common = (one & other).total()
+    return 2 * common / (one.total() + other.total()) if common else 0.0
 
 
 def largest_shift(one: Sequence[float], other: Sequence[float]) -> float:

@@ -82,5 +82,6 @@ def save_merged(model: torch.nn.Module, folder: str | Path) -> int:
 
 def load_merged(recipe: TrainRecipe, folder: str | Path) -> torch.nn.Module:
     """The model of `save_merged`, in the recipe's dtype (float32 on CPU), in eval mode."""
-    plain = replace(recipe, base=recipe.amp_dtype or "float32", lora_rank=None)
+    plain = replace(recipe, base=recipe.amp_dtype or "float32", lora_rank=None,
+                    loss="chunked" if recipe.loss == "lean" else recipe.loss)
     return qlora.load_base(plain, source=str(folder)).to(hardware.device()).eval()

@@ -15,7 +15,8 @@ from . import corpus, evaluation, hardware, qlora
 from .preflight import Finding, Preflight
 from .recipe import TrainRecipe
 
-OVERFIT_STEPS, OVERFIT_RATE = 20, 1e-2
+OVERFIT_STEPS = 60  # at most: it ends as soon as the loss has halved
+OVERFIT_RATE, TIMES_THE_RECIPES = 1e-2, 10  # the smaller of the two rates
 # Kernels that never write the (seq x seq) scores to memory; the last one is the CPU's.
 FUSED = ("flash", "efficient", "cudnn")
 
@@ -60,7 +61,7 @@ def check_gates(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecip
     start, base = _start(model, batch, recipe)
     kernel = attention_kernel(model, batch, recipe)
     finite, norm = _gradients(model, batch, recipe, trainable)
-    last = _overfit(model, batch, recipe)
+    last = _overfit(model, batch, recipe, start / 2)
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(before[name])
@@ -71,7 +72,7 @@ def check_gates(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecip
         Finding("gradients", f"{'finite' if finite else 'not finite'}, norm "
                 f"{'above' if norm > 0 else 'is'} 0", None if finite and norm > 0 else
                 "call enable_input_require_grads, or lower the loss scale"),
-        Finding("overfit", f"one batch, {OVERFIT_STEPS} steps: loss falls by "
+        Finding("overfit", f"one batch, at most {OVERFIT_STEPS} steps: loss falls by "
                 f"{'more' if last < start / 2 else 'less'} than half", None if last < start / 2 else
                 "look at the labels, then at learning_rate and lora_rank"),
         Finding("attention", kernel, "set attention='explicit_kv'" if kernel == "scores" else None),
@@ -95,11 +96,15 @@ def _gradients(model, batch, recipe, trainable) -> tuple[bool, float]:
     return math.isfinite(norm) and all(g is not None for g in grads), norm
 
 
-def _overfit(model, batch, recipe) -> float:
+def _overfit(model, batch, recipe, target: float) -> float:
+    """Loss of one batch, seen again and again, once it is below the target or time is up."""
     model.zero_grad()
+    rate = min(OVERFIT_RATE, TIMES_THE_RECIPES * recipe.learning_rate)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  lr=OVERFIT_RATE, weight_decay=0.0)
+                                  lr=rate, weight_decay=0.0)
     scaler = torch.amp.GradScaler(hardware.device(), enabled=recipe.amp_dtype == "float16")
     for _ in range(OVERFIT_STEPS):
-        loss = qlora.training_step(model, optimizer, [batch], recipe, scaler)
-    return loss.item()
+        loss = qlora.training_step(model, optimizer, [batch], recipe, scaler).item()
+        if loss < target:
+            break
+    return loss

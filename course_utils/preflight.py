@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -123,18 +123,45 @@ def _weights(recipe: TrainRecipe) -> Finding:
     source = shapes.hub_id(recipe.model)
     if Path(source).exists():
         return Finding("weights", "on this disk")
+    return Finding("weights", *{
+        "open": (f"{source}, open to you",),
+        "cached": (f"{source}, downloaded before",),
+        "gated": (f"{source} is gated", "accept its licence on huggingface.co and log in, or take "
+                  "an ungated copy such as unsloth/Llama-3.2-1B-Instruct"),
+        "unknown": (f"{source} is not on the hub", "check the spelling"),
+        "silent": ("the hub does not answer", "check the network, or use model='bundled'"),
+    }[ask_hub(source)])
+
+
+def ask_hub(repository: str, kind: Literal["model", "dataset"] = "model") -> str:
+    """Whether a repository of the hub is to be had, in one request and without a download.
+
+    Returns:
+        "open", "gated", "unknown" or "silent"; for a silent hub "cached" when the weights are here.
+    """
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        huggingface_hub.auth_check(source)
+        huggingface_hub.auth_check(repository, repo_type=kind)
+        return "open"
     except GatedRepoError:
-        return Finding("weights", f"{source} is gated", "accept its licence on huggingface.co and "
-                       "log in, or take an ungated copy such as unsloth/Llama-3.2-1B-Instruct")
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        return Finding("weights", f"the hub does not answer ({type(error).__name__})",
-                       f"check the network and the spelling of {source}, or use model='bundled'")
-    return Finding("weights", f"{source}, open to you")
+        return "gated"
+    except RepositoryNotFoundError:
+        return "unknown"
+    except (*HfHubHTTPError.__bases__, OSError):  # 5xx, no network, HF_HUB_OFFLINE
+        pass  # then what is on this disk decides
+    try:
+        folder = huggingface_hub.snapshot_download(repository, repo_type=kind,
+                                                   local_files_only=True)
+    except LocalEntryNotFoundError:
+        return "silent"
+    return "cached" if list(Path(folder).glob("*.safetensors")) else "silent"
 
 
 # --- what Trainer accepts and should not ----------------------------------------------------------

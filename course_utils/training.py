@@ -2,8 +2,8 @@
 
 `QLoRATrainer` is Trainer with four changes: the loss and the optimizer come from `qlora`, so that
 the forecast and the run are the same code; what would go wrong silently is refused; every step logs
-its speed and memory; checkpoints are whole or not there. `python -m course_utils.training RECIPE
-FOLDER` trains the bundled data in a process of its own.
+its speed and memory; checkpoints are whole or not there. Under torchrun the same class trains on
+several GPUs (`tools/train_many_gpus.py`).
 
 Not modelled: FSDP, DeepSpeed, several GPUs in one process.
 
@@ -17,9 +17,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 
-from . import checkpoints, corpus, hardware, qlora, shapes
+from . import checkpoints, corpus, hardware, qlora
 from .preflight import refuse_silent_failures
 from .recipe import TrainRecipe
 
@@ -63,8 +61,8 @@ def build_model(recipe: TrainRecipe) -> torch.nn.Module:
 
 def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any,
           output_dir: str | Path, *, resume: bool | str | Path = True, stop_at: int | None = None,
-          drive: str | Path | None = None,
-          on_step: Callable[[dict], None] | None = None) -> TrainingRun:
+          drive: str | Path | None = None, on_step: Callable[[dict], None] | None = None,
+          **overrides: Any) -> TrainingRun:
     """Train `model` in place, from the last whole checkpoint if there is one.
 
     Args:
@@ -76,6 +74,7 @@ def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any
             the whole run.
         drive: A mounted folder that gets a copy of each checkpoint.
         on_step: Called with each step's row.
+        overrides: Further TrainingArguments.
 
     Raises:
         ValueError: The recipe and the GPU or the checkpoint do not go together.
@@ -84,7 +83,7 @@ def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any
     """
     output_dir, drive = Path(output_dir), Path(drive) if drive else None
     trainer = QLoRATrainer(recipe, model, rows, tokenizer, output_dir, drive=drive,
-                           stop_at=stop_at, on_step=on_step)
+                           stop_at=stop_at, on_step=on_step, **overrides)
     checkpoint = _checkpoint_to_resume(recipe, output_dir, drive, resume)
     if checkpoint and checkpoints.step_of(checkpoint) >= (stop_at or recipe.max_steps):
         trainer._load_from_checkpoint(str(checkpoint))  # done already
@@ -142,10 +141,35 @@ class QLoRATrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro batch's share of the step's loss: its token losses over all tokens' number."""
         with self.accelerator.autocast():  # a chunked loss does not pass through model.forward
-            loss = qlora.compute_loss(model, inputs, self.recipe, num_items_in_batch)
+            loss = self._through(model)(inputs, self.recipe, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP divides the gradients by it
         return (loss, None) if return_outputs else loss
+
+    def _through(self, model: torch.nn.Module) -> Callable[..., torch.Tensor]:
+        """`qlora.compute_loss` of a model; of a DDP-wrapped one inside the wrapper's forward.
+
+        DDP averages gradients only after a forward of its own: a loss computed beside it would let
+        every process train a model of its own, in silence.
+        """
+        if not isinstance(model, DistributedDataParallel):
+            return functools.partial(qlora.compute_loss, model)
+
+        def loss(*args):
+            inner = model.module
+            plain = inner.forward
+
+            def forward(*arguments):
+                inner.forward = plain  # the full loss calls it
+                return qlora.compute_loss(inner, *arguments)
+
+            inner.forward = forward
+            try:
+                return model(*args)
+            finally:
+                inner.forward = plain
+
+        return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of one micro batch.
@@ -213,38 +237,3 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == self.stop_at:
             control.should_training_stop = True
-
-
-def train_and_kill(recipe: TrainRecipe, output_dir: str | Path, at_step: int) -> int:
-    """Train the bundled data in another process, and SIGKILL it once it has done `at_step` steps.
-
-    Returns:
-        Its exit status: -9 for a process that was killed.
-    """
-    command = [sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(recipe)),
-               str(output_dir)]
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}) as child:
-        for line in child.stdout:
-            if line.startswith(f"step {at_step}:"):
-                child.kill()
-    return child.returncode
-
-
-def main(recipe_json: str, output_dir: str) -> None:
-    """Train the bundled data by a recipe given as JSON, one line a step."""
-    from transformers import AutoTokenizer
-
-    fields = json.loads(recipe_json)
-    if isinstance(fields.get("lora_targets"), list):
-        fields["lora_targets"] = tuple(fields["lora_targets"])
-    recipe = TrainRecipe(**fields)
-    tokenizer = AutoTokenizer.from_pretrained(shapes.hub_id(recipe.model))
-    rows = corpus.encode(corpus.load_instructions(), tokenizer, recipe.sequence_length)
-    train(recipe, build_model(recipe), rows, tokenizer, output_dir,
-          on_step=lambda row: print(f"step {row['step']}: loss {row['loss']:.4f}", flush=True))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -106,7 +106,7 @@ def levers_explorer() -> Explorer:
     def draw(gpu: str, checkpointed: str, **settings: Any) -> Figure:
         names = ("attention", "loss", "norm", "lora_dropout")
         levers = {name: settings.pop(name) for name in names}
-        usual = TrainRecipe(amp_dtype="float16", gradient_accumulation_steps=8, **settings)
+        usual = TrainRecipe(amp_dtype="float16", **settings)
         layers = shapes.config(usual.model).num_hidden_layers
         pulled = replace(usual, **levers, checkpointed_layers=(
             layers // 2 if checkpointed == "half the layers" else "all"))

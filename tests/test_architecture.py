@@ -32,6 +32,7 @@ ARROWS = {
     "lean": "",
     "old_torchao": "",
     "flops": "",
+    "flops": "",
     "qlora": "units hardware shapes recipe levers lean old_torchao",
     "block": "shapes recipe memory_report ledger fake levers qlora",
     "checkpointing": "hardware shapes recipe ledger flops",
@@ -59,6 +60,13 @@ ARROWS = {
     "evaluation": "units hardware recipe corpus qlora",
     "export": "hardware recipe qlora",
     "gates": "hardware recipe corpus qlora preflight evaluation",
+    "random_weights": "shapes",
+    "sources": "hardware shapes corpus preflight random_weights",
+    "survival": "recipe training checkpoints",
+    "usual_recipe": "units hardware recipe forecast",
+    "budget": "units shapes recipe block qlora forecast",
+    "closing_act": "units hardware shapes recipe qlora forecast fit recorded random_weights "
+    "survival training",
     "training": "units hardware shapes recipe ledger corpus levers qlora checkpoints preflight "
     "batching precision evaluation",
 }
@@ -70,6 +78,8 @@ ARROWS |= {
     "figures": COMPUTING,
     "number_figures": "precision figures",
     "batch_figures": "units batching figures",
+    "training_figures": "units hardware figures",
+    "live": "units recipe training_figures",
     "chain_figures": "checkpointing figures",
     "widgets": f"{COMPUTING} figures number_figures batch_figures",
     "__main__": COMPUTING,

@@ -40,9 +40,19 @@ def test_loss_of_each_answer_equals_plain_cross_entropy(model, tokenizer):
 
 def test_batched_generation_equals_one_by_one(model, tokenizer):
     prompts = corpus.load_instructions(split="heldout")["prompt"][:3]
-    together = evaluation.generate(model, tokenizer, prompts, max_new_tokens=12)
-    alone = [evaluation.generate(model, tokenizer, [p], max_new_tokens=12)[0] for p in prompts]
+    together = evaluation.generate(model, tokenizer, prompts, RECIPE, max_new_tokens=12)
+    alone = [evaluation.generate(model, tokenizer, [p], RECIPE, max_new_tokens=12)[0]
+             for p in prompts]
     assert together == alone and all(together) and not any("<|" in text for text in together)
+
+
+def test_free_text_is_scored_by_words_in_common():
+    expected = ["The cat sat on the mat.", "No."]
+    score = evaluation.score(["the cat, the mat!", "Yes"], expected)
+    # 4 words of 4 and 4 of 6 in common: F1 = 2 * 4 / (4 + 6); the other has none
+    assert score.correct == pytest.approx(0.8 / 2)
+    assert "40% of the words in common" in str(score)
+    assert evaluation.score(expected, expected).correct == 1
 
 
 def test_score_counts_structure_and_content_apart():

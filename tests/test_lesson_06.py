@@ -12,14 +12,8 @@ from transformers import AutoTokenizer
 
 from course_utils import corpus, widgets
 from course_utils import exercises_06 as exercises
-from course_utils.recipe import TrainRecipe
-from course_utils.units import MIB
+from course_utils.units import GIB
 from tools.notebooks import LESSONS
-
-RECIPE = TrainRecipe(
-    lora_targets="all-linear", lora_dropout=0.0, micro_batch_size=8, gradient_accumulation_steps=4,
-    sequence_length=128, checkpointed_layers=1, loss="chunked", attention="explicit_kv",
-    norm="native")
 
 
 @pytest.fixture(scope="module")
@@ -50,25 +44,46 @@ def test_training_teaches_the_tickets(shown):
         after).groups())
     assert last <= 0.7 * first and low <= high < -0.3 * first
     assert max(shares(before)) < 10
-    assert min(shares(after)) > 85
+    assert min(shares(after)) > 80
 
 
-def test_the_control_learns_the_layout_at_most(shown):
+def test_the_control_learns_no_tickets(shown):
     control = printed_by(shown, "corpus.shuffled_answers")
     assert shares(control)[1] < 10
 
 
 def test_the_lesson_states_each_promise_as_kept(shown):
-    kept = printed_by(shown, "loss falls by 30 % or more")
-    assert len(re.findall(r": True$", kept, re.MULTILINE)) == 4 and "False" not in kept
-    exact = printed_by(shown, "adapter exact")
-    assert exact.split().count("True") == 3 and "False" not in exact
+    for code, promises in (("below the control beyond chance", 4), ("adapter exact", 3)):
+        kept = printed_by(shown, code)
+        assert len(re.findall(r": +True$", kept, re.MULTILINE)) == promises and "False" not in kept
 
 
 def test_the_killed_run_repeats_the_losses(shown):
     killed = printed_by(shown, "train_and_kill")
     assert "Resuming from checkpoint-3" in killed
-    assert "0 of 7" in killed and "exit status -9" in killed
+    assert "0 of 5" in killed and "exit status -9" in killed
+
+
+def test_a_save_that_dies_spoils_the_usual_file_and_not_ours(shown):
+    assert "OutOfMemoryError" in printed_by(shown, 'torch.save, state, "last.pt"')
+    ours = printed_by(shown, "survival.save_whole")
+    assert "checkpoint-67 was not written" in ours and "checkpoint-66 is whole" in ours
+
+
+def test_the_budgets_in_circulation_are_judged(shown):
+    said = printed_by(shown, "budget.CIRCULATING")
+    assert said.count("missing in the budget") == 2
+    assert "19.28 GiB   1.5 times the claim" in said and "22.66 GiB   3.5 times the claim" in said
+
+
+def test_the_closing_act_fits_and_is_faster(shown):
+    table = printed_by(shown, "print(closing_act.table(ladder))")
+    first, *others = [line for line in table.splitlines() if re.search(r"x$", line)]
+    assert "the usual recipe" in first and " no " in first and len(others) >= 8
+    ratios = [float(line.split()[-1][:-1]) for line in others if " fits " in line]
+    assert len(ratios) >= 6 and max(ratios) >= 2.3
+    assert "measured: NVIDIA" in table
+    assert "not measured on cpu" in printed_by(shown, "closing_act.train_here")
 
 
 # --- exercises -----------------------------------------------------------------------------------
@@ -119,29 +134,31 @@ def test_exercise_2_masks_prompts():
     assert check(lambda ids, n: ...).passed is None
 
 
-def test_exercise_3_keeps_the_lesson_and_halves_the_memory():
+def test_exercise_3_keeps_the_lesson_in_less_memory_and_time():
     def check(**changes):
-        return exercises.check_budget(dataclasses.replace(RECIPE, **changes), RECIPE, 10 * MIB)
+        return exercises.check_budget(dataclasses.replace(exercises.PHI, **changes), exercises.PHI,
+                                      6 * GIB, 2)
 
-    two = {"micro_batch_size": 2, "gradient_accumulation_steps": 16}
-    smaller = check(**two, checkpointed_layers="all")
-    assert smaller.passed and "32 sequences" in smaller.message
+    levers = {"attention": "explicit_kv", "loss": "chunked", "norm": "native", "lora_dropout": 0.0}
+    right = check(**levers)
+    assert right.passed and "32 sequences" in right.message, right
     messages = distinct([
-        check(), check(**two), check(checkpointed_layers="all"), check(micro_batch_size=2),
-        check(sequence_length=64), check(lora_rank=4),
-        check(lora_targets=("q_proj",)),
-        exercises.check_budget("smaller", RECIPE, 10 * MIB)])
-    for message, words in zip(messages, ("the peak is", "the peak is",
-                                         "the peak is", "effective_batch_size must stay 32",
-                                         "sequence_length must stay", "lora_rank must stay",
-                                         "lora_targets must stay", "a TrainRecipe"), strict=True):
+        check(), check(**levers | {"attention": "stock", "micro_batch_size": 1,
+                                   "gradient_accumulation_steps": 32}),
+        check(micro_batch_size=2), check(sequence_length=1024), check(lora_rank=4),
+        check(lora_targets=("o_proj",)), check(base="float16"),
+        exercises.check_budget("smaller", exercises.PHI, 6 * GIB, 2)])
+    for message, words in zip(messages, (
+            "the peak is", "times as fast as before", "effective_batch_size must stay 32",
+            "sequence_length must stay", "lora_rank must stay", "lora_targets must stay",
+            "base must stay", "a TrainRecipe"), strict=True):
         assert words in message
-    assert exercises.check_budget(..., RECIPE, 10 * MIB).passed is None
+    assert exercises.check_budget(..., exercises.PHI, 6 * GIB, 2).passed is None
 
 
 def test_the_widget_redraws_for_other_levers():
     explorer = widgets.levers_explorer()
-    assert "the usual recipe: 19.33 GiB, does not fit" in explorer.figure.alt
-    assert "with these levers: 9.21 GiB, fits" in explorer.figure.alt  # measured: 19.4 and 9.21
+    assert "the usual recipe: 19.28 GiB, does not fit" in explorer.figure.alt
+    assert "with these levers: 9.16 GiB, fits" in explorer.figure.alt  # measured: the same
     explorer.controls["loss"].value = "full"
     assert explorer.picture.value.count("does not fit") == 2

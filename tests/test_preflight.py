@@ -7,7 +7,13 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from course_utils import hardware, preflight
 from course_utils.recipe import TrainRecipe
@@ -67,19 +73,49 @@ def test_versions_are_those_of_requirements(monkeypatch):
     assert finding.found == "peft 0.9.1 (needed: 0.20)" and "run the set-up cell" in finding.fix
 
 
-@pytest.mark.parametrize(("error", "words"), [
-    (None, None), (GatedRepoError, "accept its licence"), (HfHubHTTPError, "check the network"),
-    (OSError, "check the network")])
-def test_weights_are_on_the_hub_and_open(monkeypatch, error, words):
-    def auth_check(source):
-        assert source == "unsloth/Llama-3.2-1B-Instruct"
+def hub(monkeypatch, error: Exception | None, cached: str | None = None):
+    """A hub that answers with an error, or with nothing to complain about."""
+    def auth_check(source, repo_type):
         if error is not None:
-            raise error("no", response=SimpleNamespace(
-                headers={}, request=None, status_code=403)) if error is not OSError else error()
+            raise error
+
+    def snapshot_download(source, repo_type, local_files_only):
+        assert local_files_only, "nothing may be downloaded here"
+        if cached is None:
+            raise LocalEntryNotFoundError("no")
+        return cached
 
     monkeypatch.setattr(huggingface_hub, "auth_check", auth_check)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+def refusal(kind: type, status: int) -> Exception:
+    return kind("no", response=SimpleNamespace(headers={}, request=None, status_code=status))
+
+
+NETWORK_DOWN = HfHubHTTPError.__bases__[0]("no route")  # the HTTP library's own error
+ANSWERS = [
+    (None, "open", None), (refusal(GatedRepoError, 403), "gated", "accept its licence"),
+    (refusal(RepositoryNotFoundError, 404), "unknown", "check the spelling"),
+    (refusal(HfHubHTTPError, 503), "silent", "check the network"),
+    (OfflineModeIsEnabled("no"), "silent", "check the network"),
+    (NETWORK_DOWN, "silent", "check the network")]
+
+
+@pytest.mark.parametrize(("error", "answer", "words"), ANSWERS, ids=lambda value: str(value)[:12])
+def test_weights_are_on_the_hub_and_open(monkeypatch, error, answer, words):
+    hub(monkeypatch, error)
+    assert preflight.ask_hub("unsloth/Llama-3.2-1B-Instruct") == answer
     fix = found(ONE_B, hardware.T4, "weights").fix
     assert fix is None if words is None else words in fix
+
+
+def test_weights_that_are_here_need_no_hub(monkeypatch, tmp_path):
+    hub(monkeypatch, NETWORK_DOWN, cached=str(tmp_path))
+    assert preflight.ask_hub("a/b") == "silent", "a snapshot without weights is no model"
+    (tmp_path / "model.safetensors").touch()
+    assert preflight.ask_hub("a/b") == "cached"
+    assert found(ONE_B, hardware.T4, "weights").fix is None
 
 
 def test_every_stop_is_in_the_message():

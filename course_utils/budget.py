@@ -1,0 +1,126 @@
+"""Memory budgets as people write them down, held against a forecast and a count, row by row.
+
+Each budget here circulates (courses, forum answers, model pages); its numbers are quoted in GB, as
+they are given, and are nobody's measurement. Not modelled: what a budget leaves out says "-".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import qlora, shapes
+from .block import boundary_bytes
+from .forecast import Forecast
+from .recipe import TrainRecipe
+from .units import GB, show_bytes
+
+LOGIT_BYTES = 16  # float16 and three float32 copies, rounded up by the allocator's temporaries
+# Rows of a quoted budget: holder -> (formula or remark, smallest and largest GB).
+CIRCULATING: dict[str, dict[str, tuple[str, float, float]]] = {
+    "llama-3.1-8b": {
+        "weights": ("parameters x 0.5", 5, 5), "adapters": ("a few MB a layer", 0.1, 0.1),
+        "gradients": ("trainable x 4", 0.1, 0.1), "optimizer state": ("trainable x 8", 0.2, 0.2),
+        "activations": ("batch x seq x hidden x layers", 4, 8), "total": ("", 10, 14)},
+    "phi-4-mini": {
+        "weights": ("16 bits less 75 %", 3.5, 3.5), "adapters": ("r = 16", 0.05, 0.05),
+        "gradients": ("as the adapters", 0.05, 0.05), "optimizer state": ("twice that", 0.1, 0.1),
+        "activations": ("", 1, 2), "inputs": ("a batch of 4", 0.5, 1), "total": ("", 6, 7)},
+}
+HOLDERS = ("weights", "adapters", "gradients", "optimizer state", "activations", "temporaries",
+           "inputs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A holder of memory: the formula that people use, its result, and what it really is.
+
+    Attributes:
+        holder: As in `ledger`.
+        formula: In words.
+        formula_bytes: What the formula gives here; `None` when nobody gives one.
+        forecast_bytes: On a T4, most at any time.
+        counted_bytes: By the ledger on this machine, most at any time.
+    """
+
+    holder: str
+    formula: str
+    formula_bytes: int | None
+    forecast_bytes: int
+    counted_bytes: int
+
+
+def checklist(recipe: TrainRecipe, model: torch.nn.Module, planned: Forecast,
+              counted: Any) -> list[Row]:
+    """The budget of a QLoRA step, a row for each holder.
+
+    Args:
+        recipe: What ran.
+        model: With its adapters; only sizes are read.
+        planned: Its forecast.
+        counted: The ledger's report of a step.
+    """
+    trainable, _ = qlora.count_parameters(model)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    in_4_bit = sum(p.quant_state.shape.numel() for p in frozen if hasattr(p, "quant_state"))
+    others = sum(p.numel() * 2 for p in frozen if not hasattr(p, "quant_state"))
+    config = shapes.config(recipe.model)
+    tokens = recipe.micro_batch_size * recipe.sequence_length
+    formulas = {
+        "weights": ("0.516 x 4-bit + 2 x others", 0.516 * in_4_bit + others),
+        "adapters": ("4 x trainable", 4 * trainable),
+        "gradients": ("4 x trainable", 4 * trainable),
+        "optimizer state": ("2.03 x trainable", 2.03 * trainable),
+        "activations": ("layers x tokens x hidden x 2",
+                        config.num_hidden_layers * boundary_bytes(recipe)),
+        "temporaries": (f"logits: {LOGIT_BYTES} x tokens x vocab",
+                        LOGIT_BYTES * tokens * config.vocab_size),
+        "inputs": ("ids and labels: 16 x tokens",
+                   16 * tokens * recipe.gradient_accumulation_steps),
+    }
+    return [Row(holder=holder, formula=formulas[holder][0],
+                formula_bytes=int(formulas[holder][1]),
+                forecast_bytes=max(planned.timeline[holder]),
+                counted_bytes=max(counted.timeline[holder])) for holder in HOLDERS]
+
+
+def show(rows: list[Row]) -> None:
+    """Print a checklist."""
+    print(f"{'':17}{'formula':32}{'gives':>11}{'forecast, T4':>14}{'counted here':>14}")
+    for row in rows:
+        print(f"{row.holder:17}{row.formula:32}{show_bytes(row.formula_bytes):>11}"
+              f"{show_bytes(row.forecast_bytes):>14}{show_bytes(row.counted_bytes):>14}")
+
+
+def compare(model: str, planned: Forecast, measured_bytes: int | None) -> None:
+    """Print a circulating budget beside the forecast's peak, row by row, and the measured total.
+
+    Args:
+        model: A key of `CIRCULATING`.
+        planned: Of the usual recipe, at the moment of its peak.
+        measured_bytes: The recorded peak.
+    """
+    claims = CIRCULATING[model]
+    for holder in (*HOLDERS, "total"):
+        formula, low, high = claims.get(holder, ("", None, None))
+        said = "-" if low is None else f"{low:g} GB" if low == high else f"{low:g}-{high:g} GB"
+        real = planned.peak_bytes if holder == "total" else planned.composition[holder]
+        print(f"{holder:17}{formula:31}{said:>9}{show_bytes(real):>12}{_verdict(low, high, real)}")
+    print(f"measured total{show_bytes(measured_bytes):>55}")
+
+
+def _verdict(low: float | None, high: float | None, real: int) -> str:
+    """Whether a claim in GB holds, give or take a quarter; small rows do not matter."""
+    if real < GB / 4 and (high or 0) < 0.25:
+        return "   (small either way)"
+    if low is None:
+        return "   missing in the budget"
+    if real > 1.25 * high * GB:
+        return f"   {real / (high * GB):.1f} times the claim"
+    if real < 0.75 * low * GB:
+        return f"   claim {low * GB / real:,.0f} times too high"
+    return "   holds"
+
+

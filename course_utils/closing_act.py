@@ -1,0 +1,179 @@
+"""The run that everybody loses to "out of memory", lever by lever: 8B, 4 x 2048 tokens, on a T4.
+
+Each rung of the ladder keeps the changes of those before it. Forecasts are made here and now;
+measurements come from `recorded` (a GPU with a T4's kernels and memory), and from this machine when
+it has a GPU. Not modelled: what the levers do to the loss, which is nothing (tests/test_levers.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from . import hardware, qlora, random_weights, recorded, shapes, training
+from .fit import tokens_per_second
+from .forecast import Forecast, forecast
+from .hardware import T4, Gpu
+from .recipe import TrainRecipe
+from .survival import recipe_from
+from .units import show_bytes
+
+MEASURED_STEPS, WARM_UP_STEPS = 5, 3  # the gradient scaler skips the first one or two
+SEQUENCES = 64
+USUAL = "the usual recipe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """A recipe with its forecast and what was recorded of it.
+
+    Attributes:
+        name: What is new in it.
+        recipe: All of it.
+        forecast: For a T4, made now.
+        measured: The row of recorded_runs.json.
+    """
+
+    name: str
+    recipe: TrainRecipe
+    forecast: Forecast
+    measured: dict[str, Any]
+
+    @property
+    def ideal_tokens_per_second(self) -> float:
+        """Tokens per second by roofline on the forecast's GPU, at `fit.UTILISATION`."""
+        return tokens_per_second(self.recipe, self.forecast)
+
+
+def rungs(group: str = "ladder", gpu: Gpu = T4, names: Sequence[str] = ()) -> list[Rung]:
+    """The recorded rows of a group that ended well, each with today's forecast.
+
+    Args:
+        group: "ladder", "fit" or "menu".
+        gpu: What to forecast for.
+        names: Only these rows.
+    """
+    found = []
+    for row in recorded.rows(group):
+        if row["peak_allocated_bytes"] and (not names or row["name"] in names):
+            recipe = recipe_from(row["recipe"])
+            found.append(Rung(name=row["name"], recipe=recipe, forecast=forecast(recipe, gpu),
+                              measured=row))
+    return found
+
+
+def ladder() -> list[Rung]:
+    """The rungs from the usual recipe on; each keeps the changes of those before it."""
+    found = rungs("ladder")
+    start = next(i for i, rung in enumerate(found) if rung.name == USUAL)
+    return found[start:]
+
+
+def usual(model: str) -> Rung:
+    """The recipe that everybody uses, at 4 x 2048 tokens: the row to which others are compared."""
+    groups = {"llama-3.1-8b": ("ladder", USUAL)}
+    group, name = groups.get(model, ("menu", f"{model}, usual"))
+    return rungs(group, names=(name,))[0]
+
+
+def fastest(group: str, count: int) -> list[Rung]:
+    """Those of a group that trained fastest within a T4's memory, the best one first."""
+    fitting = [row for row in recorded.rows(group) if row["limited"] and row["tokens_per_second"]]
+    best = sorted(fitting, key=lambda row: -row["tokens_per_second"])[:count]
+    found = rungs(group, names=[row["name"] for row in best])
+    return sorted(found, key=lambda rung: -rung.measured["tokens_per_second"])
+
+
+def table(rows: Sequence[Rung]) -> str:
+    """A line for each rung: forecast and measured peak, verdict, tokens per second, ratio."""
+    base = usual(rows[0].recipe.model)
+    first = base.measured["tokens_per_second"]
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'':{width}}  {'forecast':>9}{'measured':>11}  on a T4 tokens/s"]
+    for row in rows:
+        speed = row.measured["tokens_per_second"]
+        verdict = "fits" if row.forecast.fits else "no"
+        lines.append(f"{row.name:{width}}  {show_bytes(row.forecast.peak_allocated_bytes):>9}"
+                     f" {show_bytes(row.measured['peak_allocated_bytes']):>10}  {verdict:7}"
+                     f"{speed:>9,.0f}  {speed / first:.2f}x")
+    return "\n".join((*lines, f"[measured: {recorded.stamp()}]"))
+
+
+def largest_micro_batches() -> str:
+    """The menu: for each model the usual recipe's peak, and the largest recorded micro batch."""
+    rows = recorded.rows("menu")
+    lines = [f"{'model':14}{'usual, micro batch 4':>24}{'with the levers':>30}{'speed-up':>10}"]
+    for model in dict.fromkeys(row["recipe"]["model"] for row in rows):
+        usual, *ours = [r for r in rows if r["recipe"]["model"] == model]
+        best = max((r for r in ours if r["peak_allocated_bytes"]),
+                   key=lambda r: r["recipe"]["micro_batch_size"])
+        size = best["recipe"]["micro_batch_size"]
+        fits = "fits" if usual["peak_reserved_bytes"] <= T4.usable_bytes else "does not fit"
+        lines.append(
+            f"{model:14}{show_bytes(usual['peak_allocated_bytes']):>11} {fits:>12}"
+            f"{f'micro batch {size}':>19}{show_bytes(best['peak_allocated_bytes']):>11}"
+            f"{best['tokens_per_second'] / usual['tokens_per_second']:>9.1f}x")
+    return "\n".join((*lines, f"[measured: {recorded.stamp()}]"))
+
+
+class _Sequences:
+    """Full-length sequences of random tokens, all labelled."""
+
+    def __init__(self, recipe: TrainRecipe):
+        vocab_size = shapes.config(recipe.model).vocab_size
+        self.rows = torch.randint(vocab_size, (SEQUENCES, recipe.sequence_length),
+                                  generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": self.rows[index]}
+
+
+def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": ids.clone()}  # no mask: nothing is padded
+
+
+def train_here(recipe: TrainRecipe, gpu: Gpu | None) -> str:
+    """Train a few steps of `recipe` on this machine's GPU; says so when there is none.
+
+    Random weights at the real shape, written to a temporary folder: a download of 16 GB would show
+    the same memory and the same speed.
+
+    Args:
+        recipe: Full-length sequences of random tokens are trained.
+        gpu: What `hardware.detect()` found.
+    """
+    if gpu is None:
+        return f"{recipe.model}: not measured on cpu"
+    planned, steps = forecast(recipe.for_gpu(gpu), gpu), []
+    with tempfile.TemporaryDirectory() as folder:
+        weights = random_weights.write(recipe.model, folder, qlora.storage_dtype(recipe))
+        here = replace(recipe, model=str(weights), max_steps=WARM_UP_STEPS + MEASURED_STEPS)
+        trainer = training.QLoRATrainer(
+            here, training.build_model(here), _Sequences(here), SimpleNamespace(pad_token_id=0),
+            Path(folder), on_step=steps.append, save_strategy="no", remove_unused_columns=False)
+        trainer.data_collator = _collate
+        trainer.train()
+    peak = max(step["peak_allocated_bytes"] for step in steps[WARM_UP_STEPS:])
+    speed = statistics.median(step["tokens_per_second"] for step in steps[WARM_UP_STEPS:])
+    return (f"{recipe.model}, {len(steps)} steps on {gpu.name}: forecast "
+            f"{show_bytes(planned.peak_allocated_bytes)}, measured {show_bytes(peak)}, "
+            f"{speed:,.0f} tokens a second")
+
+
+def release() -> None:
+    """Give memory that no variable holds any more back to the GPU, before something large comes."""
+    gc.collect()
+    if hardware.device() != "cpu":
+        torch.accelerator.empty_cache()

@@ -1,0 +1,72 @@
+"""A run watched while it runs: a bar of text, loss and memory, redrawn in place.
+
+Plain display updates: no widget, so any notebook front end shows them. In a headless run (tests,
+CI, a script) nothing is shown until the end, so that stored outputs are the same everywhere.
+
+Not modelled: several runs at once in one figure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import uuid
+from typing import Any
+
+from .recipe import TrainRecipe
+from .training_figures import progress
+from .units import show_bytes
+
+SECONDS_BETWEEN = 2.0  # drawing takes a tenth of a second: too much for every step
+BAR = 24  # characters
+HEADLESS = ("PYTEST_CURRENT_TEST", "CI")  # whoever runs notebooks unseen sets one of them
+
+
+class Watcher:
+    """Pass it to `training.train(on_step=...)`: it is called with the row of each step.
+
+    Args:
+        recipe: Says how many steps there will be.
+        forecast_bytes: The forecast's peak, drawn beside the measured one.
+        title: What is trained.
+    """
+
+    def __init__(self, recipe: TrainRecipe, forecast_bytes: int | None = None, title: str = ""):
+        self.total, self.forecast_bytes, self.title = recipe.max_steps, forecast_bytes, title
+        self.rows: list[dict[str, Any]] = []
+        self._display = None if any(map(os.environ.get, HEADLESS)) else _publisher()
+        self._id, self._drawn, self._start = uuid.uuid4().hex, 0.0, time.monotonic()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Note a step; redraw when the last time is long enough ago, or at the end."""
+        self.rows.append(row)
+        now = time.monotonic()
+        due = now - self._drawn > SECONDS_BETWEEN or row["step"] == self.total
+        if self._display and due:
+            figure = progress(self.rows, self.total, self.forecast_bytes, self.title)
+            data, metadata = figure._repr_mimebundle_()
+            self._publish({"text/plain": self.line()}, "line")
+            self._publish(data, "figure", metadata)
+            self._drawn = now
+
+    def _publish(self, data: dict, name: str, metadata: dict | None = None) -> None:
+        self._display.publish(data=data, metadata=metadata or {}, update=self._drawn > 0,
+                              transient={"display_id": f"{name}-{self._id}"})
+
+    def line(self) -> str:
+        """One line: how far, how fast, how much memory, how long it will take."""
+        row = self.rows[-1]
+        done = row["step"] / self.total
+        bar = "█" * round(BAR * done) + "░" * (BAR - round(BAR * done))
+        left = (time.monotonic() - self._start) * (self.total - row["step"]) / len(self.rows)
+        return (f"{bar} step {row['step']} of {self.total}, loss {row['loss']:.2f}, "
+                f"{row['tokens_per_second']:,.0f} tokens/s, peak "
+                f"{show_bytes(row['peak_allocated_bytes'])}, {left / 60:.0f} min left")
+
+
+def _publisher() -> Any | None:
+    """What shows things in the notebook that this runs in; `None` in a plain Python."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return getattr(shell, "display_pub", None)

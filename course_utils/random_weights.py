@@ -1,0 +1,82 @@
+"""A checkpoint with the real shape of a model and random numbers, for when the hub is out of reach.
+
+Memory and speed of a step depend on shapes and dtypes, not on values, so they stay true; what such
+a model writes is noise. Written tensor by tensor: 16 GB of weights need no 16 GB of memory.
+
+Not modelled: what training has done to real weights (outliers, anything that was learned).
+
+Source of the layout: safetensors, "Format": an 8-byte length, a JSON header, the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import torch
+
+from . import shapes
+
+NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+NOISE_NUMBERS = 2**22  # random numbers that are made once and written again and again
+STANDARD_DEVIATION = 0.02  # what these models are initialised with
+
+
+def write(model: str, folder: str | Path, dtype: torch.dtype = torch.float16) -> Path:
+    """Folder of a checkpoint that `from_pretrained` loads: config.json and model.safetensors.
+
+    Vectors (the weights of norms) are ones, matrices are noise.
+
+    Args:
+        model: Name in `shapes.NAMES`, or whatever else `shapes.config` takes.
+        folder: Where the checkpoint's folder is made; one that is there is kept.
+        dtype: Of every weight.
+    """
+    from transformers import AutoModelForCausalLM
+
+    target = Path(folder) / f"{Path(model).name}-random-{str(dtype).removeprefix('torch.')}"
+    if target.exists():
+        return target
+    config = shapes.config(model)
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tied = set(meta.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    tensors = {name: t for name, t in meta.state_dict().items() if name not in tied}
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")  # each rank writes its own
+    part.mkdir(parents=True)
+    noise = torch.randn(NOISE_NUMBERS, generator=torch.Generator().manual_seed(0))
+    block = _bytes_of((noise * STANDARD_DEVIATION).to(dtype))
+    with open(part / "model.safetensors", "wb") as file:
+        file.write(_header(tensors, dtype))
+        for tensor in tensors.values():
+            left = tensor.numel() * dtype.itemsize
+            if tensor.ndim < 2:
+                left -= file.write(_bytes_of(torch.ones(tensor.shape, dtype=dtype)))
+            while left:
+                left -= file.write(block[:min(left, len(block))])
+    config.architectures = [type(meta).__name__]
+    config.save_pretrained(part)
+    try:
+        part.rename(target)  # a folder with this name is whole
+    except OSError:  # another process was faster
+        shutil.rmtree(part)
+    return target
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+
+
+def _header(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> bytes:
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(tensor.shape),
+                        "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

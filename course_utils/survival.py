@@ -1,0 +1,114 @@
+"""What kills runs, made to happen on purpose: SIGKILL, and memory that ends during a save.
+
+Not modelled: power cuts (the disk's own cache), a machine that vanishes with its disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from . import checkpoints, training
+from .recipe import TrainRecipe
+
+
+def train_and_kill(recipe: TrainRecipe, rows: Any, tokenizer: Any, output_dir: str | Path,
+                   at_step: int) -> int:
+    """Train in another process, and SIGKILL it once it has done `at_step` steps.
+
+    Args:
+        recipe, rows, tokenizer, output_dir: As for `training.train`.
+        at_step: Optimizer steps that the process lives to see.
+
+    Returns:
+        Its exit status: -9 for a process that was killed.
+
+    Raises:
+        RuntimeError: It ended by itself before that; the message is its last line.
+    """
+    data = Path(output_dir) / "rows.json"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_text(json.dumps([dict(row) for row in rows]), encoding="utf-8")
+    job = {"recipe": dataclasses.asdict(recipe), "rows": str(data), "output_dir": str(output_dir),
+           "pad_token_id": tokenizer.pad_token_id}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    said = ""
+    with subprocess.Popen([sys.executable, "-m", __name__, json.dumps(job)], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}) as child:
+        for line in child.stdout:
+            said = line.strip() or said
+            if line.startswith(f"step {at_step}:"):
+                child.kill()
+    if child.returncode >= 0:
+        raise RuntimeError(f"the run must live for {at_step} steps, got exit status "
+                           f"{child.returncode}; its last line: {said}")
+    return child.returncode
+
+
+def main(job: str) -> None:
+    """The process that is killed: train, one line a step."""
+    from datasets import Dataset
+
+    asked = json.loads(job)
+    recipe = recipe_from(asked["recipe"])
+    rows = Dataset.from_list(json.loads(Path(asked["rows"]).read_text("utf-8")))
+    training.train(recipe, training.build_model(recipe), rows,
+                   SimpleNamespace(pad_token_id=asked["pad_token_id"]), asked["output_dir"],
+                   on_step=lambda row: print(f"step {row['step']}: loss {row['loss']:.4f}",
+                                             flush=True))
+
+
+def recipe_from(fields: dict[str, Any]) -> TrainRecipe:
+    """A recipe that has been JSON, which knows lists and no tuples."""
+    targets = fields["lora_targets"]
+    return TrainRecipe(**fields | {
+        "lora_targets": tuple(targets) if isinstance(targets, list) else targets})
+
+
+@contextlib.contextmanager
+def memory_ends_in_a_save() -> Iterator[None]:
+    """Within the block each `torch.save` writes half of its file and then runs out of memory."""
+    whole = torch.save
+
+    def half(thing: Any, path: str | Path, *_: Any, **__: Any) -> None:
+        whole(thing, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+        raise torch.OutOfMemoryError("CUDA out of memory, in the middle of a save")
+
+    torch.save = half
+    try:
+        yield
+    finally:
+        torch.save = whole
+
+
+def save_whole(target: Path, state: Any) -> None:
+    """Save a state as the checkpoints of this course are saved: whole or not at all."""
+    with checkpoints.written_whole(target, {}) as folder:
+        torch.save(state, folder / "state.pt")
+
+
+def attempt(save: Callable[..., None], *args: Any) -> None:
+    """Call a save and print how it ended; what it raises goes no further, as in a training loop."""
+    try:
+        save(*args)
+        print("saved")
+    except (torch.OutOfMemoryError, checkpoints.SaveError) as error:
+        said = re.sub(r" \([^)]* free on that disk\)", "", str(error))  # it differs by the minute
+        print(f"{type(error).__name__}: {said}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

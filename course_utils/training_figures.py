@@ -1,0 +1,125 @@
+"""Pictures of training runs: one while it runs, and the ladder of levers against a T4's memory.
+
+Drawn in the language of `figures`, which keeps matplotlib to itself. Not drawn: gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .figures import COLOURS, INK, LINES, Canvas, Figure, _finish, _rank, styled
+from .hardware import Gpu
+from .units import GIB, MIB, show_bytes
+
+
+@styled
+def progress(rows: Sequence[Mapping[str, Any]], total: int, forecast_bytes: int | None = None,
+             title: str = "") -> Figure:
+    """Loss and memory peak of each step so far, on an axis that has room for all steps.
+
+    Args:
+        rows: Of each step: step, loss, tokens_per_second, peak_allocated_bytes (`None` on CPU).
+        total: Steps that there will be.
+        forecast_bytes: The forecast's peak, a dashed line.
+        title: What is trained.
+    """
+    canvas = Canvas(figsize=(8, 3.6), layout="constrained")
+    left, right = canvas.subplots(1, 2)
+    steps = [row["step"] for row in rows]
+    left.plot(steps, [row["loss"] for row in rows], color=LINES[0], linewidth=2.5)
+    left.set(title=title, xlabel="optimizer steps", ylabel="loss, nats per token", ylim=(0, None),
+             xlim=(0, total))
+    peaks = [row["peak_allocated_bytes"] for row in rows]
+    highest = max([n for n in (*peaks, forecast_bytes) if n], default=0)
+    size, unit = (GIB, "GiB") if highest >= GIB else (MIB, "MiB")
+    if any(peaks):
+        right.plot(steps, [n / size for n in peaks], color=LINES[1], linewidth=2.5)
+    else:
+        right.text(0.5, 0.4, "not measured on cpu", ha="center", transform=right.transAxes)
+    if forecast_bytes:
+        right.axhline(forecast_bytes / size, color=INK, linestyle="--")
+        right.annotate(f"forecast {show_bytes(forecast_bytes)}", (total, forecast_bytes / size),
+                       xytext=(0, 4), textcoords="offset points", ha="right", fontsize=12)
+    right.set(xlabel="optimizer steps", ylabel=f"peak memory, {unit}", xlim=(0, total),
+              ylim=(0, 1.25 * highest / size or 1))
+    for ax in (left, right):
+        ax.grid(axis="y")
+    measured = show_bytes(max((n for n in peaks if n), default=None))
+    return _finish(canvas, f"a run{': ' * bool(title)}{title} at step {steps[-1]} of {total}. Loss "
+                           f"from {rows[0]['loss']:.1f} to {rows[-1]['loss']:.1f}; peak memory "
+                           f"{measured}, forecast "
+                           f"{show_bytes(forecast_bytes) if forecast_bytes else 'none'}.")
+
+
+@styled
+def lengths(tokens: Sequence[int], learned: Sequence[int], limit: int) -> Figure:
+    """How long examples are, in tokens, and how many of those are learned.
+
+    Args:
+        tokens: Of each example.
+        learned: Labelled ones among them.
+        limit: The recipe's sequence length.
+    """
+    canvas = Canvas(figsize=(8, 3.2), layout="constrained")
+    ax = canvas.add_subplot()
+    bins = range(0, limit + 1, max(1, limit // 32))
+    for name, numbers, colour in (("read", tokens, LINES[0]), ("learned", learned, LINES[1])):
+        ax.hist(numbers, bins=bins, color=colour, alpha=0.75, label=name)
+    ax.set(xlabel="tokens in an example", ylabel="examples", xlim=(0, limit))
+    ax.legend()
+    padding = 1 - sum(tokens) / (limit * len(tokens))
+    return _finish(canvas, f"histogram of {len(tokens)} examples: {min(tokens)} to {max(tokens)} "
+                           f"tokens are read, {min(learned)} to {max(learned)} of them learned. "
+                           f"Padded to {limit}, {padding:.0%} of each batch would be padding.")
+
+
+@styled
+def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | None], gpu: Gpu,
+           title: str = "") -> Figure:
+    """Stacked bytes of each rung against a GPU's memory, and beside it how fast it trains.
+
+    Args:
+        rungs: Name of each, from the first to the last, to bytes by holder at its peak.
+        speeds: Tokens per second of each; `None` was not measured.
+        gpu: Its usable memory is the line that a bar must not cross.
+        title: What is trained.
+    """
+    names, limit = list(rungs), gpu.usable_bytes / GIB
+    canvas = Canvas(figsize=(9.6, 1.8 + 0.46 * len(names)), layout="constrained")
+    left, right = canvas.subplots(1, 2, sharey=True, width_ratios=(5, 2.4))
+    totals = {name: sum(row.values()) for name, row in rungs.items()}
+    ends = dict.fromkeys(names, 0.0)
+    for holder in sorted({h for row in rungs.values() for h in row if row[h]}, key=_rank):
+        widths = [row.get(holder, 0) / GIB for row in rungs.values()]
+        left.barh(names, widths, left=list(ends.values()), label=holder, height=0.66,
+                  color=COLOURS.get(holder, INK))
+        ends = {name: end + width for (name, end), width in zip(ends.items(), widths, strict=True)}
+    for name, total in totals.items():
+        fits = total <= gpu.usable_bytes
+        left.annotate(f"{total / GIB:.1f}", (total / GIB, name), xytext=(5, 0),
+                      textcoords="offset points", va="center", fontsize=12, zorder=4,
+                      weight="bold" if fits else "normal",
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    highest = max([*ends.values(), limit])
+    left.axvline(limit, color=INK, linestyle="--", zorder=3)
+    left.axvspan(limit, 1.15 * highest, color="#D55E00", alpha=0.09, linewidth=0, zorder=0)
+    left.text(limit + 0.01 * highest, -0.85, f" a {gpu.name} ends here", fontsize=12, va="center")
+    left.set(xlabel="GiB at the peak", xlim=(0, 1.15 * highest), ylim=(len(names) - 0.4, -1.25))
+    pace = [speeds[name] or 0 for name in names]
+    right.barh(names, pace, color=LINES[2], height=0.66)
+    for name, speed in zip(names, pace, strict=True):
+        said = f"{speed:,.0f}  ({speed / pace[0]:.1f}x)" if speed else "not measured"
+        right.annotate(said, (speed, name), xytext=(5, 0), textcoords="offset points",
+                       va="center", fontsize=12)
+    right.set(xlabel="tokens a second", xlim=(0, 1.75 * max(pace)))
+    right.locator_params(axis="x", nbins=3)
+    canvas.suptitle(title)
+    canvas.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7,
+                  fontsize=11)
+    said = "; ".join(f"{name}: {show_bytes(totals[name])}, "
+                     f"{'fits' if totals[name] <= gpu.usable_bytes else 'does not fit'}, "
+                     f"{f'{speeds[name]:,.0f} tokens a second' if speeds[name] else 'not measured'}"
+                     for name in names)
+    return _finish(canvas, f"bars against the {show_bytes(gpu.usable_bytes)} of a {gpu.name}"
+                           f"{': ' * bool(title)}{title}. {said}.")
