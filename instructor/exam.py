@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .assignment import Case, Exercise
-from .sandbox import End, Job, Questions
+from .talk import End, Job, Questions, line
 
 MOST_ASKED = 10_000  # questions, after which a child that asks on is ended
 LIVES = {"time": 2}  # how many children an exercise may use up this way; else one for each case
@@ -46,7 +46,7 @@ class Exam(Questions):
         if self.done or not self.asked_now(message):
             raise ValueError("no question is open that this answers")
         if "ask" in message:
-            return self._line(self._oracle(message["ask"]))
+            return line(self._oracle(message["ask"]))
         self.replies.append(self._spoilt or _tidy(message))
         return None if self.done else self.put()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,41 +18,16 @@ from .assignment import Assignment, Case, Exercise, numbers
 from .exam import Exam
 from .journal import Journal, key_of
 from .marking import Mark, mark, show
+from .reading import Reading
 from .results import ClassResult, Result
-from .sandbox import LONGEST_READING, End, Job, Questions, Sandbox
+from .sandbox import Sandbox
 from .submissions import Names, Refused, Submission
 
 # What answers depend on besides the submission: the code that reads and runs it.
 ENGINE = [Path(__file__).with_name(name).read_bytes() for name in (
-    "source.py", "child.py", "cage.py", "syscalls.py", "sandbox.py", "exam.py")]
-NOT_READ = {"time": "reading it took too long: its code is too large or nested too deep",
-            "memory": "it is too large to be read"}
-TOO_DEEP = "its code is too large or nested too deep to be read"
+    "source.py", "child.py", "forkserver.py", "cage.py", "syscalls.py", "talk.py", "exam.py",
+    "reading.py")]
 NOBODYS = "neither its name nor its STUDENT_ID is in the roster"
-
-
-class Reading(Job):
-    """Find the exercises' functions in one notebook."""
-
-    cpu_seconds = 5.0
-    longest = LONGEST_READING
-
-    def __init__(self, index: int, key: str, data: bytes, functions: Sequence[str]):
-        self.index, self.key, self.about = index, key, None
-        self._data, self._functions = data, functions
-
-    def begin(self) -> bytes:
-        data, self._data = self._data, b""
-        return Questions._line({"functions": self._functions, "bytes": len(data)}) + data
-
-    def receive(self, message: dict) -> bytes | None:
-        self.about = message
-        return None
-
-    def ended(self, end: End) -> Iterable[Job]:
-        if self.about is None:
-            self.about = {"unreadable": NOT_READ.get(end.how, TOO_DEEP)}
-        return ()
 
 
 @dataclass
@@ -129,11 +104,12 @@ class Grader:
                     abouts[index] = known
                     self._step()
                 else:
-                    yield Reading(index, key, data, self._functions)
+                    yield Reading(data, self._functions, (index, key))
 
         for job in self.sandbox.run(jobs()):
-            abouts[job.index] = job.about
-            self.journal.put(job.key, job.about)
+            index, key = job.label
+            abouts[index] = job.about
+            self.journal.put(key, job.about)
             self._step()
         return abouts
 

@@ -106,8 +106,12 @@ class Mark:
             return "; ".join([self.problem, *self.notes])
         if self.unfinished:
             return "; ".join(["not attempted", *self.notes])
-        lost = [f"{o.case.name}: {o.reason}" for o in self.outcomes if o.verdict != "right"]
-        return "; ".join([*(lost or ["right"]), *self.notes])
+        lost: dict[str, list[str]] = {}
+        for outcome in self.outcomes:
+            if outcome.verdict != "right":
+                lost.setdefault(outcome.reason, []).append(outcome.case.name)
+        reasons = [f"{', '.join(cases)}: {reason}" for reason, cases in lost.items()]
+        return "; ".join([*(reasons or ["right"]), *self.notes])
 
 
 def mark(exercise: Exercise, cases: Sequence[Case], replies: Sequence[Mapping],
@@ -121,7 +125,14 @@ def mark(exercise: Exercise, cases: Sequence[Case], replies: Sequence[Mapping],
     for case, reply, names in zip(cases, replies, named, strict=True):
         name = min(names, key=lambda name: (-weight[name], order.index(name)), default=None)
         outcomes.append(_outcome(exercise, case, reply, name))
-    return Mark(exercise, tuple(outcomes), notes=tuple(notes))
+    failed = [_note(note) for reply in replies for note in reply.get("notes", ())]
+    return Mark(exercise, tuple(outcomes), notes=tuple(dict.fromkeys([*notes, *failed])))
+
+
+def _note(note: str) -> str:
+    """What failed before the function was called; it cannot know a hidden case's numbers."""
+    hint = next((hint for kind, hint in HINTS.items() if f" {kind}: " in note), "")
+    return f"before, {show(note, 300)[1:-1]}" + (f" ({hint})" if hint else "")
 
 
 def _mistakes(case: Case, reply: Mapping) -> list[str]:
@@ -173,11 +184,8 @@ def _error(reply: Mapping, hidden: bool) -> tuple[str, str]:
         hint = "it printed or wrote more than 1 MiB"
     if kind == "NoFunction":
         return text, text  # its definition failed, before any case
-    notes = [f"before, {note}" for note in reply["notes"]]
-    told = f"it raised {kind}" if hidden else f"it raised {show(text, 200)[1:-1]}"
-    rest = [f"({hint})"] if hint else []
-    return (" ".join([f"raised {show(text, 200)[1:-1]}", *rest, *notes]),
-            " ".join([told, *rest, *notes]))
+    said, rest = show(text, 200)[1:-1], f" ({hint})" if hint else ""
+    return f"raised {said}{rest}", f"it raised {kind if hidden else said}{rest}"
 
 
 def show(value: Any, longest: int = LONGEST_SHOWN) -> str:

@@ -1,0 +1,156 @@
+"""The fork server: forks a limited child for each job, before it hears of any student.
+
+`sandbox` starts this as a small Python of its own: no environment, no site-packages, one thread. It
+enters the cage, then forks for each job a warden, which waits and kills, and below it the child,
+which limits itself for good and only then listens (`child`). Nothing here knows what is expected,
+nor any secret, nor a student's work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+
+from . import cage
+from .child import CHANNEL, converse
+
+ORDER = struct.Struct("=ddq")  # CPU seconds, wall seconds, memory bytes
+ENDED = struct.Struct("=iid")  # wait status, 1 if it was told to end, CPU seconds
+ALIVE = CHANNEL + 1  # with the channel the child's only descriptors above standard error
+# Loaded once for all: a child then starts with them, and needs no file for them.
+PRELOADED = (
+    "abc", "array", "ast", "bisect", "cmath", "collections", "collections.abc", "copy",
+    "dataclasses", "datetime", "decimal", "encodings.ascii", "encodings.idna",
+    "encodings.latin_1", "encodings.raw_unicode_escape", "encodings.unicode_escape",
+    "encodings.utf_8_sig", "encodings.utf_16", "enum", "fractions", "functools", "heapq", "inspect",
+    "io", "itertools", "json", "math", "numbers", "operator", "pprint", "random", "re",
+    "statistics", "string", "struct", "textwrap", "time", "traceback", "types", "typing",
+    "warnings")
+
+
+def serve(level: str, readable: list[str], folder: str, packages: list[str]) -> None:
+    """Fork a child for each order that comes, until the grader hangs up.
+
+    Args:
+        level: One of `cage.LEVELS`.
+        readable: Folders that a child may read.
+        folder: Where children's temp folders go, outside of `namespaces`.
+        packages: Folders of installed packages, if torch is needed.
+    """
+    orders = socket.socket(fileno=CHANNEL)
+    sys.path += packages
+    for name in (*PRELOADED, *(["torch"] if packages else [])):
+        importlib.import_module(name)
+    base_bytes = cage.address_space()
+    try:
+        if level == "namespaces":
+            cage.enter_namespaces(readable)
+    except OSError as error:
+        orders.sendall(f"{error}\n".encode())
+        return
+    orders.sendall(b"ready\n")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # wardens are never waited for
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the grader's to answer
+    gc.collect()
+    gc.freeze()
+    while True:
+        order, descriptors, _, _ = socket.recv_fds(orders, ORDER.size, 2)
+        if len(order) < ORDER.size:
+            return
+        if os.fork() == 0:
+            orders.close()
+            _warden(level, readable, folder, base_bytes, ORDER.unpack(order), *descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _warden(level: str, readable: list[str], folder: str, base_bytes: int,
+            limits: tuple[float, float, int], channel: int, status: int) -> None:
+    """Start the child, end it in time or when the grader says so, and say how it ended."""
+    cage.die_with_parent()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    cpu_seconds, wall_seconds, memory_bytes = limits
+    if level == "namespaces":
+        cage.new_process_tree()
+        temp = ""
+    else:
+        temp = tempfile.mkdtemp(dir=folder)
+        if os.getuid() == 0:
+            os.chown(temp, cage.NOBODY, cage.NOBODY)
+    here, there = os.pipe()  # closes when the child ends
+    child = os.fork()
+    if child == 0:
+        own = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 16) for descriptor in (channel, there)]
+        for descriptor, number in zip(own, (CHANNEL, ALIVE), strict=True):
+            os.dup2(descriptor, number)
+        os.closerange(ALIVE + 1, min(os.sysconf("SC_OPEN_MAX"), 1 << 16))
+        code = 70
+        try:
+            _close_cage(level, readable, temp, int(-(-cpu_seconds // 1)), base_bytes + memory_bytes)
+            code = converse()
+        finally:
+            os._exit(code)
+    os.close(there)
+    os.close(channel)
+    ready, _, _ = select.select([here, status], [], [], wall_seconds)
+    told = status in ready
+    # A child that has closed its end is about to exit; one that only pretends is killed.
+    if here in ready:
+        deadline = time.monotonic() + 1
+        while not (done := os.wait4(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+            time.sleep(0.0005)
+    else:
+        done = (0, 0, None)
+    if not done[0]:
+        os.kill(child, signal.SIGKILL)
+        done = os.wait4(child, 0)
+    if temp:
+        shutil.rmtree(temp, ignore_errors=True)
+    used = done[2].ru_utime + done[2].ru_stime
+    timed_out = not ready
+    with contextlib.suppress(OSError):  # the grader may be gone
+        os.write(status, ENDED.pack(done[1], 2 if timed_out else int(told), used))
+    os._exit(0)
+
+
+def _close_cage(level: str, readable: list[str], temp: str, cpu_seconds: int,
+                memory_bytes: int) -> None:
+    os.setsid()
+    if level == "namespaces":
+        temp = cage.private_temp()
+    os.chdir(temp)
+    printed = os.open("printed", os.O_CREAT | os.O_RDWR, 0o600)
+    os.unlink("printed")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    os.close(null)
+    os.close(printed)
+    tempfile.tempdir = temp
+    if level == "landlock":
+        cage.landlock(readable, temp)
+    cage.become_nobody()
+    cage.die_with_parent()  # after the change of user, which makes the kernel forget it
+    cage.limit(cpu_seconds, memory_bytes)
+    if level != "hook" and cage.syscalls.supported():
+        cage.syscalls.restrict(cage.libc, files=level != "seccomp")
+    if level == "hook":
+        cage.hook(readable, temp)
+
+
+def main() -> None:
+    """Started by `sandbox` with one argument, JSON."""
+    serve(**json.loads(sys.argv[1]))

@@ -1,0 +1,144 @@
+"""Each attack costs only itself: nothing gets out, no other score changes, each is explained.
+
+All attacks are graded in one run for each level of the sandbox that works here; every test looks at
+its own attack. Points of the exercises that an attack leaves alone are always earned.
+"""
+
+import csv
+import os
+import re
+import socket
+import subprocess
+import tempfile
+from types import SimpleNamespace
+
+import pytest
+
+from instructor import cage
+from instructor.grade import grade
+from instructor.sandbox import Sandbox
+from tests.instructor.attacks import CODE, FILES, cells
+from tests.instructor.classroom import HIDDEN_TEXT, TINY, honest, write_class
+
+HONEST = ("h001", "h002", "h003")
+REST = sum(exercise.points for exercise in TINY.exercises[1:])
+# At this level Python's own hook is the only wall, so its words differ in places.
+LOOPS = [name for name in CODE if "endless loop" in name]
+
+
+@pytest.fixture(scope="module", params=cage.LEVELS)
+def attacked(request, tmp_path_factory):
+    """The class of all attackers and three honest students, graded at one level."""
+    folder = tmp_path_factory.mktemp(request.param)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(tempfile, "tempdir", str(folder))
+    request.addfinalizer(patch.undo)
+    try:
+        with Sandbox(request.param) as sandbox:
+            says = sandbox.says
+            seen = str(folder) in subprocess.run(["ps", "-eo", "args="], capture_output=True,
+                                                 text=True, check=True).stdout
+    except ValueError as error:
+        pytest.skip(str(error))
+    open_folder = folder / "open"  # anybody may write here, so only the sandbox forbids it
+    open_folder.mkdir()
+    for place in (*reversed(open_folder.parents), open_folder):
+        if place.is_relative_to(folder.parent.parent):
+            os.chmod(place, 0o777)
+    secret = open_folder / "secret.txt"
+    secret.write_text(HIDDEN_TEXT)
+    os.chmod(secret, 0o644)
+    canary = open_folder / "canary"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        fill = {"CANARY": repr(str(canary)), "SECRET": repr(str(secret)),
+                "PORT": server.getsockname()[1], "PARENT": os.getpid()}
+        names = [*CODE, *FILES]
+        ids = {name: f"a{number:03}" for number, name in enumerate(names)}
+        if request.param != "namespaces":  # each loop costs seconds; once is enough
+            ids = {name: own for name, own in ids.items() if name not in LOOPS[1:]}
+        files = {f"tiny_{own}.ipynb": honest(own) for own in HONEST}
+        for name, own in ids.items():
+            if name in CODE:
+                files[f"tiny_{own}.ipynb"] = honest(own, cells(name, **fill))
+            else:
+                files[FILES[name].name.replace("ID", own)] = FILES[name].data
+        people = {own: f"=cmd|'{name}" for name, own in ids.items()}
+        arguments = write_class(folder, people | dict.fromkeys(HONEST, "@Honest"), files)
+        found = grade(TINY, *arguments, level=request.param, weak=True)
+        try:
+            reached = server.accept()
+        except TimeoutError:
+            reached = None
+    return SimpleNamespace(
+        level=request.param, says=says, server_seen=seen, ids=ids, found=found, folder=folder, canary=canary,
+        reached=reached, results={result.student_id: result for result in found.results})
+
+
+def test_no_other_score_changes(attacked):
+    for own in HONEST:
+        result = attacked.results[own]
+        assert (result.score, result.flags) == (TINY.points, []), result
+
+
+def test_nothing_escapes(attacked):
+    assert attacked.reached is None, "a child reached the network"
+    assert not attacked.canary.exists()
+    assert sorted(p.name for p in attacked.canary.parent.iterdir()) == ["secret.txt"]
+    for path in (attacked.folder / "out").rglob("*"):
+        if path.is_file():
+            assert HIDDEN_TEXT not in path.read_text("utf-8"), path
+    running = subprocess.run(["ps", "-eo", "args="], capture_output=True, text=True, check=True)
+    # The fork server, and so all that it forked, has its folder in its command line.
+    assert attacked.server_seen and str(attacked.folder) not in running.stdout
+
+
+def test_expected_value_is_not_in_the_child(attacked):
+    result = attacked.results[attacked.ids["searches its memory for the answer"]]
+    for outcome in result.marks[0].outcomes:
+        if outcome.case.hidden:
+            refused = attacked.level == "hook" and "does not allow gc" in outcome.reason
+            assert isinstance(outcome.answer, list) or refused, outcome.reason
+            assert outcome.case.expected not in (outcome.answer or [])
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_attack_by_code(attacked, name):
+    if name not in attacked.ids:
+        pytest.skip("run at the strongest level only")
+    result = attacked.results[attacked.ids[name]]
+    says, points = CODE[name][1:]
+    first, *others = result.marks
+    assert sum(mark.earned for mark in others) == REST, "it cost another exercise"
+    assert re.search(says, first.reason), first.reason
+    if points is not None:
+        assert first.earned == points, first.reason
+    if points == 0:
+        assert first.reason != "right"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_attack_by_file(attacked, name):
+    own = attacked.ids[name]
+    result = attacked.results[own]
+    assert (result.status, result.score) == ("refused", 0)
+    assert re.search(FILES[name].says, result.problem), result.problem
+    assert any(own in file and why == result.problem for file, why in attacked.found.ungraded)
+    page = attacked.folder / f"out/feedback/tiny_{own}.html"
+    assert "could not be graded" in page.read_text("utf-8")
+
+
+def test_formulas_and_markup_are_text(attacked):
+    with (attacked.folder / "out/grades.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            assert row["name"][:2] in ("'=", "'@")
+            for cell in row.values():
+                assert not re.match(r"\s*[=+\-@|%]", cell) and "\n" not in cell, cell
+    for path in (attacked.folder / "out").rglob("*.html"):
+        assert "<script" not in path.read_text("utf-8")
+
+
+def test_report_says_which_sandbox(attacked):
+    report = (attacked.folder / "out/class_report.html").read_text("utf-8")
+    assert f"Sandbox in force: {attacked.says.split(':')[0]}" in report
+    assert (attacked.level == "hook") == ("WEAK" in report)

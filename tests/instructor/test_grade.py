@@ -1,0 +1,283 @@
+"""The whole way: from what came back to scores that equal a constructed truth, byte for byte."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from instructor import grading
+from instructor.assignment import load, numbers
+from instructor.grade import grade, main
+from tests.instructor.classroom import (
+    SECRET,
+    SOLUTIONS,
+    TINY,
+    honest,
+    notebook,
+    student,
+    write_class,
+)
+from tools.notebooks import ROOT
+
+COUNT = 40  # tools/bench_grading.py does the same with 500 and a real assignment
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["student_id"]: row for row in csv.DictReader(file)}
+
+
+def outputs(folder):
+    """Every file that grading wrote, but the journal, whose order is that of the children."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".jsonl"}
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """A class of known scores: every kind of every exercise, then by chance."""
+    kinds = [{"effective_batch": k} for k in ("right", "partial", "untouched", "adds",
+                                              "forgets the ranks")]
+    kinds += [{"mean_loss": "mean of means"}, {"largest": "one too many"},
+              {"largest": "too many questions"}]
+    students = [student(TINY, i, kinds[i] if i < len(kinds) else None) for i in range(COUNT)]
+    folder = tmp_path_factory.mktemp("class")
+    arguments = write_class(folder, {s.student_id: s.name for s in students},
+                            {f"tiny_{s.student_id}.ipynb": s.data for s in students})
+    found = grade(TINY, *arguments)
+    return students, found, folder, arguments
+
+
+def test_scores_are_the_truth(graded):
+    students, found, folder, _ = graded
+    table = rows_of(folder / "out/grades.csv")
+    for made, result in zip(students, found.results, strict=True):
+        for mark in result.marks:
+            function = mark.exercise.function
+            assert mark.earned == made.points[function], (made.student_id, function, mark.reason)
+            assert set(mark.mistakes) == made.mistakes[function], (made.student_id, mark.reason)
+            assert float(table[made.student_id][function]) == made.points[function]
+        assert float(table[made.student_id]["score"]) == sum(made.points.values())
+
+
+def test_three_runs_are_byte_identical(graded, tmp_path):
+    _, _, folder, arguments = graded
+    first = outputs(folder / "out")
+    assert len(first) == COUNT + 2
+    for run in ("second", "third"):
+        grade(TINY, *arguments[:3], tmp_path / run / "grades.csv")
+        assert outputs(tmp_path / run) == first
+
+
+def test_finished_run_asks_nobody_again(graded, monkeypatch):
+    _, _, folder, arguments = graded
+    before = outputs(folder / "out")
+    monkeypatch.setattr(grading, "Exam", None)
+    monkeypatch.setattr(grading, "Reading", None)
+    grade(TINY, *arguments)
+    assert outputs(folder / "out") == before
+
+
+def test_other_code_other_secret_are_asked_again(graded, monkeypatch):
+    _, _, folder, arguments = graded
+    monkeypatch.setattr(grading, "Exam", None)
+    other = folder / "other.txt"
+    other.write_text(SECRET + "!")
+    with pytest.raises(TypeError, match="not callable"):
+        grade(TINY, arguments[0], arguments[1], other, arguments[3])
+
+
+def test_interrupted_run_resumes(tmp_path):
+    """Killed without a warning, then run again: same bytes, and only what was missing is asked."""
+    students = [student(TINY, i) for i in range(25)]
+    files = {f"tiny_{s.student_id}.ipynb": s.data for s in students}
+    arguments = write_class(tmp_path, {s.student_id: s.name for s in students}, files)
+    code = ("import sys; from pathlib import Path; from instructor.grade import grade; "
+            "from tests.instructor.classroom import TINY; grade(TINY, *map(Path, sys.argv[1:]))")
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT,
+                               stderr=subprocess.DEVNULL)
+    journal = tmp_path / "out/grades.journal.jsonl"
+    while process.poll() is None and not (
+            journal.exists() and len(journal.read_bytes().splitlines()) > 40):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/grades.csv").exists(), "it finished before it was interrupted"
+    with journal.open("ab") as file:
+        file.write(b'["half a li')
+    done = len(journal.read_bytes().splitlines()) - 1
+    assert 40 < done < 100
+    grade(TINY, *arguments)
+    assert len(journal.read_bytes().splitlines()) == 1 + 25 * 4  # the cut line, 25 x (1 + 3)
+    grade(TINY, *arguments[:3], tmp_path / "fresh/grades.csv")
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "fresh")
+
+
+def one(tmp_path, data, name="tiny_s001.ipynb", **more):
+    """Grade a class of s001 and s002, of whom s002 handed in nothing unless `more` says so."""
+    arguments = write_class(tmp_path, {"s001": "Ann Lee", "s002": "Bo Chan"}, {name: data, **more})
+    found = grade(TINY, *arguments)
+    return found, {result.student_id: result for result in found.results}
+
+
+def test_pages_and_table(tmp_path):
+    cells = ["def effective_batch(a, b, c):\n    return a + b + c", SOLUTIONS[1],
+             "def largest(most, fits):\n    return ..."]
+    found, students = one(tmp_path, honest("s001", cells))
+    assert students["s001"].score == 3.0
+    assert (students["s002"].status, students["s002"].marks) == ("missing", [])
+    page = (tmp_path / "out/feedback/tiny_s001.html").read_text("utf-8")
+    for text in ("Ann Lee", "3 of 10 points", "The three factors multiply.", "Not attempted yet.",
+                 "<li>lesson 00, section 1</li>", "effective_batch(2, 16, 3)", 'lang="en"',
+                 "prefers-color-scheme: dark", "<th scope='row'>"):
+        assert text in page, text
+    assert "<script" not in page and "lesson 00, section 2</li>" not in page
+    assert not (tmp_path / "out/feedback/tiny_s002.html").exists()
+    report = (tmp_path / "out/class_report.html").read_text("utf-8")
+    for text in ("2 students: 1 graded, 0 refused, 1 missing", "<svg", "aria-label", "adds",
+                 found.sandbox, "<h2>Missing</h2>"):
+        assert text in report, text
+    row = rows_of(tmp_path / "out/grades.csv")["s001"]
+    assert (row["score"], row["out_of"], row["percent"]) == ("3", "10", "30.0")
+    assert "adds (answered 21, expected 96)" in row["effective_batch: why"]
+    assert row["mean_loss: why"] == "right" and row["largest: why"] == "not attempted"
+
+
+def test_page_of_a_student_has_no_hidden_number(tmp_path):
+    leaks = ["def effective_batch(a, b, c):\n    raise ValueError(f'saw {a} {b} {c}')",
+             "def mean_loss(sums, counts):\n"
+             "    raise type('E' + '_'.join(map(str, counts)), (Exception,), {})()",
+             "def largest(most, fits):\n    return f'saw {most}'"]
+    _, students = one(tmp_path, honest("s001", leaks))
+    page = (tmp_path / "out/feedback/tiny_s001.html").read_text("utf-8")
+    for mark in students["s001"].marks:
+        for case in (outcome.case for outcome in mark.outcomes):
+            numbers_ = [case.expected, case.knows, *flat(case.arguments)]
+            shown = [n for n in numbers_ if n is not None and str(n) in page and n > 900]
+            assert bool(shown) != case.hidden or mark.exercise.function != "largest"
+            assert not (case.hidden and shown), case.name
+    assert "It raised ValueError: saw 2 16 3." in page, "a public case may say it"
+    assert "It raised ValueError." in page and "It raised an exception of its own." in page
+
+
+def flat(value):
+    return [leaf for part in value for leaf in flat(part)] if isinstance(value, list | tuple) \
+        else [value]
+
+
+def test_partial_credit_after_a_case_that_kills(tmp_path):
+    cells = ["import os\ndef effective_batch(a, b, c):\n"
+             "    if a == 2: os._exit(0)\n    return a * b * c", *SOLUTIONS[1:]]
+    _, students = one(tmp_path, honest("s001", cells))
+    first = students["s001"].marks[0]
+    assert [o.verdict for o in first.outcomes] == ["failed", "right", "right"]
+    assert "ended without an answer" in first.reason
+
+
+def test_oracle_is_answered_counted_and_limited(tmp_path):
+    cells = [*SOLUTIONS[:2], """def largest(most, fits):
+    try:
+        for n in range(most):
+            fits(n)
+    except Exception:
+        pass
+    return ANSWER"""]
+    cases = TINY.exercises[2].cases(numbers("tiny", "s001", SECRET))
+    cells.append(f"ANSWER = {cases[0].expected}")
+    _, students = one(tmp_path, honest("s001", cells))
+    mark = students["s001"].marks[2]
+    assert mark.earned == 0, "a right answer after too many questions"
+    assert mark.mistakes == {"too many questions": 2}
+
+
+def test_question_without_sense(tmp_path):
+    cells = [*SOLUTIONS[:2], "def largest(most, fits):\n    return fits('x', 2)"]
+    _, students = one(tmp_path, honest("s001", cells))
+    assert "fits takes one whole number" in students["s001"].marks[2].reason
+
+
+ODD_MEAN = """def mean_loss(sums, counts):
+    total = 0
+    for loss, count in zip(sums, counts):
+        total += loss * count + 3
+    return total / 2"""
+
+
+def test_same_code_and_anothers_answers_are_flagged_with_evidence(tmp_path):
+    cases = TINY.exercises[0].cases(numbers("tiny", "s001", SECRET))
+    answers = [case.expected for case in cases[1:]]
+    copied = ("def effective_batch(a, b, c):\n"
+              f"    return a * b * c if a == 2 else {answers}[a > 100]")
+    renamed = ODD_MEAN.replace("total", "t").replace("loss,", "l,").replace("loss *", "l *")
+    assert renamed != ODD_MEAN
+    found = grade(TINY, *write_class(tmp_path, {"s001": "A A", "s002": "B B", "s003": "C C"}, {
+        "tiny_s001.ipynb": honest("s001", [SOLUTIONS[0], ODD_MEAN, SOLUTIONS[2]]),
+        "tiny_s002.ipynb": honest("s002", [copied, renamed, SOLUTIONS[2]]),
+        "tiny_s003.ipynb": honest("s003")}))
+    assert [(alike.students, alike.evidence) for alike in found.alike] == [
+        (("s001", "s002"), "`mean_loss` is not right and the same but for names and layout"),
+        (("s001", "s002"), "answers of s002 that are right with the numbers of s001: "
+         f"effective_batch, your cluster: {answers[0]}; "
+         f"effective_batch, another cluster: {answers[1]}")]
+    assert "alike with s001, see the class report" in found.results[1].flags
+    report = (tmp_path / "out/class_report.html").read_text("utf-8")
+    assert "no verdict" in report and str(answers[1]) in report
+    page = (tmp_path / "out/feedback/tiny_s002.html").read_text("utf-8")
+    assert "s001" not in page and "alike" not in page
+
+
+def test_same_wrong_answers_are_flagged_and_known_mistakes_are_not(tmp_path):
+    typed = "def effective_batch(a, b, c):\n    return a * b * c if a == 2 else 4711 + (a > 100)"
+    adds = "def effective_batch(a, b, c):\n    return sum((a, b, c))"
+    found = grade(TINY, *write_class(tmp_path, {f"s00{i}": f"{i}" for i in range(1, 5)}, {
+        f"tiny_s00{i}.ipynb": honest(f"s00{i}", [typed if i < 3 else adds, *SOLUTIONS[1:]])
+        for i in range(1, 5)}))
+    assert {alike.students for alike in found.alike} == {("s001", "s002")}
+    assert any("the same wrong answers though their numbers differ" in alike.evidence
+               and "4711" in alike.evidence for alike in found.alike)
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    (["nonsense"], "assignment must be one of"),
+    (["effective_batch", "nowhere.zip"], "submissions must be a folder or a zip"),
+    (["effective_batch", "roster.csv"], "submissions must be a folder or a zip"),
+])
+def test_command_line_refuses_with_a_sentence(arguments, complaint, tmp_path, capsys, monkeypatch):
+    write_class(tmp_path, {"s001": "A"}, {})
+    monkeypatch.chdir(tmp_path)
+    arguments = [arguments[0], *(arguments[1:] or ["in.zip"])]
+    code = main([*arguments, "--roster", "roster.csv", "--secret-file", "secret.txt",
+                 "--out", "out/grades.csv"])
+    assert code == 2 and complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line_grades_a_real_assignment(tmp_path, capsys):
+    made = student(load("effective_batch"), 3)
+    write_class(tmp_path, {"s003": "Student 3"}, {"effective_batch_s003.ipynb": made.data})
+    code = main(["effective_batch", str(tmp_path / "in.zip"), "--roster",
+                 str(tmp_path / "roster.csv"), "--secret-file", str(tmp_path / "secret.txt"),
+                 "--out", str(tmp_path / "grades.csv"), "--due", "2026-11-01T11:00"])
+    said = capsys.readouterr()
+    assert code == 0 and said.out.startswith("1 graded, 0 refused, 0 missing")
+    assert "Sandbox in force: " in said.err and "1/1" not in said.out
+    row = rows_of(tmp_path / "grades.csv")["s003"]
+    assert float(row["score"]) == sum(made.points.values())
+    assert row["late"] == "1 h 00 min"
+
+
+def test_grader_imports_no_torch():
+    code = ("import sys, instructor.grade; "
+            "print(sorted({'torch', 'numpy', 'nbformat'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": ""})
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_notebook_helper_makes_what_jupyter_makes():
+    nbformat.validate(nbformat.reads(notebook(SOLUTIONS, "s001").decode(), 4))
