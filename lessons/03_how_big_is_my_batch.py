@@ -591,13 +591,12 @@ def work_of(model, rows, tokens, micro_batch_size):
 
 small = fake_model("bundled")
 work = {size: work_of(small, 8, 128, size) for size in (8, 2)}
-assert work[2] == work[8]
 show_prediction(predicted_work, show="{:.2f} x".format, counted=work[2] / work[8])
 
 # %% [markdown]
 # ### Explain
-# Not one operation more. An *update* with accumulation 16 takes longer than one without, because it
-# has 16 times the tokens; a *token* does not. What accumulation does cost is the form of the work:
+# No more work. An *update* with accumulation 16 takes longer than one without, because it has
+# 16 times the tokens; a *token* does not. What accumulation does cost is the form of the work:
 # the same products in 16 pieces, so 16 times as many kernels to start, and all weights read 16
 # times an update. Whether you feel it depends on the size of a piece. Here, on this machine:
 

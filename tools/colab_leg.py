@@ -1,4 +1,4 @@
-"""The course as a Colab runtime sees it: the set-up cell, then every lesson, on Colab's packages.
+"""The course as a Colab runtime sees it: set-up cell, controls, every lesson, on Colab's packages.
 
     python -m tools.colab_leg         # all lessons; then data/verified.json says when and with what
     python -m tools.colab_leg 01 06   # these
@@ -31,6 +31,7 @@ HOME = ROOT / ".venv-colab"
 PYTHON = HOME / "bin" / "python"
 PINS = ROOT / "constraints-colab.txt"
 KERNEL = "colab"
+TESTS = ("test_widgets.py", "test_flops.py")
 SEEN = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "numpy",
         "matplotlib", "ipywidgets")  # fmt: skip
 # What a lesson rightly shows otherwise on Colab, here and there; the lesson says so in its prose.
@@ -189,6 +190,23 @@ def run_lesson(notebook: Path, environment: dict[str, str]) -> int:
     return int(passed[1])
 
 
+def run_tests(folder: Path, environment: dict[str, str]) -> int:
+    """Number of tests of the clone that passed on Colab's packages: controls under ipywidgets 7.
+
+    Raises:
+        LegError: One of them failed.
+    """
+    tests = [folder / "course" / "tests" / name for name in TESTS]
+    command = [PYTHON, "-m", "pytest", "--quiet", "--color=no", "-c", os.devnull]
+    command += ["--disable-warnings", "-p", "no:cacheprovider", "--rootdir", folder, *tests]
+    with_course = environment | {"PYTHONPATH": str(folder / "course")}
+    done = subprocess.run(command, cwd=folder, env=with_course, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    if done.returncode or not passed:
+        raise LegError(f"tests fail\n{done.stdout}{done.stderr}")
+    return int(passed[1])
+
+
 def write_record(path: Path = verified.PATH) -> None:
     """Today's date and the versions of both sides, for the line that every lesson prints."""
     sides = {}
@@ -215,6 +233,7 @@ def main(numbers: list[str]) -> int:
         environment = surroundings(publish(base, now), now)
         run_set_up_cell(folder, environment, now)
         print(f"set-up cell: installs bitsandbytes {now.bitsandbytes} and nothing else", flush=True)
+        print(f"{run_tests(folder, environment)} tests pass there", flush=True)
         environment["JUPYTER_PATH"] = str(add_kernel(base))
         for script in scripts:
             start = time.perf_counter()
