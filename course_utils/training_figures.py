@@ -13,6 +13,9 @@ from .hardware import Gpu
 from .units import GIB, MIB, show_bytes
 
 
+SPEED = "#6B6B6B"  # no holder's colour
+
+
 @styled
 def progress(rows: Sequence[Mapping[str, Any]], total: int, forecast_bytes: int | None = None,
              title: str = "") -> Figure:
@@ -90,7 +93,8 @@ def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | 
     left, right = canvas.subplots(1, 2, sharey=True, width_ratios=(5, 2.4))
     totals = {name: sum(row.values()) for name, row in rungs.items()}
     ends = dict.fromkeys(names, 0.0)
-    for holder in sorted({h for row in rungs.values() for h in row if row[h]}, key=_rank):
+    seen = max(totals.values()) / 1000  # less is too thin to see, and not worth a legend
+    for holder in sorted({h for row in rungs.values() for h in row if row[h] > seen}, key=_rank):
         widths = [row.get(holder, 0) / GIB for row in rungs.values()]
         left.barh(names, widths, left=list(ends.values()), label=holder, height=0.66,
                   color=COLOURS.get(holder, INK))
@@ -107,7 +111,7 @@ def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | 
     left.text(limit + 0.01 * highest, -0.85, f" a {gpu.name} ends here", fontsize=12, va="center")
     left.set(xlabel="GiB at the peak", xlim=(0, 1.15 * highest), ylim=(len(names) - 0.4, -1.25))
     pace = [speeds[name] or 0 for name in names]
-    right.barh(names, pace, color=LINES[2], height=0.66)
+    right.barh(names, pace, color=SPEED, height=0.66)
     for name, speed in zip(names, pace, strict=True):
         said = f"{speed:,.0f}  ({speed / pace[0]:.1f}x)" if speed else "not measured"
         right.annotate(said, (speed, name), xytext=(5, 0), textcoords="offset points",
@@ -115,7 +119,7 @@ def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | 
     right.set(xlabel="tokens a second", xlim=(0, 1.75 * max(pace)))
     right.locator_params(axis="x", nbins=3)
     canvas.suptitle(title)
-    canvas.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7,
+    canvas.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6,
                   fontsize=11)
     said = "; ".join(f"{name}: {show_bytes(totals[name])}, "
                      f"{'fits' if totals[name] <= gpu.usable_bytes else 'does not fit'}, "

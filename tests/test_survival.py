@@ -1,0 +1,54 @@
+"""Accidents on purpose: they happen, end with their block, and harm no whole checkpoint."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny import ROWS, TOKENIZER, tiny_recipe
+
+from course_utils import checkpoints, survival
+from course_utils.recipe import TrainRecipe
+
+
+def test_memory_ends_in_the_middle_of_a_save(tmp_path):
+    path, state = tmp_path / "state.pt", {"weights": torch.ones(1000)}
+    torch.save(state, path)
+    size = path.stat().st_size
+    with survival.memory_ends_in_a_save(), pytest.raises(torch.OutOfMemoryError):
+        torch.save(state, path)
+    assert path.stat().st_size == size // 2, "the good file is gone"
+    with pytest.raises(RuntimeError, match="zip archive"):
+        torch.load(path)
+    torch.save(state, path)
+    assert torch.equal(torch.load(path)["weights"], state["weights"]), "after the block all is well"
+
+
+def test_a_save_of_the_course_leaves_the_last_one_whole(tmp_path, capsys):
+    survival.save_whole(tmp_path / "checkpoint-1", {"step": 1})
+    with survival.memory_ends_in_a_save():
+        survival.attempt(survival.save_whole, tmp_path / "checkpoint-2", {"step": 2})
+    said = capsys.readouterr().out
+    assert said.startswith("SaveError: checkpoint-2 was not written: CUDA out of memory")
+    assert "last whole checkpoint is checkpoint-1" in said and "free on that disk" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert checkpoints.verify(checkpoints.find_last(tmp_path))["files"]
+
+
+def test_an_attempt_swallows_nothing_else(capsys):
+    survival.attempt(lambda: None)
+    assert capsys.readouterr().out == "saved\n"
+    with pytest.raises(KeyError):
+        survival.attempt({}.__getitem__, "x")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+def test_a_recipe_comes_back_from_json(targets):
+    recipe = TrainRecipe(lora_targets=targets, max_steps=7)
+    assert survival.recipe_from(json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
+
+
+def test_a_run_that_ends_too_early_is_no_kill(tmp_path):
+    recipe = tiny_recipe(tmp_path / "model", max_steps=2)
+    with pytest.raises(RuntimeError, match=r"live for 9 steps, got exit status 0; .*step 2: loss"):
+        survival.train_and_kill(recipe, ROWS, TOKENIZER, tmp_path / "run", at_step=9)
