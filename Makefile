@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint $(C
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
 READY := .venv/ready-$(shell cat requirements.txt $(CONSTRAINTS) pyproject.toml | cksum | tr ' ' -)
 
-.PHONY: help lessons test lab execute stamp test-colab lint bench assignment release clean
+.PHONY: help lessons test lab execute stamp test-colab lint bench assignment grade release clean
 lessons test execute stamp lint bench: export HF_HUB_OFFLINE := 1
 
 help: ## show these verbs
@@ -52,6 +52,11 @@ assignment: $(READY) ## instructor's verb: build an assignment (NAME=effective_b
 	@echo "Building the assignment $(NAME)"
 	@$(BIN)/python -m instructor.build $(NAME) --out "$(or $(OUT),build/$(NAME))" \
 		$(if $(ROSTER),--roster "$(ROSTER)") $(if $(SECRET),--secret-file "$(SECRET)")
+
+grade: $(READY) ## instructor's verb: grade a class (NAME= SUBMISSIONS= ROSTER= SECRET=; OUT=, ARGS=)
+	@echo "Grading $(NAME)"
+	@$(BIN)/python -m instructor.grade "$(NAME)" "$(SUBMISSIONS)" --roster "$(ROSTER)" \
+		--secret-file "$(SECRET)" --out "$(or $(OUT),build/graded/$(NAME)/grades.csv)" $(ARGS)
 
 release: $(READY) ## instructor's verb: pack the course without instructor/ into build/course-students.zip
 	@echo "Packing what students get"

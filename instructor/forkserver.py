@@ -35,7 +35,7 @@ PRELOADED = (
     "dataclasses", "datetime", "decimal", "encodings.ascii", "encodings.idna",
     "encodings.latin_1", "encodings.raw_unicode_escape", "encodings.unicode_escape",
     "encodings.utf_8_sig", "encodings.utf_16", "enum", "fractions", "functools", "heapq", "inspect",
-    "io", "itertools", "json", "math", "numbers", "operator", "pprint", "random", "re",
+    "io", "itertools", "json", "math", "mmap", "numbers", "operator", "pprint", "random", "re",
     "statistics", "string", "struct", "textwrap", "time", "traceback", "types", "typing",
     "warnings")
 

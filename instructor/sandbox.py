@@ -40,7 +40,7 @@ SAYS = {
 PROBE = '''
 def escapes(path, folder, process):
     """What this child can do and should not: names of attempts that succeed."""
-    import ctypes, os, socket
+    import mmap, os, socket, sys
     def read(name):
         with open(name, "rb") as file:
             return bool(file.read(1))
@@ -59,8 +59,8 @@ def escapes(path, folder, process):
             return connect()
         except ConnectionRefusedError:
             return True
-    def hoard():
-        return bool(bytearray(8 << 30))
+    def hoard():  # reserved, not filled
+        return sys.platform == "linux" and bool(mmap.mmap(-1, 8 << 30))
     found = []
     for name, attempt in {
         "read a file of the grader": lambda: read(path), "write outside the temp folder": write,
@@ -94,7 +94,7 @@ class Sandbox:
         if level not in (None, *cage.LEVELS):
             raise ValueError(f"sandbox must be one of {', '.join(cage.LEVELS)}, got {level!r}; "
                              "leave it out for the strongest")
-        self.torch, self.passed_over = torch, {}
+        self.torch, self.passed_over, self._server = torch, {}, None
         self._folder = tempfile.TemporaryDirectory(prefix="grading-")
         os.chmod(self._folder.name, 0o711)
         for candidate in [level] if level else cage.LEVELS:

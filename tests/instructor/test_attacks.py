@@ -26,6 +26,12 @@ REST = sum(exercise.points for exercise in TINY.exercises[1:])
 LOOPS = [name for name in CODE if "endless loop" in name]
 
 
+def running():
+    """The command lines of all processes."""
+    return subprocess.run(["ps", "-ewwo", "args="], capture_output=True, text=True,
+                          check=True).stdout
+
+
 @pytest.fixture(scope="module", params=cage.LEVELS)
 def attacked(request, tmp_path_factory):
     """The class of all attackers and three honest students, graded at one level."""
@@ -36,8 +42,7 @@ def attacked(request, tmp_path_factory):
     try:
         with Sandbox(request.param) as sandbox:
             says = sandbox.says
-            seen = str(folder) in subprocess.run(["ps", "-eo", "args="], capture_output=True,
-                                                 text=True, check=True).stdout
+            seen = str(folder) in running()
     except ValueError as error:
         pytest.skip(str(error))
     open_folder = folder / "open"  # anybody may write here, so only the sandbox forbids it
@@ -71,8 +76,9 @@ def attacked(request, tmp_path_factory):
         except TimeoutError:
             reached = None
     return SimpleNamespace(
-        level=request.param, says=says, server_seen=seen, ids=ids, found=found, folder=folder, canary=canary,
-        reached=reached, results={result.student_id: result for result in found.results})
+        level=request.param, says=says, server_seen=seen, ids=ids, found=found, folder=folder,
+        canary=canary, reached=reached,
+        results={result.student_id: result for result in found.results})
 
 
 def test_no_other_score_changes(attacked):
@@ -88,9 +94,8 @@ def test_nothing_escapes(attacked):
     for path in (attacked.folder / "out").rglob("*"):
         if path.is_file():
             assert HIDDEN_TEXT not in path.read_text("utf-8"), path
-    running = subprocess.run(["ps", "-eo", "args="], capture_output=True, text=True, check=True)
     # The fork server, and so all that it forked, has its folder in its command line.
-    assert attacked.server_seen and str(attacked.folder) not in running.stdout
+    assert attacked.server_seen and str(attacked.folder) not in running()
 
 
 def test_expected_value_is_not_in_the_child(attacked):
