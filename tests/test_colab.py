@@ -7,6 +7,7 @@ what it was asked for, a repository on this disk. `make test-colab` does it with
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -207,16 +208,38 @@ def test_leg_refuses_an_unknown_lesson(capsys):
     assert "LESSON must be one of 01" in capsys.readouterr().err
 
 
+def stale(readme: str) -> list[str]:
+    """What README shows otherwise than `make stamp` would write it; its outputs aside."""
+    shown = {
+        "table": (stamp.TABLE, stamp.table(SCRIPTS, NOW)),
+        "picture": (stamp.PICTURE, f"![{closing_act.alt()}](docs/closing_act.svg)"),
+    }
+    found = {part: pattern.search(readme) for part, (pattern, _) in shown.items()}
+    return [part for part, hit in found.items() if not hit or hit[0] != shown[part][1]]
+
+
 def test_stamped_texts_are_up_to_date():
-    readme = ROOT / "README.md"
-    now = stamp.facts()
-    assert stamp.citation(text(ROOT / "CITATION.cff"), now) == text(ROOT / "CITATION.cff")
+    assert stale(text(ROOT / "README.md")) == []
+    assert stamp.citation(text(ROOT / "CITATION.cff"), NOW) == text(ROOT / "CITATION.cff")
     package = ROOT / "course_utils" / "__init__.py"
-    assert stamp.package(text(package), now) == text(package)
-    table = stamp.TABLE.search(text(readme))[0]
-    assert table == stamp.table(SCRIPTS, now) and table.count("/blob/") == len(SCRIPTS)
+    assert stamp.package(text(package), NOW) == text(package)
     assert closing_act.svg() == text(ROOT / "docs" / "closing_act.svg"), "make stamp"
-    assert stamp.PICTURE.search(text(readme))[0] == f"![{closing_act.alt()}](docs/closing_act.svg)"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "new", "part"),
+    [
+        (r"GiB, the usual recipe", "MiB, the usual recipe", "picture"),
+        (r"!\[Peak[^]]*\]", "![]", "picture"),
+        (r"docs/closing_act\.svg", "docs/old.svg", "picture"),
+        (rf"/blob/{re.escape(NOW.tag)}/", "/blob/main/", "table"),
+        (r"\| 45 \|", "| 40 |", "table"),
+        (r"<!-- end of lessons -->", "", "table"),
+    ],
+    ids=["wrong alt", "no alt", "no picture", "badge", "minutes", "no table"],
+)
+def test_planted_fault_in_readme_is_caught(pattern, new, part):
+    assert stale(re.sub(pattern, new, text(ROOT / "README.md"))) == [part]
 
 
 def test_picture_says_what_was_recorded():
