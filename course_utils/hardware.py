@@ -149,14 +149,14 @@ def detect() -> Gpu | None:
         _for_good.enter_context(emulate(preset(wanted)))
     if _emulated:
         return _emulated
-    properties = torch.cuda.get_device_properties(0)
-    capability = (properties.major, properties.minor)
+    card = torch.cuda.get_device_properties(0)
     for gpu in PRESETS.values():
-        if gpu.name.lower() in properties.name.lower().replace("-", " ").split():
+        if gpu.name.lower() in card.name.lower().replace("-", " ").split():
             return gpu
-    nearest = min(PRESETS.values(), key=lambda gpu: abs(gpu.capability[0] - capability[0]))
-    return replace(nearest, name=properties.name, capability=capability,
-                   total_bytes=properties.total_memory)
+    nearest = min(PRESETS.values(), key=lambda gpu: abs(  # an A100 is no L4, though both have 8.x
+        10 * gpu.capability[0] + gpu.capability[1] - 10 * card.major - card.minor))
+    return replace(nearest, name=card.name, capability=(card.major, card.minor),
+                   total_bytes=card.total_memory, multiprocessors=card.multi_processor_count)
 
 
 def describe(gpu: Gpu | None) -> str:

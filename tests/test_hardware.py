@@ -1,8 +1,10 @@
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from course_utils import hardware
 from course_utils.hardware import PRESETS, T4, Gpu, mixed_precision
@@ -61,6 +63,22 @@ def test_without_a_gpu_nothing_is_measured():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                          env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."})
     assert "14.56 GiB" in out.stdout
+
+
+@pytest.mark.parametrize(("name", "capability", "nearest"), [
+    ("Tesla T4", (7, 5), T4), ("NVIDIA L4", (8, 9), hardware.L4),
+    ("NVIDIA A100-SXM4-40GB", (8, 0), hardware.A100), ("NVIDIA A10G", (8, 6), hardware.A10),
+    ("NVIDIA H100 80GB HBM3", (9, 0), hardware.H100), ("NVIDIA B200", (10, 0), hardware.H100)])
+def test_card_is_known_by_name_or_by_its_kernels(monkeypatch, name, capability, nearest):
+    card = SimpleNamespace(name=name, major=capability[0], minor=capability[1],
+                           total_memory=nearest.total_bytes, multi_processor_count=99)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.delenv(hardware.EMULATE_VARIABLE, raising=False)
+    found = hardware.detect()
+    assert (found.matmul_flops, found.bandwidth) == (nearest.matmul_flops, nearest.bandwidth)
+    assert found == nearest or (found.name, found.capability) == (name, capability)
+    assert found == nearest or found.multiprocessors == 99
 
 
 def test_gpu_is_a_value():
