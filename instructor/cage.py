@@ -39,6 +39,10 @@ CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 READ_RIGHTS, FILE_RIGHTS = 0b1100, 0b110  # read file and folder; write and read file
 RIGHTS_OF_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # how many bits
 DIE_WITH_PARENT, DROP_BOUND = 1, 24  # prctl
+NO_CAPABILITIES = bytes(24)  # effective, permitted, inheritable, twice
+LIMITS = [(getattr(resource, name), amount) for name, amount in {
+    "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0, "RLIMIT_NOFILE": 64, "RLIMIT_MEMLOCK": 0,
+    "RLIMIT_MSGQUEUE": 0, "RLIMIT_FSIZE": FILE_BYTES}.items() if hasattr(resource, name)]
 # What harmless Python does; everything else that Python reports raises.
 HARMLESS = {
     "import", "compile", "exec", "marshal.loads", "marshal.load", "code.__new__",
@@ -151,15 +155,16 @@ def landlock(readable: Sequence[str], writable: str) -> None:
 
 def become_nobody() -> None:
     """Give up every privilege: root turns into nobody, capabilities go."""
+    if sys.platform == "linux":
+        number = 0
+        while libc.prctl(DROP_BOUND, number, 0, 0, 0) == 0:  # until the kernel knows no more
+            number += 1
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
     if sys.platform == "linux":
-        for number in range(64):  # those that the kernel does not know are refused
-            libc.prctl(DROP_BOUND, number, 0, 0, 0)
-        none = struct.pack("=6I", *[0] * 6)
-        _call("capset", struct.pack("=Ii", 0x20080522, 0), none)
+        _call("capset", struct.pack("=Ii", 0x20080522, 0), NO_CAPABILITIES)
 
 
 def limit(cpu_seconds: int, memory_bytes: int) -> None:
@@ -169,16 +174,13 @@ def limit(cpu_seconds: int, memory_bytes: int) -> None:
         cpu_seconds: Then it is killed.
         memory_bytes: More than what the fork server has.
     """
-    amounts = {"RLIMIT_CORE": 0, "RLIMIT_NPROC": 0, "RLIMIT_NOFILE": 64, "RLIMIT_MEMLOCK": 0,
-               "RLIMIT_MSGQUEUE": 0, "RLIMIT_FSIZE": FILE_BYTES, "RLIMIT_CPU": cpu_seconds,
-               "RLIMIT_AS": memory_bytes}
-    for name, amount in amounts.items():
-        if hasattr(resource, name):
-            _, most = resource.getrlimit(getattr(resource, name))
-            amount = amount if most == resource.RLIM_INFINITY else min(amount, most)
-            # macOS knows some of them by name only.
-            with contextlib.suppress(ValueError if sys.platform == "darwin" else ()):
-                resource.setrlimit(getattr(resource, name), (amount, amount))
+    for number, amount in [*LIMITS, (resource.RLIMIT_CPU, cpu_seconds),
+                           (resource.RLIMIT_AS, memory_bytes)]:
+        _, most = resource.getrlimit(number)
+        amount = amount if most == resource.RLIM_INFINITY else min(amount, most)
+        # macOS knows some of them by name only.
+        with contextlib.suppress(ValueError if sys.platform == "darwin" else ()):
+            resource.setrlimit(number, (amount, amount))
 
 
 def address_space() -> int:

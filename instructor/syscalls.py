@@ -46,7 +46,9 @@ PASS, REFUSE, KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000  # REFUSE gives EPER
 NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 38, 22, 2
 
 
-class _Program(ctypes.Structure):
+class Program(ctypes.Structure):
+    """`struct sock_fprog`."""
+
     _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 
 
@@ -71,14 +73,18 @@ def program(files: bool) -> bytes:
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 
-def restrict(libc: ctypes.CDLL, files: bool) -> None:
+def prepared(files: bool) -> Program:
+    """The filter as `restrict` takes it; made once, before the fork server forks."""
+    code = program(files)
+    return Program(len(code) // 8, code)
+
+
+def restrict(libc: ctypes.CDLL, wanted: Program) -> None:
     """Let this process, and all that it could ever start, make no other call. For good.
 
     Raises:
         OSError: The kernel has no seccomp filters.
     """
-    code = program(files)
-    wanted = _Program(len(code) // 8, code)
     if libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0) or libc.prctl(
             SET_SECCOMP, FILTER, ctypes.byref(wanted), 0, 0):
         raise OSError(ctypes.get_errno(), "seccomp is not available")
