@@ -176,29 +176,33 @@ class Grader:
         def jobs() -> Iterator[Exam]:
             for student, tried in attempts.items():
                 own = numbers(self.assignment.name, student, self.secret)
-                mine = cases.setdefault(student, {})
-                mine |= {exercise.function: exercise.cases(own) for exercise in exercises}
-                for attempt in tried:
-                    for exercise in exercises:
+                for exercise in exercises:
+                    mine = exercise.cases(own)
+                    cases.setdefault(student, {})[exercise.function] = mine
+                    for attempt in tried:
                         about = attempt.about["functions"][exercise.function]
                         if "problem" in about:
                             continue
-                        questions = [[case.arguments, case.oracle, case.most_questions, case.knows]
-                                     for case in mine[exercise.function]]
-                        key = key_of(self._base, self.secret, student, exercise.function,
-                                     about["source"], questions, exercise.cpu_seconds,
-                                     exercise.memory_bytes, exercise.needs_torch)
+                        key = self._key(student, exercise, mine, about["source"])
                         replies = self.journal.get(key) or []
                         attempt.replies[exercise.function] = replies
                         if not replies:
                             keys[id(replies)] = key
-                            yield Exam(exercise, mine[exercise.function], about["source"], replies)
+                            yield Exam(exercise, mine, about["source"], replies)
                 if not exercises[0].needs_torch:
                     self._step()
 
         for job in sandbox.run(jobs()) if exercises else ():
             if job.done and (key := keys.pop(id(job.replies), None)):
                 self.journal.put(key, job.replies)
+
+    def _key(self, student: str, exercise: Exercise, cases: Sequence[Case],
+             source: Sequence) -> str:
+        """Of the journal: all that the replies depend on."""
+        return key_of(self._base, self.secret, student, exercise.function, source,
+                      [[case.arguments, case.oracle, case.most_questions, case.knows]
+                       for case in cases],
+                      exercise.cpu_seconds, exercise.memory_bytes, exercise.needs_torch)
 
     def _judge(self, result: Result, attempts: Sequence[Attempt],
                cases: Mapping[str, Sequence[Case]]) -> None:
