@@ -86,7 +86,12 @@ def _run(cell: int, text: str, space: dict[str, Any]) -> str | None:
 
 
 def _say(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error)[:LONGEST_ERROR]}"
+    name = type(error).__name__
+    try:
+        text = str(error)[:LONGEST_ERROR]
+    except BaseException:  # a class of the student's
+        text = ""
+    return f"{name}: {text}" if text else name
 
 
 def _answer(function: Any, case: dict, lines: _Lines, notes: list[str]) -> dict:
@@ -107,7 +112,7 @@ def _answer(function: Any, case: dict, lines: _Lines, notes: list[str]) -> dict:
             return {"unfinished": True}
         return {"value": _plain(value)}
     except BaseException as error:
-        if isinstance(error, TypeError) and "llipsis" in str(error):
+        if isinstance(error, TypeError) and "llipsis" in _say(error):
             return {"unfinished": True}
         standard = type(error).__module__ == "builtins"
         return {"error": _say(error), "notes": notes,

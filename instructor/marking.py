@@ -26,15 +26,17 @@ ENDED = {
     "garbage": "it wrote to the grader's pipe instead of returning",
     "finished": "it ended without an answer",
 }
+NO_WAY_OUT = "the grader allows no network, no other program and no files of its own"
 HINTS = {
     "ModuleNotFoundError": "the grader has Python's standard library only",
     "ImportError": "the grader has Python's standard library only",
-    "PermissionError": "the grader allows no network, no other program and no files of its own",
+    "PermissionError": NO_WAY_OUT,
+    "FileNotFoundError": NO_WAY_OUT,
     "EOFError": "nobody is there to answer `input`",
     "MemoryError": "it used more memory than the exercise allows",
     "SystemExit": "it ended the process instead of returning",
 }
-FILE_TOO_LARGE = "[Errno 27]"  # EFBIG: what it printed, or a file
+FILE_TOO_LARGE, NOT_PERMITTED = "[Errno 27]", "[Errno 1]"  # EFBIG: what it printed, or a file
 
 
 def equal(answer: Any, expected: Any, rel_tolerance: float) -> bool:
@@ -180,6 +182,8 @@ def _error(reply: Mapping, hidden: bool) -> tuple[str, str]:
     """The reason and what the student is told; a hidden case's exception could hold its numbers."""
     kind, text = reply["type"], reply["error"]
     hint = HINTS.get(kind, "")
+    if NOT_PERMITTED in text:
+        hint = NO_WAY_OUT
     if FILE_TOO_LARGE in text:
         hint = "it printed or wrote more than 1 MiB"
     if kind == "NoFunction":

@@ -46,7 +46,7 @@ CODE = {
     "network call": (
         "import socket\n" + BATCH + "    s = socket.socket()\n"
         "    s.connect((b'127.0.0.1', PORT))\n    s.sendall(b'hello')\n    return a * b * c",
-        "raised", 0),
+        "raised PermissionError.*the grader allows no network", 0),
     "network call by name": (
         "import urllib.request\n" + BATCH
         + "    return urllib.request.urlopen('http://127.0.0.1:PORT').read()", "", 0),
@@ -130,7 +130,7 @@ def effective_batch(a, b, c):
     "hides an exception's text": ("""class Odd(Exception):
     def __str__(self): raise SystemExit
 def effective_batch(a, b, c):
-    raise Odd""", "ended", 0),
+    raise Odd""", "raised Odd", 0),
     "formula in an answer": (
         BATCH + "    return '=HYPERLINK(\"http://x\")'", "answered '=HYPERLINK", 0),
     "markup in an answer": (BATCH + "    return '<script>alert(1)</script>'", "answered", 0),
