@@ -18,7 +18,8 @@ MOST_MISTAKES = 15
 def class_report(assignment: Assignment, found: ClassResult) -> str:
     """The page. It names students: for the instructor alone."""
     graded = [result for result in found.results if result.status == "graded"]
-    parts = [f"<h1>{escape(assignment.title)}: the class</h1>", _summary(assignment, found, graded)]
+    parts = [f"<h1>{escape(assignment.title)}</h1>\n<p>The class, for the instructor.</p>",
+             _summary(assignment, found, graded)]
     if graded:
         parts += [_histogram(assignment, graded), _hardest(assignment, graded), _mistakes(graded)]
     parts += [_table("Look alike", "Evidence for a conversation, no verdict: working together or a "
@@ -34,7 +35,7 @@ def class_report(assignment: Assignment, found: ClassResult) -> str:
               _table("Missing", "", ("student", "name"),
                      [(r.student_id, escape(r.row["name"])) for r in found.results
                       if r.status == "missing"])]
-    return page(f"{assignment.title}: the class", "\n".join(filter(None, parts)))
+    return page(f"The class: {assignment.title}", "\n".join(filter(None, parts)))
 
 
 def _summary(assignment: Assignment, found: ClassResult, graded: Sequence[Result]) -> str:
@@ -85,7 +86,7 @@ def _hardest(assignment: Assignment, graded: Sequence[Result]) -> str:
         common = Counter(name for mark in marks for name in mark.mistakes).most_common(1)
         rest = sum(mark.unfinished or bool(mark.problem) for mark in marks)
         rows.append((share, index, (
-            f"{escape(exercise.title)} {code(exercise.function)}", f"{100 * share:.0f} %",
+            f"{escape(exercise.title)} {code(exercise.function, 'name')}", f"{100 * share:.0f} %",
             str(rest), escape(f"{common[0][0]} ({common[0][1]})") if common else "",
             escape(exercise.reread))))
     return _table("Hardest first", "", ("exercise", "points earned", "not attempted or not found",
@@ -104,7 +105,8 @@ def _mistakes(graded: Sequence[Result]) -> str:
                 sentences[place] = mark.exercise.mistakes.get(name, "")
     rows = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_MISTAKES]
     return _table("Commonest mistakes", "", ("mistake", "where", "students", "what to say"),
-                  [(escape(name), code(function), str(count), sentence(sentences[function, name]))
+                  [(escape(name), code(function, "name"), str(count),
+                    sentence(sentences[function, name]))
                    for (function, name), count in rows], raw=True)
 
 

@@ -66,14 +66,15 @@ def _exercise(number: int, mark: Mark) -> str:
             f"<strong>{points_of(mark.earned, exercise.points)}</strong></p>")
     if mark.problem:
         return f"{head}\n<p class='note'>Not graded: {sentence(mark.problem)}.</p>"
-    rows = "".join(_case(exercise.function, outcome) for outcome in mark.outcomes)
     notes = "".join(f"<p class='soft'>Note: {sentence(note)}.</p>" for note in mark.notes)
-    again = "" if mark.earned == exercise.points else \
-        f"<p>Reread {escape(exercise.reread)}.</p>"
+    if all(outcome.verdict == "right" for outcome in mark.outcomes):
+        return f"{head}\n<p class='good'>✓ right in all {len(mark.outcomes)} cases</p>\n{notes}"
+    rows = "".join(_case(exercise.function, outcome) for outcome in mark.outcomes)
     return (f"{head}\n<div class='wide'><table><caption>Cases of {escape(exercise.function)}"
             "</caption>\n<thead><tr><th scope='col'>case</th><th scope='col'>result</th>"
             "<th scope='col' class='number'>points</th><th scope='col'>what happened</th></tr>"
-            f"</thead>\n<tbody>{rows}</tbody></table></div>\n{notes}{again}")
+            f"</thead>\n<tbody>{rows}</tbody></table></div>\n{notes}"
+            f"<p>Reread {escape(exercise.reread)}.</p>")
 
 
 def _case(function: str, outcome: Outcome) -> str:
@@ -81,6 +82,7 @@ def _case(function: str, outcome: Outcome) -> str:
     case = outcome.case
     what = " <span class='soft'>(hidden)</span>" if case.hidden \
         else f"<br>{code(show_call(function, vars(case)))}"
-    return (f"<tr><th scope='row'>{escape(case.name)}{what}</th><td class='{kind}'>{sign}</td>"
-            f"<td class='number'>{points_of(outcome.earned, case.points)}</td>"
-            f"<td>{sentence(outcome.told)}</td></tr>\n")
+    return (f"<tr><th scope='row'>{escape(case.name)}{what}</th>"
+            f"<td class='tight {kind}'>{sign}</td>"
+            f"<td class='tight number'>{points_of(outcome.earned, case.points)}</td>"
+            f"<td>{'' if outcome.verdict == 'right' else sentence(outcome.told)}</td></tr>\n")

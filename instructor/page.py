@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape as _escape
 
 STYLE = """
@@ -14,10 +15,11 @@ body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 52rem; backgroun
 h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; }
 code { font: .85em ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
   background: var(--panel); padding: .1em .3em; border-radius: 4px; overflow-wrap: anywhere; }
+code.name, .tight { white-space: nowrap; }
 table { border-collapse: collapse; width: 100%; }
 caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+  border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; } .soft { color: var(--soft); }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
@@ -34,17 +36,19 @@ def escape(text: object) -> str:
     return _escape(str(text).encode("utf-8", "replace").decode())
 
 
-def code(text: object) -> str:
-    """Text as code, with `backticks` in a sentence left alone."""
-    return f"<code>{escape(text)}</code>"
+def code(text: object, kind: str = "") -> str:
+    """Text as code; of the kind `name` it stays in one line."""
+    return f"<code class='{kind}'>{escape(text)}</code>" if kind \
+        else f"<code>{escape(text)}</code>"
 
 
 def sentence(text: str) -> str:
-    """A sentence whose `backticks` mark code."""
+    """A sentence in which `backticks` mark code and *stars* emphasis, where they come in pairs."""
     parts = escape(text).split("`")
     if len(parts) % 2 == 0:  # one is left over
         return escape(text)
-    return "".join(f"<code>{part}</code>" if index % 2 else part
+    return "".join(f"<code>{part}</code>" if index % 2
+                   else re.sub(r"(?<![\w*])\*(\w[^*`]*?)\*(?![\w*])", r"<em>\1</em>", part)
                    for index, part in enumerate(parts))
 
 
