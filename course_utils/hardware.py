@@ -6,6 +6,7 @@ answers 0, which looks like a measurement). Not modelled: clocks, power limits, 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from .units import MIB, show_bytes
 EMULATE_VARIABLE = "COURSE_EMULATE_GPU"  # set to "T4" to run every lesson as if on a T4
 _emulated: Gpu | None = None
 _for_good = contextlib.ExitStack()  # what the variable set up stays until the process ends
+atexit.register(_for_good.close)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +86,8 @@ class Gpu:
         return self.flash_attention and self.capability >= (8, 0)
 
 
-# total_bytes: `torch.cuda.mem_get_info()` on a T4 and an H200; the others as out-of-memory messages
-# report them, give or take 1 % by driver. context_bytes: measured on a T4 and an H200 after a step,
-# the others take the H200's. The rest: data sheets, SXM parts.
+# total_bytes: `torch.cuda.mem_get_info()` on T4 and H200; the others by out-of-memory messages, to
+# 1 %. context_bytes: measured on T4 and H200; the others take the H200's. The rest: data sheets.
 T4, L4, A10, A100, H100, H200 = (
     Gpu(name=name, total_bytes=total * MIB, capability=capability, context_bytes=context * MIB,
         multiprocessors=sms, matmul_flops=half * 1e12, float32_flops=single * 1e12,
@@ -203,7 +204,7 @@ def emulate(gpu: Gpu) -> Iterator[Gpu]:
 
 
 def use_expandable_segments(wanted: bool) -> None:
-    """Let CUDA's allocator grow one segment from now on, or not; nothing happens without a GPU."""
+    """Let CUDA's allocator grow one segment from now on, or not. Without a GPU: nothing."""
     import torch
     if torch.cuda.is_available():
         torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{wanted}")
@@ -222,7 +223,6 @@ def reset_peak() -> int | None:
 
 def _on_cuda(measure: str) -> int | None:
     import torch
-
     return getattr(torch.cuda, measure)() if torch.cuda.is_available() else None
 
 

@@ -211,6 +211,7 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
             loss = compute_loss(model, batch, recipe, num_items)
         scaler.scale(loss).backward()
         losses.append(loss.detach())
+        del loss  # its graph would keep the embeddings and their gradient through the next forward
     scaler.unscale_(optimizer)
     trainable = [p for p in model.parameters() if p.requires_grad]
     torch.nn.utils.clip_grad_norm_(trainable, recipe.max_grad_norm)

@@ -280,7 +280,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "lessons" / "recorded_runs.json")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--forecasts", action="store_true",
+                        help="only forecast the recorded rows again; needs no GPU")
     options = parser.parse_args()
+    if options.forecasts:
+        record = json.loads(options.out.read_text(encoding="utf-8"))
+        add_forecasts(record["rows"])
+        return save(record, options.out)
     import torch  # imported once, before the rows fork
     from transformers import AutoModelForCausalLM  # noqa: F401
 

@@ -1,0 +1,81 @@
+"""The recorded runs: what they prove, and that today's forecast still says the same."""
+
+import json
+import re
+
+import pytest
+
+from course_utils import recorded
+from course_utils.forecast import forecast
+from course_utils.hardware import T4
+from course_utils.units import GIB
+from tools.record_gpu_run import GROUPS, LADDER, recipe_of
+
+ROWS = recorded.recording()["rows"]
+TRAINED = [row for row in ROWS if row.get("peak_allocated_bytes")]
+
+
+def named(group, name):
+    return next(row for row in ROWS if (row["group"], row["name"]) == (group, name))
+
+
+def ids(row):
+    return f"{row['group']}: {row['name']}"
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if "recipe" in row], ids=ids)
+def test_todays_forecast_is_the_recorded_one_and_agrees_with_the_gpu(row):
+    f = forecast(recipe_of(row), T4)
+    assert row["forecast"] == {"peak_allocated_bytes": f.peak_allocated_bytes, "fits": f.fits,
+                               "peak_reserved_bytes": list(f.peak_reserved_bytes)}, \
+        "the forecast has changed: record again, or run tools/record_gpu_run.py --forecasts"
+    if row["peak_allocated_bytes"]:
+        assert f.peak_allocated_bytes == pytest.approx(row["peak_allocated_bytes"], rel=2e-3)
+    else:
+        assert row["outcome"].startswith("out of memory") and not f.fits
+
+
+def test_reserved_memory_lies_in_its_interval():
+    """At the limit the allocator gives pages back, which no forecast counts on."""
+    inside = [low <= row["peak_reserved_bytes"] <= high for row in TRAINED
+              for low, high in [row["forecast"]["peak_reserved_bytes"]]]
+    assert sum(inside) >= 0.95 * len(inside)
+    outside = [row for row, fine in zip(TRAINED, inside, strict=True) if not fine]
+    assert all("largest" in row["name"] and not row["forecast"]["fits"] for row in outside)
+
+
+def test_the_run_that_does_not_fit_fits_and_is_more_than_twice_as_fast():
+    assert named("ladder", "the usual recipe on a T4")["outcome"].startswith("out of memory")
+    usual = named("ladder", "the usual recipe")["tokens_per_second"]
+    full = named("ladder", "lean rotary embedding")
+    assert full["peak_allocated_bytes"] <= 9.3 * GIB and full["tokens_per_second"] >= 2.3 * usual
+    lean = named("ladder", "checkpoints on the host")
+    assert lean["peak_allocated_bytes"] <= 7.3 * GIB and lean["tokens_per_second"] >= 2.15 * usual
+    best = named("fit", "what fit picks")
+    assert best["limited"] and best["outcome"] == "trained" and best["steps"] == 50
+    assert best["tokens_per_second"] >= max(2.5 * usual, 10_060)  # Unsloth's, facts.md section 3
+
+
+def test_levers_change_no_loss():
+    usual, ours = (named("curves", name)["losses"] for name in ("usual", "ours"))
+    assert len(usual) == len(ours) == 50 and usual[-1] < usual[0] - 0.15
+    assert max(abs(a - b) for a, b in zip(usual, ours, strict=True)) < 1e-3
+
+
+def test_every_group_is_recorded_and_every_rung():
+    assert {row["group"] for row in ROWS} == set(GROUPS)
+    assert {name for name, _ in LADDER} <= {row["name"] for row in ROWS}
+
+
+def test_lessons_ran_on_the_emulated_t4_and_agree_with_forecast_and_ledger():
+    """What a GPU measured lies above the tensors that were counted, by workspaces and rounding."""
+    lessons = [row for row in ROWS if row["group"] == "lessons"]
+    assert [row["name"][:2] for row in lessons] == ["01", "02", "03", "04", "05", "06"]
+    assert all(row["outcome"] == "executed" for row in lessons)
+    first = dict(re.findall(r"^(\w+) +([\d.]+) MiB$", lessons[0]["measured"][0], re.M))
+    assert float(first["forecast"]) == pytest.approx(float(first["measured"]), rel=0.02)
+    pairs = re.findall(r"counted:? +([\d.]+) MiB.*?measured:? +([\d.]+) MiB",
+                       json.dumps(lessons[1:4]))
+    assert len(pairs) >= 4
+    for counted, measured in pairs:
+        assert 0 <= float(measured) - float(counted) < 20  # two workspaces of 8.1 MiB, rounding
