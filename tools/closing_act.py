@@ -65,7 +65,7 @@ def svg() -> str:
         '<rect width="100%" height="100%" fill="white"/>',
         _text(16, 30, f"{recipe['model']} in 4 bits, {recipe['micro_batch_size']} sequences of "
               f"{recipe['sequence_length']} tokens", font_size="19", font_weight="bold"),
-        _text(16, 54, "Peak of one training step. Each row adds one change to the row above it."),
+        _text(16, 54, "Peak of one training step. Each row changes one thing in the row above it."),
     ]  # fmt: skip
     for tick in range(0, AXIS_GIB + 1, 5):
         x = LEFT + tick * GIB * scale
