@@ -14,7 +14,7 @@ READY := .venv/ready-$(shell cat requirements.txt $(CONSTRAINTS) pyproject.toml 
 lessons test execute stamp lint bench: export HF_HUB_OFFLINE := 1
 
 help: ## show these verbs
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
 
 lessons: $(READY) ## execute every lesson into build/ and write the report; lessons/ stays as it is
 	@echo "Executing the lessons into build/"

@@ -11,9 +11,8 @@ import shutil
 import sys
 
 from . import hardware
-from .preflight import Finding
 from .units import GIB, show_bytes
-from .verified import FLOORS, drifted, installed, numbers, record
+from .verified import FLOORS, Finding, drifted, installed, numbers, record
 
 DISK_BYTES = 5 * GIB  # a 16-bit checkpoint of Llama-3.2-1B, its adapters and room to write them
 TORCHAO_FLOOR = (0, 16)
@@ -21,8 +20,8 @@ TORCHAO_FLOOR = (0, 16)
 
 def doctor() -> list[Finding]:
     """Everything looked at, in the order in which a run would meet it."""
-    return [_python(), *map(_package, FLOORS), _torchao(), _drift(), _gpu(), _precision(), _disk(),
-            _hub()]
+    card = [_gpu(), _precision()] if installed("torch") else []
+    return [_python(), *map(_package, FLOORS), _torchao(), _drift(), *card, _disk(), _hub()]
 
 
 def _python() -> Finding:

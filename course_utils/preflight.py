@@ -15,16 +15,7 @@ import torch
 from . import hardware, shapes
 from .recipe import TrainRecipe
 from .units import show_bytes
-from .verified import too_old
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at: what was found, and what to do about it (`None`: it is fine)."""
-
-    name: str
-    found: str
-    fix: str | None = None
+from .verified import Finding, too_old
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,15 @@ FLOORS = {"torch": (2, 11), "transformers": (5, 15), "peft": (0, 20), "bitsandby
 COLAB_VARIABLE = "COLAB_RELEASE_TAG"  # Colab sets it, nobody else does
 NO_GPU = ('This Colab runtime has no GPU: every lesson runs; for the lines that say "measured" '
           "choose Runtime > Change runtime type > T4 GPU.")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: what was found, and what to do about it (`None`: it is fine)."""
+
+    name: str
+    found: str
+    fix: str | None = None
 
 
 @cache

@@ -56,7 +56,7 @@ ARROWS = {
     "forecast": "units hardware shapes recipe memory_report fake depth allocator fake_run "
     "device_ledger cuda_rules cuda_pretence",
     "fit": "units hardware recipe forecast",
-    "doctor": "units hardware preflight verified",
+    "doctor": "units hardware verified",
     "evaluation": "units hardware recipe corpus qlora",
     "export": "hardware recipe qlora",
     "gates": "hardware recipe corpus qlora preflight evaluation",

@@ -95,6 +95,27 @@ def test_doctor_tells_of_this_machine(capsys, monkeypatch):
     assert "-> pip install 'peft>=99.0'" in capsys.readouterr().out
 
 
+def test_doctor_needs_none_of_what_it_looks_for():
+    code = """
+import sys
+from importlib import metadata
+version, missing = metadata.version, {"torch", "transformers", "peft", "bitsandbytes"}
+sys.modules.update(dict.fromkeys(missing))  # None makes an import of it fail
+
+def asked(name):
+    if name in missing:
+        raise metadata.PackageNotFoundError(name)
+    return version(name)
+
+metadata.version = asked
+from course_utils.__main__ import main
+sys.exit(main(["doctor"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.count("not installed\n") == 4 and "pip install 'torch>=2.11'" in done.stdout
+
+
 def test_progress_is_shown_after_a_second_and_not_before(capsys):
     progress = cli.Progress()
     progress("first thing")
