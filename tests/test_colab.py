@@ -152,6 +152,20 @@ def test_no_network_is_told_by_git_itself(runtime, tmp_path):
     assert again.returncode == 0 and len(asked) == 2, "the next try starts over"
 
 
+def test_an_old_past_runtime_is_told_what_to_choose(runtime, tmp_path):
+    """Colab's "Runtime version" 2026.01 as its packages say it; the sentence comes first."""
+    for name, version in (("transformers", "4.57.3"), ("torch", "2.9.0+cu126")):
+        old = tmp_path / "tools" / f"{name}-{version}.dist-info"
+        old.mkdir()
+        (old / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    done, _ = runtime(TWICE)
+    assert done.returncode == 0, done.stderr
+    banner, remark = done.stdout.splitlines()[:2]
+    assert banner == verified.banner()
+    assert "transformers 4.57.3 (needed: 5.15)" in remark
+    assert remark.startswith("This runtime is older") and "version > Latest" in remark
+
+
 def test_elsewhere_it_fetches_nothing():
     environment = {k: v for k, v in os.environ.items() if k != verified.COLAB_VARIABLE}
     done = subprocess.run([sys.executable, "-c", NOW.setup], cwd=LESSONS, env=environment,
