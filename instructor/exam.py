@@ -12,7 +12,7 @@ from .assignment import Case, Exercise
 from .talk import End, Job, Questions, line
 
 MOST_ASKED = 10_000  # questions, after which a child that asks on is ended
-LIVES = {"time": 2}  # how many children an exercise may use up this way; else one for each case
+LIVES = {"time": 2, "idle": 1}  # children that may end this way; else one for each case
 
 
 class Exam(Questions):

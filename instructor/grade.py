@@ -59,6 +59,9 @@ def grade(assignment: Assignment, submissions: Path, roster: Path, secret_file: 
     if any(e.needs_torch for e in assignment.exercises) and not importlib.util.find_spec("torch"):
         raise ValueError(f"torch must be installed to grade {assignment.name}, got none; "
                          "pip install torch")
+    if out.resolve().is_relative_to(submissions.resolve()):
+        raise ValueError(f"out must lie outside of the submissions, got {str(out)!r}; the next run "
+                         "would take it for one")
     out.parent.mkdir(parents=True, exist_ok=True)
     with Sandbox(level) as sandbox, Journal(out.with_suffix(".journal.jsonl")) as journal:
         if sandbox.level == "hook" and not weak:

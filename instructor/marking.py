@@ -6,6 +6,7 @@ Everything a child says is data: compared, shortened, shown; nothing of it is be
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,13 @@ from .selfcheck import same
 LONGEST_SHOWN = 80  # characters of an answer
 MISTAKE_TOLERANCE = 1e-9  # relative, as in the notebook's self-check
 ENDED = {
-    "time": "it did not come back in time: an endless loop, or a wait for something",
+    "time": "it did not come back in time: is there an endless loop?",
+    "idle": "it waited for something that does not come",
     "memory": "it used more memory than the exercise allows",
     "left": "it ended the process instead of returning (`exit`, `os._exit`)",
     "crash": "it crashed Python",
     "flood": "its answer is far too long",
-    "garbage": "it wrote to the grader's pipe instead of returning",
+    "garbage": "it meddled with the grader's pipe instead of returning",
     "finished": "it ended without an answer",
 }
 NO_WAY_OUT = "the grader allows no network, no other program and no files of its own"
@@ -36,6 +38,7 @@ HINTS = {
     "MemoryError": "it used more memory than the exercise allows",
     "SystemExit": "it ended the process instead of returning",
 }
+ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")  # of an object; another one in every run
 FILE_TOO_LARGE, NOT_PERMITTED = "[Errno 27]", "[Errno 1]"  # EFBIG: what it printed, or a file
 
 
@@ -196,7 +199,7 @@ def show(value: Any, longest: int = LONGEST_SHOWN) -> str:
     """A value as Python writes it, in ASCII and not endless."""
     try:
         text = ascii(value) if not isinstance(value, str) else repr(value)
-        text = text.encode("utf-8", "backslashreplace").decode()
+        text = ADDRESS.sub("at 0x...", text.encode("utf-8", "backslashreplace").decode())
     except (ValueError, RecursionError):  # an integer of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= longest else text[:longest - 4] + " ..." + text[-1:]

@@ -9,6 +9,7 @@ from .talk import End, Job, line
 
 LONGEST = 1 << 22  # bytes of what the child finds
 NOT_READ = {"time": "reading it took too long: its code is too large or nested too deep",
+            "idle": "it could not be read",
             "memory": "it is too large to be read"}
 TOO_DEEP = "its code is too large or nested too deep to be read"
 
@@ -33,14 +34,15 @@ class Reading(Job):
         self._data, self._functions = data, functions
 
     def begin(self) -> bytes:
-        data, self._data = self._data, b""
-        return line({"functions": self._functions, "bytes": len(data)}) + data
+        head = line({"functions": self._functions, "bytes": len(self._data)})
+        return head + self._data
 
     def receive(self, message: dict) -> bytes | None:
         self.about = message
         return None
 
     def ended(self, end: End) -> Iterable[Job]:
+        self._data = b""
         if self.about is None:
             self.about = {"unreadable": NOT_READ.get(end.how, TOO_DEEP)}
         return ()

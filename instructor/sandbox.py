@@ -16,15 +16,20 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import cage
 from .child import CHANNEL
+from .probe import PROBE, Probe
 from .reading import Reading
-from .talk import End, Job, Questions, Talk
+from .talk import End, Job, Talk
 
+YOUNG_SECONDS = 1.0  # older children are likely to wait, so others may run beside them
+MOST_WAITING = 3  # times as many children as without any that wait
+STALL_SECONDS = 2.0  # of this process, stopped or starved; children then waited in vain
 START = """import os, sys
 os.dup2({descriptor}, {channel}, inheritable=False)
 sys.path.insert(0, {root!r})
@@ -37,44 +42,6 @@ SAYS = {
     "seccomp": "seccomp: no file, no network, no other process",
     "hook": "WEAK: Python's audit hook and limits only, which keep out accidents, not attackers",
 }
-PROBE = '''
-def escapes(path, folder, process):
-    """What this child can do and should not: names of attempts that succeed."""
-    import mmap, os, socket, sys
-    def read(name):
-        with open(name, "rb") as file:
-            return bool(file.read(1))
-    def write():
-        with open(folder + "/escaped", "w") as file:
-            return bool(file.write("x"))
-    def fork():
-        if os.fork() == 0:
-            os._exit(0)
-        return True
-    def connect():
-        socket.socket().connect((b"127.0.0.1", 9))
-        return True
-    def refused():
-        try:
-            return connect()
-        except ConnectionRefusedError:
-            return True
-    def hoard():  # reserved, not filled
-        return sys.platform == "linux" and bool(mmap.mmap(-1, 8 << 30))
-    found = []
-    for name, attempt in {
-        "read a file of the grader": lambda: read(path), "write outside the temp folder": write,
-        "read the grader's memory": lambda: read(f"/proc/{process}/environ"), "fork": fork,
-        "signal the grader": lambda: os.kill(process, 0) is None, "network": refused,
-        "take 8 GiB": hoard,
-    }.items():
-        try:
-            if attempt():
-                found.append(name)
-        except (OSError, MemoryError, ImportError):
-            continue
-    return found
-'''
 
 
 class Sandbox:
@@ -151,7 +118,7 @@ class Sandbox:
         path = Path(self._folder.name, "secret")
         path.write_text("of the grader")
         path.chmod(0o644)
-        probe = _Probe(reading.about["functions"]["escapes"]["source"], str(path),
+        probe = Probe(reading.about["functions"]["escapes"]["source"], str(path),
                        self._folder.name)
         for _ in self.run([probe]):
             pass
@@ -165,10 +132,12 @@ class Sandbox:
         Jobs that follow from one come before the next of `jobs`.
         """
         at_once = at_once or 2 * (os.cpu_count() or 1) + 2
-        source, waiting, running = iter(jobs), [], 0
+        source, waiting, talks = iter(jobs), [], set()
+        seen, stalled = time.monotonic(), 0.0
         with selectors.DefaultSelector() as selector:
             while True:
-                while running < at_once:
+                while len(talks) < MOST_WAITING * at_once and at_once > sum(
+                        seen - talk.started < YOUNG_SECONDS for talk in talks):
                     job = waiting.pop(0) if waiting else next(source, None)
                     if job is None:
                         break
@@ -176,27 +145,40 @@ class Sandbox:
                     selector.register(talk.channel, selectors.EVENT_READ | selectors.EVENT_WRITE,
                                       talk)
                     selector.register(talk.status, selectors.EVENT_READ, talk)
-                    running += 1
-                if not running:
+                    talks.add(talk)
+                if not talks:
                     return
-                for key, events in selector.select():
+                events = selector.select(YOUNG_SECONDS)
+                before, seen = seen, time.monotonic()
+                if seen - before > STALL_SECONDS:
+                    stalled = seen
+                for key, happened in events:
                     talk = key.data
                     if key.fileobj.fileno() < 0:  # closed by an event of the same batch
                         continue
                     if key.fileobj is talk.channel:
-                        self._move(selector, talk, events)
+                        self._move(selector, talk, happened)
                         continue
-                    data = talk.status.recv(64)
-                    if talk.channel.fileno() in selector.get_map():
-                        while talk.read():  # what it sent before it ended
-                            pass
-                        selector.unregister(talk.channel)
-                    selector.unregister(talk.status)
-                    talk.channel.close()
-                    talk.status.close()
-                    running -= 1
-                    waiting += talk.job.ended(talk.how(data))
+                    talks.remove(talk)
+                    end = self._close(selector, talk)
+                    if end.by_clock and talk.started < stalled:
+                        waiting.append(talk.job)  # it may have waited for this process
+                        continue
+                    waiting += talk.job.ended(end)
                     yield talk.job
+
+    @staticmethod
+    def _close(selector: selectors.BaseSelector, talk: Talk) -> End:
+        """Take in the last words of a child that is gone."""
+        data = talk.status.recv(64)
+        if talk.channel.fileno() in selector.get_map():
+            while talk.read():
+                pass
+            selector.unregister(talk.channel)
+        selector.unregister(talk.status)
+        talk.channel.close()
+        talk.status.close()
+        return talk.how(data)
 
     @staticmethod
     def _move(selector: selectors.BaseSelector, talk: Talk, events: int) -> None:
@@ -224,22 +206,3 @@ class Sandbox:
     def __exit__(self, *_: Any) -> None:
         self._stop()
         self._folder.cleanup()
-
-
-class _Probe(Questions):
-    """Tries to get out."""
-
-    def __init__(self, source: Sequence[Sequence], path: str, folder: str):
-        super().__init__(source, "escapes")
-        self._arguments = [path, folder, os.getpid()]
-        self.found: list[str] | None = None
-
-    def next(self) -> tuple[Sequence, bool]:
-        return self._arguments, False
-
-    def receive(self, message: dict) -> bytes | None:
-        self.found = message.get("value")
-        return None
-
-    def ended(self, end: End) -> Iterable[Job]:
-        return ()

@@ -14,10 +14,11 @@ import os
 import secrets
 import signal
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .forkserver import ENDED, ORDER
+from .forkserver import ENDED, HUNG_UP, IDLE, ORDER, TIME
 
 LONGEST_MESSAGE = 1 << 16  # bytes that a child may send at once
 
@@ -27,17 +28,22 @@ class End:
     """How a child ended.
 
     Args:
-        how: `finished`, `time`, `memory`, `left` (it ended itself), `crash`, `flood` (it sent too
-            much) or `garbage` (it sent what no answer is).
+        how: `finished`, `time`, `idle` (it waited), `memory`, `left` (it ended itself), `crash`,
+            `flood` (it sent too much) or `garbage` (it sent what no answer is).
         detail: A few words more, e.g. the signal.
+        by_clock: Whether a clock on the wall decided.
     """
 
     how: str
     detail: str = ""
+    by_clock: bool = False
 
 
 class Job:
-    """What one child is to do; a conversation. Subclasses fill it in."""
+    """What one child is to do; a conversation. Subclasses fill it in.
+
+    It may be begun anew, in another child, as long as it has not ended.
+    """
 
     cpu_seconds = 2.0
     memory_bytes = 512 * 1024 * 1024
@@ -69,7 +75,7 @@ class Talk:
     """One child's channel and its warden's."""
 
     def __init__(self, job: Job, orders: socket.socket):
-        self.job, self.end = job, None
+        self.job, self.end, self.started = job, None, time.monotonic()
         self.channel, child = socket.socketpair()
         self.status, warden = socket.socketpair()
         with child, warden:
@@ -136,10 +142,16 @@ class Talk:
         """From what the warden said."""
         if self.end is not None:
             return self.end
-        status, told, cpu_seconds = ENDED.unpack(data) if len(data) == ENDED.size else (9, 0, 0.0)
+        if len(data) < ENDED.size:
+            return End("crash", "its warden ended")
+        status, who, cpu_seconds = ENDED.unpack(data)
+        if who in (TIME, IDLE):
+            return End("time" if who == TIME else "idle", by_clock=True)
+        if who == HUNG_UP:
+            return End("garbage")
         code = os.waitstatus_to_exitcode(status)
-        if told == 2 or code in (-signal.SIGKILL, -signal.SIGXCPU) \
-                and cpu_seconds > self.job.cpu_seconds - 0.2:
+        # The kernel's limit counts in ticks, which run ahead of the time used on a busy machine.
+        if code in (-signal.SIGKILL, -signal.SIGXCPU) and cpu_seconds > self.job.cpu_seconds / 2:
             return End("time")
         if code == -signal.SIGKILL:
             return End("memory")

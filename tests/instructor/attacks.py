@@ -22,6 +22,10 @@ CODE = {
     "endless loop at the top level": (
         "while True:\n    effective_batch = 1\n", "did not come back in time", 0),
     "endless loop that the exercise does not need": ("while True: pass\n" + RIGHT, "right", 3),
+    "endless sleep": (
+        "import time\n" + BATCH + "    while True: time.sleep(1)", "does not come", 0),
+    "asks for input": (BATCH + "    return input()", "nobody is there to answer", 0),
+    "address in an answer": (BATCH + "    return repr(object())", r"object at 0x\.\.\.", 0),
     "os._exit": ("import os\n" + BATCH + "    os._exit(0)", "ended without an answer", 0),
     "os._exit with a code": ("import os\n" + BATCH + "    os._exit(3)", "ended the process", 0),
     "sys.exit": ("import sys\n" + BATCH + "    sys.exit()", "SystemExit", 0),
@@ -89,7 +93,7 @@ def effective_batch(a, b, c):
             os.write(descriptor, b'{"nonce": "", "value": 1, "verdict": "right", "points": 9}\\n')
         except OSError:
             continue
-    os._exit(0)""", "wrote to the grader's pipe", 0),
+    os._exit(0)""", "meddled with the grader's pipe", 0),
     "forges a result with the nonce": ("""import json, os, sys
 def effective_batch(a, b, c):
     frame = sys._getframe(1)
@@ -105,7 +109,7 @@ def effective_batch(a, b, c):
     "answers ahead inside the function": ("""import os
 def effective_batch(a, b, c):
     os.write(3, b'{"nonce": "0", "value": 1}\\n' * 20)
-    return a * b * c""", "wrote to the grader's pipe", 0),
+    return a * b * c""", "meddled with the grader's pipe", 0),
     "monkeypatches the checker": ("""import builtins, json, sys
 def effective_batch(a, b, c):
     for module in list(sys.modules.values()):
@@ -114,7 +118,7 @@ def effective_batch(a, b, c):
                 setattr(module, name, lambda *a, **k: True)
     json.dumps = lambda *a, **k: '{"verdict": "right", "earned": 99}'
     builtins.isinstance = lambda *a: True
-    return 0""", "wrote to the grader's pipe|ended", 0),
+    return 0""", "meddled with the grader's pipe|ended", 0),
     "answer equal to everything": ("""class Yes(int):
     def __eq__(self, other): return True
     __hash__ = int.__hash__

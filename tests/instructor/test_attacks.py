@@ -22,8 +22,8 @@ from tests.instructor.classroom import HIDDEN_TEXT, TINY, honest, write_class
 
 HONEST = ("h001", "h002", "h003")
 REST = sum(exercise.points for exercise in TINY.exercises[1:])
-# At this level Python's own hook is the only wall, so its words differ in places.
-LOOPS = [name for name in CODE if "endless loop" in name]
+LOOPS = [name for name in CODE if "endless" in name and "integer" not in name]
+CHECKED = {".csv", ".html"}
 
 
 def running():
@@ -77,7 +77,7 @@ def attacked(request, tmp_path_factory):
             reached = None
     return SimpleNamespace(
         level=request.param, says=says, server_seen=seen, ids=ids, found=found, folder=folder,
-        canary=canary, reached=reached,
+        canary=canary, reached=reached, arguments=arguments,
         results={result.student_id: result for result in found.results})
 
 
@@ -96,6 +96,17 @@ def test_nothing_escapes(attacked):
             assert HIDDEN_TEXT not in path.read_text("utf-8"), path
     # The fork server, and so all that it forked, has its folder in its command line.
     assert attacked.server_seen and str(attacked.folder) not in running()
+
+
+def test_same_bytes_from_a_hostile_class(attacked, tmp_path):
+    if attacked.level != "namespaces":
+        pytest.skip("run at the strongest level only")
+    grade(TINY, *attacked.arguments[:3], tmp_path / "out/grades.csv", level=attacked.level)
+    before = attacked.folder / "out"
+    names = {path.relative_to(before) for path in before.rglob("*") if path.suffix in CHECKED}
+    assert len(names) > 60
+    for name in sorted(names):
+        assert (tmp_path / "out" / name).read_bytes() == (before / name).read_bytes(), name
 
 
 def test_expected_value_is_not_in_the_child(attacked):
