@@ -43,7 +43,7 @@ CODE = {
     "10 GB print": (
         BATCH + "    for _ in range(10_000): print('x' * 1_000_000)",
         "printed or wrote more than 1 MiB", 0),
-    "10 GB answer": (BATCH + "    return 'x' * 100_000_000", "far too long", 0),
+    "giant answer": (BATCH + "    return 'x' * 10_000_000", "far too long", 0),
     "10 GB file": (
         BATCH + "    with open('big', 'wb') as file:\n"
         "        while True: file.write(bytes(1 << 20))", "raised", 0),

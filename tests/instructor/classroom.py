@@ -15,6 +15,8 @@ from pathlib import Path
 from instructor.assignment import TOO_MANY, Assignment, Case, Exercise, Numbers, numbers
 
 SECRET = "a secret of the tests, long enough"
+# Little memory, so that a bomb meets this limit long before the one on time.
+LIMITS = {"cpu_seconds": 1.0, "memory_bytes": 128 * 1024 * 1024}
 HIDDEN_TEXT = "what nobody may read 7391"
 
 
@@ -60,13 +62,13 @@ def _fits(case: Case, *question: object) -> bool:
 TINY = Assignment("tiny", "A tiny assignment", "lesson 00", (
     Exercise("effective_batch", "The formula", 2, "lesson 00, section 1", _batches,
              {"adds": "the three factors multiply.",
-              "forgets the ranks": "multiply by `world_size` too."}, cpu_seconds=1.0),
+              "forgets the ranks": "multiply by `world_size` too."}, **LIMITS),
     Exercise("mean_loss", "The mean over tokens", 3, "lesson 00, section 2", _means,
-             {"mean of means": "weigh each micro batch by its tokens."}, cpu_seconds=1.0),
+             {"mean of means": "weigh each micro batch by its tokens."}, **LIMITS),
     Exercise("largest", "The largest micro batch", 4, "lesson 00, section 3", _limits,
              {"one too many": "the last one that fits, not the first that does not.",
               TOO_MANY: "halve the interval at each question."},
-             oracles={"fits": _fits}, cpu_seconds=1.0)))
+             oracles={"fits": _fits}, **LIMITS)))
 
 SOLUTIONS = [
     "def effective_batch(micro, accumulation, ranks):\n    return micro * accumulation * ranks",
