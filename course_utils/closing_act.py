@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,7 +28,7 @@ from .units import show_bytes
 
 MEASURED_STEPS, WARM_UP_STEPS = 5, 3  # the gradient scaler skips the first one or two
 SEQUENCES = 64
-USUAL = "the usual recipe"
+USUAL, TRAINED = "the usual recipe", "trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def rungs(group: str = "ladder", gpu: Gpu = T4, names: Sequence[str] = ()) -> li
     """
     found = []
     for row in recorded.rows(group):
-        if row["peak_allocated_bytes"] and (not names or row["name"] in names):
+        if row["outcome"] == TRAINED and (not names or row["name"] in names):
             recipe = recipe_from(row["recipe"])
             found.append(Rung(name=row["name"], recipe=recipe, forecast=forecast(recipe, gpu),
                               measured=row))
@@ -86,7 +86,7 @@ def usual(model: str) -> Rung:
 
 def fastest(group: str, count: int) -> list[Rung]:
     """Those of a group that trained fastest within a T4's memory, the best one first."""
-    fitting = [row for row in recorded.rows(group) if row["limited"] and row["tokens_per_second"]]
+    fitting = [r for r in recorded.rows(group) if r["limited"] and r["outcome"] == TRAINED]
     best = sorted(fitting, key=lambda row: -row["tokens_per_second"])[:count]
     found = rungs(group, names=[row["name"] for row in best])
     return sorted(found, key=lambda rung: -rung.measured["tokens_per_second"])
@@ -109,18 +109,16 @@ def table(rows: Sequence[Rung]) -> str:
 
 def largest_micro_batches() -> str:
     """The menu: for each model the usual recipe's peak, and the largest recorded micro batch."""
-    rows = recorded.rows("menu")
-    lines = [f"{'model':14}{'usual, micro batch 4':>24}{'with the levers':>30}{'speed-up':>10}"]
+    rows = [row for row in recorded.rows("menu") if row["outcome"] == TRAINED]
+    lines = [f"{'':14}{'usual, micro batch 4':>22}{'largest, with the levers':>31}{'tokens/s':>12}"]
     for model in dict.fromkeys(row["recipe"]["model"] for row in rows):
-        usual, *ours = [r for r in rows if r["recipe"]["model"] == model]
-        best = max((r for r in ours if r["peak_allocated_bytes"]),
-                   key=lambda r: r["recipe"]["micro_batch_size"])
-        size = best["recipe"]["micro_batch_size"]
-        fits = "fits" if usual["peak_reserved_bytes"] <= T4.usable_bytes else "does not fit"
+        base, *ours = [r for r in rows if r["recipe"]["model"] == model]
+        best = max(ours, key=lambda row: row["recipe"]["micro_batch_size"])
         lines.append(
-            f"{model:14}{show_bytes(usual['peak_allocated_bytes']):>11} {fits:>12}"
-            f"{f'micro batch {size}':>19}{show_bytes(best['peak_allocated_bytes']):>11}"
-            f"{best['tokens_per_second'] / usual['tokens_per_second']:>9.1f}x")
+            f"{model:14}{show_bytes(base['peak_allocated_bytes']):>22}"
+            f"{best['recipe']['micro_batch_size']:>16} in "
+            f"{show_bytes(best['peak_allocated_bytes']):>11}{best['tokens_per_second']:>10,.0f}"
+            f"  {best['tokens_per_second'] / base['tokens_per_second']:.1f}x")
     return "\n".join((*lines, f"[measured: {recorded.stamp()}]"))
 
 
@@ -144,22 +142,24 @@ def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}  # no mask: nothing is padded
 
 
-def train_here(recipe: TrainRecipe, gpu: Gpu | None) -> str:
+def train_here(recipe: TrainRecipe, gpu: Gpu | None,
+               weights: Literal["random", "hub"] = "random") -> str:
     """Train a few steps of `recipe` on this machine's GPU; says so when there is none.
-
-    Random weights at the real shape, written to a temporary folder: a download of 16 GB would show
-    the same memory and the same speed.
 
     Args:
         recipe: Full-length sequences of random tokens are trained.
         gpu: What `hardware.detect()` found.
+        weights: "random" ones at the real shape, in a temporary folder, show the same memory and
+            the same speed as those of the "hub", 16 GB for an 8B model.
     """
     if gpu is None:
         return f"{recipe.model}: not measured on cpu"
     planned, steps = forecast(recipe.for_gpu(gpu), gpu), []
     with tempfile.TemporaryDirectory() as folder:
-        weights = random_weights.write(recipe.model, folder, qlora.storage_dtype(recipe))
-        here = replace(recipe, model=str(weights), max_steps=WARM_UP_STEPS + MEASURED_STEPS)
+        here = replace(recipe, max_steps=WARM_UP_STEPS + MEASURED_STEPS)
+        if weights == "random":
+            here = replace(here, model=str(random_weights.write(
+                recipe.model, folder, qlora.storage_dtype(recipe))))
         trainer = training.QLoRATrainer(
             here, training.build_model(here), _Sequences(here), SimpleNamespace(pad_token_id=0),
             Path(folder), on_step=steps.append, save_strategy="no", remove_unused_columns=False)

@@ -15,7 +15,7 @@ from . import corpus, evaluation, hardware, qlora
 from .preflight import Finding, Preflight
 from .recipe import TrainRecipe
 
-OVERFIT_STEPS = 60  # at most: it ends as soon as the loss has halved
+OVERFIT_STEPS = 100  # at most: it ends as soon as the loss has halved
 OVERFIT_RATE, TIMES_THE_RECIPES = 1e-2, 10  # the smaller of the two rates
 # Kernels that never write the (seq x seq) scores to memory; the last one is the CPU's.
 FUSED = ("flash", "efficient", "cudnn")

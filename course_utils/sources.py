@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 AUTO = "auto"
-MODELS = ("llama-3.2-1b", "qwen3-1.7b", "phi-4-mini", "llama-3.1-8b")  # the first is the default
+MODELS = ("llama-3.2-1b", "qwen3-1.7b", "phi-4-mini")  # the first is the default
 HELDOUT_EXAMPLES = 200  # enough for an interval, and a minute on a T4
 SETTINGS = {  # what a recipe needs to know about its model, beyond the name
     shapes.BUNDLED: {"lora_targets": "all-linear", "sequence_length": 128,

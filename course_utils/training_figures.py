@@ -12,7 +12,6 @@ from .figures import COLOURS, INK, LINES, Canvas, Figure, _finish, _rank, styled
 from .hardware import Gpu
 from .units import GIB, MIB, show_bytes
 
-
 SPEED = "#6B6B6B"  # no holder's colour
 
 
