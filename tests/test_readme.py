@@ -189,7 +189,10 @@ def test_drift_is_looked_for_every_week():
     included = drift["jobs"]["run"]["strategy"]["matrix"]["include"]
     runs = {each["name"]: each["run"] for each in included}
     assert runs.keys() == {"pins", "newest", "colab"}
-    assert "CONSTRAINTS=/dev/null" in runs["newest"] and "CONSTRAINTS ?=" in text("Makefile")
+    newest = ["make", "--dry-run", *runs["newest"].split()[1:]]
+    shown = subprocess.check_output(newest, cwd=ROOT, text=True)
+    assert "--constraint /dev/null" in shown and "constraints.txt" not in shown
+    assert re.search(r"touch \.venv/ready-\d", shown), "set up anew: these are other pins"
 
 
 def test_licence_and_citation_agree():
