@@ -64,7 +64,6 @@ def serve(level: str, readable: list[str], folder: str, packages: list[str]) -> 
         orders.sendall(f"{error}\n".encode())
         return
     orders.sendall(b"ready\n")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # wardens are never waited for
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the grader's to answer
     if level != "hook":
         _filter(level)
@@ -79,13 +78,15 @@ def serve(level: str, readable: list[str], folder: str, packages: list[str]) -> 
             _warden(level, readable, folder, base_bytes, ORDER.unpack(order), *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
+        with contextlib.suppress(ChildProcessError):  # none is left
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
 def _warden(level: str, readable: list[str], folder: str, base_bytes: int,
             limits: tuple[float, float, int], channel: int, status: int) -> None:
     """Start the child, end it in time or when the grader says so, and say how it ended."""
     cage.die_with_parent()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     cpu_seconds, wall_seconds, memory_bytes = limits
     if level == "namespaces":
         cage.new_process_tree()

@@ -80,6 +80,7 @@ def main() -> int:
         with contextlib.redirect_stderr(said):
             found = grade(assignment, *arguments, level=options.sandbox, weak=True)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
     rest = assignment.points - assignment.exercises[0].points
     wrong = [(r.student_id, r.score, truth[r.student_id]) for r in found.results
              if (abs(r.score - truth[r.student_id]) > 1e-9 if truth[r.student_id] is not None
@@ -89,7 +90,8 @@ def main() -> int:
           f"{len(assignment.exercises)} exercises each, {os.cpu_count()} cores")
     print(f"{seconds:.1f} s, {seconds / ALLOWED_SECONDS:.2f} of the {ALLOWED_SECONDS} s allowed; "
           f"the grader's own process: {cpu:.1f} s of CPU, "
-          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB; its children: "
+          f"{children.ru_utime + children.ru_stime:.1f} s of CPU")
     print(f"load of the machine: {os.getloadavg()[0]:.1f}")
     print(f"{len(wrong)} scores differ from the truth", *wrong[:5])
     return bool(wrong)

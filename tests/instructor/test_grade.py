@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -10,8 +11,8 @@ import time
 import nbformat
 import pytest
 
-from instructor import grading
-from instructor.assignment import load, numbers
+from instructor import grading, marking, results
+from instructor.assignment import Case, load, numbers
 from instructor.grade import grade, main
 from tests.instructor.classroom import (
     SECRET,
@@ -269,6 +270,39 @@ def test_command_line_grades_a_real_assignment(tmp_path, capsys):
     row = rows_of(tmp_path / "grades.csv")["s003"]
     assert float(row["score"]) == sum(made.points.values())
     assert row["late"] == "1 h 00 min"
+
+
+def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "grades.csv"
+    results.write(path, "old")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        results.write(path, "new")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_mistake_that_explains_most_is_named():
+    exercise = TINY.exercises[0]
+    both = Case("both", (1,), 5, 1.0, mistakes={"adds": 7, "forgets the ranks": 7})
+    one_ = Case("one", (2,), 6, 1.0, mistakes={"adds": 8, "forgets the ranks": 9})
+    found = marking.mark(exercise, [both, one_], [{"value": 7}, {"value": 9}])
+    assert found.mistakes == {"forgets the ranks": 2}
+    assert marking.mark(exercise, [both], [{"value": 7.0}]).mistakes == {"adds": 1}
+
+
+@pytest.mark.parametrize(("answer", "expected", "tolerance", "right"), [
+    (True, 1, 0, False), (4.0, 4, 0, True), ("4", 4, 0, False), ([1, 2], [1, 2], 0, True),
+    (10 ** 400, 1.5, 1e-6, False), (float("nan"), 1.0, 0.5, False), (1.04, 1.0, 0.05, True),
+    (1.06, 1.0, 0.05, False), (None, None, 0, True), ([[1]], [[1.0]], 0, True)])
+def test_equal(answer, expected, tolerance, right):
+    assert marking.equal(answer, expected, tolerance) is right
+
+
+def test_output_among_the_submissions_is_refused(tmp_path):
+    arguments = write_class(tmp_path, {"s001": "A"}, {"tiny_s001.ipynb": honest("s001")})
+    with pytest.raises(ValueError, match="out must lie outside of the submissions"):
+        grade(TINY, tmp_path, *arguments[1:])
 
 
 def test_grader_imports_no_torch():
