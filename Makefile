@@ -8,6 +8,8 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
+# The tests that need no torch: they start at once, and find what is out of place.
+HOUSE := tests/test_architecture.py tests/test_units.py
 READY := .venv/ready-$(shell cat requirements.txt $(CONSTRAINTS) pyproject.toml | cksum | tr ' ' -)
 
 .PHONY: help lessons test lab execute stamp test-colab lint bench assignment grade release clean
@@ -22,7 +24,12 @@ lessons: $(READY) ## execute every lesson into build/ and write the report; less
 
 test: $(READY) ## run every test: package, notebooks (strict), house (ARGS="-k ledger" for some)
 	@echo "Testing the package, the notebooks and the house"
+ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
+else
+	@$(BIN)/python -m pytest --quiet $(HOUSE)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(HOUSE:%=--ignore=%)
+endif
 
 lab: $(READY) ## open JupyterLab on the lessons
 	@echo "Opening JupyterLab on lessons/ (stop it with Ctrl-C)"

@@ -62,6 +62,12 @@ def test_levers_change_no_loss():
     assert max(abs(a - b) for a, b in zip(usual, ours, strict=True)) < 1e-3
 
 
+def test_two_gpus_train_what_one_does_and_faster():
+    one, two = named("gpus", "1 GPU"), named("gpus", "2 GPUs")
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-3)
+    assert two["tokens_per_second"] > 1.5 * one["tokens_per_second"]
+
+
 def test_every_group_is_recorded_and_every_rung():
     assert {row["group"] for row in ROWS} == set(GROUPS)
     assert {name for name, _ in LADDER} <= {row["name"] for row in ROWS}

@@ -19,7 +19,9 @@ import datetime
 import json
 import multiprocessing
 import os
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from course_utils.hardware import EMULATE_VARIABLE, H200, T4  # noqa: E402
 from course_utils.recipe import TrainRecipe  # noqa: E402
+from course_utils.units import GIB  # noqa: E402
 from tools.measure_steps import answer, in_child, storage, versions, write_checkpoint  # noqa: E402
 
 LLAMA8, LLAMA1, PHI, QWEN = "llama-3.1-8b", "llama-3.2-1b", "phi-4-mini", "qwen3-1.7b"
@@ -121,6 +124,14 @@ def lessons() -> list[dict]:
         (ROOT / "lessons").glob("[0-9][0-9]_*.py"))]
 
 
+def gpus() -> list[dict]:
+    """Lesson 06's run with its 32 sequences a step shared by processes, one GPU each."""
+    import torch
+
+    return [{"group": "gpus", "name": f"{n} GPU{'s' * (n > 1)}", "processes": n, "steps": 12}
+            for n in (1, 2, 4) if n <= torch.cuda.device_count()]
+
+
 def curves() -> list[dict]:
     """The same data and seed, 50 steps: the levers change the memory, not the training."""
     common = {"micro_batch_size": 1, "max_steps": 50, "lora_dropout": 0.0, "limited": False,
@@ -130,7 +141,8 @@ def curves() -> list[dict]:
 
 
 GROUPS = {"ladder": ladder, "fit": fitted, "curves": curves, "checkpointing": checkpointing,
-          "matmul": matmul, "menu": menu, "launch": launch, "lessons": lessons}
+          "matmul": matmul, "menu": menu, "launch": launch, "gpus": gpus,
+          "lessons": lessons}
 
 
 def list_rows(group: str, pipe) -> None:
@@ -226,6 +238,21 @@ def largest(recipe: TrainRecipe, model) -> TrainRecipe:
     return dataclasses.replace(recipe, micro_batch_size=size)
 
 
+def run_on_gpus(spec: dict) -> dict:
+    """Run tools/train_many_gpus.py under torchrun; losses and speeds are what it prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
+               str(spec["processes"]), str(ROOT / "tools" / "train_many_gpus.py")]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([*command, "--out", folder, "--steps", str(spec["steps"])], text=True,
+                              capture_output=True, env=os.environ | {EMULATE_VARIABLE: "T4"})
+    steps = re.findall(r"^step \d+: loss ([\d.]+), ([\d,]+) tokens/s", done.stdout, re.M)
+    if done.returncode or len(steps) != spec["steps"]:
+        return {"error": done.stderr[-1000:]}
+    speeds = [int(speed.replace(",", "")) for _, speed in steps[2:]]
+    return {"outcome": "trained", "losses": [float(loss) for loss, _ in steps],
+            "tokens_per_second": statistics.median(speeds)}
+
+
 def run_lesson(spec: dict) -> dict:
     """Execute a lesson as on a T4; what each cell printed beside "measured" goes into the row."""
     from tools.notebooks import LESSONS, LessonError, execute, from_script, lesson_scripts
@@ -308,13 +335,15 @@ def main() -> None:
                 found = answer(*in_child(context, time_product, spec))
             elif spec["group"] == "lessons":
                 found = run_lesson(spec)
+            elif spec["group"] == "gpus":
+                found = run_on_gpus(spec)
             else:
                 key = (spec["recipe"]["model"], storage(spec))
                 if checkpoint != key:
                     source, checkpoint = write_checkpoint(Path(folder), *key), key
                 found = answer(*in_child(context, train_row, spec, str(source)))
             peak = found.get("peak_allocated_bytes")
-            print(title, f"{peak / 2**30:.2f} GiB, {found['tokens_per_second']:.0f} tok/s"
+            print(title, f"{peak / GIB:.2f} GiB, {found['tokens_per_second']:.0f} tok/s"
                   if peak else {k: v for k, v in found.items() if k != "losses"}, flush=True)
             record["rows"].append(spec | found)
             save(record, options.out)

@@ -1,0 +1,147 @@
+"""Author's tool: the course on one page, its numbers computed when it is written.
+
+    python -m tools.cheat_sheet        # writes lessons/cheat_sheet.md
+
+The words stand here; sizes come from the forecast, speeds from the recorded runs. A test holds the
+committed page against what this writes today.
+"""
+
+import dataclasses
+
+from course_utils import recorded, shapes
+from course_utils.fit import levers, tokens_per_second
+from course_utils.forecast import Forecast, forecast
+from course_utils.hardware import T4
+from course_utils.recipe import TrainRecipe
+from course_utils.units import show_bytes
+from tools.notebooks import LESSONS
+
+PAGE = LESSONS / "cheat_sheet.md"
+# Levers in the order to try them, and words for those whose name says too little: first what costs
+# nothing, last what changes what is learnt.
+CHANGES = {"lean loss": "only the lean loss", "explicit K/V attention": "only explicit K/V attention",
+           "native RMSNorm": None, "micro batch 2, accumulated": None,
+           "checkpoints in host memory": None, "rank 8": None,
+           "sequence 1024": "sequence 1024 (the model sees less)"}
+USUAL = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", sequence_length=2048,
+                    micro_batch_size=4)
+
+TEMPLATE = """\
+# Cheat sheet · make it fit
+
+Example throughout: {example}. Forecasts are for a T4 ({t4}).
+
+## Count
+
+| what | bytes | in the example |
+|---|---|---:|
+| 4-bit weights (nf4, double quantization) | 0.516 x parameters of linear layers + 2 x the rest | {weights} |
+| adapters, their gradients, 8-bit Adam | (4 + 4 + 2.03) x trainable; AdamW: 4 + 4 + 8 | {trainable} |
+| boundary of a layer | micro batch x sequence x hidden x 2 | {boundary} |
+| all layers checkpointed | layers x boundary + what one layer keeps | {checkpointed} |
+| no layer checkpointed | layers x what one layer keeps | {kept} |
+| logits | micro batch x sequence x vocabulary x up to 16 | {logits} |
+| scores, when a T4 gets no mask (grouped heads) | micro batch x heads x sequence² x 4, several times | {scores} |
+| token ids | micro batch x sequence x 8 | {ids} |
+
+effective batch = micro batch x accumulation x GPUs. Memory follows the micro batch only. Peak =
+the highest *moment*, not the sum of the table.
+
+## Out of memory? From the top
+
+{levers}
+
+Logits and attention scores make two peaks of nearly one height here: lower both, or the other one
+stays. Lowering the rank saves almost nothing. For your run: `python -m course_utils fit --model
+llama-3.1-8b --sequence-length 2048`, with your model and length.
+
+## On a T4
+
+- `fp16=True`, never `bf16`: `torch.cuda.is_bf16_supported()` says yes and means emulation (lesson 04).
+- `bnb_4bit_compute_dtype` = the AMP dtype; quant type `nf4`; double quant on. None is the default.
+- Load with `dtype=torch.float16`; skip `prepare_model_for_kbit_training`: it makes embeddings and
+  head float32 ({upcast} more at the peak). Call `enable_input_require_grads()`.
+- Adapters stay float32; no `fp16_full_eval` before training; unscale, then clip (lesson 05).
+- No FlashAttention, no Triton: repeat key/value heads yourself (lesson 06).
+- A search for the largest micro batch needs an optimizer step in it, full-length sequences, and
+  cleans up *after* `except` (lesson 03).
+- Divide the loss by `num_items_in_batch`, not by micro batches (lesson 03).
+- Checkpointing forgets activations, not gradients; k of n layers spends what is left (lesson 02).
+- Save to a temporary name, then rename; copy to Drive; resume from the last whole checkpoint.
+
+## What it bought
+
+{bought}
+"""
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    head, *body = rows
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def holders(f: Forecast) -> str:
+    return show_bytes(f.composition["activations"])
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    config, usual = shapes.config(USUAL.model), forecast(USUAL, T4)
+    tokens = USUAL.micro_batch_size * USUAL.sequence_length
+    chunked = dataclasses.replace(USUAL, loss="chunked", attention="explicit_kv")
+    every, none = (forecast(dataclasses.replace(chunked, checkpointed_layers=k), T4)
+                   for k in ("all", 0))
+    upcast = forecast(dataclasses.replace(USUAL, kbit_upcast=True), T4)
+    at_peak = usual.composition
+    single = {lever.change: lever for lever in levers(USUAL, T4)}
+    both = dataclasses.replace(USUAL, loss="lean", attention="explicit_kv")
+    low = forecast(both, T4)
+    ranked = [("change", "bytes saved", "speed"), (
+        "lean loss and explicit K/V attention",
+        show_bytes(usual.peak_allocated_bytes - low.peak_allocated_bytes),
+        f"{tokens_per_second(both, low) / tokens_per_second(USUAL, usual):.1f}x")]
+    for name, words in CHANGES.items():
+        lever = single[name]
+        ranked.append((words or name, show_bytes(lever.saved_bytes), f"{lever.speedup:.1f}x"))
+    return TEMPLATE.format(
+        example=f"Llama-3.1-8B, {USUAL.micro_batch_size} x {USUAL.sequence_length} tokens, rank "
+                f"{USUAL.lora_rank} on q, k, v, o", t4=show_bytes(T4.total_bytes),
+        weights=show_bytes(at_peak["weights"]),
+        trainable=show_bytes(sum(max(usual.timeline[holder]) for holder in
+                                 ("adapters", "gradients", "optimizer state"))),
+        boundary=show_bytes(tokens * config.hidden_size * 2),
+        checkpointed=holders(every), kept=holders(none),
+        logits=show_bytes(tokens * config.vocab_size * 16),
+        scores=show_bytes(USUAL.micro_batch_size * config.num_attention_heads
+                          * USUAL.sequence_length**2 * 4) + " each",
+        ids=show_bytes(tokens * 8), levers=table(ranked),
+        upcast=show_bytes(upcast.peak_allocated_bytes - usual.peak_allocated_bytes),
+        bought=bought())
+
+
+def bought() -> str:
+    """The recorded usual recipe beside the recorded best ones."""
+    names = (("ladder", "the usual recipe", "as every tutorial has it"),
+             ("ladder", "lean rotary embedding", "with the levers, every layer checkpointed"),
+             ("ladder", "checkpoints on the host", "... and checkpoints in host memory"),
+             ("fit", "what fit picks", "what `fit` picks"))
+    rows = {(row["group"], row["name"]): row for group in ("ladder", "fit")
+            for row in recorded.rows(group)}
+    first = rows[names[0][:2]]["tokens_per_second"]
+    lines = [("8B, 2048 tokens a sequence", "peak", "tokens/s", "")]
+    for group, name, words in names:
+        row = rows[group, name]
+        speed = row["tokens_per_second"]
+        lines.append((words, show_bytes(row["peak_allocated_bytes"]), f"{speed:,.0f}",
+                      f"{speed / first:.2f}x"))
+    return f"{table(lines)}\n\nMeasured: {recorded.stamp()}."
+
+
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE.name}")
+
+
+if __name__ == "__main__":
+    main()
