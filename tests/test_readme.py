@@ -31,7 +31,7 @@ def commands(page: str) -> list[str]:
     """What a page tells its reader to type: in blocks, and in backticks when it is a command."""
     found = []
     for block in blocks(page):
-        console = re.findall(r"^\$ (.+)$", block, re.MULTILINE)
+        console = [re.sub(r"\\\n\s*", "", c) for c in stamp.COMMAND.findall(block)]
         found += console or [line.split("  #")[0].strip() for line in block.splitlines()]
     inline = re.sub(r"^```\w*\n.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
     inline = (" ".join(code.split()) for code in re.findall(r"`([^`]+)`", inline))
@@ -57,7 +57,7 @@ def trouble(command: str) -> str:
         return f"make has no {sorted(unknown)}" if unknown or len(words) == 1 else ""
     if words[0].endswith("python") and words[1:2] == ["-m"]:
         cheap = words[2:] == ["course_utils", "doctor"] or "--help" in words
-        arguments = command.split()[1:] if cheap else [*command.split()[1:], "--help"]
+        arguments = command.split(" | ")[0].split()[1:] + ([] if cheap else ["--help"])
         return run([sys.executable, *arguments])
     if words[:3] == ["conda", "env", "create"]:
         return environment(ROOT / words[-1])

@@ -41,6 +41,7 @@ COLAB = "https://colab.research.google.com"
 BADGE = rf"\[!\[Open in Colab\]\([^)]*\)\]\({re.escape(COLAB)}[^)]*\)"
 TABLE = re.compile(r"(?<=<!-- lessons: make stamp -->\n).*?(?=<!-- end of lessons -->)", re.DOTALL)
 CONSOLE = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)$", re.MULTILINE)  # a backslash continues it
 PICTURE = re.compile(r"!\[[^]]*\]\(docs/closing_act\.svg\)")
 
 
@@ -138,7 +139,7 @@ def table(scripts: list[Path], now: Facts) -> str:
 def console(block: str) -> str:
     """A block of `$ command` lines, each with what it prints now."""
     lines = []
-    for command in re.findall(r"^\$ (.+)$", block, re.MULTILINE):
+    for command in COMMAND.findall(block):
         here = command.replace(".venv/bin/python", sys.executable)
         done = subprocess.run(
             ["bash", "-c", here], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
