@@ -19,7 +19,8 @@ from tools.notebooks import LESSONS
 PAGE = LESSONS / "cheat_sheet.md"
 # Levers in the order to try them, and words for those whose name says too little: first what costs
 # nothing, last what changes what is learnt.
-CHANGES = {"lean loss": "only the lean loss", "explicit K/V attention": "only explicit K/V attention",
+CHANGES = {"lean loss": "only the lean loss",
+           "explicit K/V attention": "only explicit K/V attention",
            "native RMSNorm": None, "micro batch 2, accumulated": None,
            "checkpoints in host memory": None, "rank 8": None,
            "sequence 1024": "sequence 1024 (the model sees less)"}
@@ -35,13 +36,13 @@ Example throughout: {example}. Forecasts are for a T4 ({t4}).
 
 | what | bytes | in the example |
 |---|---|---:|
-| 4-bit weights (nf4, double quantization) | 0.516 x parameters of linear layers + 2 x the rest | {weights} |
-| adapters, their gradients, 8-bit Adam | (4 + 4 + 2.03) x trainable; AdamW: 4 + 4 + 8 | {trainable} |
+| weights, nf4 twice quantized | 0.516 x linear layers' parameters + 2 x the rest | {weights} |
+| adapters, gradients, 8-bit Adam | (4 + 4 + 2.03) x trainable; AdamW 4 + 4 + 8 | {trainable} |
 | boundary of a layer | micro batch x sequence x hidden x 2 | {boundary} |
 | all layers checkpointed | layers x boundary + what one layer keeps | {checkpointed} |
 | no layer checkpointed | layers x what one layer keeps | {kept} |
 | logits | micro batch x sequence x vocabulary x up to 16 | {logits} |
-| scores, when a T4 gets no mask (grouped heads) | micro batch x heads x sequence² x 4, several times | {scores} |
+| scores, on a T4 without mask | micro batch x heads x sequence² x 4, several | {scores} |
 | token ids | micro batch x sequence x 8 | {ids} |
 
 effective batch = micro batch x accumulation x GPUs. Memory follows the micro batch only. Peak =
@@ -57,8 +58,8 @@ llama-3.1-8b --sequence-length 2048`, with your model and length.
 
 ## On a T4
 
-- `fp16=True`, never `bf16`: `torch.cuda.is_bf16_supported()` says yes and means emulation (lesson 04).
-- `bnb_4bit_compute_dtype` = the AMP dtype; quant type `nf4`; double quant on. None is the default.
+- `fp16=True`, never `bf16`: `torch.cuda.is_bf16_supported()` counts emulation (lesson 04).
+- `bnb_4bit_compute_dtype` = the AMP dtype, quant type `nf4`, double quant: no default is right.
 - Load with `dtype=torch.float16`; skip `prepare_model_for_kbit_training`: it makes embeddings and
   head float32 ({upcast} more at the peak). Call `enable_input_require_grads()`.
 - Adapters stay float32; no `fp16_full_eval` before training; unscale, then clip (lesson 05).
