@@ -9,7 +9,7 @@ import pytest
 
 from instructor.assignment import TOO_MANY, Numbers, load, names, numbers
 from instructor.build import public_cases
-from instructor.cases import EVERYBODY
+from instructor.cases import EVERYBODY, Idea, exercise
 from instructor.selfcheck import NOT_ATTEMPTED, TooMany, judge, oracle, same
 from tools.notebooks import ROOT
 
@@ -133,6 +133,30 @@ def test_numbers_are_the_same_on_every_machine():
     digest = hmac.new(b"key", f"{label}|1".encode(), hashlib.sha256).hexdigest()
     draw = numbers("effective_batch", "s1", "key").hidden("f")
     assert draw.integer(10, 1000, 10) == 10 + 10 * (int(digest, 16) % 100)
+
+
+def double(number):
+    return 2 * number
+
+
+def a_draw(idea):
+    return exercise(double, title="", minutes=1, reread="", ideas=[idea], mistakes={
+        "squares": ("twice is not the square.", lambda number: number**2)})
+
+
+def test_numbers_are_drawn_until_they_tell_the_mistake():
+    """2 + 2 is 2 x 2: that draw would give a point for squaring."""
+    told = a_draw(Idea("a number", lambda draw: (draw.integer(1, 3),), 1, tells=("squares",)))
+    loose = a_draw(Idea("a number", lambda draw: (draw.integer(1, 3),), 1))
+    drawn = [[one.cases(of("any", student))[0].arguments[0] for student in STUDENTS[:50]]
+             for one in (told, loose)]
+    assert [set(found) for found in drawn] == [{1, 3}, {1, 2, 3}]
+
+
+def test_a_draw_that_never_tells_is_refused():
+    never = a_draw(Idea("two", lambda draw: (draw.choice((0, 2)),), 1, tells=("squares",)))
+    with pytest.raises(ValueError, match="must tell squares apart, got double 'two'"):
+        never.cases(of("any", "s1"))
 
 
 def test_secret_is_not_shown():

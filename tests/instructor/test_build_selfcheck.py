@@ -58,6 +58,7 @@ def spoil(numbers):
     (min, "Not yet: add them all."),
     (len, "Not yet: total([1, 2]) should give 3, got 2."),
     (str, "should give 3, got [1, 2] (str)."),
+    (lambda numbers: numbers.clear() or 5, "total([1, 2]) should give 3, got 5."),
     (lambda numbers: 10**5000, "your answer cannot be looked at (ValueError)"),
     (lambda numbers: Rude(), "your answer cannot be looked at"),
     (lambda numbers, more: 3, "raised TypeError"),
