@@ -95,7 +95,8 @@ def set_up() -> None:
         subprocess.run([interpreter(), "-m", "venv", "--clear", HOME], check=True)
         subprocess.run([*pip, "install", "--quiet", "--requirement", PINS], check=True)
         ready.touch()
-    subprocess.run([*pip, "uninstall", "--quiet", "--yes", "bitsandbytes"], check=True)
+    uninstall = [*pip, "uninstall", "--yes", "bitsandbytes"]  # left there by an earlier run
+    subprocess.run(uninstall, check=True, capture_output=True)
 
 
 def surroundings(origin: Path, now: stamp.Facts) -> dict[str, str]:
