@@ -37,7 +37,8 @@ def test_there_are_commands_for_each_step():
 
 
 def test_guide_leads_to_a_graded_class(followed):
-    with (followed / "grades.csv").open(encoding="utf-8-sig", newline="") as file:
+    grades = followed / "effective_batch" / "graded" / "grades.csv"
+    with grades.open(encoding="utf-8-sig", newline="") as file:
         rows = {row["student_id"]: row for row in csv.DictReader(file)}
     full = load("effective_batch").points
     assert list(rows) == ["s001", "s002", "s003"]
@@ -49,18 +50,21 @@ def test_guide_leads_to_a_graded_class(followed):
 
 
 def test_every_file_that_the_guide_promises_is_there(followed):
-    promised = set(re.findall(r"`class/([\w./-]+)`", GUIDE))
-    assert {"grades.csv", "class_report.html", "feedback/"} <= promised
-    missing = [name for name in promised if not (followed / name).exists()]
-    assert missing == []
-    assert len(list((followed / "feedback").glob("*.html"))) == 3
+    graded = followed / "effective_batch" / "graded"
+    written = re.findall(r"^- `([\w./]+)`:", GUIDE, re.M)
+    assert written == ["grades.csv", "feedback/", "class_report.html", "grades.journal.jsonl"]
+    promised = [*(graded / name for name in written),
+                *(followed / name for name in re.findall(r"`class/([\w./-]+)`", GUIDE))]
+    assert [path for path in promised if not path.exists()] == []
+    assert len(list((graded / "feedback").glob("*.html"))) == 3
 
 
 def test_secret_is_in_nothing_that_is_handed_out(followed):
     secret = (followed / "secret.txt").read_text("utf-8").strip()
     assert len(secret) == 64
-    handed_out = [*followed.glob("*/students/*"), *followed.glob("feedback/*"),
-                  followed / "class_report.html", followed / "grades.csv"]
+    graded = followed / "effective_batch" / "graded"
+    handed_out = [*followed.glob("*/students/*"), *graded.glob("feedback/*"),
+                  graded / "class_report.html", graded / "grades.csv"]
     assert len(handed_out) > 8
     assert [path.name for path in handed_out if secret in path.read_text("utf-8")] == []
 
