@@ -180,6 +180,13 @@ def test_partial_credit_after_a_case_that_kills(tmp_path):
     assert "ended without an answer" in first.reason
 
 
+def test_partial_credit_after_a_case_that_loops(tmp_path):
+    cells = ["def effective_batch(a, b, c):\n    while a == 2: pass\n    return a * b * c",
+             *SOLUTIONS[1:]]
+    _, students = one(tmp_path, honest("s001", cells))
+    assert [o.verdict for o in students["s001"].marks[0].outcomes] == ["failed", "right", "right"]
+
+
 def test_oracle_is_answered_counted_and_limited(tmp_path):
     cells = [*SOLUTIONS[:2], """def largest(most, fits):
     try:
@@ -241,6 +248,16 @@ def test_same_wrong_answers_are_flagged_and_known_mistakes_are_not(tmp_path):
     assert {alike.students for alike in found.alike} == {("s001", "s002")}
     assert any("the same wrong answers though their numbers differ" in alike.evidence
                and "4711" in alike.evidence for alike in found.alike)
+
+
+def test_small_wrong_answers_in_common_are_no_evidence(tmp_path):
+    cells = ["def effective_batch(a, b, c):\n    return 3 if a == 2 else 1 + (a > 100)",
+             *SOLUTIONS[1:]]
+    other = [cells[0].replace("3 if a == 2 else 1 + (a > 100)", "[3, 1, 2][(a > 2) + (a > 100)]"),
+             *SOLUTIONS[1:]]
+    found = grade(TINY, *write_class(tmp_path, {"s001": "A", "s002": "B"}, {
+        "tiny_s001.ipynb": honest("s001", cells), "tiny_s002.ipynb": honest("s002", other)}))
+    assert {r.score for r in found.results} == {7} and found.alike == []
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [

@@ -115,6 +115,8 @@ def test_not_root_and_no_privilege(box):
     job, = ask(box, "import os\ndef f(): return os.getuid()")
     assert job.reply["value"] != 0
     job, = ask(box, "import os\ndef f(): return os.listdir('/')")
+    alone, = ask(box, "import os\ndef f(): return os.getpid()")
+    assert (alone.reply["value"] == 1) == (box.level == "namespaces"), "the first of its own tree"
     if box.level == "namespaces":  # its root folder holds Python, devices and temp alone
         assert not {"proc", "home", "etc", "sys", "var"} & set(job.reply["value"])
     else:
