@@ -84,6 +84,12 @@ def usual(model: str) -> Rung:
     return rungs(group, names=(name,))[0]
 
 
+def held_to_a_t4() -> str:
+    """How the usual recipe ended when it had a T4's memory and no more."""
+    rows = recorded.rows("ladder")
+    return next(row["outcome"] for row in rows if row["limited"] and not row["tokens_per_second"])
+
+
 def fastest(group: str, count: int) -> list[Rung]:
     """Those of a group that trained fastest within a T4's memory, the best one first."""
     fitting = [r for r in recorded.rows(group) if r["limited"] and r["outcome"] == TRAINED]

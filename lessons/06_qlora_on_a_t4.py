@@ -483,6 +483,7 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format,
                 usual=eight_b.forecast.peak_allocated_bytes / GIB,
                 smallest=smallest.forecast.peak_allocated_bytes / GIB)
 print(closing_act.table(ladder))
+print("the usual recipe, held to a T4's memory:", closing_act.held_to_a_t4())
 
 # %% tags=["run"]
 bytes_of = {rung.name: rung.forecast.composition for rung in ladder}
@@ -503,16 +504,16 @@ training_figures.ladder(bytes_of, speed_of, hardware.T4,
 #
 # The forecast and the measurement differ by kilobytes. That is what makes the next step possible:
 # *choosing* by forecast. `python -m course_utils fit --model llama-3.1-8b --micro-batch-size 4`
-# weighs some thirty settings in a minute. Below the fastest that was measured within a T4's
-# memory. Is it the one with the fewest bytes?
+# weighs some thirty settings in a minute. Below the fastest two that were measured within a T4's
+# memory, fit's choice among them. Are they those with the fewest bytes?
 
 # %% tags=["run"]
-best = closing_act.fastest("fit", 1)
+best = closing_act.fastest("fit", 2)
 print(closing_act.table(best))
 
 # %% [markdown]
-# No: memory that is left over is speed that was not bought. The winner spends it on layers that
-# need not forget (lesson 02). Now here, on *your* GPU, if there is one:
+# No: memory that is left over is speed that was not bought. They spend it on layers that need
+# not forget (lesson 02). Now here, on *your* GPU, if there is one:
 # random weights in the real shape, for the same bytes and the same time without a download of
 # `16 GB` (`weights="hub"` takes the real ones).
 
@@ -611,8 +612,8 @@ for name in ("rank 8", "chunked loss", "micro batch 2, accumulated"):
     print(f"{name:28}saves {show_bytes(saved):>10}; {'fits' if one.fits else 'does not fit'}")
 
 # %% [markdown]
-# None is enough alone: without the logits, attention's scores are the peak. With explicit keys and
-# values *and* the chunked loss it fits as it is (section 12).
+# None of these is enough alone: without the logits, attention's scores are the peak. With explicit
+# keys and values *and* the chunked loss it fits as it is (section 12).
 #
 # A right answer to 2 says that both steps see 32 sequences and give the same gradient, so the
 # same quality; that activations and logits are four times as large on the A10; and it asks for the
@@ -629,16 +630,18 @@ for one, card in ((t4, hardware.T4), (a10, hardware.A10)):
 
 # %% [markdown]
 # A right answer to 3 multiplies before it recommends: tokens, steps, hours. With this lesson's
-# levers, on two T4s, by the forecast's arithmetic (60 % of the card's peak rates):
+# levers, on two T4s, by the forecast's arithmetic (60 % of the card's peak rates); `fit(...)` finds
+# the settings too, and its `.hours(tokens)` says the same of them:
 
 # %% tags=["run"]
 tokens, lean = 3 * 50_000 * 500, replace(smallest.recipe, offload_checkpoints=False)
 print(f"{tokens:,} tokens, {3 * 50_000 / 32:,.0f} optimizer steps")
 for name in ("llama-3.2-1b", "llama-3.1-8b"):
     one = replace(lean, model=name, micro_batch_size=16, sequence_length=512, world_size=2)
-    each = tokens_per_second(one, forecast(one, hardware.T4))
-    hours = tokens / (2 * each) / 3600
-    print(f"{name}: {each:,.0f} tokens a second on each T4, {hours:.0f} hours of 24")
+    planned_step = forecast(one, hardware.T4)
+    each = tokens_per_second(one, planned_step)
+    print(f"{name}: {'fits' if planned_step.fits else 'does not fit'}, {each:,.0f} tokens a second "
+          f"on each T4, {tokens / (2 * each) / 3600:.0f} hours of 24")
 
 # %% [markdown]
 # ## What this lesson left out

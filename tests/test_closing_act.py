@@ -48,6 +48,10 @@ def test_the_fastest_were_within_a_t4s_memory():
     assert all(rung.measured["peak_allocated_bytes"] <= T4.usable_bytes for rung in best)
 
 
+def test_the_usual_recipe_ran_out_of_memory():
+    assert re.match(r"out of memory: .*Tried to allocate [\d.]+ GiB", closing_act.held_to_a_t4())
+
+
 def test_the_menu_has_each_models_largest_micro_batch():
     table = closing_act.largest_micro_batches()
     for model in ("llama-3.2-1b", "phi-4-mini"):
