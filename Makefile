@@ -54,6 +54,8 @@ lint: $(READY) ## check style with ruff
 bench: $(READY) ## measure what the package promises
 	@echo "Measuring"
 	@$(BIN)/python tools/bench.py
+	@$(BIN)/python tools/bench_step.py
+	@$(BIN)/python -m tools.bench_grading
 
 assignment: $(READY) ## instructor's verb: build an assignment (NAME=effective_batch; ROSTER=, SECRET=, OUT=)
 	@echo "Building the assignment $(NAME)"

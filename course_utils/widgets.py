@@ -55,7 +55,8 @@ class Explorer:
         self.draw = draw
         self.controls = {name: control(name, values) for name, values in choices.items()}
         self.figure = draw(**self.settings)  # the default: a mistake in it may raise
-        self.picture = ipywidgets.HTML(_img(self.figure))
+        self._shown = {tuple(self.settings.values()): _img(self.figure)}  # going back takes no time
+        self.picture = ipywidgets.HTML(*self._shown.values())
         self.box = ipywidgets.VBox([*self.controls.values(), self.picture])
         for widget in self.controls.values():
             widget.observe(self._redraw, names="value")
@@ -66,8 +67,11 @@ class Explorer:
         return {name: widget.value for name, widget in self.controls.items()}
 
     def _redraw(self, _) -> None:
+        key = tuple(self.settings.values())
         try:
-            self.picture.value = _img(self.draw(**self.settings))
+            if key not in self._shown:
+                self._shown[key] = _img(self.draw(**self.settings))
+            self.picture.value = self._shown[key]
         except ValueError as error:
             self.picture.value = f"<p role='status'>{html.escape(str(error))}</p>"
 

@@ -79,3 +79,18 @@ def test_layers_explorer_draws_every_choice():
 def test_nothing_that_breaks_strict_notebooks():
     source = Path(widgets.__file__).read_text("utf-8")
     assert re.findall(r"\b(interact\w*|Output|clear_output)\(", source) == []
+
+
+def test_a_setting_that_was_shown_before_is_not_drawn_again():
+    drawn = []
+
+    def draw(n):
+        drawn.append(n)
+        return Figure(b"png", f"n is {n}")
+
+    explorer = widgets.Explorer(draw, n=(1, 2))
+    first = explorer.picture.value
+    explorer.controls["n"].value = 2
+    assert explorer.picture.value != first
+    explorer.controls["n"].value = 1
+    assert explorer.picture.value == first and drawn == [1, 2]

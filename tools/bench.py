@@ -29,7 +29,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from course_utils import forecast as forecasts  # noqa: E402
-from course_utils import hardware, qlora, shapes  # noqa: E402
+from course_utils import hardware, qlora, shapes, widgets  # noqa: E402
 from course_utils.ledger import MemoryLedger  # noqa: E402
 from course_utils.recipe import TrainRecipe  # noqa: E402
 from course_utils.units import KIB, MIB  # noqa: E402
@@ -87,7 +87,7 @@ def yardstick() -> float:
 
 
 def latency() -> None:
-    """Print how long a forecast takes that is not in the cache, libraries loaded."""
+    """Print how long a forecast takes that is not in the cache, libraries loaded; and a slider."""
     forecasts.forecast(TrainRecipe(amp_dtype="float16", sequence_length=64))  # loads libraries
     print("\nlatency of a new forecast (best of 3)")
     unit = min(yardstick() for _ in range(3))
@@ -104,6 +104,14 @@ def latency() -> None:
     start = time.process_time()
     forecasts.forecast(dataclasses.replace(recipe, checkpointed_layers=9))
     print(f"  another k of the same recipe: {time.process_time() - start:.2f} s")
+    explorer = widgets.levers_explorer()
+    for move in ("first move", "a move to a setting that was shown before"):
+        for value in (1, 4):
+            start = time.process_time()
+            explorer.controls["micro_batch_size"].value = value
+            seconds = time.process_time() - start
+            if value == 1:
+                print(f"  slider, {move}: {1000 * seconds:.0f} ms")
 
 
 def ledger_overhead() -> None:
