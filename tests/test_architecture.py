@@ -32,7 +32,6 @@ ARROWS = {
     "lean": "",
     "old_torchao": "",
     "flops": "",
-    "flops": "",
     "qlora": "units hardware shapes recipe levers lean old_torchao",
     "block": "shapes recipe memory_report ledger fake levers qlora",
     "checkpointing": "hardware shapes recipe ledger flops",
