@@ -98,6 +98,16 @@ class Progress:
         print(("\r" if sys.stderr.isatty() else "") + text, end=end, file=sys.stderr, flush=True)
 
 
+def local_time(text: str) -> datetime:
+    """A time as files have it: local, without its zone.
+
+    Raises:
+        ValueError: It is no ISO 8601.
+    """
+    time_ = datetime.fromisoformat(text)
+    return time_.astimezone().replace(tzinfo=None) if time_.tzinfo else time_
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 and a sentence when it cannot do what is asked, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="python -m instructor.grade",
@@ -108,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--secret-file", type=Path, required=True,
                         help="the secret that the notebooks were built with")
     parser.add_argument("--out", type=Path, required=True, help="the CSV to write")
-    parser.add_argument("--due", type=datetime.fromisoformat, metavar="TIME",
+    parser.add_argument("--due", type=local_time, metavar="TIME",
                         help="list later files as late, e.g. 2026-11-01T23:59, local time")
     parser.add_argument("--sandbox", choices=LEVELS, help="instead of the strongest that works")
     parser.add_argument("--accept-weak-sandbox", action="store_true",

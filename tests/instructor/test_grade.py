@@ -7,13 +7,14 @@ import stat
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 
 import nbformat
 import pytest
 
 from instructor import grading, marking, results
 from instructor.assignment import Case, load, numbers
-from instructor.grade import grade, main
+from instructor.grade import grade, local_time, main
 from tests.instructor.classroom import (
     SECRET,
     SOLUTIONS,
@@ -320,6 +321,13 @@ def test_output_among_the_submissions_is_refused(tmp_path):
     arguments = write_class(tmp_path, {"s001": "A"}, {"tiny_s001.ipynb": honest("s001")})
     with pytest.raises(ValueError, match="out must lie outside of the submissions"):
         grade(TINY, tmp_path, *arguments[1:])
+
+
+def test_due_time_with_a_zone_is_turned_into_local_time():
+    assert local_time("2026-11-01T23:59") == datetime(2026, 11, 1, 23, 59)
+    here = datetime(2026, 11, 1, 12).astimezone()
+    assert local_time(here.isoformat()) == datetime(2026, 11, 1, 12)
+    assert local_time((here + timedelta(hours=3)).astimezone(UTC).isoformat()).hour == 15
 
 
 def test_grader_imports_no_torch():
