@@ -102,8 +102,9 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # descends: it uses them up, last layer first, and leaves gradients. The **optimizer step**
 # creates Adam's two averages, once; they never go away. So the second step starts higher than the
 # first, and the peak belongs to the *second* step: whoever probes a batch size without an
-# optimizer step probes too low. (A GPU needs more than the tensors counted here: cuBLAS's
-# workspaces and the allocator's rounding, which the forecast knows.)
+# optimizer step probes too low. *Temporaries*, the thin band on top, live for a few operations and
+# wait for nobody. (A GPU needs more than the tensors counted here: cuBLAS's workspaces and the
+# allocator's rounding, which the forecast knows.)
 #
 # Now the folklore: "gradients are as large as the weights, Adam's state is twice that".
 
@@ -195,7 +196,7 @@ exercises.check_saved_numbers(numbers_kept)
 # ## 3 · The usual estimate
 # You will meet this formula for activation memory: layers x batch x sequence x hidden x 2 bytes.
 # For Llama-2-7B (32 layers, hidden 4096) at one sequence of 2048 tokens it gives 512 MiB; at
-# batch 8, 4 GiB. Then 7B in 16 bits and its activations fit a T4.
+# batch 8, 4 GiB. If so, 7B in 16 bits and the activations of one sequence fit a T4 together.
 #
 # ### Predict
 # How much do the 32 layers really keep, with the attention kernel that transformers uses today
@@ -230,7 +231,8 @@ figures.compare({name: {"weights": weight_bytes(seven), "activations": kept}
 # batch x hidden x (34 + 5 x heads x sequence / hidden) bytes, has the same two parts: one that
 # SDPA keeps, one that only eager has.
 #
-# Remember the estimate all the same: lesson 02 makes it come true.
+# (The dashed line lies a little below the T4's 14.56 GiB: CUDA itself takes the rest.) Remember the
+# estimate all the same: lesson 02 makes it come true.
 
 # %% [markdown]
 # ## 4 · Two laws
