@@ -113,7 +113,7 @@ number_figures.magnitudes({"weights": list(model.parameters()), "activations": w
 # %% [markdown]
 # The pale part of float16's bar is *subnormal*: numbers there lose a fraction bit with each power
 # of two. Weights and activations sit comfortably in all three formats. Gradients do not: they are a
-# thousand to a million times smaller, and float16 ends in the middle of them.
+# thousand to a million times smaller, and float16's normal numbers end in the middle of them.
 #
 # ### Predict
 # Rounding an activation's gradient to bfloat16 changes it by up to 0.4 %; to float16, by 0.05 %,
@@ -183,8 +183,8 @@ for name, on_a_gpu in on_gpu.items():
 #
 # - **products** go down to 16 bits: tensor cores are fast there, and add up in float32 inside;
 # - **sums over many numbers and steep functions** go up to float32 on a GPU: softmax, norms, exp,
-#   losses. (`rms_norm` joined after torch 2.11, so where that runs, its float16 stays float16.)
-#   The CPU's list trusts 16 bits more, so a model can behave differently there;
+#   losses. (`rms_norm` joined them after torch 2.11: with Colab's 2.11 it returns float16 when
+#   given float16.) The CPU's list trusts 16 bits more, so a model can behave differently there;
 # - **the rest takes what comes**, and float32 wins where two formats meet.
 #
 # [`aten/src/ATen/autocast_mode.h`] And what is there to cast, in a real step of our model?
@@ -526,8 +526,9 @@ predicted_speedup = ...
 # %% tags=["run"]
 sheet = hardware.T4.matmul_flops / hardware.T4.float32_flops
 show_prediction(predicted_speedup, show="{:.1f} x".format, T4_data_sheet=sheet)
-speeds = {name: measurement.matmul_flops(name) for name in FORMATS}
-show_prediction(..., show=lambda flops: f"{flops / 1e12:.1f} TFLOP/s", **speeds)
+for name in FORMATS:
+    flops = measurement.matmul_flops(name)
+    print(f"{name:9} {f'{flops / 1e12:.1f} TFLOP/s' if flops else 'not measured on cpu'}")
 
 # %% tags=["recorded"]
 recorded.show("matmul", lambda row: f"{row['name']:9} {row['flops'] / 1e12:6.1f} TFLOP/s")
