@@ -25,20 +25,20 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def control(name: str, choices: Any) -> ipywidgets.Widget:
-    """A control named after the setting: a slider over numbers, a menu over words, a tick box.
+    """A control named after the setting: a slider, or a tick box for yes and no.
 
     Args:
         name: Its underscores become spaces in the label beside the control.
         choices: True or False for a tick box, else a sequence whose first item is the default; the
-            slider orders numbers itself.
+            slider orders numbers itself and leaves words in their order.
     """
     look = {"description": name.replace("_", " "), "style": {"description_width": "11em"},
             "layout": {"width": "34em", "max_width": "95%"}}
     if isinstance(choices, bool):
         return ipywidgets.Checkbox(value=choices, **look)
-    if isinstance(choices[0], str):
-        return ipywidgets.Dropdown(options=list(choices), value=choices[0], **look)
-    return ipywidgets.SelectionSlider(options=sorted(choices), value=choices[0],
+    # No menu over words: JupyterLab takes the arrow keys from it, to move to the next cell.
+    options = list(choices) if isinstance(choices[0], str) else sorted(choices)
+    return ipywidgets.SelectionSlider(options=options, value=choices[0],
                                       continuous_update=False, **look)
 
 
