@@ -116,14 +116,14 @@ number_figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 states = {name: [gradient for group in gradients_of(model).values() for gradient in group]
           for name, model in {"fresh": fresh, "trained": trained}.items()}
 for name, state in states.items():
-    for power in (0, 4, 8, 16, 24):
+    for power in (0, 4, 8, 16, 21, 24):
         landing = land(state, scale=2.0**power)
         print(f"{name:8} scale 2**{power:<2}  {landing.zero:4.0%} become zero   "
               f"{'some' if landing.infinite else 'none'} infinite")
 
 # %% [markdown]
 # The small ones come back long before the large ones overflow. And the right scale *moves*: as the
-# loss falls, gradients get smaller.
+# loss falls, the largest gradients get smaller, leaving room for more: see both states at 2²¹.
 #
 # ## Exercise 05.1 · The best scale
 # *Easy, 6 minutes.* `trained_gradients` below has all of them, after training. Which is the largest
@@ -462,8 +462,8 @@ print("the same at scale 2**20:", math.isclose(coarse, shifted, rel_tol=1e-2))
 #
 # ### Predict
 # The log will say `global_step = 10`. How many of the ten steps have updated the adapters, when the
-# scale starts at 2²⁰? (Section 1 has the answer within a step or two: these are single examples,
-# not 32.)
+# scale starts at 2²⁰? (From section 1 you know where the fresh state begins to overflow. But there
+# each example was one of 32 behind a step; here it is the whole step, and its gradient larger.)
 
 # %% tags=["predict"]
 predicted_updates = ...
@@ -492,6 +492,8 @@ print("in the checkpoint:", [name for name in saved if "scaler" in name])
 
 # %% [markdown]
 # ### Explain
+# An example alone weighs 32 = 2⁵ times what it weighs among 32, so about five halvings are skipped
+# steps. (The first step that counts is at rate zero, as in lesson 03: linear warm-up starts there.)
 # Trainer unscales before it clips, skips, lets the schedule wait, and saves the scaler. But
 # `global_step` counts skipped steps, and so do `max_steps` and the epoch: their data are gone. The
 # first steps of an fp16 run with a gradient norm of `nan` in the log are no reason to stop; a scale
@@ -536,10 +538,10 @@ for scale in (1, 1024, 262144):
 # > ```
 #
 # A right answer finds three, and no fourth: clipping before `unscale_` (the norm that reaches the
-# optimizer is the scale times too small); the schedule in skipped steps (after a start at 2²⁴ the
-# first update has most of the full rate); no scaler in the checkpoint (the same steps are lost
-# again after each resume). `scaler.step` does look for infinities. For the loop of section 4 the
-# numbers are:
+# optimizer is at most 1 / scale, however large the gradient); the schedule in skipped steps (after
+# a start at 2²⁴ the first update has most of the full rate); no scaler in the checkpoint (the same
+# steps are lost again after each resume). `scaler.step` does look for infinities. For the loop of
+# section 4 the numbers are:
 
 # %% tags=["run"]
 print(f"norm x {(wrong.norm() / right.norm()).item():.0e}")
