@@ -352,6 +352,8 @@ for name, rank in (("all weights", None), ("LoRA", 16)):
     print(f"{name}: {forgets_all / keeps_all:.2f} x the time")
 
 # %% [markdown]
+# (Far from the work? Then the machine was busy with something else: run the cell again.)
+#
 # And on a GPU, recorded once: Llama-3.2-1B, 4 sequences of 1024 tokens, T4 kernels. The time of a
 # step, and its peak, as a share of the step that keeps everything:
 
@@ -660,7 +662,8 @@ for k in (0, 32):
 #
 # ## To lesson 03
 # With every layer forgetting, a T4 has room for this many sequences of 2048 tokens in one forward
-# pass of Llama-3.2-3B:
+# pass of Llama-3.2-3B. (`margin_bytes` is what is left when the allocator's gaps are at their
+# worst; `fits` would let one more in.)
 
 # %% tags=["run"]
 three = replace(usual, model="llama-3.2-3b", sequence_length=2048)
