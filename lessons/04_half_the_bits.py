@@ -218,7 +218,8 @@ def fifteen_steps(recipe, model=None, stored="float32", learning_rate=5e-4):
 
 # %% [markdown]
 # ### Predict
-# After fifteen steps the losses differ by how many nats?
+# After fifteen steps the losses differ by how many nats? (The loss is a natural logarithm; a nat is
+# its unit.)
 
 # %% tags=["predict"]
 predicted_difference = ...
