@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint $(C
 HOUSE := tests/test_architecture.py tests/test_units.py
 READY := .venv/ready-$(shell cat requirements.txt $(CONSTRAINTS) pyproject.toml | cksum | tr ' ' -)
 
-.PHONY: help lessons test lab execute stamp test-colab lint bench assignment grade release clean
+.PHONY: help lessons test lab execute stamp test-colab test-browser lint bench assignment grade \
+	release clean
 lessons test execute stamp lint bench: export HF_HUB_OFFLINE := 1
 
 help: ## show these verbs
@@ -47,6 +48,10 @@ test-colab: $(READY) ## set-up cell and lessons on Colab's packages, in .venv-co
 	@echo "Testing on Colab's packages"
 	@$(BIN)/python -m tools.colab_leg $(LESSON)
 
+test-browser: $(READY)-browser ## every lesson in JupyterLab, used in a browser (LESSON=01 for one)
+	@echo "Testing in a browser; pictures go to build/browser/"
+	@$(BIN)/python -m pytest tests/browser $(if $(LESSON),--lesson $(LESSON)) $(ARGS)
+
 lint: $(READY) ## check style with ruff
 	@echo "Checking style"
 	@$(BIN)/python -m ruff check .
@@ -77,12 +82,13 @@ clean: ## remove build/ and caches; .venv stays
 	@find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) \
 		-exec rm -rf {} +
 
-$(READY):
+$(READY)-browser: BROWSER := --editable '.[browser]'
+$(READY) $(READY)-browser:
 	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed, $(PYTHON) is not: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "Setting up .venv (the first time: some minutes and about 1 GB)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) --quiet setuptools
-	@$(PIP) --no-build-isolation --editable '.[dev]' | sed -u -E '/already satisfied|^(Installing collected|Successfully)/d'
+	@$(PIP) --no-build-isolation --editable '.[dev]' $(BROWSER) | sed -u -E '/already satisfied|^(Installing collected|Successfully)/d'
 	@rm -f .venv/ready-*
-	@touch $@
+	@touch $@ $(READY)

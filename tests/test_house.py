@@ -23,7 +23,7 @@ from tools.notebooks import ROOT
 PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
 VERBS = {
     "help", "lessons", "test", "lab", "execute", "stamp", "test-colab", "lint", "bench", "clean",
-    "assignment", "grade", "release",
+    "test-browser", "assignment", "grade", "release",
 }  # fmt: skip
 
 
