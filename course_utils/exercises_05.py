@@ -31,7 +31,7 @@ def check_best_scale(answer: float, gradients: Sequence[torch.Tensor]) -> Verdic
         return not_yet(f"a power of two is asked for, such as 2**10, got {answer!r}.")
     here, doubled = (land(gradients, "float16", scale) for scale in (answer, 2 * answer))
     if here.infinite:
-        return not_yet(f"{here.infinite:.2%} of them overflow there, and one is enough to lose the "
+        return not_yet(f"{here.infinite:.1g} of them overflow there, and one is enough to lose the "
                        "step.")
     if not doubled.infinite:
         why = "that is where GradScaler starts, not where it ends; " if answer == 65536 else ""

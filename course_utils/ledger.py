@@ -189,7 +189,7 @@ class MemoryLedger(TorchDispatchMode):
             block.saved = True
             if block.category == "temporaries":
                 block.category = "activations"
-        return tensor
+        return tensor.detach()  # an output kept by its own node would be a cycle that leaks
 
     def counts(self, tensor: object) -> bool:
         """Whether this is a tensor with memory on the device that the ledger watches."""

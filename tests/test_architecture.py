@@ -86,8 +86,8 @@ ARROWS |= {
 ONLY_IN = {"matplotlib": "figures", "ipywidgets": "widgets"}
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "numpy", "matplotlib"}
 MODULE_LINES = 250  # as a reader scrolls
-# Without docstrings, comments and blank lines. The design hoped for 2 000; forecasts that are exact,
-# runs that survive and checks that enforce took three times that. It may fall, and not grow.
+# Without docstrings, comments and blank lines. The design hoped for 2 000; exact forecasts, runs
+# that survive and checks that enforce took three times that. It may fall, and not grow.
 PACKAGE_CODE_LINES = 6000
 
 

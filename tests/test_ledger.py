@@ -1,5 +1,6 @@
 """The ledger against witnesses of its own: autograd's graph, tensor sizes, the CUDA allocator."""
 
+import contextlib
 import gc
 
 import pytest
@@ -228,6 +229,17 @@ def test_phases_can_be_named():
     with MemoryLedger() as ledger, ledger.phase("load"):
         x = torch.zeros(1000)  # noqa: F841
     assert ledger.report().phase_peaks == {"load": 4000}
+
+
+def test_an_aborted_forward_leaves_only_the_weights():
+    """What a node saves of its own output must not keep that node alive."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Sigmoid(), nn.Linear(64, 64))
+    weights = sum(p.nbytes for p in model.parameters())
+    ledger = MemoryLedger(model, budget_bytes=weights + 4 * 64 * 1024 - 1)
+    with ledger, contextlib.suppress(torch.OutOfMemoryError):
+        model(torch.ones(256, 64))
+        raise AssertionError("the budget was not reached")
+    assert ledger.live_bytes == weights
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with the CUDA allocator")

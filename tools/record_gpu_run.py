@@ -14,6 +14,7 @@ that were not asked for stay as they were.
 from __future__ import annotations
 
 import argparse
+import bisect
 import dataclasses
 import datetime
 import json
@@ -97,8 +98,19 @@ def menu() -> list[dict]:
         for size in (4, 8, 16):
             rows.append(row("menu", f"{model}, ours, micro batch {size}",
                             **which | OURS | {"micro_batch_size": size}))
-        rows.append(row("menu", f"{model}, ours, largest micro batch", **which | OURS))
+        size = largest_micro_batch(dataclasses.replace(USUAL, **which | OURS))
+        rows.append(row("menu", f"{model}, ours, largest micro batch",
+                        **which | OURS | {"micro_batch_size": size}))
     return rows
+
+
+def largest_micro_batch(recipe: TrainRecipe) -> int:
+    """The most sequences that a T4 is forecast to hold, upper bound of reserved memory included."""
+    from course_utils.forecast import forecast
+
+    sizes = range(1, 128)
+    return bisect.bisect_left(sizes, True, key=lambda size: not forecast(
+        dataclasses.replace(recipe, micro_batch_size=size), T4).fits)
 
 
 def checkpointing() -> list[dict]:
@@ -181,61 +193,32 @@ def train_row(spec: dict, source: str, pipe) -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     gpu = T4 if spec["limited"] else dataclasses.replace(T4, total_bytes=total)
     steps: list[dict] = []
-    found: dict = {}
     try:
         with hardware.emulate(gpu), tempfile.TemporaryDirectory() as folder:
             base = qlora.load_base(recipe, source)
             torch.manual_seed(recipe.seed)
             model = qlora.apply_levers(qlora.add_adapters(base, recipe), recipe)
-            if "largest" in spec["name"]:
-                recipe = largest(recipe, model)
-                found["recipe"] = dataclasses.asdict(recipe)
             trainer = training.QLoRATrainer(
                 recipe, model, Sequences(recipe, model.config.vocab_size),
                 SimpleNamespace(pad_token_id=0), Path(folder), on_step=steps.append,
                 save_strategy="no", remove_unused_columns=False)
             trainer.data_collator = collate
             trainer.train()
-        found["outcome"] = "trained"
+        outcome = "trained"
     except torch.OutOfMemoryError as error:
-        found["outcome"] = "out of memory: " + str(error).split(". GPU")[0]
+        outcome = "out of memory: " + str(error).split(". GPU")[0]
     except BaseException as error:  # the row's own record of what went wrong
         pipe.send({"error": f"{type(error).__name__}: {error}"})
         return
     measured = steps[2:] or [{}]
     speeds = [step["tokens_per_second"] for step in measured if step]
-    pipe.send(found | {
-        "steps": len(steps),
+    pipe.send({
+        "outcome": outcome, "steps": len(steps),
         "peak_allocated_bytes": max((s["peak_allocated_bytes"] for s in measured if s),
                                     default=None),
         "peak_reserved_bytes": max((s["peak_reserved_bytes"] for s in measured if s), default=None),
         "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "losses": [round(step["loss"], 5) for step in steps]})
-
-
-def largest(recipe: TrainRecipe, model) -> TrainRecipe:
-    """The recipe with the largest micro batch that this GPU, as it is limited, can train."""
-    import gc
-
-    import torch
-
-    from course_utils import batching, qlora
-
-    scaler = torch.amp.GradScaler("cuda")
-    model.train()
-
-    def backward(size: int) -> None:
-        ids = torch.randint(10, 1000, (size, recipe.sequence_length), device="cuda")
-        with torch.autocast("cuda", torch.float16):
-            loss = qlora.compute_loss(model, {"input_ids": ids, "labels": ids}, recipe)
-        scaler.scale(loss).backward()
-
-    optimizer = qlora.build_optimizer(model, recipe)
-    size = batching.largest_micro_batch(backward, model, optimizer).micro_batch_size
-    del optimizer
-    gc.collect()
-    torch.cuda.empty_cache()
-    return dataclasses.replace(recipe, micro_batch_size=size)
 
 
 def run_on_gpus(spec: dict) -> dict:
