@@ -108,7 +108,8 @@ class Notebook:
         page.on("console", self._said)
         page.on("pageerror", lambda error: self.complaints.append(f"uncaught: {error}"))
         page.route(re.compile(rf"^https?://(?!{re.escape(address[7:])}/)"), self._elsewhere)
-        page.goto(f"{address}/lab/tree/lessons/{path.name}?token={TOKEN}")
+        # In a workspace of its own: else JupyterLab opens beside it what was open last.
+        page.goto(f"{address}/lab/workspaces/{path.stem}/tree/lessons/{path.name}?token={TOKEN}")
         self.cells = page.locator(CELL)
         expect(self.cells).to_have_count(len(self.stored().cells), timeout=60_000)
         self.wait_until_idle()
@@ -132,11 +133,17 @@ class Notebook:
             self.page.locator(label).get_by_text(name, exact=True).click()
 
     def wait_until_idle(self) -> None:
-        """No cell waits or runs. The status bar alone says "Idle" between two cells as well."""
+        """No cell waits or runs, and none did a second ago.
+
+        The status bar says "Idle" between two cells as well; a prompt gets its number when its cell
+        starts, and the file knows it only after the reply.
+        """
         idle = self.page.locator("#jp-bottom-panel").get_by_text("| Idle")
         waiting = self.page.locator(f"{CELL} {PROMPT}", has_text="*")
-        expect(waiting).to_have_count(0, timeout=self.patience_ms)
-        expect(idle).to_be_visible(timeout=self.patience_ms)
+        for _ in range(2):
+            expect(waiting).to_have_count(0, timeout=self.patience_ms)
+            expect(idle).to_be_visible(timeout=self.patience_ms)
+            self.page.wait_for_timeout(1000)
 
     def run_all(self) -> None:
         """Run > Run All Cells, to the end."""
@@ -183,9 +190,9 @@ class Notebook:
         self.wait_until_idle()
 
     def figures(self) -> list[dict]:
-        """Each figure's words, and whether it is drawn and no wider than its cell."""
+        """Whether each figure is drawn, and no wider than its cell."""
         return self.page.locator(".jp-OutputArea-output img").evaluate_all("""all => all.map(e => ({
-            words: e.alt, fits: e.naturalWidth > 0 && e.getBoundingClientRect().right
+            source: e.src.slice(0, 60), fits: e.naturalWidth > 0 && e.getBoundingClientRect().right
                 <= e.closest('.jp-Cell').getBoundingClientRect().right + 1}))""")
 
     def photograph(self, folder: Path) -> int:
