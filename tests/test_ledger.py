@@ -233,7 +233,7 @@ def test_phases_can_be_named():
 
 def test_an_aborted_forward_leaves_only_the_weights():
     """What a node saves of its own output must not keep that node alive."""
-    model = nn.Sequential(nn.Linear(64, 64), nn.Sigmoid(), nn.Linear(64, 64))
+    model = nn.Sequential(nn.Linear(64, 64), nn.Sigmoid(), nn.Linear(64, 128))
     weights = sum(p.nbytes for p in model.parameters())
     ledger = MemoryLedger(model, budget_bytes=weights + 4 * 64 * 1024 - 1)
     with ledger, contextlib.suppress(torch.OutOfMemoryError):
