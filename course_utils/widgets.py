@@ -16,7 +16,7 @@ import ipywidgets
 
 from . import shapes
 from .block import boundary_bytes, count_block, weight_bytes
-from .figures import Figure, compare
+from .figures import LINES, Figure, compare
 from .hardware import PRESETS, preset
 from .number_figures import magnitudes, smallest_updates
 from .recipe import TrainRecipe
@@ -38,8 +38,11 @@ def control(name: str, choices: Any) -> ipywidgets.Widget:
         return ipywidgets.Checkbox(value=choices, **look)
     # No menu over words: JupyterLab takes the arrow keys from it, to move to the next cell.
     options = list(choices) if isinstance(choices[0], str) else sorted(choices)
-    return ipywidgets.SelectionSlider(options=options, value=choices[0],
-                                      continuous_update=False, **look)
+    slider = ipywidgets.SelectionSlider(options=options, value=choices[0],
+                                        continuous_update=False, **look)
+    if slider.style.has_trait("handle_color"):  # not in ipywidgets 7; white on white otherwise
+        slider.style.handle_color = LINES[0]
+    return slider
 
 
 class Explorer:
