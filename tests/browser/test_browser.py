@@ -26,7 +26,8 @@ EXERCISES = {
             "keep_135 = ...": "keep_135 = [4, 3, 3, 2, 2, 1]"},
            "keep_all: "),
     "03": ("loss_of_rank", {"return ...": "return loss_sum / my_tokens"},
-           {"return ...": "return loss_sum * world_size / all_tokens"}, "own mean"),
+           {"return ...": "return loss_sum * world_size / all_tokens"},
+           "that is each rank's own mean"),
     "04": ("spacing", {"power = ...": "power = 0"},
            {"power = ...": "power = math.floor(math.log2(x))"}, "that is the distance at 1.0"),
     "05": ("next_state", {"    return ...\n    return ...":
@@ -49,7 +50,11 @@ THEMES = ("JupyterLab Dark", "JupyterLab Light")
 
 def failures(notebook: Notebook) -> list[str]:
     """What went wrong in a notebook that ran to its end, going by the file that it saves."""
-    cells = [cell for cell in notebook.save().cells if cell.cell_type == "code"]
+    for _ in range(3):  # a reply that is on its way is not in the file
+        cells = [cell for cell in notebook.save().cells if cell.cell_type == "code"]
+        if all(cell.execution_count for cell in cells):
+            break
+        notebook.page.wait_for_timeout(2000)
     found = [] if [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)] else \
         [f"not every cell ran, once, in order: {[cell.execution_count for cell in cells]}"]
     for cell in cells:

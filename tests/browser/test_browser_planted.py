@@ -64,7 +64,7 @@ def test_controls_that_nothing_follows_are_found(planted, monkeypatch):
         ("stuck, by keyboard", "the words"), ("words, by keyboard", "the picture"),
         ("menu, by keyboard", "the words"),  # JupyterLab takes a menu's arrow keys
         ("stuck, by mouse", "the words"), ("words, by mouse", "the picture"),
-        ("menu, by mouse", "the words"),
+        ("menu, by mouse", "the picture"),
     ]  # fmt: skip
 
 
