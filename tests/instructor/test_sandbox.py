@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -219,20 +220,20 @@ def test_same_scores_at_every_level(level, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can become another")
 @pytest.mark.parametrize("level", ["namespaces", "landlock", "seccomp", "hook"])
-def test_as_an_ordinary_user(level, tmp_path):
+def test_as_an_ordinary_user(level):
     """Root's ways in are not everybody's: the same from an account without privileges."""
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     code = "import sys; sys.exit(sys.version_info < (3, 11))"
     if not python or subprocess.run([python, "-c", code]).returncode:
         pytest.skip("needs a Python >= 3.11 that every user may start")
-    shutil.copytree(ROOT / "instructor", tmp_path / "instructor")
-    for place in (tmp_path, *tmp_path.parents[:2]):
-        os.chmod(place, 0o755)
-    program = (f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-               "from instructor.sandbox import Sandbox\n"
-               f"with Sandbox({level!r}) as box: print('in force:', box.level)")
-    done = subprocess.run([python, "-B", "-c", program], capture_output=True, text=True, user=65534,
-                          group=65534, extra_groups=[], cwd="/", env={})
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own may be closed to others
+        shutil.copytree(ROOT / "instructor", f"{folder}/instructor")
+        os.chmod(folder, 0o755)
+        program = (f"import sys; sys.path.insert(0, {folder!r})\n"
+                   "from instructor.sandbox import Sandbox\n"
+                   f"with Sandbox({level!r}) as box: print('in force:', box.level)")
+        done = subprocess.run([python, "-B", "-c", program], capture_output=True, text=True,
+                              user=65534, group=65534, extra_groups=[], cwd="/", env={})
     if level == "namespaces" and "unshare" in done.stderr:
         pytest.skip("users may not make namespaces here")
     assert done.stdout == f"in force: {level}\n", done.stderr
