@@ -131,6 +131,8 @@ def check_published(answer: Mapping[str, Any]) -> Verdict:
     amp_dtype = "float16" if answer["fp16"] else "bfloat16" if answer["bf16"] else None
     if amp_dtype is None:
         return not_yet("without fp16 the products leave the T4's tensor cores; keep it on.")
+    if not answer["load_in_4bit"]:
+        return not_yet("that gives up the 4 bits and what they save; the mistake is elsewhere.")
     try:
         replace(TrainRecipe(), amp_dtype=amp_dtype).check_on(hardware.T4)
     except ValueError as error:

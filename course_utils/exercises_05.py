@@ -21,6 +21,8 @@ FLAWS = {  # of a training step with a scaled loss: what is wrong, in a sentence
     "never unscale": "the gradients are never divided by the scale.",
     "no clip": "the gradients are not clipped to max_norm.",
     "keep gradients": "the gradients are not cleared after the step: the next one adds to them.",
+    "keep infinity": "the gradients are cleared in good steps only: after an overflow the infinity "
+                     "stays, and no later step is good.",
 }
 
 
@@ -162,7 +164,7 @@ def flawed_step(flaw: str) -> Callable:
             optimizer.step()
         if finite or flaw == "schedule anyway":
             scheduler.step()
-        if flaw != "keep gradients":
+        if flaw != "keep gradients" and (finite or flaw != "keep infinity"):
             optimizer.zero_grad()
         return finite
     return step
@@ -181,8 +183,9 @@ def check_step(answer: Callable) -> Verdict:
         if _same(ours, train_scaled(flawed_step(flaw))):
             return not_yet(sentence)
     step = next(i for i in range(len(wanted)) if not _same(ours[i:i + 1], wanted[i:i + 1]))
+    (stepped, rate, _), (did, had, _) = wanted[step], ours[step]
     return not_yet(f"step {step + 1} differs: (stepped, learning rate) should be "
-                   f"{wanted[step][:2]}, got {ours[step][:2]}, or the weights are others.")
+                   f"({stepped}, {rate:.3g}), got ({did}, {had:.3g}), or the weights are others.")
 
 
 def _same(left: list[tuple], right: list[tuple]) -> bool:

@@ -14,8 +14,7 @@ import torch
 from .figures import COLOURS, GRID, INK, LINES, Figure, _canvas, _finish, styled
 from .precision import FORMATS, ScalerStep, bits, dtype_of, land, moved_share
 
-GROUPS = dict(zip(("weights", "activations", "gradients"),
-                  (COLOURS[name] for name in ("weights", "activations", "gradients")), strict=True))
+GROUPS = {name: COLOURS[name] for name in ("weights", "activations", "gradients")}
 LOWEST, HIGHEST = -48, 24  # powers of two that are drawn
 
 
@@ -49,7 +48,7 @@ def bit_fields(names: Sequence[str] = tuple(FORMATS), value: float = 0.1) -> Fig
 @styled
 def magnitudes(groups: Mapping[str, Sequence[torch.Tensor]],
                names: Sequence[str] = ("float32", "bfloat16", "float16"), scale: float = 1.0,
-               title: str = "") -> Figure:
+               title: str = "", say_landing: bool = True) -> Figure:
     """Histograms of magnitudes over the range of each format; `scale` multiplies the numbers.
 
     Args:
@@ -57,18 +56,19 @@ def magnitudes(groups: Mapping[str, Sequence[torch.Tensor]],
         names: Formats, drawn as bars: solid where numbers are normal, pale where subnormal.
         scale: Every number is multiplied by it first.
         title: What is drawn.
+        say_landing: Whether the words give the shares that land in float16; otherwise they say
+            where the numbers lie, and a reader can still guess.
     """
     canvas, ax = _canvas(1.6 + 0.42 * len(names) + 0.95 * len(groups))
     for row, name in enumerate(names):
         info, y = torch.finfo(dtype_of(name)), len(groups) + 0.25 + 0.42 * row
-        low, tiny, high = (torch.tensor(v).log2().item() for v in
-                           (info.smallest_normal * info.eps, info.tiny, info.max))
+        low, tiny, high = map(math.log2, (info.tiny * info.eps, info.tiny, info.max))
         ax.barh(y, tiny - low, left=low, height=0.26, color=GRID)
         ax.barh(y, high - tiny, left=tiny, height=0.26, color="#888888")
         ax.text(LOWEST - 1, y, name, ha="right", va="center", fontsize=12)
     edges = torch.finfo(torch.float16)
-    for power in (edges.smallest_normal * edges.eps, edges.tiny, edges.max):
-        ax.axvline(torch.tensor(power).log2().item(), color=INK, linewidth=1, linestyle=":")
+    for edge in (edges.tiny * edges.eps, edges.tiny, edges.max):
+        ax.axvline(math.log2(edge), color=INK, linewidth=1, linestyle=":")
     said = []
     for row, (name, tensors) in enumerate(reversed(groups.items())):
         numbers = torch.cat([t.detach().flatten().abs().double().cpu() for t in tensors])
@@ -78,16 +78,21 @@ def magnitudes(groups: Mapping[str, Sequence[torch.Tensor]],
         ax.bar(range(LOWEST, HIGHEST), (0.8 * counts / counts.max()).tolist(), bottom=row, width=1,
                align="edge", color=colour)
         ax.text(LOWEST - 1, row + 0.2, name, ha="right", va="center", color=colour, fontsize=12)
-        landing = land(tensors, "float16", scale)
-        said.insert(0, f"{name}: {landing.zero:.0%} become zero, {landing.subnormal:.0%} are "
-                       f"subnormal, {landing.normal:.0%} normal, {landing.infinite:.0%} infinite")
+        if say_landing:
+            landing = land(tensors, "float16", scale)
+            words = (f"{name}: {landing.zero:.0%} become zero, {landing.subnormal:.0%} are "
+                     f"subnormal, {landing.normal:.0%} normal, {landing.infinite:.0%} infinite")
+        else:
+            power = LOWEST + int(counts.argmax())
+            words = f"{name} are most often between 2**{power} and 2**{power + 1}"
+        said.insert(0, words)
     ax.set(title=title, xlim=(LOWEST, HIGHEST), ylim=(0, len(groups) + 0.42 * len(names) + 0.1),
            yticks=[], xlabel="magnitude (dotted: float16's smallest, smallest normal, largest)",
            **_powers(LOWEST, HIGHEST, 8))
     ax.spines["left"].set_visible(False)
     at = f", times {scale:,.0f}" if scale != 1 else ""
     return _finish(canvas, f"histograms of magnitudes{at}{': ' * bool(title)}{title}. "
-                           f"In float16, {'; '.join(said)}.")
+                           f"{'In float16, ' * say_landing}{'; '.join(said)}.")
 
 
 @styled
@@ -167,12 +172,13 @@ def scale_window(errors: Mapping[int, float], title: str = "", limit: float = 0.
     ax.axvspan(good[0], good[-1], color=GRID, alpha=0.6, linewidth=0)
     ax.plot(*zip(*finite.items(), strict=True), color=COLOURS["gradients"], marker="o",
             linewidth=2.5)
-    ax.plot(lost, [1.0] * len(lost), "X", color=INK, markersize=11, label="overflow: infinite")
+    ax.plot(lost, [1.0] * len(lost), "X", color=INK, markersize=11)
     ax.set(title=title, yscale="log", ylim=(1e-3, 10), xlabel="scale (grey: the good ones)",
            ylabel="error of the gradient", **_powers(min(errors), max(errors), 4))
     ax.grid(axis="y")
     if lost:
-        ax.legend(loc="upper center")
+        ax.annotate("overflow: infinite", (lost[-1], 1.0), xytext=(8, 12), ha="right",
+                    textcoords="offset points")
     over = f", infinite from 2**{lost[0]}" if lost else ""
     return _finish(canvas, f"error of a float16 gradient over the loss scale{': ' * bool(title)}"
                            f"{title}. At most {limit:.0%} from 2**{good[0]} to 2**{good[-1]}, more "

@@ -38,6 +38,7 @@ from course_utils import verified
 print(verified.welcome())
 
 # %% tags=["setup"]
+import copy
 import math
 import tempfile
 from dataclasses import replace
@@ -55,7 +56,7 @@ print(hardware.describe(gpu))
 
 # %% [markdown]
 # The recipe of lesson 01 again: the small Llama, all weights trained, float32, 4 sequences of 128
-# tokens; and four real examples to train on.
+# tokens; and four examples to train on.
 
 # %% tags=["setup"]
 from transformers import AutoTokenizer
@@ -78,24 +79,15 @@ number_figures.bit_fields()
 
 # %% [markdown]
 # **Exponent bits buy range, fraction bits buy spacing.** bfloat16 is float32 with its fraction cut
-# off; float16 trades three exponent bits for three more of fraction.
-#
-# ### Predict
-# Which number comes right after 1 in bfloat16? (In float32 it is 1.00000012.)
-
-# %% tags=["predict"]
-predicted_next = ...
+# off; float16 trades three exponent bits for three more of fraction. In numbers:
 
 # %% tags=["run"]
-after_one = 1 + torch.finfo(torch.bfloat16).eps
-show_prediction(predicted_next, show="{:.7f}".format, computed=after_one)
 for name, dtype in FORMATS.items():
     info = torch.finfo(dtype)
     print(f"{name:9} largest {info.max:8.3g}   smallest normal {info.tiny:8.3g}   "
           f"next after 1: {1 + info.eps:.9f}")
 
 # %% [markdown]
-# ### Explain
 # Seven fraction bits make 128 steps from 1 to 2, so 1.0078125 comes next: two to three decimal
 # digits. float16 has eight times finer steps, but ends at 65 504 and has no normal number below
 # 6.1e-05. [IEEE 754; `torch.finfo`]
@@ -108,7 +100,7 @@ model = training.build_model(recipe)
 with precision.watch_linears(model) as watched:
     qlora.compute_loss(model, batch, recipe).backward()
 number_figures.magnitudes({"weights": list(model.parameters()), "activations": watched.activations,
-                           "gradients": watched.gradients})
+                           "gradients": watched.gradients}, say_landing=False)
 
 # %% [markdown]
 # The pale part of float16's bar is *subnormal*: numbers there lose a fraction bit with each power
@@ -131,8 +123,8 @@ show_prediction(predicted_lost, show="{:.2f}".format, **lost)
 # ### Explain
 # A coarse step is noise: up here, down there, and a weight's gradient is a sum over hundreds of
 # tokens, in which it averages out. A number out of range is not noise. Below, it is *always* zero;
-# above, it is infinite, and one infinity makes every weight NaN. That is why **range matters more
-# than precision**, and why float16 needs the trick of lesson 05, and bfloat16 does not.
+# above, it is infinite, and one infinity soon makes every weight NaN. That is why **range matters
+# more than precision**, and why float16 needs the trick of lesson 05, and bfloat16 does not.
 # [Micikevicius et al., section 3.2]
 
 # %% [markdown]
@@ -198,10 +190,11 @@ additions = {kind: count for (name, kind), count in log.counts.items() if name =
 print("additions:            ", additions)
 
 # %% [markdown]
-# All products in 16 bits; the boundaries between layers, sums of float32 embeddings and what layers
-# add, still in float32. Keep that in mind for section 3.
+# All products with weights in 16 bits; the boundaries between layers, sums of float32 embeddings
+# and what layers add, still in float32. Keep that in mind for section 3.
 #
-# Does it learn the same? Fifteen steps on the four examples, in float32 and under autocast. (The
+# Does it learn the same? Fifteen steps on the four examples, in float32 and under autocast, and the
+# difference of the losses after them. (A loss is a natural logarithm; its unit is the nat. The
 # argument `stored` waits for section 4.)
 
 # %% tags=["setup"]
@@ -216,22 +209,13 @@ def fifteen_steps(recipe, model=None, stored="float32", learning_rate=5e-4):
         losses.append(qlora.training_step(model, optimizer, [batch], recipe).item())
     return losses
 
-# %% [markdown]
-# ### Predict
-# After fifteen steps the losses differ by how many nats? (The loss is a natural logarithm; a nat is
-# its unit.)
-
-# %% tags=["predict"]
-predicted_difference = ...
-
 # %% tags=["run"]
 curves = {"float32": fifteen_steps(recipe), f"autocast {sixteen}": fifteen_steps(mixed)}
 last = [losses[-1] for losses in curves.values()]
-show_prediction(predicted_difference, show="{:.1f} nats".format, measured=abs(last[0] - last[1]))
+print(f"they differ by {abs(last[0] - last[1]):.1f} nats")
 figures.losses(curves, "all weights trained, learning rate 5e-4")
 
 # %% [markdown]
-# ### Explain
 # The curves lie on each other: the promise about quality holds, *for products in 16 bits with sums
 # in float32 and float32 weights*. This is what "mixed" means. (With float16 and larger models it
 # takes lesson 05 as well.)
@@ -268,8 +252,7 @@ half = two_steps(mixed)
 measured = hardware.peak_allocated_bytes(above=before)
 show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
                 counted=half.peak_bytes / full.peak_bytes)
-print("with autocast, counted: ", show_bytes(half.peak_bytes))
-print("with autocast, measured:", show_bytes(measured))
+print("autocast, counted:", show_bytes(half.peak_bytes), "  measured:", show_bytes(measured))
 figures.compare({"float32": full, f"autocast {sixteen}": half}, title="at the peak of two steps")
 
 # %% [markdown]
@@ -283,20 +266,20 @@ weights = {block.shape for block in full.largest if block.category == "weights"}
 for name, report in {"float32": full, f"autocast {sixteen}": half}.items():
     kept = {"in float32": 0, "in 16 bits": 0, "16-bit copies of weights": 0}
     for block in report.saved:
-        copy = block.operation.startswith("_to_copy") and block.shape in weights
+        is_copy = block.operation.startswith("_to_copy") and block.shape in weights
         kind = "in float32" if block.dtype.itemsize > 2 else "in 16 bits"
-        kept["16-bit copies of weights" if copy else kind] += block.n_bytes // 2  # of two steps
+        kept["16-bit copies of weights" if is_copy else kind] += block.n_bytes // 2  # of two steps
     print(f"{name:19}", ", ".join(f"{show_bytes(n)} {kind}" for kind, n in kept.items() if n))
 
 # %% [markdown]
 # Norms, loss and boundaries stay in float32. The rest is in 16 bits, but some tensors are now kept
 # twice, before and after a cast. And there is a new kind: to multiply in 16 bits, each float32
 # weight needs a **16-bit copy**, alive until backward has used it. That is 2 bytes *more* for a
-# weight, not 2 instead of 4. [ZeRO, section 3.1, counts mixed-precision Adam at 2 + 2 + 12 = 16
-# bytes a parameter; plain float32 Adam has 16 too: lesson 01.]
+# weight, not 2 instead of 4. (ZeRO's 2 + 2 + 12 bytes a parameter count another scheme, with 16-bit
+# weights and gradients beside a float32 master copy. [ZeRO, section 3.1])
 #
 # It can be worse. Freeze a float32 Llama-3.2-1B, add adapters, train on 512 tokens without
-# checkpointing, on a T4. (`forecast` runs the step on fake tensors, with a T4's kernels.)
+# checkpointing, on a T4.
 #
 # ### Predict
 # Now switch on autocast. The peak becomes how many times the peak without?
@@ -331,7 +314,7 @@ figures.compare(steps, hardware.T4, "Llama-3.2-1B, LoRA, 1 x 512 tokens")
 # weights do they read?</details>
 # <details><summary>Hint 2</summary>Walk over <code>model.modules()</code> and pick
 # <code>torch.nn.Linear</code>. Norms and embeddings are other classes.</details>
-# <details><summary>Hint 3</summary><code>sum(2 * m.weight.numel() for m in
+# <details><summary>Hint 3</summary><code>sum(... * m.weight.numel() for m in
 # model.modules() if isinstance(m, torch.nn.Linear))</code></details>
 
 # %% tags=["exercise"]
@@ -383,27 +366,35 @@ stored = {f"stored in {name}": fifteen_steps(recipe, stored=name, learning_rate=
 figures.losses(stored, "all weights trained, learning rate 2e-5")
 
 # %% [markdown]
-# That is the run that stops learning. No error, no NaN, a loss that looks a little tired. Now the
-# case of this course, adapters:
+# That is the run that hardly learns. No error, no NaN, a loss that looks a little tired. Now the
+# case of this course, adapters: fresh, and after some training. ("Some" is short and steep here:
+# fifteen steps at 1e-2, fifty times the usual rate.)
 
 # %% tags=["run"]
 lora = replace(recipe, lora_rank=16)
 fresh, trained = training.build_model(lora), training.build_model(lora)
 print(f"loss after 15 steps: {fifteen_steps(lora, trained, learning_rate=1e-2)[-1]:.1f}")
-print("share of the adapters' weights that an update moves, when stored in bfloat16")
 adapters = {name: [p for p in model.parameters() if p.requires_grad]
             for name, model in {"fresh": fresh, "trained": trained}.items()}
 for rate in (2e-4, 1e-5):
     shares = {n: precision.moved_share(a, rate, "bfloat16") for n, a in adapters.items()}
-    print(f"learning rate {rate:g}:  fresh {shares['fresh']:.0%}  trained {shares['trained']:.0%}")
+    print(f"rate {rate:g} moves, in bfloat16:", {n: f"{share:.0%}" for n, share in shares.items()})
 
 # %% [markdown]
-# Honestly: at 2e-4, the usual rate, fresh adapters do well in 16 bits, because B starts at zero,
-# where floats are dense. It fails later. The weights have grown, the schedule has brought the rate
-# down, and the last part of the run does next to nothing. As adapters are a percent or less of the
-# model, keeping them in float32 costs next to nothing as well; and float16 ones cannot use loss
-# scaling at all (lesson 05). So: **what is frozen, in 16 bits or fewer; what is trained, in
-# float32.** [Micikevicius et al., section 3.1] That is what PEFT does by default.
+# At 2e-4, the usual rate, fresh adapters do well in 16 bits, because B starts at zero, where floats
+# are dense. It fails later, when the weights have grown and the schedule has brought the rate down.
+# Go on from there, at 1e-5:
+
+# %% tags=["run"]
+for name in FORMATS:
+    losses = fifteen_steps(lora, copy.deepcopy(trained), stored=name, learning_rate=1e-5)
+    print(f"adapters stored in {name:9} the loss falls by {losses[0] - losses[-1]:.2f}")
+
+# %% [markdown]
+# In bfloat16 that is the run that stops learning. As adapters are a percent or less of the model,
+# keeping them in float32 costs next to nothing; and float16 ones cannot use loss scaling at all
+# (lesson 05). So: **what is frozen, in 16 bits or fewer; what is trained, in float32.**
+# [Micikevicius et al., section 3.1] That is what PEFT does by default.
 #
 # Move the rate. Where does each format stop?
 
@@ -414,24 +405,16 @@ widgets.updates_explorer({"base weights": list(training.build_model(recipe).para
 
 # %% [markdown]
 # ## 5 · Which 16 bits, on which card?
-# ### Predict
-# `torch.cuda.is_bf16_supported()` on a T4 returns True. Does a T4 compute in bfloat16? Write True
-# or False.
-
-# %% tags=["predict"]
-predicted_answer = ...
+# `torch.cuda.is_bf16_supported()` on a T4 returns True. Does a T4 compute in bfloat16?
 
 # %% tags=["run"]
-said = "no prediction yet" if predicted_answer is ... else predicted_answer
-print("predicted:", said, "  T4:", hardware.T4.has_bfloat16)
 for card in hardware.PRESETS.values():
     print(f"{card.name:8} {hardware.mixed_precision(card).reason}")
 
 # %% [markdown]
-# ### Explain
-# The function counts *emulation*: it only tries to make a tensor. Every product is then computed in
-# float32 with casts around it, off the tensor cores. Trainer accepts `bf16=True` there, and the run
-# crawls. Ask for the **compute capability** (8.0 and up), or
+# It does not. The function counts *emulation*: it only tries to make a tensor. A T4's tensor cores
+# know no bfloat16, so no product of such a run uses them. Trainer accepts `bf16=True` all the same.
+# [T4 data sheet] Ask for the **compute capability** (8.0 and up), or
 # `is_bf16_supported(including_emulation=False)`. [torch/cuda/\_\_init\_\_.py] The recipe asks:
 
 # %% tags=["raises-exception"]
@@ -490,13 +473,7 @@ recipe.to_training_arguments("out", warmup_ratio=0.03)
 
 # %% [markdown]
 # One more switch with a friendly name: `fp16_full_eval=True`, "evaluate in float16, half the
-# memory".
-#
-# ### Predict
-# In which format are the float32 adapters *after* one evaluation with it?
-
-# %% tags=["predict"]
-predicted_format = ...
+# memory". In which format are float32 adapters *after* one evaluation with it?
 
 # %% tags=["run"]
 from transformers import PrinterCallback, Trainer
@@ -505,11 +482,9 @@ arguments = recipe.to_training_arguments(tempfile.mkdtemp(), fp16_full_eval=True
 trainer = Trainer(fresh, arguments, eval_dataset=[{k: v[0] for k, v in batch.items()}])
 trainer.remove_callback(PrinterCallback)
 trainer.evaluate()
-print("predicted:", "no prediction yet" if predicted_format is ... else predicted_format)
-print("after:    ", {precision.name_of(weight.dtype) for weight in adapters["fresh"]})
+print("afterwards:", {precision.name_of(weight.dtype) for weight in adapters["fresh"]})
 
 # %% [markdown]
-# ### Explain
 # It calls `model.to(torch.float16)`, **in place**, and nobody turns it back: evaluated before or
 # between training, the run goes on with 16-bit adapters. With fp16 it then dies in the gradient
 # scaler (lesson 05); without, it is the run of section 4. Evaluate under autocast instead.
@@ -517,16 +492,12 @@ print("after:    ", {precision.name_of(weight.dtype) for weight in adapters["fre
 
 # %% [markdown]
 # ## 6 · "Twice as fast"
-# ### Predict
-# By its data sheet, a float16 product on a T4's tensor cores is how many times as fast as a float32
-# product?
-
-# %% tags=["predict"]
-predicted_speedup = ...
+# How much faster is a product on a T4's tensor cores, in float16, than one in float32? By its data
+# sheet; and here, if there is a GPU:
 
 # %% tags=["run"]
 sheet = hardware.T4.matmul_flops / hardware.T4.float32_flops
-show_prediction(predicted_speedup, show="{:.1f} x".format, T4_data_sheet=sheet)
+print(f"T4, by its data sheet: {sheet:.1f} x")
 for name in FORMATS:
     flops = measurement.matmul_flops(name)
     print(f"{name:9} {f'{flops / 1e12:.1f} TFLOP/s' if flops else 'not measured on cpu'}")
@@ -535,7 +506,6 @@ for name in FORMATS:
 recorded.show("matmul", lambda row: f"{row['name']:9} {row['flops'] / 1e12:6.1f} TFLOP/s")
 
 # %% [markdown]
-# ### Explain
 # The factor belongs to *products* that are large enough, and to the card. (The recorded one is an
 # H200; pretending to be a T4 changes its memory and kernels, not its speed.) float16 and bfloat16
 # run at one speed where both have tensor cores; on a T4 only float16 has. A step also has norms,

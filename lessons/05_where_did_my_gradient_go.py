@@ -3,18 +3,17 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/05_where_did_my_gradient_go.ipynb)
 #
-# **45 min** · runs anywhere; a GPU runs the same cells faster.
+# **45 min** · runs anywhere; a GPU runs the same cells faster. Exercise 05.3 is for home.
 #
-# Lesson 04 ended on a number: 5.96e-08, the smallest that float16 knows. A T4 has no other 16 bits,
-# and a part of every step's gradients is smaller. In this lesson you find out how many vanish, get
-# them back with one multiplication, and write the machine that does it in every fp16 run. Then you
-# break it in the four ways in which people break it.
+# A part of a step's gradients is below 5.96e-08 (lesson 04). In this lesson you find out how many
+# vanish, get them back with one multiplication, and write the machine that does it in every fp16
+# run. Then you break it in the four ways in which people break it.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *predict* how many gradients flush to zero, *determine* the best scale | B1 | exercise 05.1 |
+# | *recognise* gradients that flush to zero, *predict* the best scale | B1 | exercise 05.1 |
 # | *implement* a dynamic loss scaler, equal to PyTorch's | B2 | exercise 05.2 |
-# | *order* the parts of a scaled step, *recognise* a wrong order by a number | B2 | exercise 05.3 |
+# | *order* the parts of a scaled step, *recognise* a mistake by a number | B2 | exercise 05.3 |
 # | *explain* when no scaler is needed, and when none can help | B1 | section 5 |
 #
 # **Needs:** formats and autocast (lesson 04); the effective batch (03).
@@ -48,14 +47,16 @@ import torch
 from course_utils import corpus, exercises_05 as exercises, hardware, number_figures, precision
 from course_utils import qlora, training, widgets
 from course_utils.checks import show_prediction
+from course_utils.gradients import gradient, relative_error
 from course_utils.precision import FORMATS, TracedScaler, land
 from course_utils.recipe import TrainRecipe
 print(hardware.describe(hardware.detect()))
 
 # %% [markdown]
 # The story's recipe on a T4: LoRA, 2 sequences in a micro batch, 16 micro batches in a step. The
-# loss of a micro batch is its share of the whole step (lesson 03), so it is divided by the labelled
-# tokens of all 32 sequences. We need a model in two states: fresh, and after some training.
+# loss of a micro batch is its share of the whole step (lesson 03). So we divide it as if the other
+# 15 micro batches had as many labelled tokens as this one. We need a model in two states: fresh,
+# and after some training.
 
 # %% tags=["setup"]
 from transformers import AutoTokenizer
@@ -82,15 +83,8 @@ print(f"loss {losses[0]:.0f}, after 20 steps on this micro batch {losses[-1]:.1f
 # ## 1 · Where are the gradients?
 # Float32 first, so that nothing is lost yet. `watch_linears` collects the gradient that arrives at
 # each linear layer's output: under fp16 autocast, these travel through the model as float16.
-#
-# ### Predict
-# After the 20 steps of training: which share of these gradients would become exactly zero in
-# float16? (0.1 for 10 %.)
 
-# %% tags=["predict"]
-predicted_lost = ...
-
-# %% tags=["run"]
+# %% tags=["setup"]
 def gradients_of(model):
     model.zero_grad()
     with precision.watch_linears(model) as watched:
@@ -98,43 +92,51 @@ def gradients_of(model):
     weights = [weight.grad.clone() for weight in model.parameters() if weight.requires_grad]
     return {"layers' gradients": watched.gradients, "adapters' gradients": weights}
 
+# %% tags=["run"]
 groups = gradients_of(trained)
-lost = land(groups["layers' gradients"]).zero
-show_prediction(predicted_lost, show="{:.2f}".format, counted=lost)
+flushed = land(groups["layers' gradients"]).zero
+print(f"{flushed:.0%} of the layers' gradients become zero")
 number_figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 
 # %% [markdown]
-# ### Explain
 # Left of the first dotted line float16 has nothing: these gradients are **flushed to zero**.
 # Between the first and the second line they are *subnormal*, with fewer bits the further left. The
 # adapters' own gradients are sums over all tokens, and larger.
 #
 # On the right there is room: the whole picture is shifted to the left of float16's range.
-# Multiplying by a power of two shifts it back, and costs no precision. How far? In both states:
+# Multiplying by a power of two shifts it back, and costs no precision.
+#
+# ### Predict
+# How far? Which power of two is best after these 20 steps: as large as it can be, and nothing
+# overflows? (Write 10 for a scale of 2¹⁰ = 1024.)
+
+# %% tags=["predict"]
+predicted_power = ...
 
 # %% tags=["run"]
+show_prediction(predicted_power, show="scale 2**{:.0f}".format)
 states = {name: [gradient for group in gradients_of(model).values() for gradient in group]
           for name, model in {"fresh": fresh, "trained": trained}.items()}
 for name, state in states.items():
-    for power in (0, 4, 8, 16, 21, 24):
+    for power in (0, 4, 10, 16, 21, 24):
         landing = land(state, scale=2.0**power)
         print(f"{name:8} scale 2**{power:<2}  {landing.zero:4.0%} become zero   "
               f"{'some' if landing.infinite else 'none'} infinite")
 
 # %% [markdown]
+# ### Explain
 # The small ones come back long before the large ones overflow. And the right scale *moves*: as the
 # loss falls, the largest gradients get smaller, leaving room for more: see both states at 2²¹.
 #
 # ## Exercise 05.1 · The best scale
 # *Easy, 6 minutes.* `trained_gradients` below has all of them, after training. Which is the largest
-# power of two under which none overflows? Use `land(trained_gradients, scale=...)`, or think: what
-# is the largest of them, and what is float16's largest number?
+# power of two under which none overflows? `land(trained_gradients, scale=...)` says what a scale
+# does.
 #
-# <details><summary>Hint 1</summary><code>torch.finfo(torch.float16).max</code>, divided by the
-# largest gradient, rounded down to a power of two.</details>
+# <details><summary>Hint 1</summary>Which gradient overflows first?</details>
 # <details><summary>Hint 2</summary><code>max(g.abs().max().item() for g in
 # trained_gradients)</code></details>
-# <details><summary>Hint 3</summary><code>2.0 ** math.floor(math.log2(65504 /
+# <details><summary>Hint 3</summary><code>2.0 ** math.floor(math.log2(... /
 # largest))</code></details>
 
 # %% tags=["exercise"]
@@ -159,7 +161,7 @@ widgets.scale_explorer(groups)
 #
 # ### Predict
 # At scale 1, with the share of zeros that you have just seen: by how many percent is the adapters'
-# gradient wrong? (Relative error of the whole vector.)
+# gradient wrong? (Relative error of the whole vector; write 10 for 10 %.)
 
 # %% tags=["predict"]
 predicted_error = ...
@@ -170,17 +172,13 @@ def scaled_gradient(scale=1.0, amp=None, model=trained):
     dtype = FORMATS[amp or "float16"]
     with torch.autocast(hardware.device(), dtype, enabled=amp is not None):
         loss = qlora.compute_loss(model, batch, recipe, num_items)
-    (loss * scale).backward()                                            # scale, backward
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    return torch.cat([weight.grad.flatten() / scale for weight in weights])  # unscale
-
-exact = scaled_gradient()
-
-def error(estimate):
-    return ((estimate - exact).norm() / exact.norm()).item()
+    (loss * scale).backward()      # scale, backward
+    return gradient(model) / scale  # unscale
 
 # %% tags=["run"]
-errors = {power: error(scaled_gradient(2.0**power, "float16")) for power in range(-8, 25, 4)}
+exact = scaled_gradient()
+errors = {power: relative_error(scaled_gradient(2.0**power, "float16"), exact)
+          for power in range(-8, 25, 4)}
 show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0])
 number_figures.scale_window(errors, "adapters, after 20 steps")
 
@@ -188,9 +186,8 @@ number_figures.scale_window(errors, "adapters, after 20 steps")
 # ### Explain
 # Surprised? At scale 1 the numbers that vanish are the small ones, and they carry little of the
 # sum: this model's gradient is nearly right *without* any scaling. But look at the slope on the
-# left. A gradient 16 times smaller is as bad off as a scale of 2⁻⁴: one more accumulation, a lower
-# loss, a wider model, and the error doubles and doubles. And an error by flushing is no noise;
-# small gradients are gone in every step, always the same ones.
+# left. A gradient 16 times smaller is as badly off as at a scale of 2⁻⁴: twice the accumulation, a
+# lower loss, a wider model, and the error doubles and doubles.
 #
 # So the folklore "without loss scaling fp16 does not learn" is half right: it depends on where your
 # gradients lie, and you do not know. The grey window is many powers of two wide, and scale 1 stands
@@ -199,14 +196,8 @@ number_figures.scale_window(errors, "adapters, after 20 steps")
 
 # %% [markdown]
 # ## 3 · Overflow, and a scale that looks after itself
-# Right of the window a gradient is infinite. What does one step with it do?
-#
-# ### Predict
-# One micro batch overflows and the optimizer steps all the same. Which share of the adapters'
-# weights is NaN afterwards?
-
-# %% tags=["predict"]
-predicted_nan = ...
+# Right of the window a gradient is infinite. What does one step with it do? One micro batch
+# overflows, and the optimizer steps all the same:
 
 # %% tags=["run"]
 victim = copy.deepcopy(trained)
@@ -215,10 +206,9 @@ adapters = [weight for weight in victim.parameters() if weight.requires_grad]
 torch.nn.utils.clip_grad_norm_(adapters, 1.0)            # "but I clip!"
 torch.optim.AdamW(adapters).step()
 nan = sum(int(weight.isnan().sum()) for weight in adapters) / sum(w.numel() for w in adapters)
-show_prediction(predicted_nan, show="{:.0%}".format, measured=nan)
+print(f"{nan:.0%} of the adapters' weights are NaN")
 
 # %% [markdown]
-# ### Explain
 # One infinity makes the norm infinite, or NaN; clipping divides by it; infinity times zero is NaN,
 # and NaN spreads in the next forward pass to whatever was left. Clipping is no protection: it is
 # how the damage travels.
@@ -297,8 +287,7 @@ exercises.check_scaler(next_state)
 # %% [markdown]
 # ## 4 · Four ways to get it wrong
 # A training step now has seven parts: scale, backward, unscale, look, clip, step, update. Loops
-# that people write get the order wrong in four ways. None raises an error. Each is known by a
-# number.
+# that people write go wrong in four ways. None raises an error. Each is known by a number.
 #
 # ### (a) Clip before unscale
 # ### Predict
@@ -309,34 +298,30 @@ exercises.check_scaler(next_state)
 predicted_norm = ...
 
 # %% tags=["run"]
-def what_arrives(clip_first, scale=65536.0):
-    weight = torch.nn.Parameter(exact.clone())
-    weight.grad = exact * scale
-    if clip_first:
-        torch.nn.utils.clip_grad_norm_(weight, max_norm=1.0)
-    weight.grad /= scale
-    if not clip_first:
-        torch.nn.utils.clip_grad_norm_(weight, max_norm=1.0)
-    return weight.grad
-
-wrong, right = what_arrives(clip_first=True), what_arrives(clip_first=False)
-show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.norm().item())
-print("unscale first: less than 1, and unchanged:", torch.equal(right, exact))
+wrong, right = (torch.nn.Parameter(torch.zeros_like(exact)) for _ in range(2))
+wrong.grad, right.grad = exact * 65536, exact * 65536
+returned = torch.nn.utils.clip_grad_norm_(wrong, max_norm=1.0)  # clip, unscale
+wrong.grad /= 65536
+right.grad /= 65536                                             # unscale, clip
+torch.nn.utils.clip_grad_norm_(right, max_norm=1.0)
+show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm().item())
+print("unscale first: less than 1, and unchanged:", torch.equal(right.grad, exact))
 
 # %% [markdown]
 # And Adam? In its first step an update is rate x g / (|g| + 1e-08):
 
 # %% tags=["run"]
-for name, arrived in {"clip first": wrong, "unscale first": right}.items():
-    share = (arrived.abs() / (arrived.abs() + 1e-8)).mean()
+print(f"clip_grad_norm_, called first, returns {returned / exact.norm():,.0f} times the norm")
+for name, weight in {"clip first": wrong, "unscale first": right}.items():
+    share = (weight.grad.abs() / (weight.grad.abs() + 1e-8)).mean()
     print(f"{name:14} Adam's updates: {share:.1f} of the learning rate, on average")
 
 # %% [markdown]
 # ### Explain
-# Clipping compared 65 536 times the norm with 1. SGD would stand still. Adam half *hides* the bug,
-# as it divides each gradient by its own size, down to its epsilon of 1e-08: the small ones shrink,
-# the large ones do not, and your log shows a beautiful constant gradient norm. Call
-# `scaler.unscale_(optimizer)` before you clip.
+# Clipping compared 65 536 times the norm with 1. SGD would almost stand still. Adam half *hides*
+# the bug, as it divides each gradient by its own size, down to its epsilon of 1e-08: the small ones
+# shrink, the large ones do not. What you can see is the norm that `clip_grad_norm_` returns: it is
+# the scale times too high. Call `scaler.unscale_(optimizer)` before you clip.
 #
 # ### (b) Step despite infinity
 # You saw its number in section 3: `scaler.step(optimizer)` looks first, `optimizer.step()` does
@@ -351,45 +336,34 @@ for name, arrived in {"clip first": wrong, "unscale first": right}.items():
 predicted_lost_again = ...
 
 # %% tags=["run"]
-first = TracedScaler(hardware.device(), init_scale=2.0**24)
+first, new, restored = (TracedScaler(hardware.device(), init_scale=2.0**24) for _ in range(3))
 run(first, steps=30)
-new, restored = (TracedScaler(hardware.device(), init_scale=2.0**24) for _ in range(2))
 restored.load_state_dict(first.state_dict())
-for scaler in (new, restored):
-    run(scaler, steps=30)
-lost = {name: sum(step.skipped for step in scaler.trace)
-        for name, scaler in {"before": first, "new": new, "restored": restored}.items()}
-show_prediction(predicted_lost_again, show="{:.0f} steps".format, new_scaler=lost["new"],
-                restored_scaler=lost["restored"])
+run(new, steps=30)
+run(restored, steps=30)
+lost = [sum(step.skipped for step in scaler.trace) for scaler in (first, new, restored)]
+show_prediction(predicted_lost_again, show="{:.0f} steps".format, new_scaler=lost[1],
+                restored_scaler=lost[2])
 
 # %% [markdown]
 # ### Explain
-# Skipped steps are lost data, and the resumed run is no longer the run that was interrupted: its
-# losses differ from step 31 on. `scaler.state_dict()` is five numbers. Save them.
+# Skipped steps are lost data, and the resumed run is no longer the run that was interrupted: it
+# skips steps that the other would have taken. `scaler.state_dict()` is five numbers. Save them.
 #
 # ### (d) The schedule moves on in skipped steps
-# ### Predict
 # The same start at 2²⁴, with a warm-up: the rate rises over 10 steps from a tenth to the full rate.
-# The schedule steps in *every* step, skipped or not. Which share of the full rate has the very
-# first update that is not skipped? (It should be 0.1.)
-
-# %% tags=["predict"]
-predicted_rate = ...
+# The very first update that is not skipped should have a tenth. It depends on who waits:
 
 # %% tags=["run"]
-def first_rate(always_schedule):
-    start = lost["before"] + 1  # the first step that is not skipped
+for always in (False, True):
     scaler = TracedScaler(hardware.device(), init_scale=2.0**24)
-    return run(scaler, steps=start, always_schedule=always_schedule)
-
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    show_prediction(predicted_rate, show="{:.1f}".format, schedule_in_every_step=first_rate(True))
-print("waits for the optimizer:", first_rate(False))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rate = run(scaler, steps=lost[0] + 1, always_schedule=always)
+    print(f"schedule {'steps always' if always else 'waits'}: {rate:.1f} of the full rate")
 print("PyTorch warned:", str(caught[0].message).split(". ")[0])
 
 # %% [markdown]
-# ### Explain
 # The warm-up was over before training had begun: the untrained adapters get almost the full rate at
 # once, the very thing that a warm-up prevents. You may have seen PyTorch's warning about the order
 # of `lr_scheduler.step()` and `optimizer.step()` in a loop whose order was right. This is what it
@@ -397,9 +371,9 @@ print("PyTorch warned:", str(caught[0].message).split(". ")[0])
 # that is skipped.
 #
 # ## Exercise 05.3 · The right order
-# *Hard, 10 minutes.* Complete the step. Return whether it stepped. The check compares weights and
-# learning rate with PyTorch's scaler over twelve steps, three of which overflow. (The scale itself
-# is exercise 05.2's business: it comes in.)
+# *Hard, 10 minutes, at home.* Complete the step. Return whether it stepped. The check compares
+# weights and learning rate with PyTorch's scaler over twelve steps, three of which overflow. (The
+# scale itself is exercise 05.2's business: it comes in.)
 #
 # <details><summary>Hint 1</summary>After backward: unscale, look, clip, step, schedule, clear.
 # Which of them happen in a step that overflowed?</details>
@@ -434,41 +408,28 @@ scaler.unscale_(torch.optim.SGD([weight], lr=0.1))
 # This is what a run says, at its first step, after `fp16_full_eval` or a careless `model.half()`.
 # The cure: `.float()` for everything that is trained.
 #
-# ### Predict
-# And bfloat16? Without any scaling: which share of the layers' gradients is flushed to zero?
-
-# %% tags=["predict"]
-predicted_bfloat16 = ...
+# And bfloat16, without any scaling?
 
 # %% tags=["run"]
 flushed = land(groups["layers' gradients"], "bfloat16").zero
-show_prediction(predicted_bfloat16, show="{:.4f}".format, counted=flushed)
-coarse = error(scaled_gradient(amp="bfloat16"))
+print(f"flushed to zero: {flushed:.4f}")
+coarse, shifted = (relative_error(scaled_gradient(scale, "bfloat16"), exact)
+                   for scale in (1.0, 2.0**20))
 print("error of bfloat16 at scale 1 above that of float16 in its window:", coarse > errors[8])
-shifted = error(scaled_gradient(2.0**20, "bfloat16"))
 print("the same at scale 2**20:", math.isclose(coarse, shifted, rel_tol=1e-2))
 
 # %% [markdown]
-# ### Explain
 # bfloat16 has float32's exponent, so a scale would shift numbers within a range that holds them
-# all: the error is the same at any scale. It is larger than float16's, by its
-# three missing fraction bits, and training does not mind (lesson 04). With `bf16=True` Trainer
-# makes no scaler. On a T4 that is not an option: it emulates bfloat16.
+# all: the error is the same at any scale. It is larger than float16's, by its three missing
+# fraction bits, and training does not mind (lesson 04). With `bf16=True` Trainer makes no scaler.
+# On a T4 that is not an option: it emulates bfloat16.
 #
 # ## 6 · What Trainer does with `fp16=True`
 # All of it. Watch it: ten steps, the scale starting far too high, a warm-up of half the run.
 # (Without a GPU accelerate leaves scaler and autocast out, and says nothing; `trace_scaler` puts
 # them in.)
-#
-# ### Predict
-# The log will say `global_step = 10`. How many of the ten steps have updated the adapters, when the
-# scale starts at 2²⁰? (From section 1 you know where the fresh state begins to overflow. But there
-# each example was one of 32 behind a step; here it is the whole step, and its gradient larger.)
 
-# %% tags=["predict"]
-predicted_updates = ...
-
-# %% tags=["run"]
+# %% tags=["setup"]
 from transformers import PrinterCallback, Trainer
 short = replace(recipe, amp_dtype="float16", micro_batch_size=1, gradient_accumulation_steps=1,
                 max_steps=10, save_steps=5, logging_steps=1, warmup_fraction=0.5)
@@ -476,10 +437,22 @@ folder = tempfile.mkdtemp()
 arguments = short.to_training_arguments(folder, disable_tqdm=True, dataloader_pin_memory=False)
 trainer = Trainer(fresh, arguments, train_dataset=rows, data_collator=collate)
 trainer.remove_callback(PrinterCallback)
+
+# %% [markdown]
+# ### Predict
+# The log will say `global_step = 10`. How many of the ten steps does the scaler let through, when
+# the scale starts at 2²⁰? (From section 1 you know where the fresh state begins to overflow. But
+# there each example was one of 32 behind a step; here it is the whole step, and its gradient
+# larger.)
+
+# %% tags=["predict"]
+predicted_steps = ...
+
+# %% tags=["run"]
 scaler = precision.trace_scaler(trainer, init_scale=2.0**20)
 _ = trainer.train()
-updates = sum(not step.skipped for step in scaler.trace)
-show_prediction(predicted_updates, show="{:.0f} updates".format, measured=updates)
+let_through = sum(not step.skipped for step in scaler.trace)
+show_prediction(predicted_steps, show="{:.0f} steps".format, measured=let_through)
 
 # %% tags=["run"]
 print("step   scale   skipped   learning rate   gradient norm")
@@ -493,11 +466,27 @@ print("in the checkpoint:", [name for name in saved if "scaler" in name])
 # %% [markdown]
 # ### Explain
 # An example alone weighs 32 = 2⁵ times what it weighs among 32, so about five halvings are skipped
-# steps. (The first step that counts is at rate zero, as in lesson 03: linear warm-up starts there.)
-# Trainer unscales before it clips, skips, lets the schedule wait, and saves the scaler. But
-# `global_step` counts skipped steps, and so do `max_steps` and the epoch: their data are gone. The
-# first steps of an fp16 run with a gradient norm of `nan` in the log are no reason to stop; a scale
-# that keeps falling is. [transformers/trainer.py; accelerate/optimizer.py, `step_was_skipped`]
+# steps. (The first that is let through is at rate zero, as in lesson 03, and changes nothing:
+# linear warm-up starts there.) Trainer unscales before it clips, skips, lets the schedule wait, and
+# saves the scaler. But `global_step` counts skipped steps, and so do `max_steps` and the epoch:
+# their data are gone. The first steps of an fp16 run with a gradient norm of `nan` in the log are
+# no reason to stop; a scale that keeps falling is. [transformers/trainer.py;
+# accelerate/optimizer.py, `step_was_skipped`]
+#
+# A *loss* of NaN you would not see. Let Trainer go on with the adapters that section 3 ruined:
+
+# %% tags=["run"]
+arguments.logging_nan_inf_filter = True  # Trainer's default; the recipe switches it off
+ruined = Trainer(victim, arguments, train_dataset=rows, data_collator=collate)
+ruined.remove_callback(PrinterCallback)
+_ = ruined.train()
+print("loss of the model:", qlora.compute_loss(victim, batch, recipe).item())
+print("losses in the log:", [log["loss"] for log in ruined.state.log_history if "loss" in log])
+
+# %% [markdown]
+# `logging_nan_inf_filter` writes down, in place of a loss that is not finite, the average of those
+# since the last line of the log: zero here, where there are none. [transformers/trainer.py] The
+# gradient norm is not filtered: watch that, or switch the filter off.
 
 # %% [markdown]
 # ## For those who struggle
@@ -534,7 +523,9 @@ for scale in (1, 1024, 262144):
 # > scaler.step(optimizer)
 # > scheduler.step()
 # > scaler.update()
-# > torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "last.pt")
+# > optimizer.zero_grad()
+# > torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+# >             "scheduler": scheduler.state_dict()}, "last.pt")
 # > ```
 #
 # A right answer finds three, and no fourth: clipping before `unscale_` (the norm that reaches the
@@ -544,8 +535,8 @@ for scale in (1, 1024, 262144):
 # section 4 the numbers are:
 
 # %% tags=["run"]
-print(f"norm x {(wrong.norm() / right.norm()).item():.0e}")
-print(f"steps lost after a resume: {lost['new']} instead of {lost['restored']}")
+print(f"norm x {(wrong.grad.norm() / right.grad.norm()).item():.0e}")
+print(f"steps lost after a resume: {lost[1]} instead of {lost[2]}")
 
 # %% [markdown]
 # ## What this lesson left out
@@ -570,9 +561,10 @@ print(f"steps lost after a resume: {lost['new']} instead of {lost['restored']}")
 # One number to take along. Of the ten steps in section 6, so many were lost at the start:
 
 # %% tags=["run"]
-print(len(scaler.trace) - updates)
+print(len(scaler.trace) - let_through)
 
 # %% [markdown]
-# In lesson 06 each of these would be an optimizer step over 32 conversations, in a run that a dead
-# session may interrupt at any moment. Can a fine-tune on a T4 be trusted, from preflight to export?
-# Lesson 06 puts everything together.
+# They were lost on purpose, by a scale set too high over one example a step. In lesson 06 a step is
+# 32 conversations: smaller gradients, so fewer skipped steps, but each costs all 32, in a run that
+# a dead session may interrupt at any moment. Can a fine-tune on a T4 be trusted, from preflight to
+# export? Lesson 06 puts everything together.

@@ -61,6 +61,7 @@ EXERCISES = {
         "unchanged": dict(PUBLISHED),
         "bf16 on a T4": PUBLISHED | {"fp16": False, "bf16": True},
         "float32 compute dtype": PUBLISHED | {"bnb_4bit_compute_dtype": "float32"},
+        "no 4 bits": PUBLISHED | {"load_in_4bit": False},
         "no mixed precision": PUBLISHED | {"fp16": False, "bnb_4bit_compute_dtype": "float16"},
         "changed more": PUBLISHED | {"bnb_4bit_compute_dtype": "float16", "learning_rate": 1e-4},
         "only the change": {"bnb_4bit_compute_dtype": "float16"},
@@ -102,6 +103,7 @@ def test_check_that_judges_nothing_is_caught(name, stub, complaint):
 @pytest.mark.parametrize(("answer", "words"), [
     (PUBLISHED, "nothing has changed; a step's products with weights still run"),
     (PUBLISHED | {"bnb_4bit_compute_dtype": "float32"}, "in float32"),
+    (PUBLISHED | {"load_in_4bit": False}, "gives up the 4 bits"),
     (PUBLISHED | {"fp16": False, "bf16": True}, "must be 'float16' on a T4"),
 ])
 def test_published_settings_are_run_not_read(answer, words):

@@ -128,6 +128,11 @@ def test_each_order_bug_is_named(flaw):
     assert repr(exercises_05.check_step(flawed_step(flaw))) == f"Not yet: {FLAWS[flaw]}"
 
 
+def test_other_differences_are_said_in_short_numbers():
+    verdict = repr(exercises_05.check_step(lambda *_: False))
+    assert "should be (True, 0.32), got (False, 0.4)" in verdict
+
+
 def test_half_finished_scaler_is_not_attempted():
     assert exercises_05.check_scaler(half_unfinished_state).passed is None
 

@@ -161,6 +161,12 @@ DRAWN = {
                    "25% become zero, 25% are subnormal, 25% normal, 25% infinite"),
     "scaled": (lambda: number_figures.magnitudes({"gradients": NUMBERS}, scale=1024.0),
                "times 1,024. In float16, gradients: 0% become zero, 25% are subnormal, 50% normal"),
+    "magnitudes to guess from": (
+        lambda: number_figures.magnitudes({"gradients": [torch.tensor([0.3, 0.4, 1e-8])]},
+                                          say_landing=False),
+        "magnitudes. gradients are most often between 2**-2 and 2**-1."),
+    "scale_window": (lambda: number_figures.scale_window({0: 0.1, 8: 1e-3, 16: math.inf}),
+                     "At most 2% from 2**8 to 2**8, more below, infinite from 2**16."),
     "smallest_updates": (lambda: number_figures.smallest_updates(1e-4, [torch.tensor([1.0, 1e-3])]),
                          "float32 100%, float16 50%, bfloat16 50%"),
     "loss_scale": (lambda: number_figures.loss_scale(
