@@ -3,7 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/02_what_if_we_forget_on_purpose.ipynb)
 #
-# **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** · runs anywhere; a GPU fills in the lines that say "measured". Exercise 02.3
+# is for home.
 #
 # Lesson 01 found the thief: each layer keeps some twenty times its boundary until backward comes
 # by. **Gradient checkpointing** keeps the boundary, forgets the rest, and computes it again. What
@@ -49,7 +50,7 @@ from torch.utils.checkpoint import checkpoint
 
 # %% tags=["setup"]
 from course_utils import chain_figures, exercises_02 as exercises, figures, hardware, qlora
-from course_utils import recorded, widgets
+from course_utils import recorded, shapes, widgets
 from course_utils.block import boundary_bytes, count_block
 from course_utils.checkpointing import WorkCounter, build_stack, step_stack, trace_chain
 from course_utils.checks import show_prediction
@@ -133,7 +134,7 @@ chain_figures.chains(traces, steps=6)
 # <details><summary>Hint 2</summary>The second forward is <code>ctx.function(x)</code>. Backward
 # through it starts from the gradient that came in.</details>
 # <details><summary>Hint 3</summary>The gaps are <code>x</code>, <code>ctx.function(x)</code> and
-# <code>grad</code>.</details>
+# <code>...</code>: what does autograd hand to <code>backward</code>?</details>
 
 # %% tags=["exercise"]
 class Forget(torch.autograd.Function):
@@ -182,6 +183,7 @@ recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, lora_dropo
 ids = torch.arange(4 * 128, device=hardware.device()).view(4, 128)
 model = qlora.load_base(recipe)  # as `from_pretrained` gives it
 
+# %% tags=["run"]
 def kept_for_backward():
     with MemoryLedger(model, inputs=ids) as ledger:
         model(input_ids=ids, labels=ids)
@@ -214,7 +216,7 @@ print(f"after model.train(): {kept_for_backward() / before:.2f} of before")
 # `model.eval()` to generate: else every new word is computed from all words before it.
 
 # %% tags=["run"]
-transformers.logging.set_verbosity_error()  # the warning is quoted above
+transformers.logging.set_verbosity_error()  # hides that warning
 for mode in ("train", "eval"):
     getattr(model, mode)()
     cache = model(input_ids=ids, use_cache=True).past_key_values
@@ -230,12 +232,15 @@ del model, cache
 # %% tags=["predict"]
 predicted_fraction = ...
 
-# %% tags=["run"]
-def two_steps(recipe):
-    before = hardware.reset_peak()
+# %% tags=["setup"]
+def build(recipe):
     torch.manual_seed(recipe.seed)
     model = qlora.add_adapters(qlora.load_base(recipe), recipe)
-    model = qlora.apply_levers(model, recipe).train()
+    return qlora.apply_levers(model, recipe).train()
+
+# %% tags=["setup"]
+def two_steps(recipe):
+    before, model = hardware.reset_peak(), build(recipe)
     optimizer = qlora.build_optimizer(model, recipe)
     with MemoryLedger(model, inputs=ids) as ledger:
         for _ in range(2):
@@ -266,6 +271,7 @@ figures.memory_over_time(forgetful, "two training steps, every layer forgets")
 # comes back for a moment (one tooth of the saw), last layer first, and is gone again. So what is
 # left is *all boundaries plus one whole layer*, plus what no layer owns: the logits. And the peak
 # has moved, from the loss to the first layer's return, when the gradients of all others are there.
+# (With a vocabulary of 128 256 it stays at the loss: section 4 shows it.)
 #
 # Here that is a quarter of the activations and over half of the step. Both numbers belong to *four
 # layers*; section 4 shows what depth makes of them. And the gradients?
@@ -298,8 +304,7 @@ predicted_more_lora = ...
 
 # %% tags=["run"]
 def work(recipe):
-    model = qlora.add_adapters(qlora.load_base(recipe), recipe)
-    model = qlora.apply_levers(model, recipe).train()
+    model = build(recipe)
     with WorkCounter() as counter:
         loss = model(input_ids=ids, labels=ids).loss
         forward = counter.flops
@@ -311,10 +316,11 @@ more = {}
 for name, rank in (("all weights", None), ("LoRA", 16)):
     one = replace(recipe, lora_rank=rank)
     forward, total = work(one)
-    _, total_again = work(replace(one, checkpointed_layers="all"))
-    more[name] = 100 * (total_again - total) / total
-    print(f"{name:12} forward 1, backward {total / forward - 1:.2f}, "
-          f"again {(total_again - total) / forward:.2f}")
+    again = work(replace(one, checkpointed_layers="all"))[1] - total
+    more[name] = 100 * again / total
+    print(f"{name:12} forward 1, backward {total / forward - 1:.2f}, again {again / forward:.2f}")
+
+# %% tags=["run"]
 for predicted, name in ((predicted_more_full, "all weights"), (predicted_more_lora, "LoRA")):
     show_prediction(predicted, show="+{:.0f} %".format, **{name: more[name]})
 
@@ -331,28 +337,29 @@ usual = TrainRecipe(amp_dtype="float16", micro_batch_size=1)  # nf4, rank 16, 8-
 big = replace(usual, model="llama-3.1-8b", sequence_length=512)
 keeps, forgets = (forecast(replace(big, checkpointed_layers=k), hardware.T4) for k in (0, "all"))
 print(f"QLoRA of Llama-3.1-8B, every layer forgets: work +{forgets.flops / keeps.flops - 1:.0%}")
+print(f"vocabulary {shapes.config(big.model).vocab_size:,}: peak in {forgets.peak_phase} at",
+      forgets.peak_operation)
 
 # %% [markdown]
-# A third more, for a QLoRA run. Now the clock, here:
+# A third more, for a QLoRA run; and its peak is the loss, as section 3 said. Now the clock, here:
 
-# %% tags=["run", "nbval-ignore-output"]
-# loose: wall-clock times differ from run to run
+# %% tags=["run"]
 def seconds(model):
     start = time.perf_counter()
     model(input_ids=ids, labels=ids).loss.backward()
     hardware.synchronize()
     return time.perf_counter() - start
 
+# %% tags=["run", "nbval-ignore-output"]
+# loose: wall-clock times differ from run to run
 for name, rank in (("all weights", None), ("LoRA", 16)):
-    ways = [replace(recipe, lora_rank=rank, checkpointed_layers=k) for k in (0, "all")]
-    models = [qlora.add_adapters(qlora.load_base(one), one) for one in ways]
-    models = [qlora.apply_levers(*pair).train() for pair in zip(models, ways, strict=True)]
+    models = [build(replace(recipe, lora_rank=rank, checkpointed_layers=k)) for k in (0, "all")]
     runs = [[seconds(model) for model in models] for _ in range(15)]  # in turns
     keeps_all, forgets_all = map(min, zip(*runs, strict=True))  # others only slow it down
     print(f"{name}: {forgets_all / keeps_all:.2f} x the time")
 
 # %% [markdown]
-# (Far from the work? Then the machine was busy with something else: run the cell again.)
+# (More than the work says? A model this small mostly moves memory.)
 #
 # And on a GPU, recorded once: Llama-3.2-1B, 4 sequences of 1024 tokens, T4 kernels. The time of a
 # step, and its peak, as a share of the step that keeps everything:
@@ -395,18 +402,21 @@ for k in (1, 2, 4, 8, 16, 32):
 predicted_segment = ...
 
 # %% tags=["run"]
-narrow, held, plain_flops = replace(recipe, micro_batch_size=1), {}, {}
+narrow, stacks = replace(recipe, micro_batch_size=1), {}
 for layers in (8, 16, 32):
     stack = build_stack(narrow, layers)
     for size in (0, 1, 2, round(math.sqrt(layers))):
-        step = step_stack(stack, narrow, size)
-        plain_flops.setdefault(layers, step.flops)
-        held[layers, size] = step.activation_bytes
-        share, more = held[layers, size] / held[layers, 0], step.flops / plain_flops[layers] - 1
-        print(f"{layers:2} layers, {f'segments of {size}' if size else 'all kept':13}",
-              f"{show_bytes(step.activation_bytes):>9} = {share:4.0%}, work +{more:.0%}")
+        stacks[layers, size] = step_stack(stack, narrow, size)
+held = {case: step.activation_bytes for case, step in stacks.items()}
 best = min((1, 2, 6), key=lambda size: held[32, size])
 show_prediction(predicted_segment, show="segments of {}".format, counted=best)
+
+# %% tags=["run"]
+for (layers, size), step in stacks.items():
+    share = held[layers, size] / held[layers, 0]
+    print(f"{layers:2} layers, {f'segments of {size}' if size else 'all kept':13}",
+          f"{show_bytes(held[layers, size]):>9} = {share:4.0%},",
+          f"work +{step.flops / stacks[layers, 0].flops - 1:.0%}")
 
 # %% tags=["run"]
 depths = [8, 16, 32]
@@ -450,13 +460,25 @@ for name, one in {"ours": narrow, "Llama-2-7B": seven}.items():
 # %% tags=["run"]
 lora = replace(recipe, lora_rank=16, learning_rate=1e-2)
 
-def adapted(layers_that_forget):
+def adapted(layers_that_forget, use_reentrant=True):
     model = qlora.add_adapters(qlora.load_base(lora), lora).train()
     unwrap(model).disable_input_require_grads()  # add_adapters is careful; a loop may not be
     for layer in decoder_layers(model)[:layers_that_forget]:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=use_reentrant)
     return model
+
+# %% tags=["setup"]
+def ten_steps(model):
+    optimizer, losses = qlora.build_optimizer(model, lora), []
+    with warnings.catch_warnings(record=True, action="always") as said:
+        for _ in range(10):
+            optimizer.zero_grad()
+            losses.append(model(input_ids=ids, labels=ids).loss)
+            losses[-1].backward()
+            optimizer.step()
+    print("the loss fell" if losses[-1] < losses[0] else "the loss did not fall")
+    return sum(p.grad is not None for p in model.parameters()), {str(w.message) for w in said}
 
 # %% [markdown]
 # ### Predict
@@ -465,19 +487,6 @@ def adapted(layers_that_forget):
 
 # %% tags=["predict"]
 predicted_tensors = ...
-
-# %% tags=["run"]
-def ten_steps(model):
-    optimizer, losses = qlora.build_optimizer(model, lora), []
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        for _ in range(10):
-            optimizer.zero_grad()
-            losses.append(model(input_ids=ids, labels=ids).loss)
-            losses[-1].backward()
-            optimizer.step()
-    print("the loss fell" if losses[-1] < losses[0] else "the loss did not fall")
-    return sum(p.grad is not None for p in model.parameters()), {str(w.message) for w in said}
 
 # %% tags=["run"]
 tensors, warned = ten_steps(adapted(layers_that_forget=3))
@@ -501,11 +510,12 @@ with warnings.catch_warnings(action="ignore"):
 # embeddings' output is marked:
 
 # %% tags=["run"]
-model = adapted(layers_that_forget=3)
-unwrap(model).enable_input_require_grads()
-tensors, warned = ten_steps(model)
-assert tensors == 32
-print(tensors, "of 32 tensors")
+sees_inside, marked = adapted(3, use_reentrant=False), adapted(3)
+unwrap(marked).enable_input_require_grads()
+for model in (sees_inside, marked):
+    tensors, _ = ten_steps(model)
+    assert tensors == 32
+    print(tensors, "of 32 tensors")
 
 # %% [markdown]
 # A check worth a line in every training loop, after the first backward: *each* trained tensor has
@@ -529,10 +539,9 @@ predicted_cases = ...
 cases = {}
 for model in ("llama-3.2-1b", "llama-3.1-8b"):
     for length in (512, 2048):
-        case = replace(usual, model=model, sequence_length=length)
         for name, k in (("kept", 0), ("forgets", "all")):
-            cases[f"{model[-2:].upper()}, {length}: {name}"] = forecast(
-                replace(case, checkpointed_layers=k), hardware.T4)
+            case = replace(usual, model=model, sequence_length=length, checkpointed_layers=k)
+            cases[f"{model[-2:].upper()}, {length}: {name}"] = forecast(case, hardware.T4)
 needs = sum(not step.fits for name, step in cases.items() if "kept" in name)
 show_prediction(predicted_cases, show="{} of 4".format, forecast=needs)
 
@@ -541,13 +550,13 @@ figures.compare(cases, hardware.T4, "Peak of a QLoRA step by model and tokens")
 
 # %% [markdown]
 # ### Explain
-# The 8B model does without it, at 512 tokens; the 1B model needs it, at 2048. What forgetting
-# saves are activations, and they follow the *tokens* and the layers' width, not the number of
-# weights. A rule with a model size and no length in it cannot be right. Ask the forecast; it takes
-# seconds.
+# The 8B model does without it, at 512 tokens; the 1B model needs it, at 2048, with the attention
+# kernel that this recipe gets on a T4 (lesson 06 changes the kernel). What forgetting saves are
+# activations, and they follow the *tokens* and the layers' width, not the number of weights. A rule
+# with a model size and no length in it cannot be right. Ask the forecast; it takes seconds.
 #
 # **Spending what is left.** If a T4 has room to spare with every layer forgetting, that room is
-# time not taken. Let only the first *k* of *n* layers forget: each of the others costs memory and
+# speed not bought. Let only the first *k* of *n* layers forget: each of the others costs memory and
 # saves its second forward. Why the *first* ones? Backward begins at the last layer and frees what
 # those had kept before it recomputes the first ones, so a recomputed layer never comes on top of
 # all kept ones. `checkpointed_layers=k` in a recipe does it, on every version of transformers, by
@@ -569,7 +578,7 @@ figures.curves(ks, {"peak": [step.peak_allocated_bytes for step in steps]},
 widgets.forgetting_explorer()
 
 # %% [markdown]
-# ## Exercise 02.3 · The smallest k
+# ## Exercise 02.3, at home · The smallest k
 # *Medium, 8 minutes.* Llama-3.1-8B, one sequence of 1024 tokens, on a T4. Leave two and a half GiB
 # to the allocator's gaps: 12 GiB for tensors. What is the smallest number of layers, of 32, that
 # must forget? Two forecasts are enough to know. The check forecasts your answer, and one less.

@@ -3,11 +3,12 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/03_how_big_is_my_batch.ipynb)
 #
-# **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** · runs anywhere; a GPU fills in the lines that say "measured". Exercise 03.3
+# is for home.
 #
-# Lesson 02 made every layer forget, and still a T4 holds only two sequences of a 3B model. The
-# recipe that you copied says "batch size 32". So you train on two at a time, sixteen times over,
-# and hope that it is the same. It is, if you divide by the right number. Many loops do not.
+# So you train on two sequences at a time, sixteen times over: a T4 holds no more of a 3B model,
+# even if every layer forgets (lesson 02). You hope that it is the same as 32 at once. It is, if
+# you divide by the right number. Many loops do not.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -59,8 +60,8 @@ from course_utils.units import MIB, show_bytes
 from transformers import AutoTokenizer, Trainer
 
 # %% [markdown]
-# The recipe of lesson 01, cut into micro batches of 2; and 32 real examples, customers' messages
-# and their answers. Only the answer's tokens carry labels, only they are learned.
+# The recipe of lesson 01, cut into micro batches of 2; and 32 examples, customers' messages and
+# their answers. Only the answer's tokens carry labels, only they are learned.
 
 # %% tags=["setup"]
 recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, lora_dropout=0,
@@ -104,15 +105,18 @@ print(arguments.per_device_train_batch_size, "x", arguments.gradient_accumulatio
 model, events = qlora.load_base(recipe), []
 optimizer = qlora.build_optimizer(model, recipe)
 eight = batching.split(batch, 2)[:8]
+
+# %% tags=["run"]
 for four in (eight[:4], eight[4:]):
     tokens = sum(map(batching.labelled_tokens, four))
     for micro_batch in four:
         batching.accumulate(model, [micro_batch], tokens)  # forward, backward
         events.append(("accumulate", gradient(model).double().norm().item()))
     optimizer.step()
-    events.append(("update", events[-1][1]))
     optimizer.zero_grad()
-    events.append(("clear", 0.0))
+    events += [("update", events[-1][1]), ("clear", 0.0)]
+
+# %% tags=["run"]
 batch_figures.updates(events, "two updates of 2 x 4 sequences")
 
 # %% [markdown]
@@ -155,11 +159,11 @@ for line in trainer_log(short, rows, tokenizer, logging_steps=1):
 #
 # <details><summary>Hint 1</summary>Seven micro batches with accumulation 4: Trainer makes an update
 # of four, and at the end of the epoch one of the three that are left.</details>
-# <details><summary>Hint 2</summary><code>math.ceil</code> for each epoch; then times the epochs.
-# Warm-up rounds up as well.</details>
-# <details><summary>Hint 3</summary><code>steps = epochs * math.ceil(micro_batches /
-# accumulation)</code>, <code>math.ceil(warmup * steps)</code>, and a line each time
-# <code>logging_steps</code> goes into the step's number.</details>
+# <details><summary>Hint 2</summary><code>math.ceil</code> for each epoch; then times the
+# epochs.</details>
+# <details><summary>Hint 3</summary><code>steps = epochs * math.ceil(... / accumulation)</code>. A
+# share of a warm-up step rounds up as well; a line comes each time <code>logging_steps</code> goes
+# into the step's number.</details>
 
 # %% tags=["exercise"]
 def what_it_counts(examples, micro_batch_size, accumulation, ranks, epochs, warmup, logging_steps):
@@ -237,8 +241,8 @@ batch_figures.token_shares([batching.labelled_tokens(one) for one in micro_batch
 
 # %% [markdown]
 # ### Explain
-# No gradient at all would have been as good. The loss of the whole batch is a mean over *tokens*. A
-# mean of micro batches' means gives each *micro batch* the same say, so a token of a short answer
+# The error is longer than the gradient itself. The loss of the whole batch is a mean over *tokens*.
+# A mean of micro batches' means gives each *micro batch* the same say, so a token of a short answer
 # counts dozens of times as much as a token of a long one. The model learns first words.
 #
 # The right way is **token weighting**: sum over a micro batch's tokens, divide by the labelled
@@ -252,7 +256,7 @@ for network, tolerance in ((model, 1e-6), (exact, 1e-12)):
     print(f"{network.dtype}: equal, to {tolerance:g}")
 
 # %% [markdown]
-# This bug was reported in 2023, sat in most training libraries until October 2024, and is still in
+# This bug was reported in 2023, sat in transformers' Trainer until October 2024, and is still in
 # every loop that divides by `len(micro_batches)` [transformers issue 24725; "Fixing Gradient
 # Accumulation"]. Trainer now counts an update's labelled tokens first and hands them to the loss as
 # **`num_items_in_batch`**. It agrees with us:
@@ -292,9 +296,8 @@ print(f"gradient {wrong['grad_norm'] / right['grad_norm']:.1f} times as long, "
 # when do you know it?</details>
 # <details><summary>Hint 2</summary>Position 0 is nobody's target: count
 # <code>labels[:, 1:]</code>.</details>
-# <details><summary>Hint 3</summary>Inside the loop <code>loss = model(**micro_batch).loss *
-# labelled(micro_batch) / total</code>, then <code>loss.backward()</code> there, not after the
-# loop.</details>
+# <details><summary>Hint 3</summary>Inside the loop <code>loss = model(**micro_batch).loss * ... /
+# total</code>. At the dots: what makes a sum of this micro batch's mean?</details>
 
 # %% tags=["exercise"]
 def add_gradients(model, micro_batches):
@@ -372,7 +375,8 @@ print("more than without:", show_bytes(peaks[2] - peaks[1]), "· gradients:",
 # %% [markdown]
 # ## 4 · How many fit?
 # The micro batch is what memory sees, so make it as large as it gets: fewer, larger matrix products
-# are faster (section 6). A search for it is in many tutorials. It looks like this:
+# are faster (section 6, which has the exception). A search for it is in many tutorials. It looks
+# like this:
 
 # %% tags=["run"]
 def usual_search(model, tokenizer):
@@ -422,8 +426,8 @@ show_prediction(predicted_largest, show="{:.0f} sequences".format,
 batch_figures.attempts(on_the_card, card, "512 tokens, all weights trained, on a card of 120 MiB")
 
 # %% [markdown]
-# Two. (On a GPU one: there AdamW updates all weights at once, with temporaries as large as they
-# are.) And here is what the usual search's answer does in the first real step:
+# Two, with a CPU's kernels. (On a GPU it may be one: attention there writes out its scores; lesson
+# 06.) And here is what the usual search's answer does in the first real step:
 
 # %% tags=["raises-exception"]
 with MemoryLedger(model, budget_bytes=card):
@@ -438,15 +442,18 @@ test_tokens = len(tokenizer("Test " * 100)["input_ids"])
 print(f"'Test ' * 100 has {test_tokens} tokens here, not 512")
 state_bytes = 2 * sum(p.nbytes for p in model.parameters())
 print("the optimizer state that it never met:", show_bytes(state_bytes))
-ledger = MemoryLedger(model, budget_bytes=card)
+
+# %% tags=["run"]
 try:
-    with ledger:
+    with MemoryLedger(model, budget_bytes=card) as ledger:
         backward(usual_answer)
 except torch.OutOfMemoryError:
     gc.collect()
     print("alive, cleaned up inside except:", show_bytes(ledger.live_bytes))
 gc.collect()
 print("alive, cleaned up after it:     ", show_bytes(ledger.live_bytes))
+
+# %% tags=["run"]
 padding = int((batch["attention_mask"] == 0).sum())
 print(f"padding in our 32 examples: {padding} of {batch['labels'].numel()} positions")
 
@@ -474,6 +481,7 @@ def backward_of_big(size):
     ids = torch.zeros(size, 1024, dtype=torch.long)
     batching.accumulate(big, [{"input_ids": ids, "labels": ids}], num_items=1)
 
+# %% tags=["run"]
 with fake_tensors():
     on_a_t4 = batching.largest_micro_batch(
         backward_of_big, big, torch.optim.AdamW(big.parameters()),
@@ -481,11 +489,11 @@ with fake_tensors():
 print(*on_a_t4.probes, sep="\n")
 
 # %% [markdown]
-# ## Exercise 03.3 · A search of your own
+# ## Exercise 03.3, at home · A search of your own
 # *Medium, 8 minutes.* `train(size)` trains with `size` sequences and raises
 # `torch.OutOfMemoryError` if they are too many. Return the largest size from 0 to `upper` that
-# trains. The check counts attempts (14 at most for `upper` 64) and looks whether the last
-# failure's tensors are gone when you try again.
+# trains. The check counts attempts (14 at most for `upper` 64), looks whether the last failure's
+# tensors are gone when you try again, and wants every other error to come through.
 #
 # <details><summary>Hint 1</summary>Keep two numbers: the largest size that trained, and the
 # smallest that did not. They start at 0 and <code>upper + 1</code>.</details>
@@ -493,7 +501,7 @@ print(*on_a_t4.probes, sep="\n")
 # <code>except</code> only note that it failed.</details>
 # <details><summary>Hint 3</summary><code>fits = True</code>, <code>try: train(middle)</code>,
 # <code>except torch.OutOfMemoryError: fits = False</code>; after it <code>good, bad = (middle,
-# bad) if fits else (good, middle)</code>.</details>
+# bad) if fits else (..., ...)</code>.</details>
 
 # %% tags=["exercise"]
 def largest_that_trains(train, upper):
@@ -547,7 +555,7 @@ print("divided by all ranks' tokens: the update of one process, to 1e-12")
 # unless you switch `average_tokens_across_devices` off.
 #
 # Memory, by the way: each rank holds weights, gradients and optimizer state of its own. A second
-# GPU halves the time of an update, not the memory. [PyTorch: DistributedDataParallel]
+# GPU at best halves the time of an update, not the memory. [PyTorch: DistributedDataParallel]
 
 # %% [markdown]
 # ## Exercise 03.4 · A rank's share of the loss
@@ -558,8 +566,8 @@ print("divided by all ranks' tokens: the update of one process, to 1e-12")
 # <details><summary>Hint 1</summary>With one rank: the sum by the number of tokens.</details>
 # <details><summary>Hint 2</summary>With two, DDP adds both gradients and divides by 2. You do not
 # want that division.</details>
-# <details><summary>Hint 3</summary>Multiply by <code>world_size</code>, divide by
-# <code>all_tokens</code>.</details>
+# <details><summary>Hint 3</summary><code>loss_sum * ... / all_tokens</code>. At the dots: what
+# undoes DDP's division?</details>
 
 # %% tags=["exercise"]
 def loss_of_rank(loss_sum, my_tokens, all_tokens, world_size):
@@ -590,6 +598,7 @@ def work_of(model, rows, tokens, micro_batch_size):
         batching.accumulate(model, micro_batches, num_items=1)
     return work.flops
 
+# %% tags=["run"]
 small = fake_model("bundled")
 work = {size: work_of(small, 8, 128, size) for size in (8, 2)}
 show_prediction(predicted_work, show="{:.2f} x".format, counted=work[2] / work[8])
@@ -622,16 +631,19 @@ print(f"[recorded: {recorded.stamp()}]")
 
 # %% [markdown]
 # Larger pieces are faster, and less and less so: once a piece fills the GPU, doubling it buys
-# nothing. So: the largest micro batch that fits *comfortably*, and accumulation for the rest.
+# nothing. So: the largest micro batch that fits *comfortably*, unless the room buys layers that
+# need not forget (lessons 02, 06); and accumulation for the rest.
 #
-# Now the two cards. The forecast runs the step on fake tensors with each card's kernels. It gives
-# the memory, and the time if every operation ran at the data sheet's peak, in FLOP/s or in bytes/s,
-# whichever takes longer. Few runs come near that; we assume half of it, on both cards.
+# Now the two cards. The forecast gives the memory, and the time if every operation ran at the data
+# sheet's peak, in FLOP/s or in bytes/s, whichever takes longer. Few runs come near that; we assume
+# half of it, on both cards.
 
 # %% tags=["run"]
 usual = TrainRecipe(model="llama-3.2-3b", sequence_length=2048)
 levers = replace(usual, loss="chunked", attention="explicit_kv")  # both are lesson 06's
 utilisation, speeds = 0.5, {}
+
+# %% tags=["run"]
 for name, choice in {"usual": usual, "levers": levers}.items():
     for gpu, size in ((hardware.T4, 2), (hardware.A10, 8)):
         run = replace(choice, micro_batch_size=size, gradient_accumulation_steps=2).for_gpu(gpu)

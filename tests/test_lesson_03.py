@@ -133,6 +133,20 @@ def hides_errors(train, upper):
     return bisect(quiet, upper)
 
 
+def hides_runtime_errors(train, upper):
+    """`torch.OutOfMemoryError` is a RuntimeError, so this finds every limit."""
+    good, bad = 0, upper + 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        fits = True
+        try:
+            train(middle)
+        except RuntimeError:
+            fits = False
+        good, bad = (middle, bad) if fits else (good, middle)
+    return good
+
+
 def unfinished_search(train, upper):
     good, bad = 0, upper + 1
     while bad - good > 1:
@@ -181,6 +195,7 @@ EXERCISES = {
         "first failure": (lambda train, upper: bisect(train, upper) + 1, "38 runs out of memory"),
         "catches nothing": (lambda train, upper: train(upper), "came through"),
         "hides other errors": (hides_errors, "a ValueError is no lack of memory"),
+        "hides RuntimeErrors": (hides_runtime_errors, "a RuntimeError is no lack of memory when"),
         "beyond upper": (lambda train, upper: bisect(train, 2 * upper), "64 was the largest"),
         "half a sequence": (lambda train, upper: train(upper / 3), "whole number"),
     }, unfinished_search),
@@ -267,6 +282,28 @@ def test_other_searches_pass():
         return good
 
     assert exercises_03.check_search(doubling).passed
+
+
+def test_a_search_may_look_at_other_errors_and_raise_them_again():
+    def careful(train, upper):
+        def passing_on(size):
+            try:
+                train(size)
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                fits = False
+            else:
+                fits = True
+            return fits
+
+        good, bad = 0, upper + 1
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if passing_on(middle) else (good, middle)
+        return good
+
+    assert exercises_03.check_search(careful).passed
 
 
 @pytest.mark.parametrize(("case", "counted"), [
