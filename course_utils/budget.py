@@ -6,14 +6,15 @@ they are given, and are nobody's measurement. Not modelled: what a budget leaves
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from . import qlora, shapes
-from .block import boundary_bytes
-from .forecast import Forecast
+from .block import weight_bytes
+from .fake import meta_model
+from .forecast import Forecast, forecast
 from .recipe import TrainRecipe
 from .units import GB, show_bytes
 
@@ -74,7 +75,7 @@ def checklist(recipe: TrainRecipe, model: torch.nn.Module, planned: Forecast,
         "gradients": ("4 x trainable", 4 * trainable),
         "optimizer state": ("2.03 x trainable", 2.03 * trainable),
         "activations": ("layers x tokens x hidden x 2",
-                        config.num_hidden_layers * boundary_bytes(recipe)),
+                        config.num_hidden_layers * tokens * config.hidden_size * 2),
         "temporaries": (f"logits: {LOGIT_BYTES} x tokens x vocab",
                         LOGIT_BYTES * tokens * config.vocab_size),
         "inputs": ("ids and labels: 16 x tokens",
@@ -84,6 +85,18 @@ def checklist(recipe: TrainRecipe, model: torch.nn.Module, planned: Forecast,
                 formula_bytes=int(formulas[holder][1]),
                 forecast_bytes=max(planned.timeline[holder]),
                 counted_bytes=max(counted.timeline[holder])) for holder in HOLDERS]
+
+
+def show_share(model: str) -> None:
+    """Print what rank-16 adapters on q, k, v and o train of a model, and what 4 bits save of it."""
+    recipe = TrainRecipe(model=model, base="float16", amp_dtype="float16", sequence_length=64)
+    adapted = qlora.add_adapters(qlora.prepare_base(
+        meta_model(shapes.config(model), torch.float16, "sdpa"), recipe), recipe)
+    trainable, total = qlora.count_parameters(adapted)
+    loaded, whole = forecast(replace(recipe, base="nf4")).loaded_bytes, weight_bytes(recipe)
+    print(f"{model}, rank {recipe.lora_rank} on q, k, v, o: {trainable:,} of {total:,} parameters, "
+          f"{trainable / total:.3%}\nits weights: {show_bytes(whole)} in 16 bits, "
+          f"{show_bytes(loaded)} loaded in 4 bits ({1 - loaded / whole:.0%} less)")
 
 
 def show(rows: list[Row]) -> None:

@@ -103,7 +103,7 @@ def table(rows: Sequence[Rung]) -> str:
     base = usual(rows[0].recipe.model)
     first = base.measured["tokens_per_second"]
     width = max(len(row.name) for row in rows)
-    lines = [f"{'':{width}}  {'forecast':>9}{'measured':>11}  on a T4 tokens/s"]
+    lines = [f"{'':{width}}  {'forecast':>9}{'measured':>11}  a T4?   tokens/s"]
     for row in rows:
         speed = row.measured["tokens_per_second"]
         verdict = "fits" if row.forecast.fits else "no"

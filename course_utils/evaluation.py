@@ -80,7 +80,7 @@ def autocast(recipe: TrainRecipe) -> torch.autocast:
 
 @torch.no_grad()
 def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], recipe: TrainRecipe,
-             max_new_tokens: int = 64, micro_batch_size: int = 32) -> list[str]:
+             max_new_tokens: int = 64, micro_batch_size: int = 64) -> list[str]:
     """The model's greedy answer to each prompt, without special tokens.
 
     Args:

@@ -9,15 +9,7 @@ import torch
 
 from . import shapes
 from .block import count_block
-from .checks import (
-    Verdict,
-    check,
-    check_function,
-    check_number,
-    is_number,
-    not_yet,
-    right,
-)
+from .checks import Verdict, check, check_function, check_number, is_number, not_yet, right
 from .memory_report import MemoryReport
 from .recipe import TrainRecipe
 from .units import GB, MIB

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from .hardware import Gpu
-from .units import GIB, MIB, show_bytes
+from .units import GIB, MIB, show_bytes, with_article
 
 COLOURS = {
     "weights": "#0072B2", "adapters": "#56B4E9", "gradients": "#D55E00",
@@ -150,11 +150,11 @@ def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") ->
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 2})
     if gpu:
         ax.axvline(limit / size, color=INK, linestyle="--", zorder=3)
-        unit += f" (dashed: the {show_bytes(limit)} that a {gpu.name} has for tensors)"
+        unit += f" (dashed: the {show_bytes(limit)} that {with_article(gpu.name)} has for tensors)"
     ax.set(title=title, xlabel=unit, xlim=(0, 1.5 * max([*totals.values(), limit]) / size))
     ax.invert_yaxis()
     canvas.legend(loc="outside lower center", ncols=4, fontsize=12)
-    against = f" against the {show_bytes(limit)} of a {gpu.name}" if gpu else ""
+    against = f" against the {show_bytes(limit)} of {with_article(gpu.name)}" if gpu else ""
     bars = "; ".join(f"{name}: {said[name]} ({_parts(row)})" for name, row in rows.items())
     return _finish(canvas, f"bars{against}{': ' * bool(title)}{title}. {bars}.")
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from .forecast import Forecast, checked_config, forecast
 from .hardware import T4, Gpu
 from .recipe import TrainRecipe
-from .units import show_bytes
+from .units import show_bytes, with_article
 
 UTILISATION = 0.6
 LAUNCH_SECONDS = 4e-5  # of one operation, Python included: recorded_runs.json, group "launch"
@@ -223,8 +223,8 @@ def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None =
             return Fit(recipe=best[0], forecast=best[1], utilisation=utilisation,
                        tokens_per_second=speed(best), tried=tuple(tried))
     closest = min(tried, key=lambda pair: pair[1].device_bytes[0])[1]
-    raise ValueError(f"recipe must fit {show_bytes(gpu.total_bytes)} of a {gpu.name}, got at least "
-                     f"{show_bytes(closest.device_bytes[0])} with one sequence of "
+    raise ValueError(f"recipe must fit {show_bytes(gpu.total_bytes)} of {with_article(gpu.name)}, "
+                     f"got at least {show_bytes(closest.device_bytes[0])} with one sequence of "
                      f"{recipe.sequence_length} tokens; shorten the sequences or take a smaller "
                      "model")
 

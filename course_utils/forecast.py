@@ -28,7 +28,7 @@ from .fake_run import MICRO_BATCHES, fake_run
 from .hardware import T4, Gpu
 from .memory_report import MemoryReport, replay
 from .recipe import TrainRecipe
-from .units import show_bytes
+from .units import show_bytes, with_article
 
 # What the step does not decide about reserved memory: other versions' small temporaries take or
 # spare a segment in forward, in backward and in the optimizer; one temporary misses the hole that
@@ -90,10 +90,10 @@ class Forecast(MemoryReport):
     def __str__(self) -> str:
         low, high = (show_bytes(n, "GiB") for n in self.device_bytes)
         verdict = "fits" if self.fits else "does not fit"
-        return (f"{verdict} a {self.gpu.name} ({show_bytes(self.gpu.total_bytes)}): peak "
-                f"{show_bytes(self.peak_allocated_bytes)} in tensors, {low} to {high} of the "
-                f"device; highest in {self.peak_phase} at {self.peak_operation} in "
-                f"{self.peak_module or 'no module'}")
+        card = f"{with_article(self.gpu.name)} ({show_bytes(self.gpu.total_bytes)})"
+        return (f"{verdict} {card}: peak {show_bytes(self.peak_allocated_bytes)} in tensors, {low} "
+                f"to {high} of the device; highest in {self.peak_phase} at {self.peak_operation} "
+                f"in {self.peak_module or 'no module'}")
 
 
 def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -16,6 +16,9 @@ from . import hardware, shapes
 from .recipe import TrainRecipe
 from .units import show_bytes
 from .verified import Finding, too_old
+
+if TYPE_CHECKING:
+    from .forecast import Forecast
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,16 @@ class Preflight:
 
 
 def preflight(recipe: TrainRecipe, gpu: hardware.Gpu | None, output_dir: str | Path = ".",
-              peak_bytes: int | None = None) -> Preflight:
+              planned: Forecast | None = None) -> Preflight:
     """Look at everything that stops runs, without loading or downloading weights.
 
     Args:
         gpu: What `hardware.detect()` found.
         output_dir: Where checkpoints will go.
-        peak_bytes: The forecast's peak, if there is one.
+        planned: The step's forecast, if there is one.
     """
     return Preflight([
-        _gpu(recipe, gpu), _precision(recipe, gpu), _memory(gpu, peak_bytes),
+        _gpu(recipe, gpu), _precision(recipe, gpu), _memory(gpu, planned),
         _disk(recipe, Path(output_dir)), _versions(), _weights(recipe)])
 
 
@@ -72,12 +75,14 @@ def _precision(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> Finding:
     return Finding("precision", found)
 
 
-def _memory(gpu: hardware.Gpu | None, peak_bytes: int | None) -> Finding:
-    needed = "no forecast" if peak_bytes is None else f"forecast peak {show_bytes(peak_bytes)}"
+def _memory(gpu: hardware.Gpu | None, planned: Forecast | None) -> Finding:
+    needed = "no forecast" if planned is None else \
+        f"forecast peak {show_bytes(planned.peak_allocated_bytes)}, with holes up to " \
+        f"{show_bytes(planned.peak_reserved_bytes[1])}"
     if gpu is None:
         return Finding("memory", f"{needed}, in this machine's own memory")
     free = min(gpu.usable_bytes, hardware.free_bytes() or gpu.usable_bytes)
-    fits = peak_bytes is None or peak_bytes <= free
+    fits = planned is None or planned.fits and planned.peak_allocated_bytes <= free
     return Finding("memory", f"{needed}, {show_bytes(free)} free", None if fits else
                    "halve micro_batch_size and double gradient_accumulation_steps, then set "
                    "loss='chunked' and checkpointed_layers='all'")
@@ -131,26 +136,21 @@ def ask_hub(repository: str, kind: Literal["model", "dataset"] = "model") -> str
         "open", "gated", "unknown" or "silent"; for a silent hub "cached" when the weights are here.
     """
     import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
     try:
         huggingface_hub.auth_check(repository, repo_type=kind)
         return "open"
-    except GatedRepoError:
+    except errors.GatedRepoError:
         return "gated"
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         return "unknown"
-    except (*HfHubHTTPError.__bases__, OSError):  # 5xx, no network, HF_HUB_OFFLINE
+    except (*errors.HfHubHTTPError.__bases__, OSError):  # 5xx, no network, HF_HUB_OFFLINE
         pass  # then what is on this disk decides
     try:
         folder = huggingface_hub.snapshot_download(repository, repo_type=kind,
                                                    local_files_only=True)
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         return "silent"
     return "cached" if list(Path(folder).glob("*.safetensors")) else "silent"
 

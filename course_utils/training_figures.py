@@ -10,7 +10,7 @@ from typing import Any
 
 from .figures import COLOURS, INK, LINES, Canvas, Figure, _finish, _rank, styled
 from .hardware import Gpu
-from .units import GIB, MIB, show_bytes
+from .units import GIB, MIB, show_bytes, with_article
 
 SPEED = "#6B6B6B"  # no holder's colour
 
@@ -66,9 +66,11 @@ def lengths(tokens: Sequence[int], learned: Sequence[int], limit: int) -> Figure
     canvas = Canvas(figsize=(8, 3.2), layout="constrained")
     ax = canvas.add_subplot()
     bins = range(0, limit + 1, max(1, limit // 32))
-    for name, numbers, colour in (("read", tokens, LINES[0]), ("learned", learned, LINES[1])):
+    for name, numbers, colour in (("prompt and answer", tokens, LINES[0]),
+                                  ("answer, learned", learned, LINES[1])):
         ax.hist(numbers, bins=bins, color=colour, alpha=0.75, label=name)
-    ax.set(xlabel="tokens in an example", ylabel="examples", xlim=(0, limit))
+    ax.set(title=f"examples, padded to {limit:,} tokens", xlabel="tokens in an example",
+           ylabel="examples", xlim=(0, limit))
     ax.legend()
     padding = 1 - sum(tokens) / (limit * len(tokens))
     return _finish(canvas, f"histogram of {len(tokens)} examples: {min(tokens)} to {max(tokens)} "
@@ -78,7 +80,7 @@ def lengths(tokens: Sequence[int], learned: Sequence[int], limit: int) -> Figure
 
 @styled
 def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | None], gpu: Gpu,
-           title: str = "") -> Figure:
+           title: str = "", measured_on: str = "") -> Figure:
     """Stacked bytes of each rung against a GPU's memory, and beside it how fast it trains.
 
     Args:
@@ -86,6 +88,7 @@ def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | 
         speeds: Tokens per second of each; `None` was not measured.
         gpu: Its usable memory is the line that a bar must not cross.
         title: What is trained.
+        measured_on: The GPU of the speeds.
     """
     names, limit = list(rungs), gpu.usable_bytes / GIB
     canvas = Canvas(figsize=(9.6, 1.8 + 0.46 * len(names)), layout="constrained")
@@ -100,14 +103,15 @@ def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | 
         ends = {name: end + width for (name, end), width in zip(ends.items(), widths, strict=True)}
     for name, total in totals.items():
         fits = total <= gpu.usable_bytes
-        left.annotate(f"{total / GIB:.1f}", (total / GIB, name), xytext=(5, 0),
+        left.annotate(f"{total / GIB:.2f}", (total / GIB, name), xytext=(5, 0),
                       textcoords="offset points", va="center", fontsize=12, zorder=4,
                       weight="bold" if fits else "normal",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     highest = max([*ends.values(), limit])
     left.axvline(limit, color=INK, linestyle="--", zorder=3)
     left.axvspan(limit, 1.15 * highest, color="#D55E00", alpha=0.09, linewidth=0, zorder=0)
-    left.text(limit + 0.01 * highest, -0.85, f" a {gpu.name} ends here", fontsize=12, va="center")
+    card = with_article(gpu.name)
+    left.text(limit + 0.01 * highest, -0.85, f" {card} ends here", fontsize=12, va="center")
     left.set(xlabel="GiB at the peak", xlim=(0, 1.15 * highest), ylim=(len(names) - 0.4, -1.25))
     pace = [speeds[name] or 0 for name in names]
     right.barh(names, pace, color=SPEED, height=0.66)
@@ -115,7 +119,7 @@ def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | 
         said = f"{speed:,.0f}  ({speed / pace[0]:.1f}x)" if speed else "not measured"
         right.annotate(said, (speed, name), xytext=(5, 0), textcoords="offset points",
                        va="center", fontsize=12)
-    right.set(xlabel="tokens a second", xlim=(0, 1.75 * max(pace)))
+    right.set(xlabel=f"tokens a second\n{measured_on}", xlim=(0, 1.75 * max(pace)))
     right.locator_params(axis="x", nbins=3)
     canvas.suptitle(title)
     canvas.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6,
@@ -124,5 +128,5 @@ def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | 
                      f"{'fits' if totals[name] <= gpu.usable_bytes else 'does not fit'}, "
                      f"{f'{speeds[name]:,.0f} tokens a second' if speeds[name] else 'not measured'}"
                      for name in names)
-    return _finish(canvas, f"bars against the {show_bytes(gpu.usable_bytes)} of a {gpu.name}"
+    return _finish(canvas, f"bars against the {show_bytes(gpu.usable_bytes)} of {card}"
                            f"{': ' * bool(title)}{title}. {said}.")

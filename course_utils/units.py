@@ -1,4 +1,4 @@
-"""Bytes and their names: the only place in the course that knows 2**10, 2**20 and 2**30.
+"""Bytes and names as text: the only place in the course that knows 2**10, 2**20 and 2**30.
 
 Vendors sell memory in GB (10**9 bytes); PyTorch and `nvidia-smi` count in GiB and MiB (2**30 and
 2**20). The T4's "16 GB" is 14.56 GiB that a program can see. Everything here is GiB.
@@ -36,6 +36,16 @@ def show_bytes(n_bytes: int | None, unit: str = "auto") -> str:
     if unit not in sizes:
         raise ValueError(f"unit must be one of {', '.join(sizes)} or auto, got {unit!r}; pick one")
     return f"{n_bytes:,} B" if unit == "B" else f"{n_bytes / sizes[unit]:,.2f} {unit}"
+
+
+def with_article(name: str) -> str:
+    """The name of a GPU after "a" or "an", as it is read aloud.
+
+    Example:
+        >>> with_article("T4"), with_article("A10"), with_article("NVIDIA H200")
+        ('a T4', 'an A10', 'an NVIDIA H200')
+    """
+    return f"{'an' if name[0] in 'AEFHILMNORSX8' else 'a'} {name}"
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -24,7 +24,7 @@ ARGUMENTS: dict[str, Any] = {  # of TrainingArguments, as they are copied from p
 REMEDIES = {  # for what today's versions refuse or rename
     "warmup_ratio": "warmup_steps=0.03", "evaluation_strategy": "eval_strategy='epoch'",
     "group_by_length": "train_sampling_strategy='group_by_length'",
-    "gradient_checkpointing": "qlora.checkpoint_layers, layer by layer",
+    "gradient_checkpointing": "activation_checkpointing=True",
 }
 BREAKS_LATER = {  # accepted here; `preflight.refuse_silent_failures` is what stops it
     "fp16_full_eval": "an evaluation makes the adapters 16 bits, in place: the next step raises",
@@ -40,7 +40,7 @@ class Line:
     why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.verdict:9}{self.line:42}{self.why}".rstrip()
+        return f"{self.verdict:9}{self.line:43}{self.why}".rstrip()
 
 
 def judge(usual: TrainRecipe, gpu: Gpu = T4) -> list[Line]:
@@ -55,11 +55,11 @@ def judge(usual: TrainRecipe, gpu: Gpu = T4) -> list[Line]:
 
 
 def _compute_dtype(usual: TrainRecipe, gpu: Gpu) -> Line:
-    line = "bnb_4bit_compute_dtype=torch.bfloat16"
+    line = "bnb_4bit_compute_dtype=bfloat16, fp16=True"
     try:
         replace(usual, amp_dtype="bfloat16").check_on(gpu)
     except ValueError:
-        return Line(line, "breaks", f"a {gpu.name} emulates it: use float16, as autocast does")
+        return Line(line, "wastes", f"time: a {gpu.name} emulates it; float16, as autocast has")
     return Line(line, "works")
 
 

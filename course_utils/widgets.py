@@ -142,7 +142,7 @@ def scale_explorer(groups: dict[str, Sequence]) -> Explorer:
     def draw(scale: int) -> Figure:
         return magnitudes(groups, ("float16",), scale, f"scale {scale:,}")
 
-    return Explorer(draw, scale=(1, *(2**power for power in range(4, 33, 4))))
+    return Explorer(draw, scale=tuple(2**power for power in (8, 0, 4, 12, 16, 20, 24, 28, 32)))
 
 
 def forgetting_explorer() -> Explorer:

@@ -578,10 +578,11 @@ figures.curves(ks, {"peak": [step.peak_allocated_bytes for step in steps]},
 widgets.forgetting_explorer()
 
 # %% [markdown]
-# ## Exercise 02.3, at home · The smallest k
-# *Medium, 8 minutes.* Llama-3.1-8B, one sequence of 1024 tokens, on a T4. Leave two and a half GiB
-# to the allocator's gaps: 12 GiB for tensors. What is the smallest number of layers, of 32, that
-# must forget? Two forecasts are enough to know. The check forecasts your answer, and one less.
+# ## Exercise 02.3 · The smallest k
+# *Medium, 8 minutes, at home.* Llama-3.1-8B, one sequence of 1024 tokens, on a T4. Leave two and a
+# half GiB to the allocator's gaps: 12 GiB for tensors. What is the smallest number of layers, of
+# 32, that must forget? Two forecasts are enough to know. The check forecasts your answer, and one
+# less.
 
 # %% tags=["run"]
 eight = replace(usual, model="llama-3.1-8b", sequence_length=1024)

@@ -489,8 +489,8 @@ with fake_tensors():
 print(*on_a_t4.probes, sep="\n")
 
 # %% [markdown]
-# ## Exercise 03.3, at home · A search of your own
-# *Medium, 8 minutes.* `train(size)` trains with `size` sequences and raises
+# ## Exercise 03.3 · A search of your own
+# *Medium, 8 minutes, at home.* `train(size)` trains with `size` sequences and raises
 # `torch.OutOfMemoryError` if they are too many. Return the largest size from 0 to `upper` that
 # trains. The check counts attempts (14 at most for `upper` 64), looks whether the last failure's
 # tensors are gone when you try again, and wants every other error to come through.

@@ -36,7 +36,7 @@ ARROWS = {
     "block": "shapes recipe memory_report ledger fake levers qlora",
     "checkpointing": "hardware shapes recipe ledger flops",
     "verified": "__version__ hardware",
-    "preflight": "units hardware shapes recipe verified",
+    "preflight": "units hardware shapes recipe verified forecast",
     "measurement": "hardware shapes recipe memory_report ledger qlora",
     "batching": "units hardware recipe ledger",
     "trainer_log": "hardware recipe corpus qlora",
@@ -63,7 +63,7 @@ ARROWS = {
     "sources": "hardware shapes corpus preflight random_weights",
     "survival": "recipe training checkpoints",
     "usual_recipe": "units hardware recipe forecast",
-    "budget": "units shapes recipe block qlora forecast",
+    "budget": "units shapes recipe fake block qlora forecast",
     "closing_act": "units hardware shapes recipe qlora forecast fit recorded random_weights "
     "survival training",
     "training": "units hardware shapes recipe ledger corpus levers qlora checkpoints preflight "

@@ -48,12 +48,17 @@ def test_bfloat16_on_a_t4_is_refused():
     assert found(ONE_B, None, "precision").fix
 
 
+def planned(peak, fits=True):
+    return SimpleNamespace(peak_allocated_bytes=peak, peak_reserved_bytes=(peak, peak), fits=fits)
+
+
 def test_memory_is_held_against_what_is_free(monkeypatch):
-    assert found(ONE_B, hardware.T4, "memory", peak_bytes=14 * GIB).fix is None
+    assert found(ONE_B, hardware.T4, "memory", planned=planned(14 * GIB)).fix is None
     assert "halve micro_batch_size" in found(ONE_B, hardware.T4, "memory",
-                                             peak_bytes=15 * GIB).fix
+                                             planned=planned(15 * GIB)).fix
+    assert found(ONE_B, hardware.T4, "memory", planned=planned(14 * GIB, fits=False)).fix
     monkeypatch.setattr(hardware, "free_bytes", lambda: 10 * GIB)  # another program is there
-    assert found(ONE_B, hardware.T4, "memory", peak_bytes=14 * GIB).fix
+    assert found(ONE_B, hardware.T4, "memory", planned=planned(14 * GIB)).fix
 
 
 def test_disk_must_take_the_download(monkeypatch, tmp_path):
@@ -121,5 +126,5 @@ def test_weights_that_are_here_need_no_hub(monkeypatch, tmp_path):
 def test_every_stop_is_in_the_message():
     with pytest.raises(ValueError) as caught:
         preflight.preflight(TrainRecipe(amp_dtype="bfloat16"), hardware.T4,
-                            peak_bytes=20 * GIB).require()
+                            planned=planned(20 * GIB)).require()
     assert len(str(caught.value).splitlines()) == 2
