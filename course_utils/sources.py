@@ -25,7 +25,7 @@ MODELS = ("llama-3.2-1b", "qwen3-1.7b", "phi-4-mini")  # the first is the defaul
 HELDOUT_EXAMPLES = 200  # enough for an interval, and a minute on a T4
 SETTINGS = {  # what a recipe needs to know about its model, beyond the name
     shapes.BUNDLED: {"lora_targets": "all-linear", "sequence_length": 104,
-                     "checkpointed_layers": 1, "learning_rate": 7e-3},
+                     "checkpointed_layers": 1, "learning_rate": 7e-3, "max_grad_norm": 0.3},
     "phi-4-mini": {"lora_targets": ("qkv_proj", "o_proj")},  # its projections are fused
 }
 DEFAULTS = {"lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj"), "sequence_length": 1024,

@@ -74,7 +74,7 @@ recipe = TrainRecipe(
     micro_batch_size=8, gradient_accumulation_steps=4,        # 32 sequences a step
     attention="explicit_kv", loss="lean",                     # four levers: section 12
     norm="native", adapters="lean",
-    optimizer="paged_adamw_8bit", warmup_fraction=0.05, max_steps=70, save_steps=35, seed=1,
+    optimizer="paged_adamw_8bit", warmup_fraction=0.05, max_steps=56, save_steps=28, seed=1,
     **source.settings,                                        # what suits this model; a tiny
 ).for_gpu(gpu)                                                # one bears a large rate
 print(source.settings)
@@ -346,7 +346,7 @@ assert evaluation.largest_shift(rest.losses, run.losses[:5]) < 0.05
 # name. Here it happens to the usual save, and the file cannot be read:
 
 # %% tags=["raises-exception"]
-state = {"step": 70, "weights": torch.ones(1000)}
+state = {"step": 56, "weights": torch.ones(1000)}
 torch.save(state, "last.pt")            # a good checkpoint, and then a save that dies over it:
 with survival.memory_ends_in_a_save():
     survival.attempt(torch.save, state, "last.pt")
@@ -358,7 +358,7 @@ torch.load("last.pt")
 
 # %% tags=["run"]
 with survival.memory_ends_in_a_save():
-    survival.attempt(survival.save_whole, Path("run", "checkpoint-71"), state)
+    survival.attempt(survival.save_whole, Path("run", "checkpoint-57"), state)
 last = checkpoints.find_last("run")
 print(last.name, "is whole:", len(checkpoints.verify(last)["files"]), "files, each as listed")
 

@@ -32,7 +32,7 @@ def lesson_recipe(source: sources.Source) -> TrainRecipe:
         model=source.model, base="nf4", double_quant=True, lora_rank=16, lora_alpha=32,
         lora_dropout=0.0, micro_batch_size=8, gradient_accumulation_steps=4,
         attention="explicit_kv", loss="lean", norm="native", adapters="lean",
-        optimizer="paged_adamw_8bit", warmup_fraction=0.05, max_steps=70, save_steps=35, seed=1,
+        optimizer="paged_adamw_8bit", warmup_fraction=0.05, max_steps=56, save_steps=28, seed=1,
         **source.settings)
 
 
