@@ -185,6 +185,8 @@ def test_float16_weights_cannot_be_unscaled():
 
 def test_scale_explorer_draws_every_choice():
     explorer = widgets.scale_explorer({"gradients": [torch.tensor([1e-8, 1.0, math.pi])]})
-    assert "33% become zero" in explorer.figure.alt
+    assert "0% become zero" in explorer.figure.alt  # at 256
+    explorer.controls["scale"].value = 1
+    assert "33% become zero" in explorer.picture.value
     explorer.controls["scale"].value = 2**16
     assert "0% become zero, 0% are subnormal, 33% normal, 67% infinite" in explorer.picture.value

@@ -77,8 +77,9 @@ def test_the_budgets_in_circulation_are_judged(shown):
 
 
 def test_the_closing_act_fits_and_is_faster(shown):
-    table = printed_by(shown, "print(closing_act.table(ladder))")
-    first, *others = [line for line in table.splitlines() if re.search(r"x$", line)]
+    table = printed_by(shown, "print(closing_act.table(preparation + ladder))")
+    prepared, first, *others = [line for line in table.splitlines() if re.search(r"x$", line)]
+    assert "k-bit upcast" in prepared and " no " in prepared
     assert "the usual recipe" in first and " no " in first and len(others) >= 8
     ratios = [float(line.split()[-1][:-1]) for line in others if " fits " in line]
     assert len(ratios) >= 6 and max(ratios) >= 2.3
