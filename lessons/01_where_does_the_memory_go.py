@@ -116,7 +116,6 @@ for holder in ("weights", "gradients", "optimizer state", "activations", "inputs
 
 # %% [markdown]
 # True, *when every weight is trained and all of it is float32*: 4 + 4 + 8 = 16 bytes a parameter.
-# (Mixed precision splits its 16 bytes otherwise, 2 + 2 + 12 [ZeRO, section 3.1]; lesson 04.)
 # Note the last two lines. The batch of token ids, which some budgets book with
 # half a gigabyte, is kilobytes. And the largest holder is none of the three that folklore names: it
 # is what forward leaves behind for backward. That is the one this lesson takes apart.
@@ -143,10 +142,10 @@ show_prediction(predicted_ratio, show="{:.2f} x the boundary".format,
                 counted=layer.saved_activation_bytes / boundary_bytes(recipe))
 
 # %% [markdown]
-# `count_block` runs one layer under the ledger, on **fake tensors**: they know their shape and
-# hold no numbers, so that it works for a layer of any size. Here is the list, in order, as
-# numbers per token (4 bytes each), with who *made* each tensor. Who keeps it is whoever needs it
-# next: the sum in the middle is kept by the norm that reads it. The first line is the input.
+# `count_block` runs one layer under the ledger, on **fake tensors**: they know their shape and hold
+# no numbers, so that it works for a layer of any size. Here is the list, in order, as numbers per
+# token (4 bytes each), with each tensor's maker. Its keeper is whoever reads it next: the norm
+# keeps the sum in the middle. The first line is the input.
 
 # %% tags=["run"]
 tokens = recipe.micro_batch_size * recipe.sequence_length
@@ -179,7 +178,7 @@ print(f"{layer.saved_activation_bytes // (4 * tokens):5}  in all")
 # 6?</details>
 # <details><summary>Hint 2</summary>Attention: query and output are <code>hidden</code> wide, key
 # and value <code>kv</code>. What is left?</details>
-# <details><summary>Hint 3</summary><code>attention = 2 * hidden + 2 * kv + heads</code>; the MLP is
+# <details><summary>Hint 3</summary><code>attention = 2 * hidden + 2 * kv + ...</code>; the MLP is
 # four times the same thing.</details>
 
 # %% tags=["exercise"]
@@ -223,13 +222,13 @@ figures.compare({name: {"weights": weight_bytes(seven), "activations": kept}
 
 # %% [markdown]
 # ### Explain
-# The usual estimate counts one tensor a layer: the boundary. Section 2 counted what lies
-# *between* two boundaries, and that is over twenty times as much. **Eager** attention also keeps
-# the scores of every pair of positions, for every head; **SDPA**, the attention kernel that never
-# writes them to memory, keeps one number for each row instead and recomputes them
-# [FlashAttention, section 3.1]. The formula of Korthikanti et al. for GPT's layer, sequence x
-# batch x hidden x (34 + 5 x heads x sequence / hidden) bytes, has the same two parts: one that
-# SDPA keeps, one that only eager has.
+# The usual estimate counts one tensor a layer: the boundary. Section 2 counted what lies *between*
+# two boundaries, and that is over twenty times as much. **Eager** attention also keeps the scores
+# of every pair of positions, for every head. **SDPA** picks a kernel; the one it picks here never
+# writes them to memory, keeps one number for each row instead and recomputes them [FlashAttention,
+# section 3.1]. (On a T4 it may pick one that does: lesson 06.) The formula of Korthikanti et al.
+# for GPT's layer, sequence x batch x hidden x (34 + 5 x heads x sequence / hidden) bytes, has the
+# same two parts: one that SDPA keeps, one that only eager has.
 #
 # (The dashed line lies a little below the T4's 14.56 GiB: CUDA itself takes the rest.) Remember the
 # estimate all the same: lesson 02 makes it come true.
@@ -259,10 +258,10 @@ figures.curves(lengths, kept, "sequence length, tokens", "What a layer of Llama-
 
 # %% [markdown]
 # ### Explain
-# **Sequence: it depends on the kernel.** SDPA's line is straight. Eager's is a straight part plus a
-# quadratic one (the scores), so doubling gives a factor between 2 and 4, the closer to 4 the longer
-# the text. **Batch: always linear**, because every kept tensor has the batch as a factor. To the
-# byte? And what does twice the bytes per number do?
+# **Sequence: it depends on the kernel.** SDPA's line, with this one, is straight. Eager's is a
+# straight part plus a quadratic one (the scores), so doubling gives a factor between 2 and 4, the
+# closer to 4 the longer the text. **Batch: always linear**, because every kept tensor has the batch
+# as a factor. To the byte? And what does twice the bytes per number do?
 
 # %% tags=["run"]
 eightfold, wide = replace(seven, micro_batch_size=8), replace(seven, base="float32")
@@ -303,8 +302,7 @@ print("micro batch 2:", show_bytes(two.peak_bytes))
 # and a part for each sequence.</details>
 # <details><summary>Hint 2</summary>The difference of the two runs is one sequence. Subtract it from
 # the first run: what is left is there for any batch.</details>
-# <details><summary>Hint 3</summary><code>(120 * MIB - fixed) // (two.peak_bytes -
-# one.peak_bytes)</code></details>
+# <details><summary>Hint 3</summary><code>(120 * MIB - fixed) // (...)</code></details>
 
 # %% tags=["exercise"]
 largest_batch = ...
@@ -395,7 +393,7 @@ for one in big.largest[:6]:
 # <details><summary>Hint 2</summary>The embedding matrix is (1280, 192): its <em>last</em> dimension
 # is another one.</details>
 # <details><summary>Hint 3</summary><code>sum(t.n_bytes for t in full.largest if
-# t.shape[-1:] == (1280,))</code></details>
+# ...)</code></details>
 
 # %% tags=["exercise"]
 logits_at_peak = ...
@@ -467,7 +465,8 @@ for name, n_bytes in answers.items():
 # - Hu et al. 2021, [LoRA](https://arxiv.org/abs/2106.09685), section 4
 # - PyTorch, [Autograd mechanics](https://docs.pytorch.org/docs/stable/notes/autograd.html): saved
 #   tensors
-# - transformers, [loss_utils.py](https://github.com/huggingface/transformers/blob/main/src/transformers/loss/loss_utils.py)
+# - transformers,
+#   [loss_utils.py](https://github.com/huggingface/transformers/blob/main/src/transformers/loss/loss_utils.py)
 #
 # New terms are in the [glossary](glossary.md).
 #
