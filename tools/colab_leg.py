@@ -42,8 +42,7 @@ OTHERWISE = {
     },
     "06_qlora_on_a_t4": {
         # transformers renames it after 5.15
-        "renamed  gradient_checkpointing=True               "
-        "qlora.checkpoint_layers, layer by layer":
+        "renamed  gradient_checkpointing=True                activation_checkpointing=True":
         "works    gradient_checkpointing=True",
         # PEFT 0.20 calls the model one module further out
         "_log_softmax_backward_data.default in base_model.model\n":
