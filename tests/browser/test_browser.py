@@ -50,7 +50,7 @@ THEMES = ("JupyterLab Dark", "JupyterLab Light")
 
 def failures(notebook: Notebook) -> list[str]:
     """What went wrong in a notebook that ran to its end, going by the file that it saves."""
-    for _ in range(3):  # a reply that is on its way is not in the file
+    for _ in range(30):  # a reply that is on its way is not in the file; a busy machine is slow
         cells = [cell for cell in notebook.save().cells if cell.cell_type == "code"]
         if all(cell.execution_count for cell in cells):
             break
