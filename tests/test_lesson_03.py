@@ -77,14 +77,14 @@ def unfinished_accumulation(model, micro_batches):
         loss.backward()
 
 
-def bisect(train, upper):
+def bisect(train, upper, caught=torch.OutOfMemoryError):
     good, bad = 0, upper + 1
     while bad - good > 1:
         middle = (good + bad) // 2
         fits = True
         try:
             train(middle)
-        except torch.OutOfMemoryError:
+        except caught:
             fits = False
         good, bad = (middle, bad) if fits else (good, middle)
     return good
@@ -135,16 +135,7 @@ def hides_errors(train, upper):
 
 def hides_runtime_errors(train, upper):
     """`torch.OutOfMemoryError` is a RuntimeError, so this finds every limit."""
-    good, bad = 0, upper + 1
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        fits = True
-        try:
-            train(middle)
-        except RuntimeError:
-            fits = False
-        good, bad = (middle, bad) if fits else (good, middle)
-    return good
+    return bisect(train, upper, caught=RuntimeError)
 
 
 def unfinished_search(train, upper):

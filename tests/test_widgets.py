@@ -58,7 +58,7 @@ def test_controls_are_labelled_and_reachable_by_keyboard():
     for name, control in explorer.controls.items():
         assert isinstance(control, focusable)
         assert control.description == name.replace("_", " ") and not control.disabled
-        if ipywidgets.__version__ >= "8":  # to be seen on light and dark pages
+        if int(ipywidgets.__version__.split(".")[0]) >= 8:  # to be seen on light and dark pages
             assert control.style.handle_color == "#0072B2"
     assert explorer.controls["sequence_length"].options == (256, 512, 1024, 2048, 4096)
     assert explorer.controls["sequence_length"].value == 2048
