@@ -6,10 +6,12 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
-# The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+# LOCK=.github/locked.txt: only files with the hashes that stand there, as on GitHub.
+LOCK ?=
 # The tests that need no torch: they start at once, and find what is out of place.
 HOUSE := tests/test_architecture.py tests/test_units.py
+# The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
 READY := .venv/ready-$(shell cat requirements.txt $(CONSTRAINTS) pyproject.toml | cksum | tr ' ' -)
 
 .PHONY: help lessons test lab execute stamp test-colab test-browser lint bench assignment grade \
@@ -88,7 +90,8 @@ $(READY) $(READY)-browser:
 		|| { echo "Python 3.11 or newer is needed, $(PYTHON) is not: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "Setting up .venv (the first time: some minutes and about 1 GB)"
 	@$(PYTHON) -m venv .venv
-	@$(PIP) --quiet setuptools
-	@$(PIP) --no-build-isolation --editable '.[dev]' $(BROWSER) | sed -u -E '/already satisfied|^(Installing collected|Successfully)/d'
+	$(if $(LOCK),@$(PIP) --quiet --require-hashes --requirement $(LOCK))
+	@$(PIP) --constraint $(CONSTRAINTS) --quiet setuptools
+	@$(PIP) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev]' $(BROWSER) | sed -u -E '/already satisfied|^(Installing collected|Successfully)/d'
 	@rm -f .venv/ready-*
 	@touch $@ $(READY)

@@ -220,6 +220,26 @@ def test_workflows_use_nobodys_actions_and_only_read(path):
     assert "secrets." not in path.read_text("utf-8")
 
 
+def unlocked(lock: str) -> list[str]:
+    """What of `constraints.txt` the lock lacks, has at another version, or without a hash."""
+    locked = dict(re.findall(r"^([\w.-]+)(==\S+).*\\\n +--hash=sha256:[0-9a-f]{64}\b", lock, re.M))
+    pins = re.findall(r"^([\w.-]+)(==\S+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.M)
+    assert len(pins) > 40, "constraints.txt was not read"
+    names = [(name, name.lower().replace("_", "-"), version) for name, version in pins]
+    return [name for name, key, version in names if locked.get(key) != version]
+
+
+def test_ci_installs_exact_files():
+    lock = (ROOT / ".github/locked.txt").read_text("utf-8")
+    assert unlocked(lock) == []
+    assert unlocked(lock.replace("torch==2.13.0", "torch==2.12.0")) == ["torch"]
+    assert unlocked(re.sub(r"(?m)^(peft==\S+ )\\\n( +--hash.*\n)+", r"\1\n", lock)) == ["peft"]
+    named = [len(re.findall(r"^\S+==" + rest, lock, re.M)) for rest in ("", r".*\\\n +--hash=sha")]
+    assert named[0] == named[1] > 150
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))
+    assert workflow["env"] == {"LOCK": ".github/locked.txt"}
+
+
 def test_the_page_says_it():
     page = (ROOT / "SECURITY.md").read_text("utf-8")
     for word in ("trust_remote_code", "use_safetensors", "HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY"):
