@@ -13,6 +13,7 @@ Source: c10/cuda/CUDACachingAllocator.cpp; the comments name its functions and c
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 
 from .memory_report import Block
 from .units import KIB, MIB, round_up
@@ -37,13 +38,25 @@ def segment_bytes(n_bytes: int) -> int:
     return LARGE_SEGMENT if n_bytes < MIN_LARGE else round_up(n_bytes, LARGE_GRAIN)
 
 
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """A piece of a segment: in use or free, between its neighbours in the same segment."""
+
+    address: int
+    n_bytes: int
+    small: bool
+    free: bool = False
+    before: Chunk | None = None
+    after: Chunk | None = None
+
+
 class CachingAllocator:
-    """Hands out blocks as CUDA's caching allocator does, without any memory.
+    """Hands out memory as CUDA's caching allocator does, without any.
 
     Args:
         limit_bytes: What the driver has; `None` for plenty.
         descending: Whether the driver's addresses fall rather than rise from segment to segment.
-        expandable: One segment for small and one for large blocks, each growing at its end
+        expandable: One segment for small and one for large requests, each growing at its end
             (`expandable_segments:True`), rather than a new segment for what fits no hole.
 
     Attributes:
@@ -57,17 +70,12 @@ class CachingAllocator:
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self._edge = 0  # where the next segment goes
-        self._size: dict[int, int] = {}  # address of each block -> bytes
-        self._after: dict[int, int] = {}  # neighbours within one segment
-        self._before: dict[int, int] = {}
-        self._free: set[int] = set()
-        self._small: list[tuple[int, int]] = []  # free blocks, smallest first: (bytes, address)
-        self._large: list[tuple[int, int]] = []
-        self._is_small: dict[int, bool] = {}
-        self._last: dict[bool, int] = {}  # small or not -> last block of its expandable segment
+        self._small: list[tuple[int, int, Chunk]] = []  # free: (bytes, address), smallest first
+        self._large: list[tuple[int, int, Chunk]] = []
+        self._last: dict[bool, Chunk] = {}  # small or not -> the end of its expandable segment
 
-    def allocate(self, n_bytes: int) -> int:
-        """The address of a block for `n_bytes`; its real size is `size_of`.
+    def allocate(self, n_bytes: int) -> Chunk:
+        """A chunk for `n_bytes`: its own `n_bytes` are more where a rest was not split off.
 
         Raises:
             MemoryError: It does not fit `limit_bytes`, even with all cached segments given back.
@@ -75,94 +83,79 @@ class CachingAllocator:
         wanted = round_up(n_bytes, MIN_BLOCK)
         small = wanted <= SMALL
         pool = self._small if small else self._large
-        found = bisect_left(pool, (wanted, -(1 << 62)))
-        if self.expandable and pool[found + 1:] and pool[found][1] == self._last[small]:
-            found += 1  # the block that can grow is taken last: get_free_block
+        found = bisect_left(pool, (wanted,))
+        if self.expandable and pool[found + 1:] and pool[found][2] is self._last[small]:
+            found += 1  # the chunk that can grow is taken last: get_free_block
         if found < len(pool):
-            address = pool.pop(found)[1]
-        elif self.expandable:
-            address = self._expand(wanted, small, pool)
+            chunk = pool.pop(found)[2]
         else:
-            address = self._new_segment(wanted, small)
-        self._free.discard(address)
-        rest = self._size[address] - wanted
+            chunk = (self._expand if self.expandable else self._new_segment)(wanted, small, pool)
+        chunk.free = False
+        rest = chunk.n_bytes - wanted
         if rest >= MIN_BLOCK if small or self.expandable else rest > SMALL:  # should_split
-            self._split(address, wanted, rest, small, pool)
-        self.allocated_bytes += self._size[address]
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
-        return address
+            self._split(chunk, wanted, rest, pool)
+        self.allocated_bytes += chunk.n_bytes
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = self.allocated_bytes
+        return chunk
 
-    def size_of(self, address: int) -> int:
-        """Bytes of the block: a remainder too small to be split off is part of it."""
-        return self._size[address]
+    def _split(self, chunk: Chunk, wanted: int, rest: int, pool: list) -> None:
+        other = Chunk(chunk.address + wanted, rest, chunk.small, True, chunk, chunk.after)
+        if chunk.after is not None:
+            chunk.after.before = other
+        chunk.n_bytes, chunk.after = wanted, other
+        if self._last.get(chunk.small) is chunk:
+            self._last[chunk.small] = other
+        insort(pool, (rest, other.address, other))
 
-    def _split(self, address: int, wanted: int, rest: int, small: bool, pool: list) -> None:
-        other, after = address + wanted, self._after.get(address)
-        self._size[address], self._size[other] = wanted, rest
-        self._is_small[other] = small
-        self._after[address], self._before[other] = other, address
-        if after is not None:
-            self._after[other], self._before[after] = after, other
-        if self._last.get(small) == address:
-            self._last[small] = other
-        self._free.add(other)
-        insort(pool, (rest, other))
-
-    def free(self, address: int) -> None:
-        """Give a block back to the pool, merged with free neighbours: `free_block`."""
-        self.allocated_bytes -= self._size[address]
-        pool = self._small if self._is_small[address] else self._large
-        after, before = self._after.get(address), self._before.get(address)
-        if after in self._free:
+    def free(self, chunk: Chunk) -> None:
+        """Give a chunk back to the pool, merged with free neighbours: `free_block`."""
+        self.allocated_bytes -= chunk.n_bytes
+        pool = self._small if chunk.small else self._large
+        after, before = chunk.after, chunk.before
+        if after is not None and after.free:
             self._take_out(pool, after)
-            self._absorb(address, after)
-        if before in self._free:
+            self._absorb(chunk, after)
+        if before is not None and before.free:
             self._take_out(pool, before)
-            self._absorb(before, address)
-            address = before
-        self._free.add(address)
-        insort(pool, (self._size[address], address))
+            self._absorb(before, chunk)
+            chunk = before
+        chunk.free = True
+        insort(pool, (chunk.n_bytes, chunk.address, chunk))
 
-    def _take_out(self, pool: list, address: int) -> None:
-        del pool[bisect_left(pool, (self._size[address], address))]
-        self._free.discard(address)
+    def _take_out(self, pool: list, chunk: Chunk) -> None:
+        del pool[bisect_left(pool, (chunk.n_bytes, chunk.address))]
 
-    def _absorb(self, address: int, after: int) -> None:
-        self._size[address] += self._size.pop(after)
-        if self._last.get(small := self._is_small.pop(after)) == after:
-            self._last[small] = address
-        del self._before[after]
-        beyond = self._after.pop(after, None)
-        if beyond is None:
-            self._after.pop(address, None)
-        else:
-            self._after[address], self._before[beyond] = beyond, address
+    def _absorb(self, chunk: Chunk, after: Chunk) -> None:
+        chunk.n_bytes += after.n_bytes
+        chunk.after = after.after
+        if after.after is not None:
+            after.after.before = chunk
+        if self._last.get(after.small) is after:
+            self._last[after.small] = chunk
 
-    def _new_segment(self, wanted: int, small: bool) -> int:
+    def _new_segment(self, wanted: int, small: bool, _: list) -> Chunk:
         n_bytes = segment_bytes(wanted)
         self._reserve(n_bytes)
         self._edge += n_bytes + 64 * KIB
-        address = -self._edge if self.descending else self._edge - n_bytes
-        self._size[address], self._is_small[address] = n_bytes, small
-        return address
+        return Chunk(-self._edge if self.descending else self._edge - n_bytes, n_bytes, small)
 
-    def _expand(self, wanted: int, small: bool, pool: list) -> int:
-        """Map pages behind the last block, itself used when it is free: `map_block`."""
+    def _expand(self, wanted: int, small: bool, pool: list) -> Chunk:
+        """Map pages behind the last chunk, itself used when it is free: `map_block`."""
         last, page = self._last.get(small), SMALL_SEGMENT if small else LARGE_SEGMENT
-        grows = last in self._free
-        n_bytes = round_up(wanted - (self._size[last] if grows else 0), page)
+        grows = last is not None and last.free
+        n_bytes = round_up(wanted - (last.n_bytes if grows else 0), page)
         self._reserve(n_bytes)
         if grows:
             self._take_out(pool, last)
-            self._size[last] += n_bytes
+            last.n_bytes += n_bytes
             return last
-        # small blocks lie far above all large ones
-        address = (small << 60) if last is None else last + self._size[last]
-        self._size[address], self._is_small[address] = n_bytes, small
+        # small chunks lie far above all large ones
+        address = (small << 60) if last is None else last.address + last.n_bytes
+        chunk = self._last[small] = Chunk(address, n_bytes, small, before=last)
         if last is not None:
-            self._after[last], self._before[address] = address, last
-        self._last[small] = address
-        return address
+            last.after = chunk
+        return chunk
 
     def _reserve(self, n_bytes: int) -> None:
         if self.limit_bytes is not None and self.reserved_bytes + n_bytes > self.limit_bytes:
@@ -173,30 +166,27 @@ class CachingAllocator:
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
 
     def empty_cache(self) -> None:
-        """Give segments without a live block back to the driver: `torch.cuda.empty_cache()`."""
+        """Give segments without a live chunk back to the driver: `torch.cuda.empty_cache()`."""
         if self.expandable:
             return  # its free pages could go; not modelled
         for pool in (self._small, self._large):
-            for n_bytes, address in list(pool):
-                if address not in self._after and address not in self._before:
-                    pool.remove((n_bytes, address))
-                    self._free.discard(address)
-                    del self._size[address], self._is_small[address]
-                    self.reserved_bytes -= n_bytes
+            whole = [entry for entry in pool if entry[2].before is entry[2].after is None]
+            pool[:] = [entry for entry in pool if entry not in whole]
+            self.reserved_bytes -= sum(n_bytes for n_bytes, _, _ in whole)
 
 
 class Playback:
     """Plays a ledger's events through an allocator.
 
     Attributes:
-        address: Block -> where it lies, of those alive.
+        chunks: Block -> where it lies, of those alive.
         sizes: Block -> the bytes it was given last.
         phase_peaks: Phase -> the most allocated bytes at an allocation in it.
     """
 
     def __init__(self, blocks: list[Block], **options):
         self.blocks, self.allocator = blocks, CachingAllocator(**options)
-        self.address: dict[int, int] = {}
+        self.chunks: dict[int, Chunk] = {}
         self.sizes: dict[int, int] = {}
         self.phase_peaks: dict[str, int] = {}
 
@@ -206,14 +196,15 @@ class Playback:
         Raises:
             MemoryError: The allocator's limit is reached.
         """
-        allocator, blocks, address = self.allocator, self.blocks, self.address
-        peaks, sizes = self.phase_peaks, self.sizes
+        allocator, blocks, chunks, sizes = self.allocator, self.blocks, self.chunks, self.sizes
+        peaks = self.phase_peaks
         allocator.peak_allocated_bytes = allocator.allocated_bytes
         for sign, block, phase in events:
-            if sign > 0:
-                address[block] = at = allocator.allocate(blocks[block].n_bytes)
-                sizes[block] = allocator.size_of(at)
-                peaks[phase] = max(peaks.get(phase, 0), allocator.allocated_bytes)
-            else:
-                allocator.free(address.pop(block))
+            if sign < 0:
+                allocator.free(chunks.pop(block))
+                continue
+            chunks[block] = chunk = allocator.allocate(blocks[block].n_bytes)
+            sizes[block] = chunk.n_bytes
+            if allocator.allocated_bytes > peaks.get(phase, 0):
+                peaks[phase] = allocator.allocated_bytes
         return allocator.peak_allocated_bytes

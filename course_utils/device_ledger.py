@@ -57,10 +57,6 @@ class DeviceLedger(MemoryLedger):
         self._owner = ""
         self._inputs: Iterator = iter(())
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else every operation pays for telling torch.compile to stay away
-
     def watch(self, model: torch.nn.Module) -> None:
         """Recognise this model's parameters, gradients and modules from now on."""
         self.model = model

@@ -25,32 +25,21 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import shapes
+from .fake_mode import FastFakeMode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class _Mode(FakeTensorMode):
-    """Without what every operation pays for telling torch.compile to stay away."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.dispatch(func, types, args, kwargs or {})
-
-
 @functools.cache
-def _mode() -> FakeTensorMode:
-    return _Mode(allow_non_fake_inputs=True)
+def _mode() -> FastFakeMode:
+    return FastFakeMode()
 
 
 @contextlib.contextmanager
-def fake_tensors() -> Iterator[FakeTensorMode]:
+def fake_tensors() -> Iterator[FastFakeMode]:
     """Everything inside makes and takes fake tensors.
 
     transformers asks the values of `position_ids` whether several texts are packed into one row,

@@ -218,7 +218,7 @@ def _report(stream: Stream, gpu: Gpu, repeats: float = 1, expandable: bool = Fal
         early = [event for event in step if event[1] in kept
                  and stream.blocks[event[1]].n_bytes == gpu.workspace_bytes][:1]
         other.play(early + [event for event in step if event not in early])
-    initial = list(device.address)
+    initial = list(device.chunks)
     peak = device.play(later)
     other.play(later)
     simulated = [d.allocator.peak_reserved_bytes for d in (device, other)]

@@ -48,16 +48,10 @@ class MemoryLedger(TorchDispatchMode):
         2048
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module | None = None,
-        *,
-        optimizer: torch.optim.Optimizer | None = None,
-        inputs: object = (),
-        budget_bytes: int | None = None,
-        round_bytes: Callable[[int], int] = lambda n_bytes: n_bytes,
-        device_type: str | None = None,
-    ):
+    def __init__(self, model: torch.nn.Module | None = None, *,
+                 optimizer: torch.optim.Optimizer | None = None, inputs: object = (),
+                 budget_bytes: int | None = None, device_type: str | None = None,
+                 round_bytes: Callable[[int], int] = lambda n_bytes: n_bytes):
         super().__init__()
         if budget_bytes is not None and (isinstance(budget_bytes, bool) or budget_bytes <= 0):
             raise ValueError(f"budget_bytes must be a positive number, got {budget_bytes!r}; "
@@ -195,6 +189,10 @@ class MemoryLedger(TorchDispatchMode):
         """Whether this is a tensor with memory on the device that the ledger watches."""
         return isinstance(tensor, torch.Tensor) and tensor.device.type == self.device_type \
             and tensor.untyped_storage().nbytes() > 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else every operation pays for telling torch.compile to stay away
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -19,7 +19,7 @@ DATA = Path(__file__).parent / "data"
 def test_same_requests_give_the_gpus_numbers(number, descending):
     trace = json.loads(gzip.decompress((DATA / f"h200_trace_{number}.json.gz").read_bytes()))
     ends = {position: name for name, position in trace["marks"].items()}
-    device, addresses = CachingAllocator(descending=descending), []
+    device, chunks = CachingAllocator(descending=descending), []
     checked = 0
     for position, event in enumerate([*trace["events"], None]):
         if position in ends:
@@ -33,9 +33,9 @@ def test_same_requests_give_the_gpus_numbers(number, descending):
         if event is None:
             break
         if event >= 0:
-            addresses.append(device.allocate(event))
+            chunks.append(device.allocate(event))
         else:
-            device.free(addresses[-1 - event])
+            device.free(chunks[-1 - event])
     assert checked == 5
 
 
@@ -49,21 +49,22 @@ def test_segments_are_pytorchs(n_bytes, segment):
     assert device.reserved_bytes == segment
 
 
-def test_small_remainder_is_part_of_the_block_and_large_one_is_split():
+def test_small_remainder_is_part_of_the_chunk_and_large_one_is_split():
     device = CachingAllocator()
-    assert device.size_of(device.allocate(11 * MIB + 1)) == 12 * MIB  # under 1 MiB would be left
+    assert device.allocate(11 * MIB + 1).n_bytes == 12 * MIB  # under 1 MiB would be left
     other = CachingAllocator()
-    assert other.size_of(other.allocate(9 * MIB)) == 9 * MIB
+    assert other.allocate(9 * MIB).n_bytes == 9 * MIB
     other.allocate(8 * MIB)
     assert other.reserved_bytes == 20 * MIB  # the second one lies in the first one's segment
 
 
 def test_best_fit_and_merging():
     device = CachingAllocator()
-    blocks = [device.allocate(n * MIB) for n in (4, 6, 4, 6)]
-    device.free(blocks[0])
-    device.free(blocks[1])  # 10 MiB in one piece now
-    assert device.allocate(10 * MIB - 512) == blocks[0]
+    chunks = [device.allocate(n * MIB) for n in (4, 6, 4, 6)]
+    address = chunks[0].address
+    device.free(chunks[0])
+    device.free(chunks[1])  # 10 MiB in one piece now
+    assert device.allocate(10 * MIB - 512).address == address
     assert device.reserved_bytes == 20 * MIB
 
 
@@ -80,19 +81,18 @@ def test_full_device_gives_cached_segments_back_before_it_fails():
 
 
 @given(st.lists(st.tuples(st.integers(1, 30 * MIB), st.integers(0, 5))), st.booleans())
-def test_blocks_never_overlap_and_everything_comes_back(requests, descending):
+def test_chunks_never_overlap_and_everything_comes_back(requests, descending):
     device, live = CachingAllocator(descending=descending), []
     for n_bytes, drop in requests:
-        address = device.allocate(n_bytes)
-        assert device.size_of(address) >= n_bytes
-        live.append(address)
-        spans = sorted((a, a + device.size_of(a)) for a in live)
+        live.append(device.allocate(n_bytes))
+        assert live[-1].n_bytes >= n_bytes
+        spans = sorted((chunk.address, chunk.address + chunk.n_bytes) for chunk in live)
         assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
         assert device.allocated_bytes == sum(end - start for start, end in spans)
         assert device.allocated_bytes <= device.reserved_bytes
         if drop < len(live):
             device.free(live.pop(drop))
-    for address in live:
-        device.free(address)
+    for chunk in live:
+        device.free(chunk)
     device.empty_cache()
     assert device.allocated_bytes == device.reserved_bytes == 0
