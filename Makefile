@@ -31,7 +31,8 @@ ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
 	@$(BIN)/python -m pytest --quiet $(HOUSE)
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(HOUSE:%=--ignore=%)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+		$(HOUSE:%=--ignore=%)
 endif
 
 lab: $(READY) ## open JupyterLab on the lessons

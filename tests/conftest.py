@@ -6,6 +6,12 @@ from pathlib import Path
 from tools.notebooks import ENVIRONMENT
 
 BROWSER_TESTS = Path(__file__).parent / "browser"
+# The modules that take longest start first, so that no worker is left alone with one at the end.
+LONGEST = (
+    "test_notebooks", "test_forecast", "test_recorded_runs", "test_fit", "test_training",
+    "test_train_many_gpus", "test_assignments", "test_ranks", "test_cli", "test_cheat_sheet",
+    "test_lesson_03", "test_lesson_02", "test_readme", "test_attacks", "test_old_torchao",
+)  # fmt: skip
 os.environ.update({name: value for name, value in ENVIRONMENT.items() if "PYTEST" not in name})
 
 
@@ -14,3 +20,9 @@ def pytest_ignore_collect(collection_path, config):
     if collection_path == BROWSER_TESTS and not any("browser" in arg for arg in config.args):
         return True
     return None
+
+
+def pytest_collection_modifyitems(items):
+    """In the order of `LONGEST`, then as they were."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
