@@ -14,12 +14,11 @@ HOUSE := tests/test_architecture.py tests/test_units.py
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
 READY := .venv/ready-$(shell cat requirements.txt $(CONSTRAINTS) pyproject.toml | cksum | tr ' ' -)
 
-.PHONY: help lessons test lab execute stamp test-colab test-browser lint bench assignment grade \
-	release clean
+.PHONY: help lessons test lab execute stamp test-colab test-browser lint bench clean
 lessons test execute stamp lint bench: export HF_HUB_OFFLINE := 1
 
 help: ## show these verbs
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
 
 lessons: $(READY) ## execute every lesson into build/ and write the report; lessons/ stays as it is
 	@echo "Executing the lessons into build/"
@@ -63,21 +62,10 @@ bench: $(READY) ## measure what the package promises
 	@echo "Measuring"
 	@$(BIN)/python tools/bench.py
 	@$(BIN)/python tools/bench_step.py
-	@$(BIN)/python -m tools.bench_grading
+	@test ! -d instructor || $(BIN)/python -m instructor.bench
 
-assignment: $(READY) ## instructor's verb: build an assignment (NAME=effective_batch; ROSTER=, SECRET=, OUT=)
-	@echo "Building the assignment $(NAME)"
-	@$(BIN)/python -m instructor.build $(NAME) --out "$(or $(OUT),build/$(NAME))" \
-		$(if $(ROSTER),--roster "$(ROSTER)") $(if $(SECRET),--secret-file "$(SECRET)")
-
-grade: $(READY) ## instructor's verb: grade a class (NAME= SUBMISSIONS= ROSTER= SECRET=; OUT=, ARGS=)
-	@echo "Grading $(NAME)"
-	@$(BIN)/python -m instructor.grade "$(NAME)" "$(SUBMISSIONS)" --roster "$(ROSTER)" \
-		--secret-file "$(SECRET)" --out "$(or $(OUT),build/graded/$(NAME)/grades.csv)" $(ARGS)
-
-release: $(READY) ## instructor's verb: pack the course without instructor/ into build/course-students.zip
-	@echo "Packing what students get"
-	@$(BIN)/python -m instructor.release
+# The instructor's verbs; the students' archive has none of them.
+-include instructor/verbs.mk
 
 clean: ## remove build/ and caches; .venv stays
 	@echo "Removing build/ and caches"

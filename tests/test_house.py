@@ -110,8 +110,9 @@ def make(verb: str, folder, *flags: str) -> str:
 
 @pytest.fixture
 def house(tmp_path):
-    for name in ("Makefile", *PINS):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "instructor").mkdir()
+    for name in ("Makefile", "instructor/verbs.mk", *PINS):
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv").mkdir()
     return tmp_path
 

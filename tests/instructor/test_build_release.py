@@ -1,5 +1,6 @@
 """The students' archive: everything but what is the instructor's, and the same bytes each time."""
 
+import re
 import subprocess
 import zipfile
 
@@ -42,6 +43,20 @@ def test_archive_keeps_content_and_modes(archive):
         readme = packed.read(f"{FOLDER}README.md").decode()
     assert "](lessons)" in readme
     assert "](instructor" not in readme
+
+
+def test_students_have_no_verbs_of_the_instructors(archive, tmp_path):
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(tmp_path)
+
+    def verbs(folder):
+        shown = subprocess.run(["make", "help"], cwd=folder, text=True, capture_output=True,
+                               check=True).stdout
+        return set(re.findall(r"^  make ([\w-]+)", shown, re.MULTILINE))
+
+    ours, theirs = verbs(ROOT), verbs(tmp_path / FOLDER)
+    assert ours - theirs == {"assignment", "grade", "release"}
+    assert {"lessons", "test", "lab", "bench"} <= theirs
 
 
 def test_same_commit_same_bytes(archive, tmp_path):

@@ -26,7 +26,7 @@ from tests.instructor.classroom import (
 )
 from tools.notebooks import ROOT
 
-COUNT = 40  # tools/bench_grading.py does the same with 500 and a real assignment
+COUNT = 40  # `make bench` does the same with 500 and a real assignment
 
 
 def rows_of(path):

@@ -1,6 +1,6 @@
 """Grade 500 made-up submissions of a real assignment, 100 of them hostile or broken.
 
-    python tools/bench_grading.py [--students 500] [--assignment effective_batch]
+    python -m instructor.bench [--students 500] [--assignment effective_batch]
 
 Prints seconds, the ratio to the 60 s that grading is allowed on two cores, and whether every score
 is the one that the made-up class was made with. Fails if one is not.
@@ -18,19 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from instructor.assignment import load, numbers  # noqa: E402
-from instructor.grade import grade  # noqa: E402
-from tests.instructor import attacks  # noqa: E402
-from tests.instructor.classroom import (  # noqa: E402
-    SECRET,
-    notebook,
-    student,
-    table_function,
-    write_class,
-)
+from instructor.assignment import load, numbers
+from instructor.grade import grade
+from tests.instructor import attacks
+from tests.instructor.classroom import SECRET, notebook, student, table_function, write_class
 
 ALLOWED_SECONDS = 60
 HOSTILE_SHARE = 0.2
