@@ -107,21 +107,23 @@ def show(rows: list[Row]) -> None:
               f"{show_bytes(row.forecast_bytes):>14}{show_bytes(row.counted_bytes):>14}")
 
 
-def compare(model: str, planned: Forecast, measured_bytes: int | None) -> None:
-    """Print a circulating budget beside the forecast's peak, row by row, and the measured total.
+def compare(model: str, planned: Forecast, measured: dict[str, Any]) -> None:
+    """Print a circulating budget beside forecast and measurement at the peak, row by row.
 
     Args:
         model: A key of `CIRCULATING`.
-        planned: Of the usual recipe, at the moment of its peak.
-        measured_bytes: The recorded peak.
+        planned: Of the usual recipe.
+        measured: The recorded row: `composition` by the ledger, the total by CUDA's allocator.
     """
     claims = CIRCULATING[model]
+    print(f"{'':17}{'formula':29}{'claim':>8}{'forecast':>12}{'measured':>12}")
     for holder in (*HOLDERS, "total"):
         formula, low, high = claims.get(holder, ("", None, None))
         said = "-" if low is None else f"{low:g} GB" if low == high else f"{low:g}-{high:g} GB"
-        real = planned.peak_bytes if holder == "total" else planned.composition[holder]
-        print(f"{holder:17}{formula:31}{said:>9}{show_bytes(real):>12}{_verdict(low, high, real)}")
-    print(f"measured total{show_bytes(measured_bytes):>55}")
+        real, seen = (planned.peak_bytes, measured["peak_allocated_bytes"]) \
+            if holder == "total" else (planned.composition[holder], measured["composition"][holder])
+        print(f"{holder:17}{formula:29}{said:>8}{show_bytes(real):>12}{show_bytes(seen):>12}"
+              f"{_verdict(low, high, real)}")
 
 
 def _verdict(low: float | None, high: float | None, real: int) -> str:

@@ -209,10 +209,10 @@ predicted_factor = ...
 eight_b = closing_act.usual("llama-3.1-8b")
 show_prediction(predicted_factor, show="{:.2f}".format,
                 forecast=eight_b.forecast.peak_bytes / 14e9)
-for name in budget.CIRCULATING:
-    one = closing_act.usual(name)
-    print(f"\n{name}, usual recipe: a budget in circulation, and the forecast for a T4")
-    budget.compare(name, one.forecast, one.measured["peak_allocated_bytes"])
+for one in closing_act.rungs("budgets"):
+    print(f"\n{one.name}, usual recipe: a budget in circulation, a T4's forecast, an H200's count")
+    budget.compare(one.name, one.forecast, one.measured)
+print(f"[recorded: {recorded.stamp()}]")
 
 # %% [markdown]
 # ### Explain

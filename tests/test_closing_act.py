@@ -92,13 +92,15 @@ def test_a_claim_is_judged(low, high, real, words):
 
 
 def test_a_budgets_rows_add_up_to_the_peak(usual, capsys):
-    budget.compare("llama-3.1-8b", usual.forecast, 7 * GIB)
+    measured = {"peak_allocated_bytes": 7 * GIB, "composition": usual.forecast.composition}
+    budget.compare("llama-3.1-8b", usual.forecast, measured)
     said = capsys.readouterr().out
     sizes = {"B": 1, "KiB": 1024, "MiB": MIB, "GiB": GIB}
-    found = re.findall(r"^(\w+).*? ([\d.]+) ([KMG]iB|B)   ", said, re.MULTILINE)
-    *rows, total = [float(number) * sizes[unit] for _, number, unit in found]
+    found = re.findall(r"^\w+.*? ([\d.]+) ([KMG]iB|B) +([\d.]+) ([KMG]iB|B)   ", said, re.MULTILINE)
+    (*rows, total), (*counted, measured) = (
+        [float(row[i]) * sizes[row[i + 1]] for row in found] for i in (0, 2))
     assert len(rows) == 7 and sum(rows) == pytest.approx(total, rel=0.01)
-    assert said.rstrip().endswith("7.00 GiB")
+    assert counted == rows and measured == 7 * GIB
 
 
 def test_formulas_give_what_is_counted_where_they_hold():

@@ -9,7 +9,7 @@ import pytest
 from course_utils import recorded
 from course_utils.forecast import forecast
 from course_utils.hardware import T4
-from course_utils.units import GIB
+from course_utils.units import GIB, MIB
 from tools.record_gpu_run import GROUPS, LADDER, recipe_of
 
 ROWS = recorded.recording()["rows"]
@@ -34,6 +34,14 @@ def test_todays_forecast_is_the_recorded_one_and_agrees_with_the_gpu(row):
         assert f.peak_allocated_bytes == pytest.approx(row["peak_allocated_bytes"], rel=2e-3)
     else:
         assert row["outcome"].startswith("out of memory") and not f.fits
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row["group"] == "budgets"], ids=ids)
+def test_who_holds_what_is_as_forecast(row):
+    f = forecast(recipe_of(row), T4)
+    for holder, n_bytes in f.composition.items():  # two work spaces of 8 MiB, and rounding
+        assert row["composition"][holder] == pytest.approx(n_bytes, rel=2e-3, abs=20 * MIB)
+    assert sum(row["composition"].values()) == pytest.approx(row["peak_allocated_bytes"], rel=5e-3)
 
 
 def test_reserved_memory_lies_in_its_interval():

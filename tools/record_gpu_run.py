@@ -6,7 +6,8 @@ Each row is a recipe run through `training.QLoRATrainer` in a process of its own
 other: random weights at the real shapes (memory and speed do not depend on values), full-length
 sequences, T4 kernels and, unless a row says otherwise, the T4's memory limit. Speed is the median
 of the steps after the second; peaks are the highest of all steps but the first two. Beside each
-peak stands its forecast, made at the end without the GPU. The group "lessons" executes every
+peak stands its forecast, made at the end without the GPU. The group "budgets" also counts who
+holds what at the peak, with the ledger, in a step of its own. The group "lessons" executes every
 lesson headlessly on the emulated T4. The file is written again after every row, and rows of groups
 that were not asked for stay as they were.
 """
@@ -144,6 +145,12 @@ def gpus() -> list[dict]:
             for n in (1, 2, 4) if n <= torch.cuda.device_count()]
 
 
+def budgets() -> list[dict]:
+    """The models for which budgets circulate, trained by the usual recipe: who holds what."""
+    return [row("budgets", model, limited=False, model=model, lora_targets=targets)
+            for model, targets in ((LLAMA8, USUAL.lora_targets), (PHI, FUSED))]
+
+
 def curves() -> list[dict]:
     """The same data and seed, 50 steps: the levers change the memory, not the training."""
     common = {"micro_batch_size": 1, "max_steps": 50, "lora_dropout": 0.0, "limited": False,
@@ -153,7 +160,7 @@ def curves() -> list[dict]:
 
 
 GROUPS = {"ladder": ladder, "fit": fitted, "curves": curves, "checkpointing": checkpointing,
-          "matmul": matmul, "menu": menu, "launch": launch, "gpus": gpus,
+          "matmul": matmul, "menu": menu, "launch": launch, "budgets": budgets, "gpus": gpus,
           "lessons": lessons}
 
 
@@ -179,25 +186,41 @@ class Sequences:
         return {"input_ids": self.rows[index].tolist()}
 
 
+def emulated(spec: dict):
+    """A T4, or a T4 with all of this card's memory, while the row runs."""
+    import torch
+
+    from course_utils import hardware
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    return hardware.emulate(T4 if spec["limited"] else dataclasses.replace(T4, total_bytes=total))
+
+
+def model_of(recipe: TrainRecipe, source: str):
+    """What the recipe trains, on the base weights of a folder."""
+    import torch
+
+    from course_utils import qlora
+
+    base = qlora.load_base(recipe, source)
+    torch.manual_seed(recipe.seed)
+    return qlora.apply_levers(qlora.add_adapters(base, recipe), recipe)
+
+
 def train_row(spec: dict, source: str, pipe) -> None:
     """Train one row in an empty process; the answer goes through the pipe, errors too."""
     import torch
 
-    from course_utils import hardware, qlora, training
+    from course_utils import training
 
     def collate(rows):
         ids = torch.tensor([r["input_ids"] for r in rows])
         return {"input_ids": ids, "labels": ids.clone()}
 
-    recipe = recipe_of(spec)
-    total = torch.cuda.get_device_properties(0).total_memory
-    gpu = T4 if spec["limited"] else dataclasses.replace(T4, total_bytes=total)
-    steps: list[dict] = []
+    recipe, steps = recipe_of(spec), []
     try:
-        with hardware.emulate(gpu), tempfile.TemporaryDirectory() as folder:
-            base = qlora.load_base(recipe, source)
-            torch.manual_seed(recipe.seed)
-            model = qlora.apply_levers(qlora.add_adapters(base, recipe), recipe)
+        with emulated(spec), tempfile.TemporaryDirectory() as folder:
+            model = model_of(recipe, source)
             trainer = training.QLoRATrainer(
                 recipe, model, Sequences(recipe, model.config.vocab_size),
                 SimpleNamespace(pad_token_id=0), Path(folder), on_step=steps.append,
@@ -219,6 +242,19 @@ def train_row(spec: dict, source: str, pipe) -> None:
         "peak_reserved_bytes": max((s["peak_reserved_bytes"] for s in measured if s), default=None),
         "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "losses": [round(step["loss"], 5) for step in steps]})
+
+
+def count_row(spec: dict, source: str, pipe) -> None:
+    """Measure some steps of one row, and count the bytes of one more with the ledger."""
+    from course_utils import measurement
+
+    recipe = recipe_of(spec)
+    with emulated(spec):
+        found = measurement.measure_step(recipe, model_of(recipe, source))
+    pipe.send({"outcome": "trained", "composition": found.report.composition,
+               "peak_allocated_bytes": found.peak_allocated_bytes,
+               "peak_reserved_bytes": found.peak_reserved_bytes,
+               "tokens_per_second": round(found.tokens_per_second, 1)})
 
 
 def run_on_gpus(spec: dict) -> dict:
@@ -324,7 +360,8 @@ def main() -> None:
                 key = (spec["recipe"]["model"], storage(spec))
                 if checkpoint != key:
                     source, checkpoint = write_checkpoint(Path(folder), *key), key
-                found = answer(*in_child(context, train_row, spec, str(source)))
+                run = count_row if spec["group"] == "budgets" else train_row
+                found = answer(*in_child(context, run, spec, str(source)))
             peak = found.get("peak_allocated_bytes")
             print(title, f"{peak / GIB:.2f} GiB, {found['tokens_per_second']:.0f} tok/s"
                   if peak else {k: v for k, v in found.items() if k != "losses"}, flush=True)
