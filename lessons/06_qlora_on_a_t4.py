@@ -210,7 +210,7 @@ eight_b = closing_act.usual("llama-3.1-8b")
 show_prediction(predicted_factor, show="{:.2f}".format,
                 forecast=eight_b.forecast.peak_bytes / 14e9)
 for one in closing_act.rungs("budgets"):
-    print(f"\n{one.name}, usual recipe: a budget in circulation, a T4's forecast, an H200's count")
+    print(f"\n{one.name}, usual recipe: what circulates, a T4's forecast, the ledger on a GPU")
     budget.compare(one.name, one.forecast, one.measured)
 print(f"[recorded: {recorded.stamp()}]")
 
@@ -222,7 +222,7 @@ print(f"[recorded: {recorded.stamp()}]")
 # are not parameters x 0.5 (nor is the quoted claim): embeddings and head stay at 16 bits. Gradients
 # are 0 B because the peak stands in the first micro batch, before any exists. And where the
 # activations' row holds, it holds by luck: the levers below halve them, and leave batch, length,
-# width and depth alone.
+# width and depth alone. Forecast and GPU agree in every row, to the rounding.
 
 # %% [markdown]
 # ## 4 · Data: learn the answer, not the question

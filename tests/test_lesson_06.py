@@ -71,9 +71,10 @@ def test_a_save_that_dies_spoils_the_usual_file_and_not_ours(shown):
 
 
 def test_the_budgets_in_circulation_are_judged(shown):
-    said = printed_by(shown, "budget.CIRCULATING")
+    said = printed_by(shown, "budget.compare")
     assert said.count("missing in the budget") == 2
-    assert "19.28 GiB   1.5 times the claim" in said and "22.66 GiB   3.5 times the claim" in said
+    assert "19.28 GiB   19.28 GiB   1.5 times the claim" in said
+    assert "22.66 GiB   22.66 GiB   3.5 times the claim" in said
 
 
 def test_the_closing_act_fits_and_is_faster(shown):
