@@ -12,7 +12,7 @@ LOCK ?=
 # The tests that need no torch: they start at once, and find what is out of place.
 HOUSE := tests/test_architecture.py tests/test_units.py
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
-READY := .venv/ready-$(shell cat requirements.txt $(CONSTRAINTS) pyproject.toml | cksum | tr ' ' -)
+READY := .venv/ready-$(shell cat requirements.txt $(CONSTRAINTS) $(LOCK) pyproject.toml | cksum | tr ' ' -)
 
 .PHONY: help lessons test lab execute stamp test-colab test-browser lint bench clean
 lessons test execute stamp lint bench: export HF_HUB_OFFLINE := 1
@@ -79,8 +79,8 @@ $(READY) $(READY)-browser:
 		|| { echo "Python 3.11 or newer is needed, $(PYTHON) is not: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "Setting up .venv (the first time: some minutes and about 1 GB)"
 	@$(PYTHON) -m venv .venv
-	$(if $(LOCK),@$(PIP) --quiet --require-hashes --requirement $(LOCK))
-	@$(PIP) --constraint $(CONSTRAINTS) --quiet setuptools
-	@$(PIP) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev]' $(BROWSER) | sed -u -E '/already satisfied|^(Installing collected|Successfully)/d'
+	$(if $(LOCK),@$(PIP) --quiet --only-binary :all: --require-hashes --requirement $(LOCK))
+	@$(PIP) --constraint $(CONSTRAINTS) $(if $(LOCK),--no-index) --quiet setuptools
+	@$(PIP) --constraint $(CONSTRAINTS) $(if $(LOCK),--no-index) --no-build-isolation --editable '.[dev]' $(BROWSER) | sed -u -E '/already satisfied|^(Installing collected|Successfully)/d'
 	@rm -f .venv/ready-*
 	@touch $@ $(READY)

@@ -13,7 +13,7 @@ Source: c10/cuda/CUDACachingAllocator.cpp; the comments name its functions and c
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .memory_report import Block
 from .units import KIB, MIB, round_up
@@ -46,8 +46,8 @@ class Chunk:
     n_bytes: int
     small: bool
     free: bool = False
-    before: Chunk | None = None
-    after: Chunk | None = None
+    before: Chunk | None = field(default=None, repr=False)
+    after: Chunk | None = field(default=None, repr=False)
 
 
 class CachingAllocator:
@@ -84,7 +84,7 @@ class CachingAllocator:
         small = wanted <= SMALL
         pool = self._small if small else self._large
         found = bisect_left(pool, (wanted,))
-        if self.expandable and pool[found + 1:] and pool[found][2] is self._last[small]:
+        if self.expandable and found + 1 < len(pool) and pool[found][2] is self._last[small]:
             found += 1  # the chunk that can grow is taken last: get_free_block
         if found < len(pool):
             chunk = pool.pop(found)[2]
@@ -170,9 +170,9 @@ class CachingAllocator:
         if self.expandable:
             return  # its free pages could go; not modelled
         for pool in (self._small, self._large):
-            whole = [entry for entry in pool if entry[2].before is entry[2].after is None]
-            pool[:] = [entry for entry in pool if entry not in whole]
-            self.reserved_bytes -= sum(n_bytes for n_bytes, _, _ in whole)
+            before = sum(n_bytes for n_bytes, _, _ in pool)
+            pool[:] = [free for free in pool if free[2].before or free[2].after]
+            self.reserved_bytes -= before - sum(n_bytes for n_bytes, _, _ in pool)
 
 
 class Playback:
@@ -196,14 +196,13 @@ class Playback:
         Raises:
             MemoryError: The allocator's limit is reached.
         """
-        allocator, blocks, chunks, sizes = self.allocator, self.blocks, self.chunks, self.sizes
-        peaks = self.phase_peaks
+        allocator, chunks, sizes, peaks = self.allocator, self.chunks, self.sizes, self.phase_peaks
         allocator.peak_allocated_bytes = allocator.allocated_bytes
         for sign, block, phase in events:
             if sign < 0:
                 allocator.free(chunks.pop(block))
                 continue
-            chunks[block] = chunk = allocator.allocate(blocks[block].n_bytes)
+            chunks[block] = chunk = allocator.allocate(self.blocks[block].n_bytes)
             sizes[block] = chunk.n_bytes
             if allocator.allocated_bytes > peaks.get(phase, 0):
                 peaks[phase] = allocator.allocated_bytes

@@ -57,7 +57,7 @@ def rungs(group: str = "ladder", gpu: Gpu = T4, names: Sequence[str] = ()) -> li
     """The recorded rows of a group that ended well, each with today's forecast.
 
     Args:
-        group: "ladder", "fit" or "menu".
+        group: "ladder", "fit", "menu" or "budgets".
         gpu: What to forecast for.
         names: Only these rows.
     """

@@ -4,8 +4,8 @@ Layer after layer, once more in backward, forecast after forecast, the same oper
 shapes. `FakeTensorMode` works each one out in Python. This mode lets it do so once, notes what came
 of it, and makes the same again.
 
-It notes only what shapes, strides and plain arguments decide. Not modelled: other devices than a
-CPU, sparse tensors.
+It notes only what layouts and plain arguments decide. The rest it leaves to PyTorch: other devices
+than the CPU, sparse tensors, tensors whose number is known.
 
 Source: torch/_subclasses/fake_tensor.py, whose own cache asks for more and takes longer.
 """
@@ -22,7 +22,7 @@ REMEMBERED = 20_000  # operations; a forecast of new shapes adds some hundreds
 
 
 class _Unclear(Exception):
-    """More than shapes and plain arguments may decide."""
+    """More than layouts and plain arguments may decide."""
 
 
 class FastFakeMode(FakeTensorMode):
@@ -40,8 +40,8 @@ class FastFakeMode(FakeTensorMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, tensors = kwargs or {}, []
         try:
-            described = _described((args, *kwargs.items()), tensors)
-            question = func, torch.get_default_dtype(), described
+            surroundings = torch.get_default_dtype(), torch.is_inference_mode_enabled()
+            question = func, surroundings, _described((args, *kwargs.items()), tensors)
             answer = self._known.get(question)
         except (_Unclear, TypeError):  # TypeError: an argument without a hash
             return self.dispatch(func, types, args, kwargs)
@@ -51,7 +51,7 @@ class FastFakeMode(FakeTensorMode):
             return container(made) if container else made[0]
         before = [_layout(t) for t in tensors]
         result = self.dispatch(func, types, args, kwargs)
-        if [_layout(t) for t in tensors] == before:
+        if [_layout(t) for t in tensors] == before and torch.Tag.inplace_view not in func.tags:
             self._remember(question, result, tensors)
         return result
 
@@ -59,16 +59,16 @@ class FastFakeMode(FakeTensorMode):
         """Note of each tensor made: which argument it is or views (`None`: neither), its layout."""
         container = next((kind for kind in (tuple, list) if isinstance(result, kind)), None)
         homes = {t.untyped_storage()._cdata: i for i, t in enumerate(tensors)}
-        notes: list[tuple] = []
+        ambiguous, notes = len(homes) < len(tensors), []  # two arguments share a storage
         for tensor in result if container else [result]:
             if not _is_plain(tensor):
                 return
             storage, layout = tensor.untyped_storage()._cdata, _layout(tensor)
-            note = homes.get(storage), layout
-            for i, argument in enumerate(tensors):
-                note = (i, None) if argument is tensor else note
-            self._attributes = self._attributes or dict(vars(tensor))
-            if note[0] == -1 or _layout(self._make(tensors, *note)) != layout:
+            home = homes.get(storage)
+            note = home, None if home is not None and tensors[home] is tensor else layout
+            self._attributes = self._attributes or dict(vars(tensor) if note[1] else ())
+            if home is not None and (ambiguous or home < 0) \
+                    or _layout(self._make(tensors, *note)) != layout:
                 return
             homes.setdefault(storage, -1)  # new; a second result in it would be one too many
             notes.append(note)
@@ -79,7 +79,7 @@ class FastFakeMode(FakeTensorMode):
     def _make(self, tensors: list, home: int | None, layout: tuple | None) -> FakeTensor:
         if layout is None:
             return tensors[home]
-        size, stride, offset, dtype, *_ = layout
+        (size, stride, offset, dtype, _), *_ = layout
         if home is None:
             plain = torch.empty_strided(size, stride, dtype=dtype, device="meta")
         else:
@@ -99,7 +99,7 @@ def _described(value: object, tensors: list[FakeTensor]) -> tuple:
         if not _is_plain(value):
             raise _Unclear
         tensors.append(value)
-        return value.shape, value.stride(), value.storage_offset(), value.dtype
+        return _described_tensor(value)
     if kind is tuple or kind is list:
         return kind, *[_described(item, tensors) for item in value]
     return kind, value  # the kind, too: 1 == 1.0 == True
@@ -111,6 +111,11 @@ def _is_plain(tensor: object) -> bool:
         and tensor.fake_device == CPU and tensor.layout is torch.strided
 
 
-def _layout(tensor: torch.Tensor) -> tuple:
+def _described_tensor(tensor: torch.Tensor) -> tuple:
+    """Its layout; conjugates, zero tensors and inference tensors differ in their dispatch keys."""
     return (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype,
-            tensor.requires_grad, tensor.untyped_storage().nbytes())
+            torch._C._dispatch_keys(tensor).raw_repr())
+
+
+def _layout(tensor: torch.Tensor) -> tuple:
+    return _described_tensor(tensor), tensor.requires_grad, tensor.untyped_storage().nbytes()

@@ -69,7 +69,7 @@ def lengths(tokens: Sequence[int], learned: Sequence[int], limit: int) -> Figure
     for name, numbers, colour in (("prompt and answer", tokens, LINES[0]),
                                   ("answer, learned", learned, LINES[1])):
         ax.hist(numbers, bins=bins, color=colour, alpha=0.75, label=name)
-    ax.set(title=f"examples, padded to {limit:,} tokens", xlabel="tokens in an example",
+    ax.set(title=f"examples, cut at {limit:,} tokens", xlabel="tokens in an example",
            ylabel="examples", xlim=(0, limit))
     ax.legend()
     padding = 1 - sum(tokens) / (limit * len(tokens))

@@ -371,6 +371,8 @@ with fake_tensors(), MemoryLedger(model) as ledger:
 big = ledger.report()
 show_prediction(predicted_logits, counted=big.largest[0].n_bytes,
                 peak_of_the_step=big.peak_bytes)
+
+# %% tags=["run"]
 for one in big.largest[:6]:
     print(f"{show_bytes(one.n_bytes):>11}  {one.dtype}  {one.shape}  {one.operation}")
 

@@ -459,7 +459,6 @@ for name, one in {"ours": narrow, "Llama-2-7B": seven}.items():
 
 # %% tags=["run"]
 lora = replace(recipe, lora_rank=16, learning_rate=1e-2)
-
 def adapted(layers_that_forget, use_reentrant=True):
     model = qlora.add_adapters(qlora.load_base(lora), lora).train()
     unwrap(model).disable_input_require_grads()  # add_adapters is careful; a loop may not be

@@ -186,6 +186,7 @@ def add_means(model, micro_batches):
         loss = model(**micro_batch).loss / len(micro_batches)
         loss.backward()
 
+# %% tags=["setup"]
 def gradient_of(model, add, *arguments):
     model.zero_grad()
     add(model, *arguments)
@@ -412,12 +413,12 @@ print("the usual search says:", usual_answer)
 predicted_largest = ...
 
 # %% tags=["run"]
-optimizer = qlora.build_optimizer(model, recipe)
-
 def backward(size):
     ids = torch.randint(0, model.config.vocab_size, (size, 512), device=hardware.device())
     batching.accumulate(model, [{"input_ids": ids, "labels": ids}])
 
+# %% tags=["run"]
+optimizer = qlora.build_optimizer(model, recipe)
 on_the_card = batching.largest_micro_batch(backward, model, optimizer, budget_bytes=card)
 show_prediction(predicted_largest, show="{:.0f} sequences".format,
                 found=on_the_card.micro_batch_size)

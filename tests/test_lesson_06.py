@@ -38,7 +38,7 @@ def shares(text: str) -> tuple[int, int]:
 
 def test_training_teaches_the_tickets(shown):
     before = printed_by(shown, "before = evaluation.answer_losses")
-    after = printed_by(shown, "after = evaluation.answer_losses")
+    after = printed_by(shown, "learned = evaluation.score")
     first, last, low, high = map(float, re.search(
         r"held-out loss ([\d.]+) -> ([\d.]+), change\s+and 95 % interval \S+ \[(\S+), (\S+)\]",
         after).groups())
@@ -48,7 +48,7 @@ def test_training_teaches_the_tickets(shown):
 
 
 def test_the_control_learns_no_tickets(shown):
-    control = printed_by(shown, "corpus.shuffled_answers")
+    control = printed_by(shown, "controlled = evaluation.score")
     assert shares(control)[1] < 10
 
 

@@ -6,10 +6,11 @@ Each row is a recipe run through `training.QLoRATrainer` in a process of its own
 other: random weights at the real shapes (memory and speed do not depend on values), full-length
 sequences, T4 kernels and, unless a row says otherwise, the T4's memory limit. Speed is the median
 of the steps after the second; peaks are the highest of all steps but the first two. Beside each
-peak stands its forecast, made at the end without the GPU. The group "budgets" also counts who
-holds what at the peak, with the ledger, in a step of its own. The group "lessons" executes every
-lesson headlessly on the emulated T4. The file is written again after every row, and rows of groups
-that were not asked for stay as they were.
+peak stands its forecast, made at the end without the GPU. The group "budgets" goes through
+`measurement.measure_step` instead: peak and median of three steps, then one more under the ledger,
+which says who holds what. The group "lessons" executes every lesson headlessly on the emulated T4.
+The file is written again after every row, and rows of groups that were not asked for stay as they
+were.
 """
 
 from __future__ import annotations
