@@ -15,10 +15,11 @@ from . import qlora, shapes
 from .block import weight_bytes
 from .fake import meta_model
 from .forecast import Forecast, forecast
+from .memory_report import CATEGORIES
 from .recipe import TrainRecipe
 from .units import GB, show_bytes
 
-LOGIT_BYTES = 16  # float16 and three float32 copies, rounded up by the allocator's temporaries
+LOGIT_BYTES = 12  # three float32 copies of each: lesson 01, section 6
 # Rows of a quoted budget: holder -> (formula or remark, smallest and largest GB).
 CIRCULATING: dict[str, dict[str, tuple[str, float, float]]] = {
     "llama-3.1-8b": {
@@ -30,8 +31,6 @@ CIRCULATING: dict[str, dict[str, tuple[str, float, float]]] = {
         "gradients": ("as the adapters", 0.05, 0.05), "optimizer state": ("twice that", 0.1, 0.1),
         "activations": ("", 1, 2), "inputs": ("a batch of 4", 0.5, 1), "total": ("", 6, 7)},
 }
-HOLDERS = ("weights", "adapters", "gradients", "optimizer state", "activations", "temporaries",
-           "inputs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ def checklist(recipe: TrainRecipe, model: torch.nn.Module, planned: Forecast,
     return [Row(holder=holder, formula=formulas[holder][0],
                 formula_bytes=int(formulas[holder][1]),
                 forecast_bytes=max(planned.timeline[holder]),
-                counted_bytes=max(counted.timeline[holder])) for holder in HOLDERS]
+                counted_bytes=max(counted.timeline[holder])) for holder in CATEGORIES]
 
 
 def show_share(model: str) -> None:
@@ -117,7 +116,7 @@ def compare(model: str, planned: Forecast, measured: dict[str, Any]) -> None:
     """
     claims = CIRCULATING[model]
     print(f"{'':17}{'formula':29}{'claim':>8}{'forecast':>12}{'measured':>12}")
-    for holder in (*HOLDERS, "total"):
+    for holder in (*CATEGORIES, "total"):
         formula, low, high = claims.get(holder, ("", None, None))
         said = "-" if low is None else f"{low:g} GB" if low == high else f"{low:g}-{high:g} GB"
         real, seen = (planned.peak_bytes, measured["peak_allocated_bytes"]) \
@@ -137,5 +136,4 @@ def _verdict(low: float | None, high: float | None, real: int) -> str:
     if real < 0.75 * low * GB:
         return f"   claim {low * GB / real:,.0f} times too high"
     return "   holds"
-
 

@@ -103,8 +103,9 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # creates Adam's two averages, once; they never go away. So the second step starts higher than the
 # first, and the peak belongs to the *second* step: whoever probes a batch size without an
 # optimizer step probes too low. *Temporaries*, the thin band on top, live for a few operations and
-# wait for nobody. (A GPU needs more than the tensors counted here: cuBLAS's workspaces and the
-# allocator's rounding, which the forecast knows.)
+# wait for nobody. (The forecast is higher: a GPU needs 16 MiB of work space for its products too,
+# and its attention writes out scores here that the CPU's does not; lesson 06 gives it a better
+# one.)
 #
 # Now the folklore: "gradients are as large as the weights, Adam's state is twice that".
 
@@ -156,13 +157,13 @@ print(f"{layer.saved_activation_bytes // (4 * tokens):5}  in all")
 
 # %% [markdown]
 # ### Explain
-# Each line is an operand of a product, or the output of a function whose derivative is cheapest to
-# compute from it:
+# Each line is an operand of a product, or the input or output of a function, whichever its
+# derivative needs:
 #
 # - the two norms keep their input, one number (1 / root mean square), the normalised input, and the
 #   result, which is the operand of the linear layers behind them;
-# - attention keeps query, key and value after rotation (key and value are narrow: two heads serve
-#   six queries), its output, and one number for each head;
+# - attention keeps query and key after rotation, and value (key and value are narrow: two heads
+#   serve six queries), its output, and one number for each head;
 # - the MLP keeps four tensors of its inner width, 384.
 #
 # Additions keep nothing. Weights do not count: they are there anyway.
@@ -332,7 +333,9 @@ figures.compare({"all weights": full, "LoRA": lora}, title="at the peak of two s
 # ### Explain
 # Gradients and optimizer state all but vanish: they follow the *trained* parameters. Most of the
 # activations stay, because the gradient must still travel through every frozen layer down to the
-# first adapter, and needs the same operands on its way. Only the inputs of frozen linear layers go.
+# first adapter, and needs the same operands on its way. Only what a frozen weight's own gradient
+# would have read goes: the norms' normalised inputs, and the inputs of linear layers without an
+# adapter.
 #
 # How much is that for a layer of Llama-2-7B, trained as people do, in 16 bits with float32
 # adapters?
@@ -347,9 +350,10 @@ for name, variant in {"all weights": seven, "LoRA on q, k, v, o": adapted,
 
 # %% [markdown]
 # A few boundaries out of over twenty; and with adapters on every linear layer even more is kept,
-# since they keep float32 operands of their own. So "gradients as large as the weights, Adam twice
-# that" becomes "as large as the *adapters*", and "LoRA cures out of memory" holds only while
-# activations are the smaller part. [LoRA, section 4.2: the saving it claims is optimizer state]
+# since each adapter keeps a 16-bit copy of its input of its own. So "gradients as large as the
+# weights, Adam twice that" becomes "as large as the *adapters*", and "LoRA cures out of memory"
+# holds only while activations are the smaller part. [LoRA, section 4.2: the saving it claims is
+# optimizer state]
 
 # %% [markdown]
 # ## 6 · The term nobody mentions
@@ -373,8 +377,8 @@ show_prediction(predicted_logits, counted=big.largest[0].n_bytes,
                 peak_of_the_step=big.peak_bytes)
 
 # %% tags=["run"]
-for one in big.largest[:6]:
-    print(f"{show_bytes(one.n_bytes):>11}  {one.dtype}  {one.shape}  {one.operation}")
+for block in big.largest[:6]:
+    print(f"{show_bytes(block.n_bytes):>11}  {block.dtype}  {block.shape}  {block.operation}")
 
 # %% [markdown]
 # ### Explain
@@ -455,8 +459,8 @@ for name, n_bytes in answers.items():
 
 # %% [markdown]
 # ## What this lesson left out
-# The CUDA context and cuBLAS workspaces, the allocator's rounding and fragmentation (`forecast`
-# adds them from lesson 02 on); dropout masks; kernels that keep something else on a GPU than on a
+# The CUDA context and cuBLAS workspaces, the allocator's rounding and fragmentation (`forecast` has
+# them, the ledger has not); dropout masks; kernels that keep something else on a GPU than on a
 # CPU (a T4 has no FlashAttention: lesson 06); autocast (lesson 04).
 #
 # ## Sources

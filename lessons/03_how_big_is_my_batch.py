@@ -61,7 +61,8 @@ from transformers import AutoTokenizer, Trainer
 
 # %% [markdown]
 # The recipe of lesson 01, cut into micro batches of 2; and 32 examples, customers' messages and
-# their answers. Only the answer's tokens carry labels, only they are learned.
+# their answers. Only the answer's tokens carry labels, only they are learned; every other label is
+# -100, which the loss skips.
 
 # %% tags=["setup"]
 recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, lora_dropout=0,
@@ -295,8 +296,8 @@ print(f"gradient {wrong['grad_norm'] / right['grad_norm']:.1f} times as long, "
 #
 # <details><summary>Hint 1</summary>Mean times number is sum. Which number do you divide by, and
 # when do you know it?</details>
-# <details><summary>Hint 2</summary>Position 0 is nobody's target: count
-# <code>labels[:, 1:]</code>.</details>
+# <details><summary>Hint 2</summary>Count the labels that are not -100. Position 0 is nobody's
+# target: <code>labels[:, 1:]</code>. (<code>batching.labelled_tokens</code> does both.)</details>
 # <details><summary>Hint 3</summary>Inside the loop <code>loss = model(**micro_batch).loss * ... /
 # total</code>. At the dots: what makes a sum of this micro batch's mean?</details>
 
@@ -473,7 +474,8 @@ print(f"padding in our 32 examples: {padding} of {batch['labels'].numel()} posit
 # state, train/eval mode and random state are afterwards as they were.
 #
 # It works on anything that trains, so also on a model that is not there: Llama-3.2-1B on fake
-# tensors (lesson 01), all weights trained in 16 bits, on a T4 that we pretend to have.
+# tensors (lesson 01), all weights trained in 16 bits (to count bytes only: lesson 04 says why
+# nobody trains so), on a T4 that we pretend to have.
 
 # %% tags=["run"]
 big = fake_model("llama-3.2-1b", torch.float16)
@@ -526,7 +528,8 @@ exercises.check_search(largest_that_trains)
 #
 # The next cells do that with the course's own script,
 # [ranks.py](../course_utils/ranks.py): 2 sequences x 8 micro batches x 2 ranks, the uneven batch of
-# section 2, one optimizer step in float64. On a machine without two GPUs the ranks are two
+# section 2, one optimizer step in float64. Rank 0 takes the first 16 rows, all short; rank 1 the
+# other 16, the four long answers among them. On a machine without two GPUs the ranks are two
 # processes on the CPU.
 #
 # ### Predict
@@ -636,13 +639,13 @@ print(f"[recorded: {recorded.stamp()}]")
 # need not forget (lessons 02, 06); and accumulation for the rest.
 #
 # Now the two cards. The forecast gives the memory, and the time if every operation ran at the data
-# sheet's peak, in FLOP/s or in bytes/s, whichever takes longer. Few runs come near that; we assume
-# half of it, on both cards.
+# sheet's peak, in FLOP/s or in bytes/s, whichever takes longer. Few runs come near that; we take
+# 60 % of it, on both cards, about what lesson 06's measured runs reach.
 
 # %% tags=["run"]
 usual = TrainRecipe(model="llama-3.2-3b", sequence_length=2048)
 levers = replace(usual, loss="chunked", attention="explicit_kv")  # both are lesson 06's
-utilisation, speeds = 0.5, {}
+utilisation, speeds = 0.6, {}
 
 # %% tags=["run"]
 for name, choice in {"usual": usual, "levers": levers}.items():

@@ -152,8 +152,9 @@ exercises.check_spacing(spacing)
 # casts what goes in. `fp16=True` in Trainer is this, plus lesson 05.
 #
 # ### Predict
-# Below, twelve operations are each given a float32 matrix under float16 autocast. How many return
-# float16, on a GPU?
+# Twelve operations are each given a float32 matrix under float16 autocast: linear, matmul, softmax,
+# layer_norm, rms_norm, cross_entropy, sum, pow, exp, silu, embedding, and an addition to float32.
+# How many return float16, on a GPU?
 
 # %% tags=["predict"]
 predicted_count = ...

@@ -286,8 +286,8 @@ exercises.check_scaler(next_state)
 
 # %% [markdown]
 # ## 4 · Four ways to get it wrong
-# A training step now has seven parts: scale, backward, unscale, look, clip, step, update. Loops
-# that people write go wrong in four ways. None raises an error. Each is known by a number.
+# A training step now has seven parts: scale, backward, unscale, look, clip, step, adjust the scale.
+# Loops that people write go wrong in four ways. None raises an error. Each is known by a number.
 #
 # ### (a) Clip before unscale
 # ### Predict
@@ -329,8 +329,9 @@ for name, weight in {"clip first": wrong, "unscale first": right}.items():
 #
 # ### (c) The scaler is not in the checkpoint
 # ### Predict
-# A run starts at scale 2²⁴, finds its level, and is interrupted after 30 steps. You resume with
-# model, optimizer and schedule, and a *new* scaler. How many steps are lost again?
+# The single layer of section 3, its gradient 0.25, starts at scale 2²⁴, finds its level, and is
+# interrupted after 30 steps. You resume with model, optimizer and schedule, and a *new* scaler. How
+# many steps are lost again?
 
 # %% tags=["predict"]
 predicted_lost_again = ...
@@ -364,11 +365,11 @@ for always in (False, True):
 print("PyTorch warned:", str(caught[0].message).split(". ")[0])
 
 # %% [markdown]
-# The warm-up was over before training had begun: the untrained adapters get almost the full rate at
-# once, the very thing that a warm-up prevents. You may have seen PyTorch's warning about the order
-# of `lr_scheduler.step()` and `optimizer.step()` in a loop whose order was right. This is what it
-# means: the scaler skipped the first step. It is said once, and only when it is the *first* step
-# that is skipped.
+# The warm-up was nearly over before training had begun: the untrained adapters get almost the full
+# rate at once, the very thing that a warm-up prevents. You may have seen PyTorch's warning about
+# the order of `lr_scheduler.step()` and `optimizer.step()` in a loop whose order was right. This is
+# what it means: the scaler skipped the first step. It is said once, and only when it is the *first*
+# step that is skipped.
 #
 # ## Exercise 05.3 · The right order
 # *Hard, 10 minutes, at home.* Complete the step. Return whether it stepped. The check compares
@@ -435,7 +436,7 @@ short = replace(recipe, amp_dtype="float16", micro_batch_size=1, gradient_accumu
                 max_steps=10, save_steps=5, logging_steps=1, warmup_fraction=0.5)
 folder = tempfile.mkdtemp()
 arguments = short.to_training_arguments(folder, disable_tqdm=True, dataloader_pin_memory=False)
-trainer = Trainer(fresh, arguments, train_dataset=rows, data_collator=collate)
+trainer = Trainer(copy.deepcopy(fresh), arguments, train_dataset=rows, data_collator=collate)
 trainer.remove_callback(PrinterCallback)
 
 # %% [markdown]
@@ -465,13 +466,14 @@ print("in the checkpoint:", [name for name in saved if "scaler" in name])
 
 # %% [markdown]
 # ### Explain
-# An example alone weighs 32 = 2⁵ times what it weighs among 32, so about five halvings are skipped
-# steps. (The first that is let through is at rate zero, as in lesson 03, and changes nothing:
-# linear warm-up starts there.) Trainer unscales before it clips, skips, lets the schedule wait, and
-# saves the scaler. But `global_step` counts skipped steps, and so do `max_steps` and the epoch:
-# their data are gone. The first steps of an fp16 run with a gradient norm of `nan` in the log are
-# no reason to stop; a scale that keeps falling is. [transformers/trainer.py;
-# accelerate/optimizer.py, `step_was_skipped`]
+# Section 1's fresh state bore 2¹⁶, and no longer 2²¹. An example alone weighs 32 = 2⁵ times what it
+# weighs among 32, so five to nine halvings from 2²⁰ were to be expected. Each is a skipped step.
+# (The first that is let through is at rate zero, as in lesson 03, and changes nothing: linear
+# warm-up starts there.) Trainer unscales before it clips, skips, lets the schedule wait, and saves
+# the scaler. But `global_step` counts skipped steps, and so do `max_steps` and the epoch: their
+# data are gone. The first steps of an fp16 run with a gradient norm of `nan` in the log are no
+# reason to stop; a scale that keeps falling is. [transformers/trainer.py; accelerate/optimizer.py,
+# `step_was_skipped`]
 #
 # A *loss* of NaN you would not see. Let Trainer go on with the adapters that section 3 ruined:
 
@@ -528,11 +530,12 @@ for scale in (1, 1024, 262144):
 # >             "scheduler": scheduler.state_dict()}, "last.pt")
 # > ```
 #
-# A right answer finds three, and no fourth: clipping before `unscale_` (the norm that reaches the
-# optimizer is at most 1 / scale, however large the gradient); the schedule in skipped steps (after
-# a start at 2²⁴ the first update has most of the full rate); no scaler in the checkpoint (the same
-# steps are lost again after each resume). `scaler.step` does look for infinities. For the loop of
-# section 4 the numbers are:
+# A right answer finds three mistakes about the scale: clipping before `unscale_` (the norm that
+# reaches the optimizer is at most 1 / scale, however large the gradient); the schedule in skipped
+# steps (after a start at 2²⁴ the first update has most of the full rate); no scaler in the
+# checkpoint (the same steps are lost again after each resume). `scaler.step` does look for
+# infinities. (Two more are lesson 06's: it saves over its only good checkpoint, and without the
+# random state and the position in the data.) For the loop of section 4 the numbers are:
 
 # %% tags=["run"]
 print(f"norm x {(wrong.grad.norm() / right.grad.norm()).item():.0e}")

@@ -38,6 +38,7 @@ from course_utils import verified
 print(verified.welcome())
 
 # %% tags=["setup"]
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -100,20 +101,20 @@ preflight(recipe, gpu, planned=planned).require()
 
 # %% [markdown]
 # And this is how it refuses: a large model without a GPU; then a recipe that asks a T4 for
-# bfloat16, and for too much of everything.
+# bfloat16, and for more memory than it has.
 
 # %% tags=["run"]
 found = preflight(replace(recipe, model="llama-3.2-1b", amp_dtype=None), None).findings[0]
 print(f"{found.name}: {found.found}; {found.fix}")
 
 # %% tags=["raises-exception"]
-greedy = replace(recipe, micro_batch_size=4096, loss="full").for_gpu(hardware.T4)
+greedy = replace(recipe, micro_batch_size=4096, loss="full", checkpointed_layers=0)
+greedy = greedy.for_gpu(hardware.T4)
 too_much = forecast(greedy, hardware.T4)
 preflight(replace(greedy, amp_dtype="bfloat16"), hardware.T4, planned=too_much).require()
 
 # %% [markdown]
-# Worth remembering on Colab: `torch.cuda.is_bf16_supported()` says **True** on a T4, because
-# PyTorch emulates it. The run would be accepted, and crawl.
+# The first line is lesson 04's trap: without it the run would be accepted, and crawl.
 
 # %% [markdown]
 # ## 2 · Load in 4 bits, add adapters
@@ -126,10 +127,12 @@ preflight(replace(greedy, amp_dtype="bfloat16"), hardware.T4, planned=too_much).
 #
 # ### Predict
 # Adapters of rank 16, on the layers that `source.settings` names, of a model with these sizes.
-# Which share of all parameters is trained, in percent? (People say "about 0.1 %".)
+# Which share of all parameters is trained, in percent? (Tied: embeddings and head are one matrix.
+# People say "about 0.1 %".)
 
 # %% tags=["setup"]
-sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim")
+sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings")
 print({size: getattr(shapes.config(recipe.model), size) for size in sizes})
 
 # %% tags=["predict"]
@@ -149,7 +152,8 @@ budget.show_share("llama-3.2-1b")
 # bundled model's share is large; a billion parameters make it a fraction of a percent. Quote a
 # count, not a share. (`print_trainable_parameters()` prints, and returns None: no use in an
 # f-string.) "4 bits save 75 %" is true of the weights that become 4-bit; embeddings and head do
-# not, and in a small model they are much of it. [LoRA, section 4.2]
+# not, and in a small model they are much of it. "Llama-3.2-1B in 4 bits takes 1.24 GB" is said,
+# too: 1.24 billion is its number of *parameters*, its bytes stand above. [LoRA, section 4.2]
 
 # %% [markdown]
 # ## Exercise 06.1 · Count the adapters
@@ -183,14 +187,19 @@ budget.show(budget.checklist(recipe, model, planned, step.report))
 figures.memory_over_time(step.report, "one optimizer step: four micro batches, then Adam")
 
 # %% [markdown]
-# Adapters and gradients are what their formulas say. Three rows are not:
+# Adapters and gradients are what their formulas say. Four rows are not:
 #
-# - *Optimizer state.* bitsandbytes keeps 8-bit states only for matrices of 4096 elements or more:
-#   in the small model the MLP's wide ones. The others keep 2 x 4 bytes.
+# - *Weights.* Each 4-bit layer has small tables of its own, dust in a large model; and a CPU keeps
+#   the embeddings in float32.
+# - *Optimizer state.* 8-bit Adam has a byte for each of its two averages and a float32 scale for
+#   every 256 of them, 2.03 bytes a parameter; *paged* means that CUDA may move them to the host.
+#   bitsandbytes does so only for matrices of 4096 elements or more: in the small model the MLP's
+#   wide ones. The others keep 2 x 4 bytes.
 # - *Activations.* The formula counts the layers' boundaries. A layer keeps many times that inside
 #   (lesson 01), unless it forgets (lesson 02).
-# - *Temporaries.* The formula is the full loss: all logits, in 16 bits and in float32. This recipe
-#   builds 512 rows of them at a time. (A T4 adds 16 MiB of work space for its products.)
+# - *Temporaries.* The formula is the full loss: three float32 copies of all logits (lesson 01).
+#   This recipe builds 512 rows of them at a time. (A T4 adds 16 MiB of work space for its
+#   products.)
 #
 # Without a GPU you see four equal hills, and a small one beside each, where the one layer that
 # forgets is computed again. Activations follow the *micro* batch; only gradients survive from hill
@@ -220,10 +229,11 @@ print(f"[recorded: {recorded.stamp()}]")
 # peak stand the logits, tokens x vocabulary, in float32 copies (lesson 01). A "batch" of token ids
 # is kilobytes; whoever gives it a gigabyte has seen the logits and named them wrongly. Base weights
 # are not parameters x 0.5 (nor is the quoted claim): embeddings and head stay at 16 bits. Gradients
-# are 0 B because the peak stands in the first micro batch, before any exists. And where the
-# activations' row holds, it holds by luck: the levers below halve them, and leave batch, length,
-# width and depth alone. Forecast and GPU agree in every row; what little the ledger counts less is
-# the work space of the GPU's libraries, which no operation shows.
+# are 0 B because these runs take one micro batch a step: at the peak none exists yet. With
+# accumulation they lie beside the next micro batch (lesson 03). And where the activations' row
+# holds, it holds by luck: the levers below halve them, and leave batch, length, width and depth
+# alone. Forecast and GPU agree in every row; what little the ledger counts less is the work space
+# of the GPU's libraries, which no operation shows.
 
 # %% [markdown]
 # ## 4 · Data: learn the answer, not the question
@@ -293,11 +303,11 @@ gates.check_gates(model, rows, recipe, tokenizer.pad_token_id).require()
 
 # %% [markdown]
 # *Step 0*: B starts as zeros, so fresh adapters change nothing, exactly [LoRA, section 4.1]; else
-# an upcast, a dropout or an old run has. *Gradients*: a frozen base with checkpointing needs
-# `enable_input_require_grads()`, else nothing is trained, silently. *Overfit*: whoever cannot halve
-# the loss of one batch will not learn a data set; afterwards the adapters are put back.
-# *Attention*: on a T4, grouped-query attention without a mask falls back to a kernel that writes
-# all scores, sequence x sequence; repeating keys and values first avoids it.
+# an upcast, a dropout or an old run has. *Gradients*: every trained tensor has one, and it is
+# finite; with reentrant checkpoints on a frozen base some have none, silently (lesson 02).
+# *Overfit*: whoever cannot halve the loss of one batch will not learn a data set; afterwards the
+# adapters are put back. *Attention*: on a T4, grouped-query attention without a mask falls back to
+# a kernel that writes all scores, sequence x sequence; repeating keys and values first avoids it.
 
 # %% [markdown]
 # ## 7 · Train
@@ -596,8 +606,9 @@ widgets.levers_explorer()
 # ## Exercise 06.3 · The same lesson in less memory and less time
 # *Medium, 8 minutes.* Phi-4-mini, 32 sequences of 2048 tokens a step: the usual recipe does not fit
 # a T4. Write a recipe that learns **the same** (same model, adapters, sequence length, 32 sequences
-# a step; dropout may go), stays at or below **6 GiB** on a T4 and is at least **twice** as fast,
-# both by forecast. Start from `replace(exercises.PHI, ...)`. One lever is not enough.
+# a step; dropout may go), keeps its peak in tensors at or below **6 GiB** on a T4 and is at least
+# **twice** as fast, both by forecast. Start from `replace(exercises.PHI, ...)`. One lever is not
+# enough.
 #
 # <details><summary>Hint 1</summary>Which term is the largest at the peak? It need not exist at
 # once.</details>
@@ -657,17 +668,19 @@ for name in ("rank 8", "sequence 1024", "micro batch 2, accumulated", "chunked l
     print(f"{name:28}saves {show_bytes(saved):>10}; {'fits' if one.fits else 'does not fit'}")
 
 # %% [markdown]
-# The order follows from the table, not from a rule of thumb. A shorter sequence changes what is
-# learned; explicit keys and values *and* the chunked loss fit the run as it is (section 12).
+# The order follows from the table. "Over 14 GB reduce the batch, then the sequence, then the rank",
+# as people say, ends with what saves least. A shorter sequence changes what is learned; explicit
+# keys and values *and* the chunked loss fit the run as it is (section 12).
 #
-# A right answer to 2 says that both steps see 32 sequences and give the same gradient, so the
-# same quality; that activations and logits are four times as large on the A10; and it asks for the
-# model and the length before it says "fits". For Llama-3.2-1B at 2048 tokens, usual recipe:
+# A right answer to 2 is lesson 03's, section 6: 32 sequences behind each update and the same
+# gradient, but for the rounding of float16 here and bfloat16 there; activations and logits four
+# times as large on the A10; and it asks for the model and the length before it says "fits". For
+# Llama-3.2-1B at 2048 tokens, usual recipe:
 
 # %% tags=["run"]
 t4 = replace(eight_b.recipe, model="llama-3.2-1b", micro_batch_size=2,
              gradient_accumulation_steps=16)
-a10 = replace(t4, micro_batch_size=8, gradient_accumulation_steps=4)
+a10 = replace(t4, micro_batch_size=8, gradient_accumulation_steps=4).for_gpu(hardware.A10)
 for one, card in ((t4, hardware.T4), (a10, hardware.A10)):
     planned_step = forecast(one, card)
     speed = f"about {tokens_per_second(one, planned_step):,.0f} tokens a second"
@@ -675,13 +688,14 @@ for one, card in ((t4, hardware.T4), (a10, hardware.A10)):
           f"{planned_step}")
 
 # %% [markdown]
-# A right answer to 3 multiplies before it recommends: tokens, steps, hours. With this lesson's
-# levers, on two T4s, by the forecast's arithmetic (60 % of the card's peak rates); `fit(...)` finds
-# the settings too, and its `.hours(tokens)` says the same of them:
+# A right answer to 3 multiplies before it recommends: tokens, steps (rounded up for each epoch, as
+# in lesson 03), hours. With this lesson's levers, on two T4s, by the forecast's arithmetic (60 % of
+# the card's peak rates); `fit(...)` finds the settings too, and its `.hours(tokens)` says the same
+# of them:
 
 # %% tags=["run"]
 tokens, lean = 3 * 50_000 * 500, replace(smallest.recipe, offload_checkpoints=False)
-print(f"{tokens:,} tokens, {3 * 50_000 / 32:,.0f} optimizer steps")
+print(f"{tokens:,} tokens, {3 * math.ceil(50_000 / 32):,} optimizer steps")
 for name in ("llama-3.2-1b", "llama-3.1-8b"):
     one = replace(lean, model=name, micro_batch_size=16, sequence_length=512, world_size=2)
     planned_step = forecast(one, hardware.T4)

@@ -21,7 +21,7 @@ def shown():
     """Everything that the committed lesson prints, by the code that printed it."""
     notebook = nbformat.read(LESSONS / "06_qlora_on_a_t4.ipynb", as_version=4)
     return {cell.source: "".join(
-        output.get("text", "") or output.get("data", {}).get("text/plain", "")
+        output.get("text") or output.get("evalue") or output.get("data", {}).get("text/plain", "")
         for output in cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
 
 
@@ -34,6 +34,13 @@ def printed_by(shown, code: str) -> str:
 def shares(text: str) -> tuple[int, int]:
     """Percent of held-out answers with the structure, and right ones."""
     return tuple(map(int, re.search(r"(\d+)% have the structure, (\d+)% are right", text).groups()))
+
+
+def test_preflight_refuses_each_mistake_with_its_remedy(shown):
+    refused = printed_by(shown, "greedy = replace(recipe").splitlines()
+    assert [line.split()[0] for line in refused] == ["precision", "memory"]
+    assert refused[0].endswith("use recipe.for_gpu(hardware.detect())")
+    assert "; halve micro_batch_size" in refused[1]
 
 
 def test_training_teaches_the_tickets(shown):

@@ -41,7 +41,7 @@ Example throughout: {example}. Forecasts are for a T4 ({t4}).
 | boundary of a layer | micro batch x sequence x hidden x 2 | {boundary} |
 | all layers checkpointed | layers x boundary + what one layer keeps | {checkpointed} |
 | no layer checkpointed | layers x what one layer keeps | {kept} |
-| logits | micro batch x sequence x vocabulary x up to 16 | {logits} |
+| logits | micro batch x sequence x vocabulary x 12 (three float32 copies) | {logits} |
 | scores, on a T4 without mask | micro batch x heads x sequence² x 4, several | {scores} |
 | token ids | micro batch x sequence x 8 | {ids} |
 
@@ -61,7 +61,8 @@ llama-3.1-8b --sequence-length 2048`, with your model and length.
 - `fp16=True`, never `bf16`: `torch.cuda.is_bf16_supported()` counts emulation (lesson 04).
 - `bnb_4bit_compute_dtype` = the AMP dtype, quant type `nf4`, double quant: no default is right.
 - Load with `dtype=torch.float16`; skip `prepare_model_for_kbit_training`: it makes embeddings and
-  head float32 ({upcast} more at the peak). Call `enable_input_require_grads()`.
+  head float32 ({upcast} more at the peak). With `use_reentrant=True` call
+  `enable_input_require_grads()`.
 - Adapters stay float32; no `fp16_full_eval` before training; unscale, then clip (lesson 05).
 - No FlashAttention, no Triton: repeat key/value heads yourself (lesson 06).
 - A search for the largest micro batch needs an optimizer step in it, full-length sequences, and
@@ -113,7 +114,7 @@ def page() -> str:
                                  ("adapters", "gradients", "optimizer state"))),
         boundary=show_bytes(tokens * config.hidden_size * 2),
         checkpointed=holders(every), kept=holders(none),
-        logits=show_bytes(tokens * config.vocab_size * 16),
+        logits=show_bytes(tokens * config.vocab_size * 12),
         scores=show_bytes(USUAL.micro_batch_size * config.num_attention_heads
                           * USUAL.sequence_length**2 * 4) + " each",
         ids=show_bytes(tokens * 8), levers=table(ranked),
