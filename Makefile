@@ -42,9 +42,11 @@ execute: $(READY) ## author's verb: make the .ipynb from the .py and run it (LES
 	@echo "Rebuilding the committed notebooks from their .py"
 	@$(BIN)/python -m tools.execute $(LESSON)
 
-stamp: $(READY) ## author's verb: badges, set-up cells, README's table and outputs, from one place
+stamp: $(READY) ## author's verb: badges, set-up cells, numbers outside the lessons, from one place
 	@echo "Stamping"
 	@$(BIN)/python -m tools.stamp
+	@$(BIN)/python -m tools.cheat_sheet
+	@$(BIN)/python -m tools.beyond_one_gpu
 
 test-colab: $(READY) ## set-up cell and lessons on Colab's packages, in .venv-colab (LESSON=01 for one)
 	@echo "Testing on Colab's packages"

@@ -39,7 +39,8 @@ def find_browser(environment: Mapping[str, str] = os.environ) -> str:
     if not found:
         raise ValueError(f"CHROMIUM must name a browser, got {asked or 'nothing'}"
                          f"{'' if asked else ', and found no ' + ' or '.join(BROWSERS)}; "
-                         "run `apt-get install chromium`")
+                         "install Chromium or Chrome (Debian: `apt-get install chromium`), "
+                         "or set CHROMIUM to its path")
     return found
 
 
