@@ -103,9 +103,8 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # creates Adam's two averages, once; they never go away. So the second step starts higher than the
 # first, and the peak belongs to the *second* step: whoever probes a batch size without an
 # optimizer step probes too low. *Temporaries*, the thin band on top, live for a few operations and
-# wait for nobody. (The forecast is higher: a GPU needs 16 MiB of work space for its products too,
-# and its attention writes out scores here that the CPU's does not; lesson 06 gives it a better
-# one.)
+# wait for nobody. (The forecast is higher: a GPU needs work space for its products too, and its
+# attention writes out scores here that the CPU's does not; lesson 06 gives it a better one.)
 #
 # Now the folklore: "gradients are as large as the weights, Adam's state is twice that".
 

@@ -640,7 +640,7 @@ print(f"[recorded: {recorded.stamp()}]")
 #
 # Now the two cards. The forecast gives the memory, and the time if every operation ran at the data
 # sheet's peak, in FLOP/s or in bytes/s, whichever takes longer. Few runs come near that; we take
-# 60 % of it, on both cards, about what lesson 06's measured runs reach.
+# `utilisation` of it, on both cards, about what lesson 06's measured runs reach.
 
 # %% tags=["run"]
 usual = TrainRecipe(model="llama-3.2-3b", sequence_length=2048)
