@@ -38,7 +38,6 @@ from course_utils import verified
 print(verified.welcome())
 
 # %% tags=["setup"]
-import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -695,7 +694,7 @@ for one, card in ((t4, hardware.T4), (a10, hardware.A10)):
 
 # %% tags=["run"]
 tokens, lean = 3 * 50_000 * 500, replace(smallest.recipe, offload_checkpoints=False)
-print(f"{tokens:,} tokens, {3 * math.ceil(50_000 / 32):,} optimizer steps")
+print(f"{tokens:,} tokens, {3 * -(-50_000 // 32):,} optimizer steps")  # -(-a // b): up
 for name in ("llama-3.2-1b", "llama-3.1-8b"):
     one = replace(lean, model=name, micro_batch_size=16, sequence_length=512, world_size=2)
     planned_step = forecast(one, hardware.T4)
