@@ -40,8 +40,8 @@ def count_block(recipe: TrainRecipe) -> MemoryReport:
     """The ledger of one layer's forward pass: what it keeps, tensor by tensor.
 
     Args:
-        recipe: Uses model, base (not nf4), adapters, amp_dtype, micro_batch_size, sequence_length,
-            padded, checkpointed_layers ("all" or 0), attention and norm.
+        recipe: Uses model, base (not nf4), lora_*, amp_dtype, micro_batch_size, sequence_length,
+            padded, checkpointed_layers ("all" or 0), attention, norm, mlp, adapters and rotary.
 
     Returns:
         A report; `saved_activation_bytes` is what waits for backward.

@@ -162,11 +162,12 @@ def levers(recipe: TrainRecipe, gpu: Gpu = T4,
 def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None = None, *,
         utilisation: float = UTILISATION,
         progress: Callable[[str], None] = lambda text: None) -> Fit:
-    """The fastest settings of micro batch, accumulation, k, loss, attention and offload that fit.
+    """The fastest micro batch, accumulation, k, loss, attention, kept attention, offload that fit.
 
-    They fit even at the forecast's upper bound (`margin_bytes` is not negative). Model, adapters,
-    sequence length and precision stay. Loss and gradients stay, too: none of these settings changes
-    what is learnt.
+    They fit even at the forecast's upper bound (`margin_bytes` is not negative). Only micro batches
+    of 1, 2, 4, ... are tried. Segments are always expandable, and under LoRA the lean loss replaces
+    the recipe's own. Model, adapters, sequence length and precision stay. What the loss is and its
+    gradients stay, too: none of these settings changes what is learnt.
 
     Args:
         target_effective_batch: Sequences behind one optimizer step; by default the recipe's own.

@@ -1,7 +1,7 @@
 """QLoRA in parts: load in 4 bits, add adapters, compute the loss, step.
 
 The forecast runs this very code on fake tensors, so what it predicts is what trains. The levers
-that make a run fit are in `levers`. Not modelled: mixtures of experts, encoder-decoders.
+that make a run fit are in `levers` and `lean`. Not modelled: mixtures of experts, encoder-decoders.
 """
 
 from __future__ import annotations
@@ -108,7 +108,6 @@ def add_adapters(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
         raise ValueError(f"lora_targets must name linear layers of {recipe.model}, got "
                          f"{', '.join(missing)}; it has {', '.join(linear)}")
     old_torchao.look_past()
-    old_torchao.look_past()
     targets = recipe.lora_targets
     model.enable_input_require_grads()  # else a reentrant checkpoint cuts the gradient off
     config = LoraConfig(
@@ -131,7 +130,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def apply_levers(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module:
-    """Set attention, norm and checkpointing of the model as the recipe says."""
+    """Set attention, norm, MLP, adapters, rotary and checkpointing as the recipe says."""
     base = unwrap(model)
     if recipe.attention == "explicit_kv":
         use_explicit_kv_attention(base)
