@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from .lean import ABSENT, head_loss
 
 ATTENTION_KERNELS = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,  # what Hopper takes
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
