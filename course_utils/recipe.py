@@ -153,8 +153,10 @@ class TrainRecipe:
                              f"for example {field}={min(max(low, 8), high)}")
 
     def _check_combinations(self) -> None:
-        if self.lora_dropout == 1:
-            raise ValueError("lora_dropout must be below 1, got 1; 1 drops every input, use 0.05")
+        for field, why in (("lora_dropout", "1 drops every input, use 0.05"),
+                           ("warmup_fraction", "transformers takes 1 for one step, use 0.03")):
+            if getattr(self, field) == 1:
+                raise ValueError(f"{field} must be below 1, got 1; {why}")
         targets = self.lora_targets
         if targets != "all-linear" and not (isinstance(targets, tuple) and targets and all(
                 isinstance(name, str) and name for name in targets)):

@@ -37,7 +37,8 @@ WRONG += [(field, 1) for field in ("double_quant", "kbit_upcast", "padded", "off
                                     "keep_attention", "expandable_segments")]
 WRONG += [("model", "no such thing"), ("model", 7), ("lora_rank", 0), ("lora_rank", "16"),
           ("lora_rank", None), ("lora_targets", ()), ("lora_targets", "q_proj"),
-          ("lora_targets", ("q_proj", 3)), ("lora_dropout", 1), ("checkpointed_layers", -1),
+          ("lora_targets", ("q_proj", 3)), ("lora_dropout", 1), ("warmup_fraction", 1.0),
+          ("checkpointed_layers", -1),
           ("checkpointed_layers", "some"), ("checkpointed_layers", None)]
 
 
