@@ -160,7 +160,8 @@ def train_here(recipe: TrainRecipe, gpu: Gpu | None,
     """
     if gpu is None:
         return f"{recipe.model}: not measured on cpu"
-    planned, steps = forecast(recipe.for_gpu(gpu), gpu), []
+    recipe = recipe.for_gpu(gpu)
+    planned, steps = forecast(recipe, gpu), []
     with tempfile.TemporaryDirectory() as folder:
         here = replace(recipe, max_steps=WARM_UP_STEPS + MEASURED_STEPS)
         if weights == "random":
