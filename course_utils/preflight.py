@@ -94,7 +94,10 @@ def _disk(recipe: TrainRecipe, output_dir: Path) -> Finding:
     free, needed = shutil.disk_usage(place).free, 0
     if recipe.model != shapes.BUNDLED and not Path(recipe.model).exists():
         needed = 2 * _parameters(recipe)
-    needed += 3 * _parameters(recipe) // 20  # adapters and their state: under 5 % of the model
+    # Adapters and their state take under 5 % of the model; a model that is trained itself takes
+    # its weights and two averages of each, in float32.
+    checkpoint = _parameters(recipe) // 20 if recipe.lora_rank else 12 * _parameters(recipe)
+    needed += 3 * checkpoint
     return Finding("disk", f"{show_bytes(needed)} needed, enough free" if free >= needed else
                    f"{show_bytes(free)} free, {show_bytes(needed)} needed",
                    None if free >= needed else "delete old runs, or set another output_dir")
