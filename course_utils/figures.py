@@ -15,7 +15,6 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -55,10 +54,6 @@ class Figure:
 
     def __repr__(self) -> str:
         return f"Figure: {self.alt}"
-
-    def save(self, path: str | Path) -> None:
-        """Write the PNG to a file."""
-        Path(path).write_bytes(self.png)
 
 
 def _canvas(height: float = 4.6) -> tuple[Canvas, Any]:
@@ -178,7 +173,8 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[int]], xlabel: str, 
     highest = max(max(line) for line in lines.values())
     unit, size = _unit(highest)
     canvas, ax = _canvas()
-    for (name, line), colour, mark in zip(lines.items(), LINES, "osD^v", strict=False):
+    for (name, line), colour, mark in zip(lines.items(), itertools.cycle(LINES),
+                                          itertools.cycle("osD^v"), strict=False):
         ax.plot(x, [n / size for n in line], color=colour, marker=mark, linewidth=2.5)
         ax.annotate(name, (x[-1], line[-1] / size), xytext=(8, 0), textcoords="offset points",
                     color=colour, va="center")
@@ -237,8 +233,8 @@ def forward_backward(layers: int = 4) -> Figure:
 def losses(runs: Mapping[str, Sequence[float]], title: str = "") -> Figure:
     """Training loss of each run, in nats per labelled token, over its optimizer steps."""
     canvas, ax = _canvas(4.0)
-    for (name, line), colour, dashes in zip(runs.items(), LINES, ("-", "--", ":", "-."),
-                                            strict=False):
+    for (name, line), colour, dashes in zip(runs.items(), itertools.cycle(LINES),
+                                            itertools.cycle(("-", "--", ":", "-.")), strict=False):
         ax.plot(range(1, len(line) + 1), line, dashes, color=colour, linewidth=2.5, label=name)
     ax.set(title=title, xlabel="optimizer steps", ylabel="loss, nats per token", ylim=(0, None))
     ax.grid(axis="y")
