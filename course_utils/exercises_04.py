@@ -72,8 +72,6 @@ def copies(model: torch.nn.Module) -> int:
 @check
 def check_copies(answer: Callable) -> Verdict:
     """Exercise 04.2: bytes of 16-bit copies that autocast adds to a float32 model."""
-    if not callable(answer):
-        return not_yet(f"a function is asked for, got {type(answer).__name__}.")
     for name in COPIED:
         model = fake_model(name)
         result, wanted = call(answer, model), copies(model)
