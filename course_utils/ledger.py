@@ -27,9 +27,7 @@ from .units import show_bytes
 
 
 class MemoryLedger(TorchDispatchMode):
-    """Counts live bytes by category while it is active.
-
-    Only storages where the model is, on "cpu" or "cuda", are counted.
+    """Counts live bytes by category, where the model is (CPU or CUDA), while it is active.
 
     Args:
         model: Its parameters count as weights, or as adapters when named `lora_`; its gradients and
