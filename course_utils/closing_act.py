@@ -53,19 +53,18 @@ class Rung:
         return tokens_per_second(self.recipe, self.forecast)
 
 
-def rungs(group: str = "ladder", gpu: Gpu = T4, names: Sequence[str] = ()) -> list[Rung]:
+def rungs(group: str = "ladder", names: Sequence[str] = ()) -> list[Rung]:
     """The recorded rows of a group that ended well, each with today's forecast.
 
     Args:
         group: "ladder", "fit", "menu" or "budgets".
-        gpu: What to forecast for.
         names: Only these rows.
     """
     found = []
     for row in recorded.rows(group):
         if row["outcome"] == TRAINED and (not names or row["name"] in names):
             recipe = recipe_from(row["recipe"])
-            found.append(Rung(name=row["name"], recipe=recipe, forecast=forecast(recipe, gpu),
+            found.append(Rung(name=row["name"], recipe=recipe, forecast=forecast(recipe, T4),
                               measured=row))
     return found
 
