@@ -66,16 +66,10 @@ def answer_losses(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRec
     losses = []
     for row in rows:
         batch = {name: torch.tensor([row[name]], device=device) for name in ("input_ids", "labels")}
-        with autocast(recipe):
+        with qlora.autocast(recipe, device):
             losses.append(qlora.compute_loss(model, batch, recipe))
     model.train(training)
     return torch.stack(losses).float().tolist()
-
-
-def autocast(recipe: TrainRecipe) -> torch.autocast:
-    """The recipe's mixed precision as a context: autocast to amp_dtype, or nothing."""
-    return torch.autocast(hardware.device(), dtype=getattr(torch, recipe.amp_dtype or "float16"),
-                          enabled=recipe.amp_dtype is not None)
 
 
 @torch.no_grad()
@@ -97,7 +91,7 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], rec
         texts = [corpus.render_prompt(prompt, tokenizer) for prompt in some]
         batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
                           return_tensors="pt").to(hardware.device())
-        with autocast(recipe):
+        with qlora.autocast(recipe, hardware.device()):
             tokens = model.generate(
                 **{name: batch[name] for name in ("input_ids", "attention_mask")}, use_cache=True,
                 do_sample=False, max_new_tokens=max_new_tokens,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from . import hardware, shapes
+from .fake import meta_model
 from .recipe import TrainRecipe
 from .units import show_bytes
 from .verified import Finding, too_old
@@ -104,11 +105,7 @@ def _disk(recipe: TrainRecipe, output_dir: Path) -> Finding:
 
 
 def _parameters(recipe: TrainRecipe) -> int:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shapes.config(recipe.model))
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in meta_model(shapes.config(recipe.model)).parameters())
 
 
 def _versions() -> Finding:

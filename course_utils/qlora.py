@@ -149,6 +149,12 @@ def apply_levers(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
     return model
 
 
+def autocast(recipe: TrainRecipe, device: str) -> torch.autocast:
+    """The recipe's mixed precision as a context: autocast to amp_dtype, or nothing."""
+    return torch.autocast(device, dtype=getattr(torch, recipe.amp_dtype or "float16"),
+                          enabled=recipe.amp_dtype is not None)
+
+
 def compute_loss(model: torch.nn.Module, batch: dict, recipe: TrainRecipe,
                  num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
     """Cross entropy of the labelled tokens, in float32, with or without building all the logits.
@@ -204,9 +210,7 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     losses = []
     for batch in batches:
-        device = batch["input_ids"].device.type
-        with torch.autocast(device, dtype=getattr(torch, recipe.amp_dtype or "float16"),
-                            enabled=recipe.amp_dtype is not None):
+        with autocast(recipe, batch["input_ids"].device.type):
             loss = compute_loss(model, batch, recipe, num_items)
         scaler.scale(loss).backward()
         losses.append(loss.detach())
