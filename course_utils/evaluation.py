@@ -5,6 +5,7 @@ Not modelled: sampling (answers are greedy, so that they can be compared), judgi
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -113,12 +114,11 @@ def score(answers: Sequence[str], expected: Sequence[str]) -> Score | Overlap:
     if len(answers) != len(expected) or not answers:
         raise ValueError(f"answers must be as many as expected ({len(expected)}, at least 1), got "
                          f"{len(answers)}; generate one answer for each example")
-    pairs = list(zip(answers, expected, strict=True))
-    if any(corpus.parse_answer(text) is None for text in expected):
-        return Overlap(sum(_f1(answer, wanted) for answer, wanted in pairs) / len(pairs))
-    structured = [corpus.parse_answer(answer) is not None for answer in answers]
-    right = [corpus.is_correct(answer, wanted) for answer, wanted in pairs]
-    return Score(sum(structured) / len(answers), sum(right) / len(answers))
+    wanted, found = ([corpus.parse_answer(text) for text in texts] for texts in (expected, answers))
+    if None in wanted:
+        return Overlap(sum(map(_f1, answers, expected)) / len(answers))
+    structured = sum(ticket is not None for ticket in found)
+    return Score(structured / len(answers), sum(map(operator.eq, found, wanted)) / len(answers))
 
 
 def _f1(answer: str, wanted: str) -> float:

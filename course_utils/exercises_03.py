@@ -15,7 +15,7 @@ from .checks import Verdict, call, check, check_function, is_number, not_yet, ri
 from .gradients import gradient, in_float64, relative_error
 from .ledger import MemoryLedger
 from .trainer_log import scheduled
-from .units import show_bytes
+from .units import IGNORED, show_bytes
 
 # examples, micro batch, accumulation, world size, epochs, warm-up, logging_steps
 RUNS = ((32, 2, 4, 1, 1, 0.5, 1), (20, 2, 4, 1, 2, 0.1, 2), (27, 4, 2, 1, 2, 0.3, 3))
@@ -72,7 +72,7 @@ def uneven_batch(rows: int = 8, tokens: int = 64) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(512, (rows, tokens), generator=random)
     labels = ids.clone()
-    labels[: rows // 2, 3:] = -100
+    labels[: rows // 2, 3:] = IGNORED
     return {"input_ids": ids, "labels": labels}
 
 
@@ -103,7 +103,7 @@ def check_accumulation(answer: Callable) -> Verdict:
     found, peak_bytes = run(answer, micro_batches)
     if (error := relative_error(found, exact)) > 1e-12:
         number = len(micro_batches)
-        labelled = [int((m["labels"] != -100).sum()) for m in micro_batches]
+        labelled = [int((m["labels"] != IGNORED).sum()) for m in micro_batches]
         for sentence, weights in {
             "that is the mean of the micro batches' means: weigh each by its labelled tokens.":
                 [1 / number] * number,
