@@ -22,6 +22,7 @@ from .levers import (
     use_native_norm,
 )
 from .recipe import TrainRecipe
+from .units import IGNORED
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -48,12 +49,14 @@ def quantization(recipe: TrainRecipe) -> BitsAndBytesConfig | None:
     ) if recipe.base == "nf4" else None
 
 
-def load_base(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Module:
+def load_base(recipe: TrainRecipe, source: str | None = None,
+              quantization_config: BitsAndBytesConfig | None = None) -> torch.nn.Module:
     """The frozen base model on the device, in 4 bits (nf4) or in `recipe.base`.
 
     Args:
         recipe: Uses model, base, double_quant, kbit_upcast, amp_dtype, expandable_segments.
         source: Folder or hub id of the weights; by default where `shapes.hub_id` says.
+        quantization_config: Of a 4-bit base; by default what `quantization` says.
 
     Sources: QLoRA (Dettmers et al. 2023, sections 2 and 3) for NF4 and double quantization.
     """
@@ -61,7 +64,8 @@ def load_base(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Module
 
     hardware.use_expandable_segments(recipe.expandable_segments)
     model = AutoModelForCausalLM.from_pretrained(
-        source or shapes.hub_id(recipe.model), quantization_config=quantization(recipe),
+        source or shapes.hub_id(recipe.model),
+        quantization_config=quantization_config or quantization(recipe),
         dtype=storage_dtype(recipe), device_map={"": hardware.device()}, use_safetensors=True)
     for module in model.modules():
         # On AVX512-BF16 CPUs an evaluation repacks the weights for a kernel without a backward:
@@ -206,7 +210,7 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
         The loss, a float32 scalar: mean over all labelled tokens of all micro batches.
     """
     batches = list(batches)
-    num_items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    num_items = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     losses = []
     for batch in batches:
