@@ -61,10 +61,12 @@ def _canvas(height: float = 4.6) -> tuple[Canvas, Any]:
     return canvas, canvas.add_subplot()
 
 
-def _finish(canvas: Canvas, alt: str) -> Figure:
+def _finish(canvas: Canvas, what: str, title: str = "", words: str = "") -> Figure:
+    """The picture, and in words what it is, its title if it has one, and what it shows."""
     png = io.BytesIO()
     canvas.savefig(png, format="png", dpi=110, metadata={"Software": None})
-    return Figure(png.getvalue(), alt)
+    said = f"{what}{': ' * bool(title)}{title}.{' ' * bool(words)}{words}"
+    return Figure(png.getvalue(), said)
 
 
 def _unit(n_bytes: float) -> tuple[str, int]:
@@ -110,10 +112,10 @@ def memory_over_time(report: Any, title: str = "") -> Figure:
     handles, names = ax.get_legend_handles_labels()
     canvas.legend(handles, names, loc="outside lower center", ncols=4, fontsize=12)
     at_peak = _parts({name: line[moment] for name, line in series.items()})
-    return _finish(canvas, f"memory over time{': ' * bool(title)}{title}. From "
-                           f"{show_bytes(totals[0])} up to a peak of {show_bytes(peak)}, reached "
-                           f"in {report.peak_phase} by {cause}, and down to "
-                           f"{show_bytes(totals[-1])}. At the peak: {at_peak}.")
+    return _finish(canvas, "memory over time", title,
+                   f"From {show_bytes(totals[0])} up to a peak of {show_bytes(peak)}, reached in "
+                   f"{report.peak_phase} by {cause}, and down to {show_bytes(totals[-1])}. At the "
+                   f"peak: {at_peak}.")
 
 
 @styled
@@ -151,7 +153,7 @@ def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") ->
     canvas.legend(loc="outside lower center", ncols=4, fontsize=12)
     against = f" against the {show_bytes(limit)} of {with_article(gpu.name)}" if gpu else ""
     bars = "; ".join(f"{name}: {said[name]} ({_parts(row)})" for name, row in rows.items())
-    return _finish(canvas, f"bars{against}{': ' * bool(title)}{title}. {bars}.")
+    return _finish(canvas, f"bars{against}", title, f"{bars}.")
 
 
 def _rank(holder: str) -> int:
@@ -189,7 +191,7 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[int]], xlabel: str, 
     ax.grid(axis="y")
     ends = "; ".join(f"{name}: {show_bytes(line[0])} at {x[0]:,}, {show_bytes(line[-1])} at "
                      f"{x[-1]:,}" for name, line in lines.items())
-    return _finish(canvas, f"lines over {xlabel}{': ' * bool(title)}{title}. {ends}.")
+    return _finish(canvas, f"lines over {xlabel}", title, f"{ends}.")
 
 
 @styled
@@ -226,7 +228,7 @@ def forward_backward(layers: int = 4) -> Figure:
     return _finish(canvas, f"the forward pass runs through layers 1 to {layers} and keeps {names}, "
                            "one set of activations a layer, up to the loss; the backward pass "
                            f"runs from layer {layers} to 1 and needs each layer's activations "
-                           "again. The first one kept is the last one used.")
+                           "again. The first one kept is the last one used")
 
 
 @styled
@@ -243,4 +245,4 @@ def losses(runs: Mapping[str, Sequence[float]], title: str = "") -> Figure:
             for name, line in runs.items()}
     said = "; ".join(f"{name}: {len(line)} steps, from {line[0]:.0f} to {ends[name]}"
                      for name, line in runs.items())
-    return _finish(canvas, f"training loss{': ' * bool(title)}{title}. {said}.")
+    return _finish(canvas, "training loss", title, f"{said}.")
