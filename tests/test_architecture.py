@@ -200,8 +200,8 @@ def test_rule_catches(rule, name, source, complaint):
 
 def test_rules_let_good_code_pass():
     good = {
-        "recipe": "from . import hardware, shapes\nfrom .units import GIB\nx = 1024 * 512\n",
-        "hardware": "import torch\ntorch.cuda.is_available()",
+        "recipe": "from . import hardware, shapes\nx = 1024 * 512\n",
+        "hardware": "import torch\nfrom .units import GIB\ntorch.cuda.is_available()",
         "figures": "import matplotlib.pyplot as plt\nfrom .forecast import Forecast",
         "widgets": "from ipywidgets import IntSlider\nfrom .figures import bars",
         "units": "GIB = 2**30",
