@@ -32,11 +32,11 @@ def check_schedule(answer: Callable) -> Verdict:
                  warms_batches: bool = False, logs_batches: bool = False) -> Callable:
         def schedule(examples, micro, accumulation, ranks, epochs, warmup, logging):
             batches = math.ceil(examples / (micro * (1 if one_rank else ranks)))
-            n = steps(epochs * batches, accumulation) if runs_on \
-                else epochs * steps(batches, accumulation)
-            warm = warmup * (epochs * batches if warms_batches else n)
-            lines = (epochs * batches if logs_batches else n) // logging
-            return n, int(warm) if floors else math.ceil(warm), lines
+            every = epochs * batches
+            n = steps(every, accumulation) if runs_on else epochs * steps(batches, accumulation)
+            warm = warmup * (every if warms_batches else n)
+            lines = (every if logs_batches else n) // logging
+            return n, math.floor(warm) if floors else math.ceil(warm), lines
         return schedule
 
     cases = [*RUNS, TWO_RANKS]
