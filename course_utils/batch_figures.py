@@ -44,9 +44,9 @@ def updates(events: Sequence[tuple[str, float]], title: str = "") -> Figure:
            yticks=[0], xticks=[])
     ax.spines[["bottom"]].set_visible(False)
     return _finish(canvas, f"the summed gradient over {micro_batches} micro batches and "
-                           f"{optimizer_steps} optimizer steps{': ' * bool(title)}{title}. It "
-                           f"grows with each micro batch, is used by the update and then cleared. "
-                           f"Lengths in parts of the highest: {', '.join(said)}.")
+                           f"{optimizer_steps} optimizer steps", title,
+                   "It grows with each micro batch, is used by the update and then cleared. "
+                   f"Lengths in parts of the highest: {', '.join(said)}.")
 
 
 @styled
@@ -72,11 +72,10 @@ def token_shares(counts: Sequence[int], title: str = "") -> Figure:
            ylim=(0, 1.15 * max(max(shares), 1.2)),
            xlabel="labelled tokens of each micro batch", xlim=(0.4, number + 0.6), xticks=[])
     ax.xaxis.labelpad = 18
-    return _finish(canvas, f"bars: what one token counts in a mean of micro batches' "
-                           f"means{': ' * bool(title)}{title}. "
-                           + ", ".join(f"{count} tokens: {share:.2g}"
-                                       for share, count in zip(shares, counts, strict=True))
-                           + ". The fair share, 1, is dashed.")
+    said = ", ".join(f"{count} tokens: {share:.2g}"
+                     for share, count in zip(shares, counts, strict=True))
+    return _finish(canvas, "bars: what one token counts in a mean of micro batches' means", title,
+                   f"{said}. The fair share, 1, is dashed.")
 
 
 @styled
@@ -97,6 +96,5 @@ def attempts(search: Search, budget_bytes: int, title: str = "") -> Figure:
            xlim=(-0.6, len(search.probes) - 0.4))
     ax.set_xticks(range(len(search.probes)), [p.micro_batch_size for p in search.probes])
     said = "; ".join(map(repr, search.probes))
-    return _finish(canvas, f"attempts against a budget of {show_bytes(budget_bytes)}"
-                           f"{': ' * bool(title)}{title}. {said}. Largest that fits: "
-                           f"{search.micro_batch_size}.")
+    return _finish(canvas, f"attempts against a budget of {show_bytes(budget_bytes)}", title,
+                   f"{said}. Largest that fits: {search.micro_batch_size}.")

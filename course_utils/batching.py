@@ -20,9 +20,8 @@ import torch
 
 from . import hardware
 from .ledger import MemoryLedger
-from .units import show_bytes
+from .units import IGNORED, show_bytes
 
-ABSENT = -100  # the label of a token without a target
 # How cuBLAS and cuDNN say that the card is full; they raise a plain RuntimeError.
 OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 
@@ -39,7 +38,7 @@ def labelled_tokens(batch: dict[str, torch.Tensor]) -> int:
         >>> labelled_tokens({"labels": torch.tensor([[7, 8, 9], [-100, 8, -100]])})
         3
     """
-    return int((batch["labels"][:, 1:] != ABSENT).sum())
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def split(batch: dict[str, torch.Tensor], micro_batch_size: int) -> list[dict[str, torch.Tensor]]:

@@ -11,10 +11,11 @@ import torch
 
 from . import shapes
 from .fake import fake_tensors, meta_model, on_fake_tensors
+from .fake_load import blueprint
 from .ledger import MemoryLedger
 from .levers import decoder_layers, unwrap
 from .memory_report import MemoryReport
-from .qlora import add_adapters, apply_levers, prepare_base, storage_dtype
+from .qlora import apply_levers, autocast, storage_dtype
 from .recipe import TrainRecipe
 
 
@@ -32,7 +33,7 @@ def boundary_bytes(recipe: TrainRecipe) -> int:
 
 def weight_bytes(recipe: TrainRecipe) -> int:
     """Bytes of all the model's weights, adapters not counted, in the recipe's 16 or 32 bits."""
-    model = meta_model(shapes.config(recipe.model), storage_dtype(recipe), "sdpa")
+    model = meta_model(shapes.config(recipe.model), storage_dtype(recipe))
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
@@ -40,8 +41,8 @@ def count_block(recipe: TrainRecipe) -> MemoryReport:
     """The ledger of one layer's forward pass: what it keeps, tensor by tensor.
 
     Args:
-        recipe: Uses model, base (not nf4), adapters, amp_dtype, micro_batch_size, sequence_length,
-            padded, checkpointed_layers ("all" or 0), attention and norm.
+        recipe: Uses model, base (not nf4), lora_*, amp_dtype, micro_batch_size, sequence_length,
+            padded, checkpointed_layers ("all" or 0), attention, norm, mlp, adapters and rotary.
 
     Returns:
         A report; `saved_activation_bytes` is what waits for backward.
@@ -54,19 +55,17 @@ def count_block(recipe: TrainRecipe) -> MemoryReport:
                          "weight's bits do not change what a layer keeps")
     config = shapes.config(recipe.model)
     config.num_hidden_layers = 1
-    model = prepare_base(meta_model(config, storage_dtype(recipe), "sdpa"), recipe)
-    model = on_fake_tensors(apply_levers(add_adapters(model, recipe), recipe))
+    model = on_fake_tensors(apply_levers(blueprint(recipe, config), recipe))
     layer = decoder_layers(model)[0]
     batch, seq = recipe.micro_batch_size, recipe.sequence_length
-    dtype, amp_dtype = storage_dtype(recipe), getattr(torch, recipe.amp_dtype or "float16")
+    dtype = storage_dtype(recipe)
     with fake_tensors():
         mask = None
         if recipe.padded or recipe.attention == "eager":
             mask = torch.zeros(batch, 1, seq, seq, dtype=dtype)
         rotary_emb = unwrap(model).model.rotary_emb
         rotary = rotary_emb(torch.empty(1, dtype=dtype), torch.arange(seq)[None])
-        with MemoryLedger(layer, inputs=(rotary, mask)) as ledger, \
-                torch.autocast("cpu", dtype=amp_dtype, enabled=recipe.amp_dtype is not None):
+        with MemoryLedger(layer, inputs=(rotary, mask)) as ledger, autocast(recipe, "cpu"):
             boundary = torch.randn(batch, seq, config.hidden_size, dtype=dtype, requires_grad=True)
             output = layer(boundary, position_embeddings=rotary, attention_mask=mask)
         report = ledger.report()

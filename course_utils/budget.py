@@ -13,7 +13,7 @@ import torch
 
 from . import qlora, shapes
 from .block import weight_bytes
-from .fake import meta_model
+from .fake_load import blueprint
 from .forecast import Forecast, forecast
 from .memory_report import CATEGORIES
 from .recipe import TrainRecipe
@@ -89,9 +89,7 @@ def checklist(recipe: TrainRecipe, model: torch.nn.Module, planned: Forecast,
 def show_share(model: str) -> None:
     """Print what rank-16 adapters on q, k, v and o train of a model, and what 4 bits save of it."""
     recipe = TrainRecipe(model=model, base="float16", amp_dtype="float16", sequence_length=64)
-    adapted = qlora.add_adapters(qlora.prepare_base(
-        meta_model(shapes.config(model), torch.float16, "sdpa"), recipe), recipe)
-    trainable, total = qlora.count_parameters(adapted)
+    trainable, total = qlora.count_parameters(blueprint(recipe, shapes.config(model)))
     loaded, whole = forecast(replace(recipe, base="nf4")).loaded_bytes, weight_bytes(recipe)
     print(f"{model}, rank {recipe.lora_rank} on q, k, v, o: {trainable:,} of {total:,} parameters, "
           f"{trainable / total:.3%}\nits weights: {show_bytes(whole)} in 16 bits, "

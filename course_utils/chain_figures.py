@@ -34,8 +34,8 @@ def chains(traces: Mapping[str, Sequence[Moment]], steps: int) -> Figure:
         said.append(f"{name}: at most {most} inputs held, {runs} forward steps; held during each "
                     f"action: {counts}")
     canvas.supxlabel("f: a forward step; b: a backward step; hatched: computed again", fontsize=12)
-    return _finish(canvas, f"training steps of a chain of {steps}, action by action. "
-                           f"{'. '.join(said)}.")
+    return _finish(canvas, f"training steps of a chain of {steps}, action by action",
+                   words=f"{'. '.join(said)}.")
 
 
 def _forward_steps(trace: Sequence[Moment]) -> int:

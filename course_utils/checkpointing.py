@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from . import hardware, shapes
-from .flops import FLOPS
+from .flops import matrix_flops
 from .ledger import MemoryLedger
 from .recipe import TrainRecipe
 
@@ -112,8 +112,7 @@ class WorkCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.overloadpacket in FLOPS:
-            self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=result)
+        self.flops += matrix_flops(func, args, kwargs, result)
         return result
 
 
@@ -123,13 +122,11 @@ class StackStep:
 
     Attributes:
         activation_bytes: Most bytes alive for backward at once, recomputed ones included.
-        forward_flops: Of the forward pass.
         flops: Of forward, recomputation and backward.
         gradients: Of every weight, in order.
     """
 
     activation_bytes: int
-    forward_flops: int
     flops: int
     gradients: list[torch.Tensor]
 
@@ -161,9 +158,8 @@ def step_stack(model: torch.nn.Module, recipe: TrainRecipe, segment_layers: int)
     model.zero_grad()
     with MemoryLedger(model, inputs=(x, rotary)) as ledger, WorkCounter() as work:
         loss = in_segments(model.layers, x, segment_layers, position_embeddings=rotary).sum()
-        forward_flops = work.flops
         loss.backward()
     weights = [weight for layer in model.layers for weight in layer.parameters()]
     return StackStep(activation_bytes=max(ledger.report().timeline["activations"]),
-                     forward_flops=forward_flops, flops=work.flops,
+                     flops=work.flops,
                      gradients=[weight.grad.clone() for weight in weights])

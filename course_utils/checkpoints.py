@@ -44,15 +44,20 @@ def written_whole(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
         SaveError: Writing failed, whatever the reason; `target` is as it was.
     """
     staging = target.parent / STAGING
-    folder = staging / target.name
+    folder, replaced = staging / target.name, staging / "replaced"
     try:
         _remove(staging)
         folder.mkdir(parents=True)
         yield folder
         _seal(folder, facts)
         if target.exists():
-            target.rename(staging / "replaced")
-        folder.rename(target)
+            target.rename(replaced)
+        try:
+            folder.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
         _flush(target.parent)
         _remove(staging)
     except Exception as error:  # torch, safetensors and json each report a full disk differently
@@ -199,7 +204,7 @@ def mirror(checkpoint: Path, drive: Path) -> bool:
             shutil.copytree(checkpoint, folder, dirs_exist_ok=True,
                             ignore=shutil.ignore_patterns(MANIFEST))
         prune(drive)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the Drive's, or a checkpoint that is damaged here
         print(f"Warning: {checkpoint.name} was not copied to {drive}: {error} "
               f"It is safe in {checkpoint.parent}; training goes on.")
         return False

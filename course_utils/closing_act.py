@@ -17,13 +17,13 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from transformers import default_data_collator
 
 from . import hardware, qlora, random_weights, recorded, shapes, training
 from .fit import tokens_per_second
 from .forecast import Forecast, forecast
 from .hardware import T4, Gpu
 from .recipe import TrainRecipe
-from .survival import recipe_from
 from .units import show_bytes
 
 MEASURED_STEPS, WARM_UP_STEPS = 5, 3  # the gradient scaler skips the first one or two
@@ -53,19 +53,18 @@ class Rung:
         return tokens_per_second(self.recipe, self.forecast)
 
 
-def rungs(group: str = "ladder", gpu: Gpu = T4, names: Sequence[str] = ()) -> list[Rung]:
+def rungs(group: str = "ladder", names: Sequence[str] = ()) -> list[Rung]:
     """The recorded rows of a group that ended well, each with today's forecast.
 
     Args:
         group: "ladder", "fit", "menu" or "budgets".
-        gpu: What to forecast for.
         names: Only these rows.
     """
     found = []
     for row in recorded.rows(group):
         if row["outcome"] == TRAINED and (not names or row["name"] in names):
-            recipe = recipe_from(row["recipe"])
-            found.append(Rung(name=row["name"], recipe=recipe, forecast=forecast(recipe, gpu),
+            recipe = TrainRecipe(**row["recipe"])
+            found.append(Rung(name=row["name"], recipe=recipe, forecast=forecast(recipe, T4),
                               measured=row))
     return found
 
@@ -128,24 +127,11 @@ def largest_micro_batches() -> str:
     return "\n".join((*lines, f"[measured: {recorded.stamp()}]"))
 
 
-class _Sequences:
-    """Full-length sequences of random tokens, all labelled."""
-
-    def __init__(self, recipe: TrainRecipe):
-        vocab_size = shapes.config(recipe.model).vocab_size
-        self.rows = torch.randint(vocab_size, (SEQUENCES, recipe.sequence_length),
-                                  generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return {"input_ids": self.rows[index]}
-
-
-def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": ids.clone()}  # no mask: nothing is padded
+def _sequences(recipe: TrainRecipe) -> list[dict[str, list[int]]]:
+    """Full-length sequences of random tokens, all labelled; no mask: nothing is padded."""
+    ids = torch.randint(shapes.config(recipe.model).vocab_size, (SEQUENCES, recipe.sequence_length),
+                        generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
 
 
 def train_here(recipe: TrainRecipe, gpu: Gpu | None,
@@ -160,16 +146,17 @@ def train_here(recipe: TrainRecipe, gpu: Gpu | None,
     """
     if gpu is None:
         return f"{recipe.model}: not measured on cpu"
-    planned, steps = forecast(recipe.for_gpu(gpu), gpu), []
+    recipe = recipe.for_gpu(gpu)
+    planned, steps = forecast(recipe, gpu), []
     with tempfile.TemporaryDirectory() as folder:
         here = replace(recipe, max_steps=WARM_UP_STEPS + MEASURED_STEPS)
         if weights == "random":
             here = replace(here, model=str(random_weights.write(
                 recipe.model, folder, qlora.storage_dtype(recipe))))
         trainer = training.QLoRATrainer(
-            here, training.build_model(here), _Sequences(here), SimpleNamespace(pad_token_id=0),
+            here, training.build_model(here), _sequences(here), SimpleNamespace(pad_token_id=0),
             Path(folder), on_step=steps.append, save_strategy="no", remove_unused_columns=False)
-        trainer.data_collator = _collate
+        trainer.data_collator = default_data_collator
         trainer.train()
     peak = max(step["peak_allocated_bytes"] for step in steps[WARM_UP_STEPS:])
     speed = statistics.median(step["tokens_per_second"] for step in steps[WARM_UP_STEPS:])

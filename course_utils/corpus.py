@@ -15,6 +15,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .units import IGNORED
+
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
@@ -25,7 +27,6 @@ SOURCES = ("bundled", "dolly")
 DOLLY = "databricks/databricks-dolly-15k"
 SPLITS = ("train", "heldout")
 HELDOUT_EVERY = 10  # one prompt in ten is held out
-IGNORED = -100  # the label that torch's cross entropy skips
 FIELDS = ("Customer", "Order", "Product", "Issue", "Priority", "Next step")
 
 
@@ -172,8 +173,7 @@ def _encode_one(example: dict[str, str], tokenizer: Any) -> tuple[list[int], lis
     return prompt, whole[len(prompt):end]
 
 
-def collate(features: list[dict], pad_token_id: int,
-            pad_to_multiple_of: int | None = None) -> dict[str, torch.Tensor]:
+def collate(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Rows padded on the right to the longest: int64 tensors of shape (batch, tokens).
 
     Padding carries attention 0 and label -100, so it is neither read nor learned.
@@ -181,8 +181,6 @@ def collate(features: list[dict], pad_token_id: int,
     import torch
 
     length = max(len(row["input_ids"]) for row in features)
-    if pad_to_multiple_of:
-        length += -length % pad_to_multiple_of
     padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED}
     return {name: torch.tensor([list(row[name]) + [value] * (length - len(row[name]))
                                 for row in features]) for name, value in padding.items()}
@@ -207,12 +205,3 @@ def parse_answer(text: str) -> dict[str, str] | None:
         return None
     fields = {name: value.strip() for name, value in pairs}
     return fields if tuple(name for name, _ in pairs) == FIELDS else None
-
-
-def is_correct(text: str, expected_answer: str) -> bool:
-    """Whether the text is a whole ticket and agrees with the expected one in every field."""
-    expected = parse_answer(expected_answer)
-    if expected is None:
-        raise ValueError(f"expected_answer must be a ticket with {', '.join(FIELDS)}, got "
-                         f"{expected_answer[:40]!r}; take it from load_instructions()")
-    return parse_answer(text) == expected

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import cuda_attention, cuda_bitsandbytes
 from .cuda_attention import scratch
-from .flops import CUDA_FLOPS
+from .flops import matrix_flops
 from .hardware import Gpu
 
 aten = torch.ops.aten
@@ -137,16 +137,6 @@ class CudaKernels(TorchDispatchMode):
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward not in self._workspaces:
             self._workspaces[in_backward] = scratch(self.gpu.workspace_bytes)
-
-
-def matrix_flops(func, args: tuple, kwargs: dict, result: object) -> int:
-    """Multiplications and additions of a matrix product or an attention kernel, else 0."""
-    packet = func.overloadpacket
-    if packet in CUDA_FLOPS:
-        return CUDA_FLOPS[packet](*args, **kwargs, out_val=result)
-    if packet._qualified_op_name == "bitsandbytes::gemm_4bit":
-        return 2 * args[0].numel() * args[2][0]  # x, shape of the weight
-    return 0
 
 
 def accumulates(old: torch.Tensor, new: torch.Tensor) -> bool:

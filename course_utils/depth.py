@@ -60,14 +60,15 @@ def deepen(stream: Stream, counts: list[int]) -> Stream:
     if run_layers(counts) == counts:
         return stream
     places: list[list[int]] = []  # layer that was run -> layers of the deep model
-    repeated = []
+    repeated, first = [], 0
     for n in counts:
-        first = len(places) and places[-1][-1] + 1
-        alike = range(first + 2, first + n - 1) if n > RUN else [first + 2]
-        edges = [[first], [first + 1], [*alike], [first + n - 1]][:RUN]
+        layers = range(first, first + n)
         if n > RUN:
             repeated.append(len(places) + 2)
-        places += edges if n >= RUN else [[first + i] for i in range(n)]
+            places += [[layers[0]], [layers[1]], [*layers[2:-1]], [layers[-1]]]
+        else:
+            places += [[layer] for layer in layers]
+        first += n
     segments = _segments(stream, len(places))
     _check(segments, stream, repeated)
     deep = _expand(segments, stream, places)

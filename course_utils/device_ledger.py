@@ -48,7 +48,7 @@ class DeviceLedger(MemoryLedger):
     """Counts what would live on the GPU: fake tensors, except Python's own scalars."""
 
     def __init__(self):
-        super().__init__(device_type="cpu")
+        super().__init__()
         self.marks: dict[str, int] = {}
         self.work: list[tuple[int, int, int, float]] = []
         self.growing: dict[int, int] = {}
@@ -59,19 +59,8 @@ class DeviceLedger(MemoryLedger):
 
     def watch(self, model: torch.nn.Module) -> None:
         """Recognise this model's parameters, gradients and modules from now on."""
-        self.model = model
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._register_model(model)
+        super().watch(model)
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                self._hooks.callback(parameter.register_post_accumulate_grad_hook(
-                    lambda p: self._found(p.grad, "gradients")).remove)
-
-    def note_inputs(self, batches: object) -> None:
-        """These tensors, nested as they may be, are inputs."""
-        for tensor in tensors_in(batches):
-            self._found(tensor, "inputs")
 
     def mark(self, name: str) -> None:
         """Name this moment."""

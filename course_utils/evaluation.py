@@ -5,6 +5,7 @@ Not modelled: sampling (answers are greedy, so that they can be compared), judgi
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -66,16 +67,10 @@ def answer_losses(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRec
     losses = []
     for row in rows:
         batch = {name: torch.tensor([row[name]], device=device) for name in ("input_ids", "labels")}
-        with autocast(recipe):
+        with qlora.autocast(recipe, device):
             losses.append(qlora.compute_loss(model, batch, recipe))
     model.train(training)
     return torch.stack(losses).float().tolist()
-
-
-def autocast(recipe: TrainRecipe) -> torch.autocast:
-    """The recipe's mixed precision as a context: autocast to amp_dtype, or nothing."""
-    return torch.autocast(hardware.device(), dtype=getattr(torch, recipe.amp_dtype or "float16"),
-                          enabled=recipe.amp_dtype is not None)
 
 
 @torch.no_grad()
@@ -97,7 +92,7 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], rec
         texts = [corpus.render_prompt(prompt, tokenizer) for prompt in some]
         batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
                           return_tensors="pt").to(hardware.device())
-        with autocast(recipe):
+        with qlora.autocast(recipe, hardware.device()):
             tokens = model.generate(
                 **{name: batch[name] for name in ("input_ids", "attention_mask")}, use_cache=True,
                 do_sample=False, max_new_tokens=max_new_tokens,
@@ -119,12 +114,11 @@ def score(answers: Sequence[str], expected: Sequence[str]) -> Score | Overlap:
     if len(answers) != len(expected) or not answers:
         raise ValueError(f"answers must be as many as expected ({len(expected)}, at least 1), got "
                          f"{len(answers)}; generate one answer for each example")
-    pairs = list(zip(answers, expected, strict=True))
-    if any(corpus.parse_answer(text) is None for text in expected):
-        return Overlap(sum(_f1(answer, wanted) for answer, wanted in pairs) / len(pairs))
-    structured = [corpus.parse_answer(answer) is not None for answer in answers]
-    right = [corpus.is_correct(answer, wanted) for answer, wanted in pairs]
-    return Score(sum(structured) / len(answers), sum(right) / len(answers))
+    wanted, found = ([corpus.parse_answer(text) for text in texts] for texts in (expected, answers))
+    if None in wanted:
+        return Overlap(sum(map(_f1, answers, expected)) / len(answers))
+    structured = sum(ticket is not None for ticket in found)
+    return Score(structured / len(answers), sum(map(operator.eq, found, wanted)) / len(answers))
 
 
 def _f1(answer: str, wanted: str) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from . import shapes
 from .checkpointing import trace_chain
-from .checks import Unfinished, Verdict, call, check, is_number, not_yet, right
+from .checks import Verdict, call, check, is_number, not_yet, right
 from .forecast import forecast
 from .hardware import Gpu
 from .ledger import MemoryLedger
@@ -36,8 +36,6 @@ def check_traces(answer: Mapping[str, Any]) -> Verdict:
     Args:
         answer: Two lists of six counts, under "keep_all" and "keep_135".
     """
-    if any(counts is ... for counts in answer.values()):
-        raise Unfinished
     for name, kept in {"keep_all": range(1, STEPS + 1), "keep_135": (1, 3, 5)}.items():
         counts, moments = answer[name], {moment.action: moment.held for moment in
                                          trace_chain(STEPS, kept)}
@@ -81,13 +79,9 @@ def check_forget(answer: Callable) -> Verdict:
     Args:
         answer: `answer(function, x)` is `function(x)`, and keeps nothing but `x` for backward.
     """
-    if not callable(answer):
-        return not_yet(f"a function is asked for, got {type(answer).__name__}.")
     try:
         plain, yours = _train_blocks(lambda block, x: block(x)), _train_blocks(answer)
-    except (TypeError, AttributeError, RuntimeError) as error:
-        if "llipsis" in str(error):
-            raise Unfinished from error
+    except RuntimeError as error:
         for words, sentence in AUTOGRAD_SAYS.items():
             if words in str(error):
                 return not_yet(sentence)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from . import corpus, qlora, shapes
 from .checks import Verdict, check, check_function, not_yet, right
-from .fake import meta_model
+from .fake_load import blueprint
 from .fit import tokens_per_second
 from .forecast import forecast
 from .hardware import T4
@@ -31,9 +29,7 @@ def check_trainable(answer: Callable) -> Verdict:
         cases.append((config.num_hidden_layers, config.hidden_size,
                       config.num_key_value_heads * config.head_dim, rank))
         recipe = TrainRecipe(model=model, base="float32", lora_rank=rank)
-        adapted = qlora.add_adapters(
-            qlora.prepare_base(meta_model(config, torch.float32, "sdpa"), recipe), recipe)
-        counted.append(qlora.count_parameters(adapted)[0])
+        counted.append(qlora.count_parameters(blueprint(recipe, config))[0])
     truth = dict(zip(cases, counted, strict=True))
     return check_function(answer, cases, counted, mistakes={
         "that is one layer; every layer has its own adapters.":

@@ -67,7 +67,8 @@ def fake_model(what: str | PretrainedConfig, dtype: torch.dtype = torch.float32,
     return on_fake_tensors(model)
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> torch.nn.Module:
+def meta_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32,
+               attention: str = "sdpa") -> torch.nn.Module:
     """The model's modules on the meta device, weights tied where the config says so."""
     from transformers import AutoModelForCausalLM
 

@@ -18,7 +18,7 @@ def blueprint(recipe: TrainRecipe, config) -> torch.nn.Module:
     Raises:
         ValueError: Its layers are not where a Llama's are, or a LoRA target matches none.
     """
-    model = fake.meta_model(config, qlora.storage_dtype(recipe), "sdpa")
+    model = fake.meta_model(config, qlora.storage_dtype(recipe))
     if not hasattr(getattr(model, "model", None), "layers"):
         raise ValueError(f"model must be a decoder built like Llama, with its layers in "
                          f"model.layers, got one of kind {config.model_type!r}; for another write "

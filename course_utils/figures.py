@@ -15,7 +15,6 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -56,20 +55,18 @@ class Figure:
     def __repr__(self) -> str:
         return f"Figure: {self.alt}"
 
-    def save(self, path: str | Path) -> None:
-        """Write the PNG to a file."""
-        Path(path).write_bytes(self.png)
-
 
 def _canvas(height: float = 4.6) -> tuple[Canvas, Any]:
     canvas = Canvas(figsize=(8, height), layout="constrained")
     return canvas, canvas.add_subplot()
 
 
-def _finish(canvas: Canvas, alt: str) -> Figure:
+def _finish(canvas: Canvas, what: str, title: str = "", words: str = "") -> Figure:
+    """The picture, and in words what it is, its title if it has one, and what it shows."""
     png = io.BytesIO()
     canvas.savefig(png, format="png", dpi=110, metadata={"Software": None})
-    return Figure(png.getvalue(), alt)
+    said = f"{what}{': ' * bool(title)}{title}.{' ' * bool(words)}{words}"
+    return Figure(png.getvalue(), said)
 
 
 def _unit(n_bytes: float) -> tuple[str, int]:
@@ -115,10 +112,10 @@ def memory_over_time(report: Any, title: str = "") -> Figure:
     handles, names = ax.get_legend_handles_labels()
     canvas.legend(handles, names, loc="outside lower center", ncols=4, fontsize=12)
     at_peak = _parts({name: line[moment] for name, line in series.items()})
-    return _finish(canvas, f"memory over time{': ' * bool(title)}{title}. From "
-                           f"{show_bytes(totals[0])} up to a peak of {show_bytes(peak)}, reached "
-                           f"in {report.peak_phase} by {cause}, and down to "
-                           f"{show_bytes(totals[-1])}. At the peak: {at_peak}.")
+    return _finish(canvas, "memory over time", title,
+                   f"From {show_bytes(totals[0])} up to a peak of {show_bytes(peak)}, reached in "
+                   f"{report.peak_phase} by {cause}, and down to {show_bytes(totals[-1])}. At the "
+                   f"peak: {at_peak}.")
 
 
 @styled
@@ -156,7 +153,7 @@ def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") ->
     canvas.legend(loc="outside lower center", ncols=4, fontsize=12)
     against = f" against the {show_bytes(limit)} of {with_article(gpu.name)}" if gpu else ""
     bars = "; ".join(f"{name}: {said[name]} ({_parts(row)})" for name, row in rows.items())
-    return _finish(canvas, f"bars{against}{': ' * bool(title)}{title}. {bars}.")
+    return _finish(canvas, f"bars{against}", title, f"{bars}.")
 
 
 def _rank(holder: str) -> int:
@@ -178,7 +175,8 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[int]], xlabel: str, 
     highest = max(max(line) for line in lines.values())
     unit, size = _unit(highest)
     canvas, ax = _canvas()
-    for (name, line), colour, mark in zip(lines.items(), LINES, "osD^v", strict=False):
+    for (name, line), colour, mark in zip(lines.items(), itertools.cycle(LINES),
+                                          itertools.cycle("osD^v"), strict=False):
         ax.plot(x, [n / size for n in line], color=colour, marker=mark, linewidth=2.5)
         ax.annotate(name, (x[-1], line[-1] / size), xytext=(8, 0), textcoords="offset points",
                     color=colour, va="center")
@@ -193,7 +191,7 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[int]], xlabel: str, 
     ax.grid(axis="y")
     ends = "; ".join(f"{name}: {show_bytes(line[0])} at {x[0]:,}, {show_bytes(line[-1])} at "
                      f"{x[-1]:,}" for name, line in lines.items())
-    return _finish(canvas, f"lines over {xlabel}{': ' * bool(title)}{title}. {ends}.")
+    return _finish(canvas, f"lines over {xlabel}", title, f"{ends}.")
 
 
 @styled
@@ -230,15 +228,15 @@ def forward_backward(layers: int = 4) -> Figure:
     return _finish(canvas, f"the forward pass runs through layers 1 to {layers} and keeps {names}, "
                            "one set of activations a layer, up to the loss; the backward pass "
                            f"runs from layer {layers} to 1 and needs each layer's activations "
-                           "again. The first one kept is the last one used.")
+                           "again. The first one kept is the last one used")
 
 
 @styled
 def losses(runs: Mapping[str, Sequence[float]], title: str = "") -> Figure:
     """Training loss of each run, in nats per labelled token, over its optimizer steps."""
     canvas, ax = _canvas(4.0)
-    for (name, line), colour, dashes in zip(runs.items(), LINES, ("-", "--", ":", "-."),
-                                            strict=False):
+    for (name, line), colour, dashes in zip(runs.items(), itertools.cycle(LINES),
+                                            itertools.cycle(("-", "--", ":", "-.")), strict=False):
         ax.plot(range(1, len(line) + 1), line, dashes, color=colour, linewidth=2.5, label=name)
     ax.set(title=title, xlabel="optimizer steps", ylabel="loss, nats per token", ylim=(0, None))
     ax.grid(axis="y")
@@ -247,4 +245,4 @@ def losses(runs: Mapping[str, Sequence[float]], title: str = "") -> Figure:
             for name, line in runs.items()}
     said = "; ".join(f"{name}: {len(line)} steps, from {line[0]:.0f} to {ends[name]}"
                      for name, line in runs.items())
-    return _finish(canvas, f"training loss{': ' * bool(title)}{title}. {said}.")
+    return _finish(canvas, "training loss", title, f"{said}.")

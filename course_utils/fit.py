@@ -60,22 +60,19 @@ class Fit:
 
     Attributes:
         tokens_per_second: Estimated, on one GPU, with `utilisation` of its peak.
-        tried: (recipe, forecast) of everything that was weighed, in order.
     """
 
     recipe: TrainRecipe
     forecast: Forecast
     tokens_per_second: float
     utilisation: float
-    tried: tuple[tuple[TrainRecipe, Forecast], ...]
 
     def hours(self, n_tokens: int) -> float:
         """Hours to train on `n_tokens`, padding counted, on all GPUs of the recipe."""
         return n_tokens / (self.tokens_per_second * self.recipe.world_size) / SECONDS_PER_HOUR
 
 
-def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTILISATION,
-                      launch_seconds: float = LAUNCH_SECONDS) -> float:
+def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTILISATION) -> float:
     """Tokens per second of one GPU, padding counted: the GPU's pace or Python's, the slower one.
 
     Raises:
@@ -85,7 +82,7 @@ def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTI
         raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation!r}; 0.6 is "
                          "what large steps reach")
     tokens = recipe.tokens_per_step / recipe.world_size
-    return tokens / max(f.ideal_seconds / utilisation, f.operations * launch_seconds)
+    return tokens / max(f.ideal_seconds / utilisation, f.operations * LAUNCH_SECONDS)
 
 
 def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
@@ -162,11 +159,12 @@ def levers(recipe: TrainRecipe, gpu: Gpu = T4,
 def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None = None, *,
         utilisation: float = UTILISATION,
         progress: Callable[[str], None] = lambda text: None) -> Fit:
-    """The fastest settings of micro batch, accumulation, k, loss, attention and offload that fit.
+    """The fastest micro batch, accumulation, k, loss, attention, kept attention, offload that fit.
 
-    They fit even at the forecast's upper bound (`margin_bytes` is not negative). Model, adapters,
-    sequence length and precision stay. Loss and gradients stay, too: none of these settings changes
-    what is learnt.
+    They fit even at the forecast's upper bound (`margin_bytes` is not negative). Only micro batches
+    of 1, 2, 4, ... are tried. Segments are always expandable, and under LoRA the lean loss replaces
+    the recipe's own. Model, adapters, sequence length and precision stay. What the loss is and its
+    gradients stay, too: none of these settings changes what is learnt.
 
     Args:
         target_effective_batch: Sequences behind one optimizer step; by default the recipe's own.
@@ -221,7 +219,7 @@ def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None =
         if fitting:
             best = max(fitting, key=speed)
             return Fit(recipe=best[0], forecast=best[1], utilisation=utilisation,
-                       tokens_per_second=speed(best), tried=tuple(tried))
+                       tokens_per_second=speed(best))
     closest = min(tried, key=lambda pair: pair[1].device_bytes[0])[1]
     raise ValueError(f"recipe must fit {show_bytes(gpu.total_bytes)} of {with_article(gpu.name)}, "
                      f"got at least {show_bytes(closest.device_bytes[0])} with one sequence of "

@@ -36,11 +36,21 @@ def grouped(formula: Callable[..., int], query: int) -> Callable[..., int]:
 
 
 # Operation: its count, called with the operation's own arguments and `out_val=` its result.
-CUDA_FLOPS = flop_registry | {
+FLOPS = flop_registry | {
     **{kernel: grouped(flop_registry[kernel], 0) for kernel in FORWARD},
     **{kernel: grouped(flop_registry[kernel], 1) for kernel in BACKWARD},  # 0 is the gradient
 }
-FLOPS = CUDA_FLOPS | {  # PyTorch counts attention's CUDA kernels only; the CPU's do the same
-    aten._scaled_dot_product_flash_attention_for_cpu: CUDA_FLOPS[FORWARD[0]],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: CUDA_FLOPS[BACKWARD[0]],
+FLOPS |= {  # PyTorch counts attention's CUDA kernels only; the CPU's do the same
+    aten._scaled_dot_product_flash_attention_for_cpu: FLOPS[FORWARD[0]],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: FLOPS[BACKWARD[0]],
 }
+
+
+def matrix_flops(func, args: tuple, kwargs: dict, result: object) -> int:
+    """Multiplications and additions of a matrix product or an attention kernel, else 0."""
+    packet = func.overloadpacket
+    if packet in FLOPS:
+        return FLOPS[packet](*args, **kwargs, out_val=result)
+    if packet._qualified_op_name == "bitsandbytes::gemm_4bit":
+        return 2 * args[0].numel() * args[2][0]  # x, shape of the weight
+    return 0

@@ -36,7 +36,6 @@ from .units import show_bytes, with_article
 # segments are expandable: then there are no holes between them).
 SLACK = 3 * LARGE_SEGMENT
 SHARES_A_SEGMENT = 0.1
-WORK = {"operations": int, "flops": int, "ideal_seconds": float}  # of a stream, in this order
 # What a recipe may change without changing a byte.
 NO_MEMORY = {"learning_rate": 2e-4, "weight_decay": 0.0, "max_grad_norm": 1.0, "world_size": 1,
              "warmup_fraction": 0.0, "max_steps": 1, "logging_steps": 1, "save_steps": 1, "seed": 0}
@@ -229,12 +228,14 @@ def _report(stream: Stream, gpu: Gpu, repeats: float = 1, expandable: bool = Fal
     blocks = [block.resized(device.sizes.get(i, 0)) for i, block in enumerate(stream.blocks)]
     report = replay(blocks, initial, later, device.allocator.allocated_bytes)
     peaks = {phase: n for phase, n in device.phase_peaks.items() if phase != "start"}
+    after = [work[1:] for work in stream.work if work[0] > first]
+    operations, flops, seconds = (
+        repeats * sum(column) for column in zip((0, 0, 0.0), *after, strict=True))
     return Forecast(
         **vars(report) | {"phase_peaks": peaks}, gpu=gpu, peak_reserved_bytes=(low, high),
         fits=_fits(stream, gpu, peak, high, expandable),
         loaded_bytes=loaded if loading else None, resident_bytes=resident,
-        **{name: kind(sum(work[i] for work in stream.work if work[0] > first) * repeats)
-           for i, (name, kind) in enumerate(WORK.items(), 1)})
+        operations=int(operations), flops=int(flops), ideal_seconds=seconds)
 
 
 def _fits(stream: Stream, gpu: Gpu, peak: int, reserved: int, expandable: bool) -> bool:

@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import corpus, evaluation, hardware, qlora
+from . import corpus, hardware, qlora
+from .precision import OperationLog
 from .preflight import Finding, Preflight
 from .recipe import TrainRecipe
 
@@ -21,24 +21,14 @@ OVERFIT_RATE, TIMES_THE_RECIPES = 1e-2, 10  # the smaller of the two rates
 FUSED = ("flash", "efficient", "cudnn")
 
 
-class _Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def attention_kernel(model: torch.nn.Module, batch: dict, recipe: TrainRecipe) -> str:
     """Name of the attention operation that a training forward pass dispatches, or "scores"."""
     model.train()
-    with _Operations() as operations, evaluation.autocast(recipe):
+    with OperationLog() as log, qlora.autocast(recipe, hardware.device()):
         qlora.compute_loss(model, batch, recipe)
-    fused = [name for name in operations.names if "attention" in name and "backward" not in name
+    fused = [name for name, _ in log.counts if "attention" in name and "backward" not in name
              and any(kernel in name for kernel in FUSED)]
-    return fused[0].strip("_").removesuffix(".default") if fused else "scores"
+    return fused[0].strip("_") if fused else "scores"
 
 
 def check_gates(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecipe,
@@ -81,7 +71,7 @@ def check_gates(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecip
 
 def _start(model, batch, recipe) -> tuple[float, float]:
     model.eval()
-    with torch.no_grad(), evaluation.autocast(recipe):
+    with torch.no_grad(), qlora.autocast(recipe, hardware.device()):
         start = qlora.compute_loss(model, batch, recipe).item()
         with model.disable_adapter():
             return start, qlora.compute_loss(model, batch, recipe).item()
@@ -89,7 +79,7 @@ def _start(model, batch, recipe) -> tuple[float, float]:
 
 def _gradients(model, batch, recipe, trainable) -> tuple[bool, float]:
     model.train()
-    with evaluation.autocast(recipe):
+    with qlora.autocast(recipe, hardware.device()):
         qlora.compute_loss(model, batch, recipe).backward()
     grads = [p.grad for p in trainable.values()]
     norm = math.hypot(*(g.norm().item() for g in grads if g is not None))

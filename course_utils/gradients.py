@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .levers import use_native_norm
+from .units import IGNORED
 
 
 def gradient(model: torch.nn.Module) -> torch.Tensor:
@@ -49,4 +50,5 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int,
     """
     targets = labels[:, 1:].flatten()
     total = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum")
-    return total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+    n_items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / n_items

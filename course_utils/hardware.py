@@ -133,7 +133,6 @@ def mixed_precision(gpu: Gpu | None) -> MixedPrecision:
 def device() -> str:
     """Where tensors go: "cuda" when there is a GPU, else "cpu"."""
     import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -151,11 +150,13 @@ def detect() -> Gpu | None:
     if _emulated:
         return _emulated
     card = torch.cuda.get_device_properties(0)
-    for gpu in PRESETS.values():
-        if gpu.name.lower() in card.name.lower().replace("-", " ").split():
-            return gpu
-    nearest = min(PRESETS.values(), key=lambda gpu: abs(  # an A100 is no L4, though both have 8.x
-        10 * gpu.capability[0] + gpu.capability[1] - 10 * card.major - card.minor))
+    words = card.name.lower().replace("-", " ").split()
+    nearest = min(PRESETS.values(), key=lambda gpu: (  # an A100 is no L4, though both have 8.x
+        gpu.name.lower() not in words, abs(10 * gpu.capability[0] + gpu.capability[1]
+                                           - 10 * card.major - card.minor)))
+    same_size = abs(card.total_memory / nearest.total_bytes - 1) < 0.05  # no slice, no H100 NVL
+    if nearest.name.lower() in words and same_size:
+        return nearest
     return replace(nearest, name=card.name, capability=(card.major, card.minor),
                    total_bytes=card.total_memory, multiprocessors=card.multi_processor_count)
 
@@ -213,7 +214,6 @@ def use_expandable_segments(wanted: bool) -> None:
 def reset_peak() -> int | None:
     """Start a new peak measurement; returns the bytes in tensors right now, `None` on CPU."""
     import torch
-
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()

@@ -13,7 +13,7 @@ from types import FunctionType, MethodType
 import torch
 import torch.nn.functional as F
 
-ABSENT = -100  # the label of a token without a target
+from .units import IGNORED
 
 
 class SwiGLU(torch.autograd.Function):
@@ -149,7 +149,7 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunks = (tensor.split(chunk_tokens) for tensor in (hidden, targets, grad_hidden))
         for rows, wanted, grad in zip(*chunks, strict=True):
-            wanted, labelled = wanted.clamp(min=0)[:, None], (wanted != ABSENT)[:, None]
+            wanted, labelled = wanted.clamp(min=0)[:, None], (wanted != IGNORED)[:, None]
             logits = F.linear(rows, weight).float()  # (chunk, vocab), the only tensor of its size
             logits -= logits.amax(-1, keepdim=True)  # logsumexp would hold a second one
             at_target = logits.gather(1, wanted)

@@ -5,8 +5,8 @@ its first appearance until its last reference is gone. It works the same on CPU,
 tensors, because it looks at storages, never at an allocator.
 
 Not modelled: what a kernel allocates and frees inside itself (cuBLAS workspaces, a softmax
-backward's temporary), the allocator's rounding (pass `round_bytes`) and fragmentation, the CUDA
-context. On a GPU, workspaces and rounding are the difference to `max_memory_allocated`.
+backward's temporary), the allocator's rounding and fragmentation, the CUDA context. On a GPU,
+workspaces and rounding are the difference to `max_memory_allocated`.
 
 Sources: torch/utils/_python_dispatch.py, torch/autograd/graph.py (`saved_tensors_hooks`).
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch.nn.modules import module as nn_module
@@ -27,7 +27,7 @@ from .units import show_bytes
 
 
 class MemoryLedger(TorchDispatchMode):
-    """Counts live bytes by category while it is active.
+    """Counts live bytes by category, where the model is (CPU or CUDA), while it is active.
 
     Args:
         model: Its parameters count as weights, or as adapters when named `lora_`; its gradients and
@@ -35,8 +35,6 @@ class MemoryLedger(TorchDispatchMode):
         optimizer: Its state, where it has some already.
         inputs: Tensors (or nested containers of them) that count as inputs.
         budget_bytes: More live bytes than this raise `torch.OutOfMemoryError`.
-        round_bytes: What an allocator makes of a size, e.g. rounding up to 512 bytes.
-        device_type: Count only storages on "cpu" or "cuda"; by default where the model is.
 
     Raises:
         torch.OutOfMemoryError: An operation's result does not fit `budget_bytes`.
@@ -50,15 +48,13 @@ class MemoryLedger(TorchDispatchMode):
 
     def __init__(self, model: torch.nn.Module | None = None, *,
                  optimizer: torch.optim.Optimizer | None = None, inputs: object = (),
-                 budget_bytes: int | None = None, device_type: str | None = None,
-                 round_bytes: Callable[[int], int] = lambda n_bytes: n_bytes):
+                 budget_bytes: int | None = None):
         super().__init__()
         if budget_bytes is not None and (isinstance(budget_bytes, bool) or budget_bytes <= 0):
             raise ValueError(f"budget_bytes must be a positive number, got {budget_bytes!r}; "
                              "None means no limit")
-        self.model, self.budget_bytes, self.round_bytes = model, budget_bytes, round_bytes
-        first = next(model.parameters(), None) if model is not None else None
-        self.device_type = device_type or (first.device.type if first is not None else "cpu")
+        self.budget_bytes = budget_bytes
+        self.device_type = "cpu"
         self.live_bytes = 0
         self._blocks: list[Block] = []
         self._index: dict[int, int] = {}  # address of a live storage -> its block
@@ -72,21 +68,31 @@ class MemoryLedger(TorchDispatchMode):
         self._names: dict[int, str] = {}
         self._hooks = contextlib.ExitStack()
         if model is not None:
-            self._names = {id(module): name for name, module in model.named_modules()}
-            self._register_model(model)
+            self.watch(model)
         if optimizer is not None:
             self._register_optimizer(optimizer)
-        for tensor in tensors_in(inputs):
-            self._found(tensor, "inputs")
+        self.note_inputs(inputs)
 
-    def _register_model(self, model: torch.nn.Module) -> None:
+    def watch(self, model: torch.nn.Module) -> None:
+        """Recognise this model's parameters, gradients and modules from now on."""
+        self._names = {id(module): name for name, module in model.named_modules()}
+        if (first := next(model.parameters(), None)) is not None:
+            self.device_type = first.device.type
         for name, parameter in model.named_parameters():
             self._found(parameter, "adapters" if "lora_" in name else "weights")
             self._found(parameter.grad, "gradients")
             for tensor in _quantization_state(parameter):
                 self._found(tensor, "weights")
+            if parameter.requires_grad:
+                self._hooks.callback(parameter.register_post_accumulate_grad_hook(
+                    lambda p: self._found(p.grad, "gradients")).remove)
         for buffer in model.buffers():
             self._found(buffer, "weights")
+
+    def note_inputs(self, batches: object) -> None:
+        """These tensors, nested as they may be, are inputs."""
+        for tensor in tensors_in(batches):
+            self._found(tensor, "inputs")
 
     def _register_optimizer(self, optimizer: torch.optim.Optimizer, *_) -> None:
         for tensor in tensors_in(list(optimizer.state.values())):
@@ -106,7 +112,7 @@ class MemoryLedger(TorchDispatchMode):
 
     def _add(self, tensor, storage, category: str, operation: str, module: str) -> int:
         block, address = len(self._blocks), storage._cdata
-        n_bytes = self.round_bytes(storage.nbytes())
+        n_bytes = storage.nbytes()
         ledger = weakref.ref(self)
 
         def freed(_):
@@ -150,10 +156,6 @@ class MemoryLedger(TorchDispatchMode):
         keep(nn_module.register_module_forward_hook(self._leave_module, always_call=True).remove)
         keep(torch_optimizer.register_optimizer_step_pre_hook(self._start_optimizer).remove)
         keep(torch_optimizer.register_optimizer_step_post_hook(self._end_optimizer).remove)
-        for parameter in self.model.parameters() if self.model is not None else ():
-            if parameter.requires_grad:
-                keep(parameter.register_post_accumulate_grad_hook(
-                    lambda p: self._found(p.grad, "gradients")).remove)
         hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x))
         return super().__enter__()
 
@@ -218,7 +220,7 @@ class MemoryLedger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._index:
             return
-        self._check_budget(self.round_bytes(storage.nbytes()))
+        self._check_budget(storage.nbytes())
         # Forward code that runs inside backward is a checkpoint being recomputed: it builds a graph
         # (backward itself does not), or runs in a module (an autograd function's own forward).
         recomputed = self.phase_now() == "backward" and (torch.is_grad_enabled() or self._modules)

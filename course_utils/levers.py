@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from .lean import ABSENT, head_loss
+from .lean import head_loss
+from .units import IGNORED
 
 ATTENTION_KERNELS = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,  # what Hopper takes
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -166,9 +168,9 @@ def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tens
         skip_unlabelled: Compute no logits for prompts and padding. Finding them makes the CPU wait
             for the GPU, so it is worth it for padded batches and not for packed ones.
     """
-    rows, targets = hidden.flatten(0, 1), F.pad(labels, (0, 1), value=ABSENT)[:, 1:].reshape(-1)
+    rows, targets = hidden.flatten(0, 1), F.pad(labels, (0, 1), value=IGNORED)[:, 1:].reshape(-1)
     if num_items_in_batch is None:
-        num_items_in_batch = (targets != ABSENT).sum()
+        num_items_in_batch = (targets != IGNORED).sum()
     if skip_unlabelled:
         rows, targets = _labelled(rows, targets)
     if lean:
@@ -183,7 +185,7 @@ def _labelled(rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, 
     """The positions with a label; all of them on fake tensors, which have no values to tell."""
     if isinstance(targets, FakeTensor):
         return rows, targets
-    kept = (targets != ABSENT).nonzero().squeeze(1)
+    kept = (targets != IGNORED).nonzero().squeeze(1)
     return rows.index_select(0, kept), targets.index_select(0, kept)
 
 

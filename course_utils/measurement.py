@@ -27,7 +27,6 @@ class Measurement:
     """One optimizer step of a recipe, measured.
 
     Attributes:
-        device: "cuda" or "cpu".
         seconds: Of one optimizer step, median of those timed.
         tokens_per_second: Tokens of one step (padding counted) by `seconds`.
         peak_allocated_bytes: Most bytes in tensors, by CUDA's allocator; `None` on CPU.
@@ -35,7 +34,6 @@ class Measurement:
         report: The ledger's account of one step.
     """
 
-    device: str
     seconds: float
     tokens_per_second: float
     peak_allocated_bytes: int | None
@@ -78,7 +76,7 @@ def measure_step(recipe: TrainRecipe, model: torch.nn.Module, steps: int = 3) ->
         step()
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     return Measurement(
-        device=device, seconds=statistics.median(seconds),
+        seconds=statistics.median(seconds),
         tokens_per_second=tokens / statistics.median(seconds), peak_allocated_bytes=allocated,
         peak_reserved_bytes=reserved, report=ledger.report())
 

@@ -42,7 +42,7 @@ def bit_fields(names: Sequence[str] = tuple(FORMATS), value: float = 0.1) -> Fig
     ax.set(xlim=(-6, 32.2), ylim=(0.4 - len(names), 0.9))
     ax.axis("off")
     said = "; ".join(f"{name} {bits(value, name)}" for name in names)
-    return _finish(canvas, f"the bits of {value} as sign, exponent and fraction: {said}.")
+    return _finish(canvas, f"the bits of {value} as sign, exponent and fraction: {said}")
 
 
 @styled
@@ -91,8 +91,8 @@ def magnitudes(groups: Mapping[str, Sequence[torch.Tensor]],
            **_powers(LOWEST, HIGHEST, 8))
     ax.spines["left"].set_visible(False)
     at = f", times {scale:,.0f}" if scale != 1 else ""
-    return _finish(canvas, f"histograms of magnitudes{at}{': ' * bool(title)}{title}. "
-                           f"{'In float16, ' * say_landing}{'; '.join(said)}.")
+    return _finish(canvas, f"histograms of magnitudes{at}", title,
+                   f"{'In float16, ' * say_landing}{'; '.join(said)}.")
 
 
 @styled
@@ -127,9 +127,8 @@ def smallest_updates(learning_rate: float, weights: Sequence[torch.Tensor],
     below.bar(powers[:-1], (counts / counts.max()).tolist(), width=1, align="edge",
               color=COLOURS["weights"], alpha=0.35)
     below.set(ylim=(0, 5), yticks=[])
-    return _finish(canvas, f"smallest update that moves a weight, over the weight's magnitude"
-                           f"{': ' * bool(title)}{title}. With an update of "
-                           f"{learning_rate:g} move: {', '.join(said)}.")
+    return _finish(canvas, "smallest update that moves a weight, over the weight's magnitude",
+                   title, f"With an update of {learning_rate:g} move: {', '.join(said)}.")
 
 
 @styled
@@ -151,9 +150,9 @@ def loss_scale(trace: Sequence[ScalerStep], title: str = "") -> Figure:
     ax.grid(axis="y")
     if skipped:
         ax.legend(loc="upper right")
-    return _finish(canvas, f"loss scale over {len(trace)} steps{': ' * bool(title)}{title}. From "
-                           f"{scales[0]:,.0f} to {scales[-1]:,.0f}, at most {max(scales):,.0f}; "
-                           f"steps skipped: {', '.join(map(str, skipped)) or 'none'}.")
+    return _finish(canvas, f"loss scale over {len(trace)} steps", title,
+                   f"From {scales[0]:,.0f} to {scales[-1]:,.0f}, at most {max(scales):,.0f}; "
+                   f"steps skipped: {', '.join(map(str, skipped)) or 'none'}.")
 
 
 @styled
@@ -180,6 +179,5 @@ def scale_window(errors: Mapping[int, float], title: str = "", limit: float = 0.
         ax.annotate("overflow: infinite", (lost[-1], 1.0), xytext=(8, 12), ha="right",
                     textcoords="offset points")
     over = f", infinite from 2**{lost[0]}" if lost else ""
-    return _finish(canvas, f"error of a float16 gradient over the loss scale{': ' * bool(title)}"
-                           f"{title}. At most {limit:.0%} from 2**{good[0]} to 2**{good[-1]}, more "
-                           f"below{over}.")
+    return _finish(canvas, "error of a float16 gradient over the loss scale", title,
+                   f"At most {limit:.0%} from 2**{good[0]} to 2**{good[-1]}, more below{over}.")

@@ -145,12 +145,10 @@ def watch_linears(model: torch.nn.Module) -> Iterator[Watched]:
 
 @dataclass(frozen=True)
 class ScalerStep:
-    """One step of a gradient scaler: the scale its loss had, whether it was skipped, and since how
-    many steps (this one counted) the scale has worked."""
+    """One step of a gradient scaler: the scale its loss had, and whether it was skipped."""
 
     scale: float
     skipped: bool
-    good_steps: int
 
 
 class TracedScaler(torch.amp.GradScaler):
@@ -166,7 +164,7 @@ class TracedScaler(torch.amp.GradScaler):
                  for flag in state["found_inf_per_device"].values()]
         scale = self.get_scale()
         super().update(new_scale)
-        self.trace.append(ScalerStep(scale, any(found), self._get_growth_tracker()))
+        self.trace.append(ScalerStep(scale, any(found)))
 
 
 def trace_scaler(trainer: Any, **settings: Any) -> TracedScaler:

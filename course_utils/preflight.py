@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from . import hardware, shapes
+from .fake import meta_model
 from .recipe import TrainRecipe
 from .units import show_bytes
 from .verified import Finding, too_old
@@ -94,18 +95,17 @@ def _disk(recipe: TrainRecipe, output_dir: Path) -> Finding:
     free, needed = shutil.disk_usage(place).free, 0
     if recipe.model != shapes.BUNDLED and not Path(recipe.model).exists():
         needed = 2 * _parameters(recipe)
-    needed += 3 * _parameters(recipe) // 20  # adapters and their state: under 5 % of the model
+    # Adapters and their state take under 5 % of the model; a model that is trained itself takes
+    # its weights and two averages of each, in float32.
+    checkpoint = _parameters(recipe) // 20 if recipe.lora_rank else 12 * _parameters(recipe)
+    needed += 3 * checkpoint
     return Finding("disk", f"{show_bytes(needed)} needed, enough free" if free >= needed else
                    f"{show_bytes(free)} free, {show_bytes(needed)} needed",
                    None if free >= needed else "delete old runs, or set another output_dir")
 
 
 def _parameters(recipe: TrainRecipe) -> int:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shapes.config(recipe.model))
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in meta_model(shapes.config(recipe.model)).parameters())
 
 
 def _versions() -> Finding:

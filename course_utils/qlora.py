@@ -1,7 +1,7 @@
 """QLoRA in parts: load in 4 bits, add adapters, compute the loss, step.
 
 The forecast runs this very code on fake tensors, so what it predicts is what trains. The levers
-that make a run fit are in `levers`. Not modelled: mixtures of experts, encoder-decoders.
+that make a run fit are in `levers` and `lean`. Not modelled: mixtures of experts, encoder-decoders.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .levers import (
     use_native_norm,
 )
 from .recipe import TrainRecipe
+from .units import IGNORED
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -48,12 +49,14 @@ def quantization(recipe: TrainRecipe) -> BitsAndBytesConfig | None:
     ) if recipe.base == "nf4" else None
 
 
-def load_base(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Module:
+def load_base(recipe: TrainRecipe, source: str | None = None,
+              quantization_config: BitsAndBytesConfig | None = None) -> torch.nn.Module:
     """The frozen base model on the device, in 4 bits (nf4) or in `recipe.base`.
 
     Args:
         recipe: Uses model, base, double_quant, kbit_upcast, amp_dtype, expandable_segments.
         source: Folder or hub id of the weights; by default where `shapes.hub_id` says.
+        quantization_config: Of a 4-bit base; by default what `quantization` says.
 
     Sources: QLoRA (Dettmers et al. 2023, sections 2 and 3) for NF4 and double quantization.
     """
@@ -61,7 +64,8 @@ def load_base(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Module
 
     hardware.use_expandable_segments(recipe.expandable_segments)
     model = AutoModelForCausalLM.from_pretrained(
-        source or shapes.hub_id(recipe.model), quantization_config=quantization(recipe),
+        source or shapes.hub_id(recipe.model),
+        quantization_config=quantization_config or quantization(recipe),
         dtype=storage_dtype(recipe), device_map={"": hardware.device()}, use_safetensors=True)
     for module in model.modules():
         # On AVX512-BF16 CPUs an evaluation repacks the weights for a kernel without a backward:
@@ -108,7 +112,6 @@ def add_adapters(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
         raise ValueError(f"lora_targets must name linear layers of {recipe.model}, got "
                          f"{', '.join(missing)}; it has {', '.join(linear)}")
     old_torchao.look_past()
-    old_torchao.look_past()
     targets = recipe.lora_targets
     model.enable_input_require_grads()  # else a reentrant checkpoint cuts the gradient off
     config = LoraConfig(
@@ -131,7 +134,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def apply_levers(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module:
-    """Set attention, norm and checkpointing of the model as the recipe says."""
+    """Set attention, norm, MLP, adapters, rotary and checkpointing as the recipe says."""
     base = unwrap(model)
     if recipe.attention == "explicit_kv":
         use_explicit_kv_attention(base)
@@ -148,6 +151,12 @@ def apply_levers(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
     checkpoint_layers(base, recipe.checkpointed_layers, offload=recipe.offload_checkpoints,
                       keep_attention=recipe.keep_attention)
     return model
+
+
+def autocast(recipe: TrainRecipe, device: str) -> torch.autocast:
+    """The recipe's mixed precision as a context: autocast to amp_dtype, or nothing."""
+    return torch.autocast(device, dtype=getattr(torch, recipe.amp_dtype or "float16"),
+                          enabled=recipe.amp_dtype is not None)
 
 
 def compute_loss(model: torch.nn.Module, batch: dict, recipe: TrainRecipe,
@@ -201,13 +210,11 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
         The loss, a float32 scalar: mean over all labelled tokens of all micro batches.
     """
     batches = list(batches)
-    num_items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    num_items = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     losses = []
     for batch in batches:
-        device = batch["input_ids"].device.type
-        with torch.autocast(device, dtype=getattr(torch, recipe.amp_dtype or "float16"),
-                            enabled=recipe.amp_dtype is not None):
+        with autocast(recipe, batch["input_ids"].device.type):
             loss = compute_loss(model, batch, recipe, num_items)
         scaler.scale(loss).backward()
         losses.append(loss.detach())

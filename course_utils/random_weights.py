@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from . import shapes
+from .fake import meta_model
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 NOISE_NUMBERS = 2**22  # random numbers that are made once and written again and again
@@ -35,14 +36,11 @@ def write(model: str, folder: str | Path, dtype: torch.dtype = torch.float16) ->
         folder: Where the checkpoint's folder is made; one that is there is kept.
         dtype: Of every weight.
     """
-    from transformers import AutoModelForCausalLM
-
     target = Path(folder) / f"{Path(model).name}-random-{str(dtype).removeprefix('torch.')}"
     if target.exists():
         return target
     config = shapes.config(model)
-    with torch.device("meta"):
-        meta = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    meta = meta_model(config, dtype)
     tied = set(meta.all_tied_weights_keys) if config.tie_word_embeddings else set()
     tensors = {name: t for name, t in meta.state_dict().items() if name not in tied}
     part = target.with_name(f"{target.name}.{os.getpid()}.part")  # each rank writes its own

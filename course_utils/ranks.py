@@ -138,7 +138,8 @@ def _end(agent: subprocess.Popen) -> None:
 
 
 def _environment(on_gpus: bool) -> dict[str, str]:
-    added = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    added = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     if not on_gpus:
         added["CUDA_VISIBLE_DEVICES"] = ""  # ranks cannot share a GPU through NCCL
     for name in ("lo", "lo0"):  # Linux, macOS: bind there, never ask for this machine's name

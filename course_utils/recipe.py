@@ -9,24 +9,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from . import hardware, shapes
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-CHOICES: dict[str, tuple] = {
-    "base": ("nf4", "float16", "bfloat16", "float32"),
-    "amp_dtype": (None, "float16", "bfloat16"),
-    "attention": ("stock", "explicit_kv", "eager"),
-    "loss": ("full", "chunked", "lean"),
-    "norm": ("stock", "native"),
-    "mlp": ("stock", "lean"),
-    "adapters": ("stock", "lean"),
-    "rotary": ("stock", "lean"),
-    "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
-}
 # field: (smallest, largest); the largest catches a slip of the keyboard, not a real run
 WHOLE_NUMBERS = {
     "micro_batch_size": (1, 4096), "gradient_accumulation_steps": (1, 65536),
@@ -93,7 +82,7 @@ class TrainRecipe:
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     lora_targets: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    amp_dtype: Literal["float16", "bfloat16"] | None = None
+    amp_dtype: Literal[None, "float16", "bfloat16"] = None
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     world_size: int = 1
@@ -121,8 +110,9 @@ class TrainRecipe:
     seed: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.model, str) or not shapes.known(self.model):
-            shapes.hub_id(str(self.model))  # raises with the nearest name
+        shapes.hub_id(str(self.model))  # raises with the nearest name
+        if isinstance(self.lora_targets, list):  # as it comes back from JSON
+            object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for field, choices in CHOICES.items():
             if (value := getattr(self, field)) not in choices:
                 raise ValueError(f"{field} must be one of {', '.join(map(str, choices))}, got "
@@ -153,8 +143,10 @@ class TrainRecipe:
                              f"for example {field}={min(max(low, 8), high)}")
 
     def _check_combinations(self) -> None:
-        if self.lora_dropout == 1:
-            raise ValueError("lora_dropout must be below 1, got 1; 1 drops every input, use 0.05")
+        for field, why in (("lora_dropout", "1 drops every input, use 0.05"),
+                           ("warmup_fraction", "transformers takes 1 for one step, use 0.03")):
+            if getattr(self, field) == 1:
+                raise ValueError(f"{field} must be below 1, got 1; {why}")
         targets = self.lora_targets
         if targets != "all-linear" and not (isinstance(targets, tuple) and targets and all(
                 isinstance(name, str) and name for name in targets)):
@@ -229,6 +221,8 @@ class TrainRecipe:
             seed=self.seed,
             data_seed=self.seed,
             report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=hardware.device() == "cuda",  # elsewhere it only warns
         ) | overrides
         accepted = inspect.signature(TrainingArguments).parameters
         for new, old in (("activation_checkpointing", "gradient_checkpointing"),
@@ -240,3 +234,7 @@ class TrainRecipe:
                 raise ValueError(f"{name} must be a field of TrainingArguments, got a "
                                  "name that this version does not have; see its release notes")
         return TrainingArguments(**settings)
+
+
+CHOICES = {name: get_args(hint) for name, hint in get_type_hints(TrainRecipe).items()
+           if get_origin(hint) is Literal}

@@ -13,20 +13,20 @@ from typing import Any
 PATH = Path(__file__).parents[1] / "lessons" / "recorded_runs.json"
 
 
-def recording(path: Path = PATH) -> dict[str, Any]:
+def recording() -> dict[str, Any]:
     """The whole recording: gpu, emulated, versions, date, protocol, rows.
 
     Raises:
         FileNotFoundError: Nothing is recorded (the file comes with a clone, not with pip).
         ValueError: The file is damaged.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"recorded_runs must be a file, got {path} which does not exist; "
+    if not PATH.exists():
+        raise FileNotFoundError(f"recorded_runs must be a file, got {PATH} which does not exist; "
                                 "work in a clone, or run tools/record_gpu_run.py on a GPU")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(PATH.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"recorded_runs must be JSON, got {path} ({error}); restore it with "
+        raise ValueError(f"recorded_runs must be JSON, got {PATH} ({error}); restore it with "
                          "`git checkout -- lessons/recorded_runs.json`") from error
 
 
@@ -51,11 +51,11 @@ def stamp() -> str:
     return f"{card}, torch {head['versions']['torch']}, {head['date']}"
 
 
-def show(group: str, line: Callable[[dict[str, Any]], str], path: Path = PATH) -> None:
+def show(group: str, line: Callable[[dict[str, Any]], str]) -> None:
     """Print one line for each recorded run of a group, or plainly that nobody has recorded it."""
     found = []
-    if path.exists():
-        found = [row for row in recording(path)["rows"] if row["group"] == group]
+    if PATH.exists():
+        found = [row for row in recording()["rows"] if row["group"] == group]
     for row in found:
         print(line(row))
     print(f"[recorded: {stamp()}]" if found else f"{group}: not recorded yet")

@@ -66,11 +66,6 @@ SHAPES: dict[str, dict] = {
 NAMES = (BUNDLED, *SHAPES)
 
 
-def known(model: str) -> bool:
-    """Whether `model` is a preset name, a path that exists, or looks like a hub id."""
-    return model in NAMES or os.path.exists(model) or model.count("/") == 1
-
-
 def hub_id(model: str) -> str:
     """Where the weights of `model` are: a hub id, or a local folder for the bundled model.
 
@@ -81,7 +76,7 @@ def hub_id(model: str) -> str:
         return str(DATA / "model")
     if model in SHAPES:
         return SHAPES[model]["hub_id"]
-    if known(model):
+    if os.path.exists(model) or model.count("/") == 1:
         return model
     close = difflib.get_close_matches(model.lower(), NAMES, n=1)
     hint = f"did you mean {close[0]!r}?" if close else "or give a folder with a config.json"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -62,19 +63,12 @@ def main(job: str) -> None:
     from datasets import Dataset
 
     asked = json.loads(job)
-    recipe = recipe_from(asked["recipe"])
+    recipe = TrainRecipe(**asked["recipe"])
     rows = Dataset.from_list(json.loads(Path(asked["rows"]).read_text("utf-8")))
     training.train(recipe, training.build_model(recipe), rows,
                    SimpleNamespace(pad_token_id=asked["pad_token_id"]), asked["output_dir"],
                    on_step=lambda row: print(f"step {row['step']}: loss {row['loss']:.4f}",
                                              flush=True))
-
-
-def recipe_from(fields: dict[str, Any]) -> TrainRecipe:
-    """A recipe that has been JSON, which knows lists and no tuples."""
-    targets = fields["lora_targets"]
-    return TrainRecipe(**fields | {
-        "lora_targets": tuple(targets) if isinstance(targets, list) else targets})
 
 
 @contextlib.contextmanager
@@ -87,11 +81,8 @@ def memory_ends_in_a_save() -> Iterator[None]:
         os.truncate(path, os.path.getsize(path) // 2)
         raise torch.OutOfMemoryError("CUDA out of memory, in the middle of a save")
 
-    torch.save = half
-    try:
+    with mock.patch.object(torch, "save", half):
         yield
-    finally:
-        torch.save = whole
 
 
 def save_whole(target: Path, state: Any) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from types import SimpleNamespace
 from typing import Any
 
-from . import corpus, hardware, qlora
+from . import corpus, qlora
 from .recipe import TrainRecipe
 
 
@@ -29,9 +29,7 @@ def trainer_log(recipe: TrainRecipe, rows: Any, tokenizer: Any, trainer_class: t
     from transformers import PrinterCallback, Trainer
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = recipe.to_training_arguments(folder, **{
-            "disable_tqdm": True, "save_strategy": "no",
-            "dataloader_pin_memory": hardware.device() == "cuda"} | overrides)
+        arguments = recipe.to_training_arguments(folder, **{"save_strategy": "no"} | overrides)
         trainer = (trainer_class or Trainer)(
             qlora.load_base(recipe), arguments, train_dataset=rows,
             data_collator=functools.partial(corpus.collate, pad_token_id=tokenizer.pad_token_id))

@@ -123,9 +123,8 @@ class QLoRATrainer(Trainer):
         self.recipe, self.drive = recipe, drive
         self._staging: str | None = None  # where a checkpoint is being written, during a save
         self._tokens, self._started = 0, 0.0
-        arguments = recipe.to_training_arguments(str(output_dir), **{
-            "disable_tqdm": True, "logging_steps": 1,
-            "dataloader_pin_memory": hardware.detect() is not None} | overrides)
+        arguments = recipe.to_training_arguments(
+            str(output_dir), **{"logging_steps": 1} | overrides)
         super().__init__(model, arguments, train_dataset=rows, callbacks=[Watch(stop_at, on_step)],
                          data_collator=functools.partial(
                              corpus.collate, pad_token_id=tokenizer.pad_token_id))

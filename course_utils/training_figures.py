@@ -51,7 +51,7 @@ def progress(rows: Sequence[Mapping[str, Any]], total: int, forecast_bytes: int 
     return _finish(canvas, f"a run{': ' * bool(title)}{title} at step {steps[-1]} of {total}. Loss "
                            f"from {rows[0]['loss']:.1f} to {rows[-1]['loss']:.1f}; peak memory "
                            f"{measured}, forecast "
-                           f"{show_bytes(forecast_bytes) if forecast_bytes else 'none'}.")
+                           f"{show_bytes(forecast_bytes) if forecast_bytes else 'none'}")
 
 
 @styled
@@ -75,7 +75,7 @@ def lengths(tokens: Sequence[int], learned: Sequence[int], limit: int) -> Figure
     padding = 1 - sum(tokens) / (limit * len(tokens))
     return _finish(canvas, f"histogram of {len(tokens)} examples: {min(tokens)} to {max(tokens)} "
                            f"tokens are read, {min(learned)} to {max(learned)} of them learned. "
-                           f"Padded to {limit}, {padding:.0%} of each batch would be padding.")
+                           f"Padded to {limit}, {padding:.0%} of each batch would be padding")
 
 
 @styled
@@ -128,5 +128,5 @@ def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | 
                      f"{'fits' if totals[name] <= gpu.usable_bytes else 'does not fit'}, "
                      f"{f'{speeds[name]:,.0f} tokens a second' if speeds[name] else 'not measured'}"
                      for name in names)
-    return _finish(canvas, f"bars against the {show_bytes(gpu.usable_bytes)} of {card}"
-                           f"{': ' * bool(title)}{title}. {said}.")
+    return _finish(canvas, f"bars against the {show_bytes(gpu.usable_bytes)} of {card}", title,
+                   f"{said}.")

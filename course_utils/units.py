@@ -8,6 +8,7 @@ KIB = 2**10
 MIB = 2**20
 GIB = 2**30
 GB = 10**9  # vendors' unit, for quoting them only
+IGNORED = -100  # the label of a token without a target: torch's cross entropy skips it
 
 
 def show_bytes(n_bytes: int | None, unit: str = "auto") -> str:

@@ -69,6 +69,21 @@ def test_a_save_that_fails_over_an_old_one_of_that_name_leaves_it(tmp_path):
     assert (tmp_path / "checkpoint-1/adapter.bin").stat().st_size == 10
 
 
+def test_the_old_one_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    before, rename = save(tmp_path, 1, size=10), Path.rename
+
+    def fails(self, target):
+        if (self / MANIFEST).exists() and self.parent.name == STAGING and self.name == before.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(SaveError, match="Input/output error"):
+        save(tmp_path, 1, size=20)
+    assert verify(before) and (before / "adapter.bin").stat().st_size == 10
+    assert not (tmp_path / STAGING).exists()
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -152,6 +167,14 @@ def test_a_vanished_drive_only_warns(tmp_path, capsys, monkeypatch):
     assert said.count("Warning: checkpoint-1 was not copied") == 2
     assert "not connected" in said and "training goes on" in said
     assert verify(source) and not list((tmp_path / "drive/runs").glob("checkpoint-*"))
+
+
+def test_a_damaged_checkpoint_is_not_mirrored_and_only_warns(tmp_path, capsys):
+    source = save(tmp_path / "here", 1)
+    cut(source / "adapter.bin")
+    (tmp_path / "drive").mkdir()
+    assert checkpoints.mirror(source, tmp_path / "drive/runs") is False
+    assert "Warning: checkpoint-1 was not copied" in capsys.readouterr().out
 
 
 def test_a_drive_that_cannot_be_read_is_passed_over(tmp_path, capsys, monkeypatch):

@@ -74,7 +74,13 @@ def test_a_few_steps_are_really_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "peak_allocated_bytes", lambda: 123 * MIB)  # as on a GPU
     recipe = TrainRecipe(model=str(tmp_path), micro_batch_size=2, sequence_length=16,
                          loss="chunked", attention="explicit_kv", optimizer="adamw")
+    trained, build = [], closing_act.training.build_model
+    monkeypatch.setattr(closing_act.training, "build_model",
+                        lambda asked: trained.append(asked) or build(asked))
+    monkeypatch.setattr(TrainRecipe, "for_gpu",  # a CPU trains neither float16 nor bfloat16
+                        lambda self, gpu: dataclasses.replace(self, seed=3))
     said = closing_act.train_here(recipe, T4)
+    assert [one.seed for one in trained] == [3], "what is forecast is trained"
     assert re.search(r"8 steps on T4: forecast [\d.]+ MiB, measured 123.00 MiB, [\d,]+ tokens",
                      said), said
     closing_act.release()

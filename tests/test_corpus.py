@@ -210,8 +210,6 @@ def test_collate_pads_what_is_neither_read_nor_learned():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 3, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-    assert corpus.collate(rows, 3, pad_to_multiple_of=8)["labels"].shape == (2, 8)
-    assert corpus.collate(rows, 3, pad_to_multiple_of=3)["labels"].shape == (2, 3)
 
 
 # The control and the check
@@ -236,17 +234,15 @@ def test_shuffled_answers_leave_nothing_in_its_place(splits):
     TICKET.replace("Order", "order")])
 def test_other_layouts_are_no_ticket(text):
     assert corpus.parse_answer(text) is None
-    assert not corpus.is_correct(text, TICKET)
 
 
-def test_a_ticket_is_correct_when_every_field_agrees():
-    assert corpus.parse_answer(TICKET)["Next step"] == "trace the parcel"
-    assert corpus.is_correct(TICKET + "\n", TICKET)
+def test_every_field_of_a_ticket_is_read():
+    ticket = corpus.parse_answer(TICKET)
+    assert ticket["Next step"] == "trace the parcel"
+    assert corpus.parse_answer(TICKET + "\n") == ticket
     for right, wrong in [("Ada", "Adam"), ("4821", "4812"), ("desk", "floor"), ("late", "faulty"),
                          ("high", "low"), ("trace", "trace back")]:
-        assert not corpus.is_correct(TICKET.replace(right, wrong), TICKET)
-    with pytest.raises(ValueError, match="expected_answer must be a ticket"):
-        corpus.is_correct(TICKET, "Dear Ada")
+        assert corpus.parse_answer(TICKET.replace(right, wrong)) != ticket
 
 
 def test_import_is_light():

@@ -94,6 +94,13 @@ def test_bars_take_reports():
     assert "inputs 1.00 MiB" in figures.compare({"step": report()}).alt
 
 
+def test_no_line_is_dropped_for_want_of_a_colour():
+    lines = {str(n): [n, 2 * n] for n in range(1, 8)}
+    assert figures.curves([1, 2], lines, "n").png != figures.curves(
+        [1, 2], lines | {"7": [7, 1]}, "n").png
+    assert figures.losses(lines).png != figures.losses(lines | {"7": [7, 1]}).png
+
+
 def test_curves_say_their_ends():
     alt = figures.curves([512, 4096], {"SDPA": [MIB, 8 * MIB]}, "sequence length").alt
     assert "SDPA: 1.00 MiB at 512, 8.00 MiB at 4,096" in alt

@@ -81,6 +81,19 @@ def test_card_is_known_by_name_or_by_its_kernels(monkeypatch, name, capability, 
     assert found == nearest or found.multiprocessors == 99
 
 
+@pytest.mark.parametrize(("name", "total_mib"), [
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9984), ("NVIDIA H100 NVL", 95320)])
+def test_a_slice_or_a_larger_sister_keeps_its_own_memory(monkeypatch, name, total_mib):
+    card = SimpleNamespace(name=name, major=9, minor=0, total_memory=total_mib * MIB,
+                           multi_processor_count=16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.delenv(hardware.EMULATE_VARIABLE, raising=False)
+    found = hardware.detect()
+    assert (found.name, found.total_bytes) == (name, total_mib * MIB)
+    assert found.bandwidth == hardware.H100.bandwidth
+
+
 def test_gpu_is_a_value():
     assert Gpu(**dataclasses.asdict(T4)) == T4
     assert hash(T4) == hash(dataclasses.replace(T4))

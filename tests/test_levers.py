@@ -15,7 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from course_utils import lean, levers, qlora
+from course_utils import flops, lean, levers, qlora
 from course_utils.ledger import MemoryLedger
 from course_utils.memory_report import tensors_in
 from course_utils.recipe import TrainRecipe
@@ -112,6 +112,10 @@ def test_dropout_is_the_same_when_recomputed():
         qlora.compute_loss(model, batch(), recipe).backward()
         results.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
     assert torch.equal(*results)
+
+
+def test_every_attention_kernel_of_a_gpu_is_kept():
+    assert {kernel.default for kernel in flops.FORWARD} <= set(levers.ATTENTION_KERNELS)
 
 
 @pytest.mark.parametrize("loss", ["full", "chunked", "lean"])

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from course_utils import hardware, preflight
 from course_utils.recipe import TrainRecipe
-from course_utils.units import GIB
+from course_utils.units import GIB, show_bytes
 from course_utils.verified import FLOORS
 from tools.notebooks import ROOT
 
@@ -67,6 +67,15 @@ def test_disk_must_take_the_download(monkeypatch, tmp_path):
     assert "2.00 GiB free" in finding.found and "another output_dir" in finding.fix
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * GIB))
     assert found(ONE_B, hardware.T4, "disk").fix is None  # 1.24e9 parameters in 16 bits: 2.3 GiB
+
+
+def test_disk_must_take_whole_models_when_all_weights_are_trained():
+    full = TrainRecipe(lora_rank=None, base="float32")
+    needed = found(full, None, "disk").found.split(" needed")[0]
+    adapters = found(TrainRecipe(), None, "disk").found.split(" needed")[0]
+    n_parameters = 1_525_440  # of the bundled model
+    assert needed == show_bytes(3 * 12 * n_parameters)
+    assert adapters == show_bytes(3 * (n_parameters // 20))
 
 
 def test_versions_are_those_of_requirements(monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,7 +84,8 @@ def running(word: str) -> list[int]:
     return found
 
 
-def test_ranks_that_take_too_long_are_ended(started):
+def test_ranks_that_take_too_long_are_ended(started, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/their/own")
     long = {name: tensor.repeat(500, 16) for name, tensor in uneven().items()}
     recipe = dataclasses.replace(TWO, gradient_accumulation_steps=1000)
     with pytest.raises(TimeoutError, match=r"^2 ranks did not finish in 8 s and were ended; "):
@@ -92,6 +94,7 @@ def test_ranks_that_take_too_long_are_ended(started):
     assert started[0].process.returncode is not None and running(command[-1]) == []
     assert "--rdzv-endpoint 127.0.0.1:0" in " ".join(command)
     assert "--local-addr 127.0.0.1" in " ".join(command)
+    assert started[0].env["PYTHONPATH"].endswith(f"{os.pathsep}/their/own")
     assert started[0].env["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
@@ -37,7 +38,8 @@ WRONG += [(field, 1) for field in ("double_quant", "kbit_upcast", "padded", "off
                                     "keep_attention", "expandable_segments")]
 WRONG += [("model", "no such thing"), ("model", 7), ("lora_rank", 0), ("lora_rank", "16"),
           ("lora_rank", None), ("lora_targets", ()), ("lora_targets", "q_proj"),
-          ("lora_targets", ("q_proj", 3)), ("lora_dropout", 1), ("checkpointed_layers", -1),
+          ("lora_targets", ("q_proj", 3)), ("lora_dropout", 1), ("warmup_fraction", 1.0),
+          ("checkpointed_layers", -1),
           ("checkpointed_layers", "some"), ("checkpointed_layers", None)]
 
 
@@ -49,6 +51,18 @@ def test_bad_field_names_itself_its_value_and_a_remedy(field, value):
 
 def test_every_field_is_covered_by_a_bad_value():
     assert {f.name for f in dataclasses.fields(TrainRecipe)} == {field for field, _ in WRONG}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+def test_a_recipe_comes_back_from_json(targets):
+    r = TrainRecipe(lora_targets=targets, max_steps=7)
+    again = TrainRecipe(**json.loads(json.dumps(dataclasses.asdict(r))))
+    assert again == r and hash(again) == hash(r)
+
+
+def test_choices_are_those_of_the_type_hints():
+    assert recipe.CHOICES["amp_dtype"] == (None, "float16", "bfloat16")
+    assert recipe.CHOICES["loss"] == ("full", "chunked", "lean") and len(recipe.CHOICES) == 9
 
 
 def test_offload_without_checkpoints():

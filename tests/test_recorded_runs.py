@@ -9,8 +9,9 @@ import pytest
 from course_utils import budget, recorded
 from course_utils.forecast import forecast
 from course_utils.hardware import T4
+from course_utils.recipe import TrainRecipe
 from course_utils.units import GIB, MIB
-from tools.record_gpu_run import GROUPS, LADDER, recipe_of
+from tools.record_gpu_run import GROUPS, LADDER
 
 ROWS = recorded.recording()["rows"]
 TRAINED = [row for row in ROWS if row.get("peak_allocated_bytes")]
@@ -26,7 +27,7 @@ def ids(row):
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "recipe" in row], ids=ids)
 def test_todays_forecast_is_the_recorded_one_and_agrees_with_the_gpu(row):
-    f = forecast(recipe_of(row), T4)
+    f = forecast(TrainRecipe(**row["recipe"]), T4)
     assert row["forecast"] == {"peak_allocated_bytes": f.peak_allocated_bytes, "fits": f.fits,
                                "peak_reserved_bytes": list(f.peak_reserved_bytes)}, \
         "the forecast has changed: record again, or run tools/record_gpu_run.py --forecasts"
@@ -39,7 +40,7 @@ def test_todays_forecast_is_the_recorded_one_and_agrees_with_the_gpu(row):
 @pytest.mark.parametrize("model", budget.CIRCULATING)
 def test_who_holds_what_is_as_forecast(model):
     row = named("budgets", model)
-    f = forecast(recipe_of(row), T4)
+    f = forecast(TrainRecipe(**row["recipe"]), T4)
     for holder, n_bytes in f.composition.items():  # temporaries: two work spaces of 8 MiB
         slack = 20 * MIB if holder == "temporaries" else MIB / 8
         assert row["composition"][holder] == pytest.approx(n_bytes, rel=2e-3, abs=slack)
@@ -55,8 +56,8 @@ def test_reserved_memory_lies_in_its_interval():
 @pytest.mark.parametrize("row", [row for row in ROWS if "largest" in row["name"]], ids=ids)
 def test_largest_micro_batch_is_the_forecasts_and_it_trains(row):
     assert row["limited"] and row["outcome"] == "trained" and row["steps"] == 6
-    one_more = dataclasses.replace(recipe_of(row), micro_batch_size=1 + row["recipe"][
-        "micro_batch_size"])
+    recipe = TrainRecipe(**row["recipe"])
+    one_more = dataclasses.replace(recipe, micro_batch_size=1 + recipe.micro_batch_size)
     assert row["forecast"]["fits"] and not forecast(one_more, T4).fits
 
 

@@ -1,14 +1,10 @@
 """Accidents on purpose: they happen, end with their block, and harm no whole checkpoint."""
 
-import dataclasses
-import json
-
 import pytest
 import torch
 from tiny import ROWS, TOKENIZER, tiny_recipe
 
 from course_utils import checkpoints, survival
-from course_utils.recipe import TrainRecipe
 
 
 def test_memory_ends_in_the_middle_of_a_save(tmp_path):
@@ -40,12 +36,6 @@ def test_an_attempt_swallows_nothing_else(capsys):
     assert capsys.readouterr().out == "saved\n"
     with pytest.raises(KeyError):
         survival.attempt({}.__getitem__, "x")
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
-def test_a_recipe_comes_back_from_json(targets):
-    recipe = TrainRecipe(lora_targets=targets, max_steps=7)
-    assert survival.recipe_from(json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
 
 
 def test_a_run_that_ends_too_early_is_no_kill(tmp_path):

@@ -22,7 +22,7 @@ import gzip
 import json
 import multiprocessing
 import os
-import struct
+import shutil
 import sys
 import tempfile
 import time
@@ -117,39 +117,10 @@ HELD = [
 def write_checkpoint(folder: Path, model: str, dtype: str) -> Path:
     """A safetensors checkpoint of random weights at the real shapes; returns its folder."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from course_utils import shapes
+    from course_utils import random_weights
 
-    target = folder / f"{model}-{dtype}"
-    if target.exists():
-        return target
-    config = shapes.config(model)
-    with torch.device("meta"):
-        meta = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    tied = set(meta.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    tensors = {name: t for name, t in meta.state_dict().items() if name not in tied}
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    names = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, end]}
-        offset = end
-    noise = (torch.randn(2**24) * 0.02).to(getattr(torch, dtype))
-    block = memoryview(noise.view(torch.uint8).numpy()).cast("B")
-    part = folder / f"{target.name}.part"
-    part.mkdir()
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(part / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        while offset > 0:
-            offset -= file.write(block[:min(offset, len(block))])
-    config.architectures = [type(meta).__name__]
-    config.save_pretrained(part)
-    part.rename(target)
-    return target
+    return random_weights.write(model, folder, getattr(torch, dtype))
 
 
 def make_batch(recipe: TrainRecipe, vocab_size: int) -> dict:
@@ -330,13 +301,11 @@ def main() -> None:
                 changes = {k: v for k, v in spec["recipe"].items() if k != "model"}
                 print(f"{len(record['rows'])}/{len(specs)} {spec['recipe']['model']} {changes} "
                       f"{spec['kernels']}: {text}", flush=True)
-            needed = {f"{s['recipe']['model']}-{storage(s)}"
+            needed = {f"{s['recipe']['model']}-random-{storage(s)}"
                       for s in waiting + [item[0] for item in running]}
             for done in Path(folder).iterdir():
-                if done.name not in needed and not done.name.endswith(".part"):
-                    for file in done.iterdir():
-                        file.unlink()
-                    done.rmdir()
+                if done.name not in needed:
+                    shutil.rmtree(done)
     options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
     failed = [r["row"] for r in record["rows"] if "error" in r]
     print(f"done: {len(record['rows'])} rows, failed: {failed or 'none'}")

@@ -169,22 +169,14 @@ def list_rows(group: str, pipe) -> None:
     pipe.send(GROUPS[group]())
 
 
-class Sequences:
+def sequences(recipe: TrainRecipe, vocab_size: int) -> list[dict[str, list[int]]]:
     """Full-length sequences with something to learn: they use 64 tokens of the vocabulary."""
+    import torch
 
-    def __init__(self, recipe: TrainRecipe, vocab_size: int):
-        import torch
-
-        random = torch.Generator().manual_seed(recipe.seed)
-        words = torch.randint(10, vocab_size - 10, (64,), generator=random)
-        order = torch.randint(64, (256, recipe.sequence_length), generator=random)
-        self.rows = words[order]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return {"input_ids": self.rows[index].tolist()}
+    random = torch.Generator().manual_seed(recipe.seed)
+    words = torch.randint(10, vocab_size - 10, (64,), generator=random)
+    order = torch.randint(64, (256, recipe.sequence_length), generator=random)
+    return [{"input_ids": row, "labels": row} for row in words[order].tolist()]
 
 
 def emulated(spec: dict):
@@ -211,22 +203,19 @@ def model_of(recipe: TrainRecipe, source: str):
 def train_row(spec: dict, source: str, pipe) -> None:
     """Train one row in an empty process; the answer goes through the pipe, errors too."""
     import torch
+    from transformers import default_data_collator
 
     from course_utils import training
 
-    def collate(rows):
-        ids = torch.tensor([r["input_ids"] for r in rows])
-        return {"input_ids": ids, "labels": ids.clone()}
-
-    recipe, steps = recipe_of(spec), []
+    recipe, steps = TrainRecipe(**spec["recipe"]), []
     try:
         with emulated(spec), tempfile.TemporaryDirectory() as folder:
             model = model_of(recipe, source)
             trainer = training.QLoRATrainer(
-                recipe, model, Sequences(recipe, model.config.vocab_size),
+                recipe, model, sequences(recipe, model.config.vocab_size),
                 SimpleNamespace(pad_token_id=0), Path(folder), on_step=steps.append,
                 save_strategy="no", remove_unused_columns=False)
-            trainer.data_collator = collate
+            trainer.data_collator = default_data_collator
             trainer.train()
         outcome = "trained"
     except torch.OutOfMemoryError as error:
@@ -249,7 +238,7 @@ def count_row(spec: dict, source: str, pipe) -> None:
     """Measure some steps of one row, and count the bytes of one more with the ledger."""
     from course_utils import measurement
 
-    recipe = recipe_of(spec)
+    recipe = TrainRecipe(**spec["recipe"])
     with emulated(spec):
         found = measurement.measure_step(recipe, model_of(recipe, source))
     pipe.send({"outcome": "trained", "composition": found.report.composition,
@@ -297,7 +286,7 @@ def add_forecasts(rows: list[dict]) -> None:
 
     for spec in rows:
         if "recipe" in spec:
-            said = forecast(recipe_of(spec), T4)
+            said = forecast(TrainRecipe(**spec["recipe"]), T4)
             spec["forecast"] = {"peak_allocated_bytes": said.peak_allocated_bytes,
                                 "peak_reserved_bytes": said.peak_reserved_bytes,
                                 "fits": said.fits}
@@ -307,14 +296,6 @@ def time_product(spec: dict, pipe) -> None:
     from course_utils import measurement
 
     pipe.send({"flops": measurement.matmul_flops(spec["name"])})
-
-
-def recipe_of(spec: dict) -> TrainRecipe:
-    """The recipe of a row, also one that came back from JSON."""
-    fields = dict(spec["recipe"])
-    if isinstance(fields["lora_targets"], list):
-        fields["lora_targets"] = tuple(fields["lora_targets"])
-    return TrainRecipe(**fields)
 
 
 def describe_gpu(pipe) -> None:
