@@ -1,6 +1,7 @@
 """The whole way: from what came back to scores that equal a constructed truth, byte for byte."""
 
 import csv
+import inspect
 import os
 import signal
 import stat
@@ -12,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 import nbformat
 import pytest
 
-from instructor import grading, marking, results
+from instructor import copies, grading, marking, results, source
 from instructor.assignment import Case, load, numbers
 from instructor.grade import grade, local_time, main
 from tests.instructor.classroom import (
@@ -249,6 +250,42 @@ def test_same_wrong_answers_are_flagged_and_known_mistakes_are_not(tmp_path):
     assert {alike.students for alike in found.alike} == {("s001", "s002")}
     assert any("the same wrong answers though their numbers differ" in alike.evidence
                and "4711" in alike.evidence for alike in found.alike)
+
+
+def alike_in(name, function, count, text=None):
+    """What is found where so many students hand in the same right text, or the key."""
+    assignment = load(name)
+    (exercise,) = [e for e in assignment.exercises if e.function == function]
+    text = text or inspect.getsource(exercise.solution).replace("good", "ok").replace("###", "#")
+    about = source.read(notebook([text]), [function])["functions"]
+    marks = {}
+    for student_ in (f"s{index:02}" for index in range(count)):
+        cases = exercise.cases(numbers(name, student_, SECRET))
+        marks[student_] = [marking.mark(exercise, cases, [{"value": c.expected} for c in cases])]
+    return copies.find(marks, dict.fromkeys(marks, about))
+
+
+@pytest.mark.parametrize("count", [1, 2, 60])
+def test_the_published_solution_is_listed_by_however_many_it_is_handed_in(count):
+    (found,) = alike_in("effective_batch", "largest_micro_batch", count)
+    assert len(found.students) == count
+    assert "is the published solution but for names and layout" in found.evidence
+    others = {1: "", 2: "s01 and ", 60: "59 others and "}[count]
+    assert found.flag("s00") == f"alike with {others}the published solution, see the class report"
+
+
+def test_a_short_published_solution_is_the_obvious_answer():
+    assert alike_in("effective_batch", "micro_batch_for", 2) == []
+
+
+def test_a_long_right_function_is_listed_by_however_many_it_is_shared():
+    (exercise,) = [e for e in load("effective_batch").exercises
+                   if e.function == "largest_micro_batch"]
+    other = inspect.getsource(exercise.solution).replace("bad - good > 1", "good + 1 < bad")
+    for count in (2, 60):
+        (found,) = alike_in("effective_batch", "largest_micro_batch", count, other)
+        assert len(found.students) == count and "the same to the letter" in found.evidence
+    assert alike_in("effective_batch", "largest_micro_batch", 1, other) == []
 
 
 def test_small_wrong_answers_in_common_are_no_evidence(tmp_path):
