@@ -25,8 +25,6 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tools.notebooks import METADATA
-
 from . import selfcheck
 from .assignment import (
     ASSIGNMENTS,
@@ -42,6 +40,12 @@ from .cases import EVERYBODY
 from .roster import file_name, read_roster
 from .rubric import rubric, show_points
 
+# Of every notebook for students: a lesson's, but no GPU, which a class would take for nothing.
+METADATA = {
+    "colab": {"provenance": []},
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION$", re.M | re.S)
 MARKER = re.compile(r"^ *### (BEGIN|END) SOLUTION\n?", re.M)
 HOW = """**How it works.** Replace each `...` by your code, and run the cell below it: it knows some

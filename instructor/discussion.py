@@ -48,9 +48,10 @@ def timing(notebook: dict) -> str:
     if not (minutes := re.search(r"\*\*(\d+) min\*\*", text)):
         raise ValueError(f"lesson {title!r} must say '**45 min**' or so at its top, got no "
                          "minutes; add them")
-    exercises = re.findall(r"^## Exercise (\S+) · (.+)\n+\*(\w+), (\d+) minutes", text, re.M)
-    listed = "; ".join(f"{number} {name}: {took} ({level.lower()})"
-                       for number, name, level, took in exercises)
+    exercises = re.findall(r"^##+ Exercise (\S+) · (.+)\n+\*(\w+), (\d+) minutes(, at home)?",
+                           text, re.M)
+    listed = "; ".join(f"{number} {name}: {took} ({level.lower()}{home})"
+                       for number, name, level, took, home in exercises)
     return f"| {title} | {minutes[1]} | {listed} |"
 
 

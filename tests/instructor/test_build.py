@@ -13,11 +13,12 @@ import nbformat
 import pytest
 
 from instructor.assignment import ASSIGNMENTS, load, names, numbers
-from instructor.build import answer_key, build, main, student_notebook
+from instructor.build import METADATA, answer_key, build, main, student_notebook
 from instructor.roster import file_name, read_roster
 from instructor.rubric import rubric
 from instructor.selfcheck import NOT_ATTEMPTED, same
-from tools.notebooks import METADATA, ROOT, execute
+from tools.notebooks import METADATA as LESSONS
+from tools.notebooks import ROOT, execute
 
 SECRET = "the instructor's, of this test"
 
@@ -125,6 +126,8 @@ def test_notebook_is_ready_for_colab():
     notebook = student_notebook(load("effective_batch"), numbers("effective_batch", "s1", SECRET))
     nbformat.validate(notebook)
     assert notebook.metadata == METADATA
+    assert METADATA["kernelspec"] == LESSONS["kernelspec"]
+    assert not {"GPU", "T4"} & set(re.findall(r"\w+", str(notebook.metadata)))
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code[0].source == 'STUDENT_ID = "s1"'
     assert not any(cell.outputs or cell.execution_count for cell in code)
