@@ -1,8 +1,8 @@
 """Build an assignment: students' notebooks, the answer key and the rubric.
 
-    python -m instructor.build effective_batch --out build/effective_batch
-    python -m instructor.build effective_batch --out build/effective_batch \\
-        --roster roster.csv --secret-file secret.txt
+    python -m instructor.build effective_batch --out class/effective_batch
+    python -m instructor.build effective_batch --out class/effective_batch \\
+        --roster class/roster.csv --secret-file class/secret.txt
 
 Without a roster there is one notebook for all, with the same public numbers; with one, each student
 gets a notebook with their own id and numbers. The hidden numbers are each student's own in both

@@ -1,6 +1,6 @@
 """The page for the meeting: each lesson's minutes, and its "Try with AI" with the right answer.
 
-    python -m instructor.discussion --out build/meeting.md
+    python -m instructor.discussion --out class/meeting.md
 
 Prompts, answers and numbers are those of the committed lessons, so they are always the course's
 own. What to make of them in class is in `instructor/README.md`.

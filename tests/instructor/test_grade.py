@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from datetime import UTC, datetime, timedelta
 
 import nbformat
@@ -356,8 +357,30 @@ def test_equal(answer, expected, tolerance, right):
 
 def test_output_among_the_submissions_is_refused(tmp_path):
     arguments = write_class(tmp_path, {"s001": "A"}, {"tiny_s001.ipynb": honest("s001")})
-    with pytest.raises(ValueError, match="out must lie outside of the submissions"):
+    with pytest.raises(ValueError, match="--out must lie outside of the submissions"):
         grade(TINY, tmp_path, *arguments[1:])
+
+
+def test_output_that_is_a_folder_is_refused_before_anybody_is_graded(tmp_path):
+    arguments = write_class(tmp_path, {"s001": "A"}, {"tiny_s001.ipynb": honest("s001")})
+    (tmp_path / "graded").mkdir()
+    with pytest.raises(ValueError, match="--out must be the CSV to write, got the folder"):
+        grade(TINY, *arguments[:3], tmp_path / "graded")
+    assert list((tmp_path / "graded").iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["30.11.2026", "2026-11-30", "tomorrow"])
+def test_due_time_that_is_none_is_refused(text):
+    with pytest.raises(ArgumentTypeError, match=f"--due must look like .*, got '{text}'"):
+        local_time(text)
+
+
+def test_where_processes_have_no_limits_it_declines_with_advice():
+    code = ("import runpy, sys\nsys.modules['resource'] = None\n"
+            "runpy.run_module('instructor.grade', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "use WSL or a Linux container" in done.stderr
 
 
 def test_due_time_with_a_zone_is_turned_into_local_time():
