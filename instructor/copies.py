@@ -24,6 +24,8 @@ LONG_PARTS = 60  # of a function, from which on the same letters are no accident
 SHORT_PARTS = 15  # of a wrong one
 FEW = 3  # students; what more share is an obvious way to write it, if it is short
 FEW_SHARE = 0.05  # of the class
+KEY_PARTS = 30  # of a function of the key; equal to it by accident now and then, but not in all:
+KEY_SHARE = 0.75  # of the parts of all such functions
 FEWEST_ANSWERS = 2  # wrong answers in common
 MOST_NAMED = 10  # in a flag
 
@@ -61,6 +63,7 @@ def find(marks: Mapping[str, Sequence[Mark]], code: Mapping[str, Mapping[str, Ma
 def _same_code(marks: Mapping, code: Mapping, few: int) -> list[Alike]:
     shared: dict[tuple, list[str]] = defaultdict(list)
     for student in sorted(marks):
+        copied = _of_the_key(marks[student], code.get(student, {}))
         for mark in marks[student]:
             about = code.get(student, {}).get(mark.exercise.function, {})
             if mark.unfinished or not mark.outcomes or "shape" not in about:
@@ -68,7 +71,7 @@ def _same_code(marks: Mapping, code: Mapping, few: int) -> list[Alike]:
             name, long = mark.exercise.function, about["parts"] >= LONG_PARTS
             right = all(o.verdict == "right" for o in mark.outcomes)
             odd = any(o.verdict != "right" and not o.mistake for o in mark.outcomes)
-            if right and long and about["shape"] == _shape_of(mark.exercise.solution):
+            if name in copied:
                 shared[name, "key", True, about["shape"]].append(student)
             elif right and long:
                 shared[name, "letter", True, about["letter"]].append(student)
@@ -84,12 +87,30 @@ def _same_code(marks: Mapping, code: Mapping, few: int) -> list[Alike]:
     return [Alike(students, "; ".join(lines), key) for (students, key), lines in groups.items()]
 
 
+def _of_the_key(marks: Sequence[Mark], code: Mapping[str, Mapping]) -> set[str]:
+    """The functions in which a student's right code has the shape of the published solution.
+
+    Only long ones; shorter ones too where nearly all of them have it.
+    """
+    equal_parts, all_parts = {}, 0
+    for mark in marks:
+        name, (form, parts) = mark.exercise.function, _shape_of(mark.exercise.solution)
+        if parts >= KEY_PARTS:
+            all_parts += parts
+            if code.get(name, {}).get("shape") == form and mark.outcomes \
+                    and all(o.verdict == "right" for o in mark.outcomes):
+                equal_parts[name] = parts
+    nearly_all = len(equal_parts) > 1 and sum(equal_parts.values()) >= KEY_SHARE * all_parts
+    least = KEY_PARTS if nearly_all else LONG_PARTS
+    return {name for name, parts in equal_parts.items() if parts >= least}
+
+
 @functools.cache
-def _shape_of(solution: Callable | None) -> str:
-    """A reference's, as the reader of notebooks (`source`) gives a student's."""
+def _shape_of(solution: Callable | None) -> tuple[str, int]:
+    """A reference's shape and parts, as the reader of notebooks (`source`) gives a student's."""
     if solution is None:
-        return ""
-    return shape(ast.parse(textwrap.dedent(inspect.getsource(solution))).body[0])[0]
+        return "", 0
+    return shape(ast.parse(textwrap.dedent(inspect.getsource(solution))).body[0])
 
 
 def _odd(marks: Sequence[Mark]) -> list[tuple[str, Outcome]]:

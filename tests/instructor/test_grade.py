@@ -277,6 +277,21 @@ def test_the_published_solution_is_listed_by_however_many_it_is_handed_in(count)
 
 def test_a_short_published_solution_is_the_obvious_answer():
     assert alike_in("effective_batch", "micro_batch_for", 2) == []
+    assert alike_in("effective_batch", "split_for", 2) == []
+
+
+@pytest.mark.parametrize(("changed", "listed"), [("holders", True), ("largest_batch", False)])
+def test_a_whole_key_of_short_functions_is_listed(changed, listed):
+    exercises = load("activation_memory").exercises
+    cells = {e.function: inspect.getsource(e.solution) for e in exercises}
+    cells[changed] = cells[changed].replace(":\n", ":\n    unused = 0\n", 1)
+    about = source.read(notebook(list(cells.values())), list(cells))["functions"]
+    assert all("shape" in one for one in about.values())
+    marks = [marking.mark(e, cases, [{"value": case.expected} for case in cases])
+             for e in exercises for cases in [e.cases(numbers("activation_memory", "s1", SECRET))]]
+    found = copies.find({"s1": marks}, {"s1": about})
+    assert ([(a.students, a.key, a.evidence.count("published")) for a in found]
+            == ([(("s1",), True, 3)] if listed else []))
 
 
 def test_a_long_right_function_is_listed_by_however_many_it_is_shared():
