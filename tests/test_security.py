@@ -141,6 +141,12 @@ def without_set_up_cell(source: str) -> str:
 SOURCES = [path for path in tracked(".py") if path.startswith(SHIPPED)]
 
 
+def test_without_git_the_same_files_are_found(monkeypatch, tmp_path):
+    listed = tracked(".py", ".md", ".ipynb")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert tracked(".py", ".md", ".ipynb") == sorted(listed)
+
+
 def test_no_token_is_in_any_file():
     paths = tracked(".py", ".md", ".json", ".toml", ".txt", ".yml", ".cff", "Makefile", "run")
     assert len(paths) > 100
