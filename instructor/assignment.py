@@ -188,8 +188,11 @@ def read_secret(path: str | Path) -> str:
     """The instructor's secret: the file's text without the white space around it.
 
     Raises:
-        ValueError: It is so short that a student could guess it.
+        ValueError: It is no file, or so short that a student could guess it.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"--secret-file must be a file, got {str(path)!r}; see step 1 of "
+                         "instructor/README.md")
     secret = Path(path).read_text("utf-8").strip()
     if len(secret) < SHORTEST_SECRET:
         raise ValueError(

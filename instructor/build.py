@@ -1,8 +1,8 @@
 """Build an assignment: students' notebooks, the answer key and the rubric.
 
-    python -m instructor.build effective_batch --out build/effective_batch
-    python -m instructor.build effective_batch --out build/effective_batch \\
-        --roster roster.csv --secret-file secret.txt
+    python -m instructor.build effective_batch --out class/effective_batch
+    python -m instructor.build effective_batch --out class/effective_batch \\
+        --roster class/roster.csv --secret-file class/secret.txt
 
 Without a roster there is one notebook for all, with the same public numbers; with one, each student
 gets a notebook with their own id and numbers. The hidden numbers are each student's own in both
@@ -25,8 +25,6 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tools.notebooks import METADATA
-
 from . import selfcheck
 from .assignment import (
     ASSIGNMENTS,
@@ -42,6 +40,12 @@ from .cases import EVERYBODY
 from .roster import file_name, read_roster
 from .rubric import rubric, show_points
 
+# Of every notebook for students: a lesson's, but no GPU, which a class would take for nothing.
+METADATA = {
+    "colab": {"provenance": []},
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION$", re.M | re.S)
 MARKER = re.compile(r"^ *### (BEGIN|END) SOLUTION\n?", re.M)
 HOW = """**How it works.** Replace each `...` by your code, and run the cell below it: it knows some

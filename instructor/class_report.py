@@ -13,6 +13,10 @@ from .rubric import show_points
 
 BINS = 10
 MOST_MISTAKES = 15
+ALIKE = """Evidence for a conversation, no verdict: working together or a common source explain some
+of it. The published solution stands in the course's public repository: who has it has read it
+there, or has it from somebody who did, or, rarely, has come upon the same lines alone. Ask how the
+function works."""
 
 
 def class_report(assignment: Assignment, found: ClassResult) -> str:
@@ -22,8 +26,7 @@ def class_report(assignment: Assignment, found: ClassResult) -> str:
              _summary(assignment, found, graded)]
     if graded:
         parts += [_histogram(assignment, graded), _hardest(assignment, graded), _mistakes(graded)]
-    parts += [_table("Look alike", "Evidence for a conversation, no verdict: working together or a "
-                     "common source explain some of it.", ("students", "what is alike"),
+    parts += [_table("Look alike", ALIKE, ("students", "what is alike"),
                      [(", ".join(a.students), sentence(a.evidence)) for a in found.alike]),
               _table("To look at", "", ("student", "what"),
                      [(r.student_id, "<br>".join(map(sentence, r.flags)))

@@ -1,24 +1,33 @@
 """Answers that two students can hardly have found independently, with what speaks for it.
 
 Evidence for a conversation, not a verdict: there are innocent ways, such as working together.
-Right answers to short exercises look alike, so they never count.
+Right answers to short exercises look alike, so they never count. Long ones do however many share
+them, and one student is enough where it is the solution that the course publishes.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
 import json
+import textwrap
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .marking import Mark, Outcome, equal, show
+from .source import shape
 
-LONG_PARTS = 60  # of a right function, from which on the same letters are no accident
+LONG_PARTS = 60  # of a function, from which on the same letters are no accident, in no number
 SHORT_PARTS = 15  # of a wrong one
-FEW = 3  # students; what more share is an obvious way to write it
+FEW = 3  # students; what more share is an obvious way to write it, if it is short
 FEW_SHARE = 0.05  # of the class
+KEY_PARTS = 30  # of a function of the key; equal to it by accident now and then, but not in all:
+KEY_SHARE = 0.75  # of the parts of all such functions
 FEWEST_ANSWERS = 2  # wrong answers in common
+MOST_NAMED = 10  # in a flag
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,15 @@ class Alike:
 
     students: tuple[str, ...]
     evidence: str
+    key: bool = False  # alike with the published solution, so one student is enough
+
+    def flag(self, student: str) -> str:
+        """What the grade list says of one of them; a crowd is counted, not named."""
+        others = [other for other in self.students if other != student]
+        crowd = len(others) > MOST_NAMED
+        them = [f"{len(others)} others" if crowd else ", ".join(others)] if others else []
+        them += ["the published solution"] if self.key else []
+        return f"alike with {' and '.join(them)}, see the class report"
 
 
 def find(marks: Mapping[str, Sequence[Mark]], code: Mapping[str, Mapping[str, Mapping]],
@@ -45,24 +63,54 @@ def find(marks: Mapping[str, Sequence[Mark]], code: Mapping[str, Mapping[str, Ma
 def _same_code(marks: Mapping, code: Mapping, few: int) -> list[Alike]:
     shared: dict[tuple, list[str]] = defaultdict(list)
     for student in sorted(marks):
+        copied = _of_the_key(marks[student], code.get(student, {}))
         for mark in marks[student]:
             about = code.get(student, {}).get(mark.exercise.function, {})
             if mark.unfinished or not mark.outcomes or "shape" not in about:
                 continue
-            name = mark.exercise.function
+            name, long = mark.exercise.function, about["parts"] >= LONG_PARTS
             right = all(o.verdict == "right" for o in mark.outcomes)
             odd = any(o.verdict != "right" and not o.mistake for o in mark.outcomes)
-            if right and about["parts"] >= LONG_PARTS:
-                shared[name, "letter", about["letter"]].append(student)
+            if name in copied:
+                shared[name, "key", True, about["shape"]].append(student)
+            elif right and long:
+                shared[name, "letter", True, about["letter"]].append(student)
             elif odd and about["parts"] >= SHORT_PARTS:
-                shared[name, "shape", about["shape"]].append(student)
-    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for (name, kind, _), students in sorted(shared.items()):
-        if 1 < len(students) <= few:
-            groups[tuple(students)].append(
-                f"`{name}` is the same to the letter" if kind == "letter" else
-                f"`{name}` is not right and the same but for names and layout")
-    return [Alike(students, "; ".join(lines)) for students, lines in groups.items()]
+                shared[name, "shape", long, about["shape"]].append(student)
+    groups: dict[tuple, list[str]] = defaultdict(list)
+    for (name, kind, long, _), students in sorted(shared.items()):
+        if kind == "key" or len(students) > 1 and (long or len(students) <= few):
+            groups[tuple(students), kind == "key"].append({
+                "key": f"`{name}` is the published solution but for names and layout",
+                "letter": f"`{name}` is the same to the letter",
+                "shape": f"`{name}` is not right and the same but for names and layout"}[kind])
+    return [Alike(students, "; ".join(lines), key) for (students, key), lines in groups.items()]
+
+
+def _of_the_key(marks: Sequence[Mark], code: Mapping[str, Mapping]) -> set[str]:
+    """The functions in which a student's right code has the shape of the published solution.
+
+    Only long ones; shorter ones too where nearly all of them have it.
+    """
+    equal_parts, all_parts = {}, 0
+    for mark in marks:
+        name, (form, parts) = mark.exercise.function, _shape_of(mark.exercise.solution)
+        if parts >= KEY_PARTS:
+            all_parts += parts
+            if code.get(name, {}).get("shape") == form and mark.outcomes \
+                    and all(o.verdict == "right" for o in mark.outcomes):
+                equal_parts[name] = parts
+    nearly_all = len(equal_parts) > 1 and sum(equal_parts.values()) >= KEY_SHARE * all_parts
+    least = KEY_PARTS if nearly_all else LONG_PARTS
+    return {name for name, parts in equal_parts.items() if parts >= least}
+
+
+@functools.cache
+def _shape_of(solution: Callable | None) -> tuple[str, int]:
+    """A reference's shape and parts, as the reader of notebooks (`source`) gives a student's."""
+    if solution is None:
+        return "", 0
+    return shape(ast.parse(textwrap.dedent(inspect.getsource(solution))).body[0])
 
 
 def _odd(marks: Sequence[Mark]) -> list[tuple[str, Outcome]]:

@@ -1,6 +1,6 @@
 """The page for the meeting: each lesson's minutes, and its "Try with AI" with the right answer.
 
-    python -m instructor.discussion --out build/meeting.md
+    python -m instructor.discussion --out class/meeting.md
 
 Prompts, answers and numbers are those of the committed lessons, so they are always the course's
 own. What to make of them in class is in `instructor/README.md`.
@@ -48,9 +48,10 @@ def timing(notebook: dict) -> str:
     if not (minutes := re.search(r"\*\*(\d+) min\*\*", text)):
         raise ValueError(f"lesson {title!r} must say '**45 min**' or so at its top, got no "
                          "minutes; add them")
-    exercises = re.findall(r"^## Exercise (\S+) · (.+)\n+\*(\w+), (\d+) minutes", text, re.M)
-    listed = "; ".join(f"{number} {name}: {took} ({level.lower()})"
-                       for number, name, level, took in exercises)
+    exercises = re.findall(r"^##+ Exercise (\S+) · (.+)\n+\*(\w+), (\d+) minutes(, at home)?",
+                           text, re.M)
+    listed = "; ".join(f"{number} {name}: {took} ({level.lower()}{home})"
+                       for number, name, level, took, home in exercises)
     return f"| {title} | {minutes[1]} | {listed} |"
 
 

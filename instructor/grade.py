@@ -11,11 +11,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+
+# Before the imports below, which Windows does not have either.
+if __name__ == "__main__" and not importlib.util.find_spec("resource"):
+    print("Nothing graded: grading must run on Linux or macOS, got a system without Unix's limits "
+          "on processes, such as Windows; use WSL or a Linux container", file=sys.stderr)
+    sys.exit(2)
 
 from .assignment import Assignment, load, names, read_secret
 from .cage import LEVELS
@@ -59,9 +66,12 @@ def grade(assignment: Assignment, submissions: Path, roster: Path, secret_file: 
     if any(e.needs_torch for e in assignment.exercises) and not importlib.util.find_spec("torch"):
         raise ValueError(f"torch must be installed to grade {assignment.name}, got none; "
                          "pip install torch")
+    if out.is_dir():
+        raise ValueError(f"--out must be the CSV to write, got the folder {str(out)!r}; name a "
+                         f"file in it: {str(out / 'grades.csv')!r}")
     if out.resolve().is_relative_to(submissions.resolve()):
-        raise ValueError(f"out must lie outside of the submissions, got {str(out)!r}; the next run "
-                         "would take it for one")
+        raise ValueError(f"--out must lie outside of the submissions, got {str(out)!r}; the next "
+                         "run would take it for one")
     out.parent.mkdir(parents=True, exist_ok=True)
     with Sandbox(level) as sandbox, Journal(out.with_suffix(".journal.jsonl")) as journal:
         if sandbox.level == "hook" and not weak:
@@ -102,9 +112,13 @@ def local_time(text: str) -> datetime:
     """A time as files have it: local, without its zone.
 
     Raises:
-        ValueError: It is no ISO 8601.
+        ArgumentTypeError: It is no ISO 8601, or a day without a time, which would mean its start.
     """
-    time_ = datetime.fromisoformat(text)
+    try:
+        time_ = datetime.fromisoformat(text if re.search("[T ]", text) else "")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"--due must look like 2026-11-30T23:59, got {text!r}; "
+                                         "write the day and the time so") from None
     return time_.astimezone().replace(tzinfo=None) if time_.tzinfo else time_
 
 

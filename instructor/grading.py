@@ -75,8 +75,7 @@ class Grader:
                             {s: r.code for s, r in results.items()})
         for group in alike:
             for student in group.students:
-                others = ", ".join(other for other in group.students if other != student)
-                results[student].flags.append(f"alike with {others}, see the class report")
+                results[student].flags.append(group.flag(student))
         for result in results.values():
             result.flags = list(dict.fromkeys(result.flags))
         return ClassResult(list(results.values()), ungraded, alike, self.sandbox.says)

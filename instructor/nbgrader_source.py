@@ -12,10 +12,8 @@ import jupytext
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tools.notebooks import METADATA
-
 from .assignment import ASSIGNMENTS, Assignment, Case, Exercise, Numbers
-from .build import self_check_source
+from .build import METADATA, self_check_source
 
 CLASS = "the whole class"  # whose numbers an nbgrader class has
 

@@ -12,9 +12,20 @@ def read_roster(path: str | Path) -> list[dict[str, str]]:
     """One dictionary per student, in the file's order.
 
     Raises:
-        ValueError: A column is missing, an id is empty or there twice.
+        ValueError: It is no such file, a column is missing, an id is empty or there twice.
     """
-    text = Path(path).read_text("utf-8-sig")  # spreadsheets put a mark in front
+    if not Path(path).is_file():
+        raise ValueError(f"--roster must be a file, got {str(path)!r}; see step 2 of "
+                         "instructor/README.md")
+    try:
+        text = Path(path).read_text("utf-8-sig")  # spreadsheets put a mark in front
+    except UnicodeDecodeError:
+        raise ValueError(f"roster must be UTF-8 text, got {str(path)!r}, which is not; save it as "
+                         "CSV UTF-8") from None
+    first = text.partition("\n")[0].strip()
+    if "," not in first and (";" in first or "\t" in first):
+        raise ValueError(f"roster must have the columns student_id,name, got {first!r}; separate "
+                         "columns by commas")
     rows = [{(key or "").strip(): (value or "").strip() for key, value in row.items()
              if not isinstance(value, list)} for row in csv.DictReader(text.splitlines())]
     for column in ("student_id", "name"):

@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -35,13 +37,29 @@ MAY_EXEC = {"course_utils/cuda_bitsandbytes.py"}
 # The grader runs students' code, in processes that it talks to through sockets of this machine: its
 # own tests hold it to that.
 GRADER = "instructor/"
+LEFT = re.compile(r"\.git|\.venv.*|build|dist|class|__pycache__|\.\w+_cache|\.ipynb_checkpoints"
+                  r"|\.hypothesis|.*\.egg-info")
 
 
 def tracked(*endings: str) -> list[str]:
-    """Paths of the repository's files, new ones too, with one of the endings."""
+    """Paths of the repository's files, new ones too, with one of the endings.
+
+    Where there is no git, as in the students' archive: all files but what tools leave behind.
+    """
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.check_output(command, cwd=ROOT, text=True).splitlines()
+    try:
+        listed = subprocess.check_output(command, cwd=ROOT, text=True,
+                                         stderr=subprocess.DEVNULL).splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        listed = sorted(found.relative_to(ROOT).as_posix() for found in walked())
     return [path for path in listed if path.endswith(endings) and (ROOT / path).exists()]
+
+
+def walked() -> Iterator[Path]:
+    """The files below the root, without environments, builds and caches."""
+    for place, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if not LEFT.fullmatch(name)]
+        yield from (Path(place, name) for name in files)
 
 
 def tokens(name: str, text: str) -> list[str]:
@@ -121,6 +139,12 @@ def without_set_up_cell(source: str) -> str:
 
 
 SOURCES = [path for path in tracked(".py") if path.startswith(SHIPPED)]
+
+
+def test_without_git_the_same_files_are_found(monkeypatch, tmp_path):
+    listed = tracked(".py", ".md", ".ipynb")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert tracked(".py", ".md", ".ipynb") == sorted(listed)
 
 
 def test_no_token_is_in_any_file():

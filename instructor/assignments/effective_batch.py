@@ -143,6 +143,12 @@ def under_a_budget(draw):
     return ranks * per_rank, ranks, fixed + fitting * each + draw.integer(0, each - 1), fixed, each
 
 
+def with_room_to_spare(draw):
+    ranks, per_rank = draw.integer(2, 4), draw.integer(3, 12)
+    fixed, each = draw.integer(1000, 3000), draw.integer(100, 250)
+    return ranks * per_rank, ranks, fixed + draw.integer(48, 90) * each, fixed, each
+
+
 SPLIT_MISTAKES = ("rounds the accumulation up", "forgets what is there anyway",
                   "forgets the ranks")
 EXERCISES += [exercise(
@@ -153,7 +159,8 @@ EXERCISES += [exercise(
         Idea("your cards", under_a_budget, 0.5, tells=SPLIT_MISTAKES),
         Idea("other cards", under_a_budget, 2, hidden=True, tells=SPLIT_MISTAKES),
         Idea("a smaller card", under_a_budget, 1, hidden=True, tells=SPLIT_MISTAKES),
-        Idea("room for more than the batch", (12, 4, 14000, 2000, 500), 1, hidden=True),
+        Idea("room for more than the batch", with_room_to_spare, 1, hidden=True,
+             tells=("forgets the ranks", "always one at a time")),
     ],
     mistakes={
         "rounds the accumulation up": (
@@ -253,6 +260,12 @@ def token_budget(draw):
         ranks, length
 
 
+def whole_steps(draw):
+    budget, *factors = token_budget(draw)
+    tokens = math.prod(factors)
+    return budget // tokens * tokens, *factors
+
+
 STEP_MISTAKES = ("rounds down", "forgets the ranks", "counts micro batches", "counts sequences")
 EXERCISES += [exercise(
     steps_for, title="Tokens per step", minutes=5, reread="lesson 03, section 1",
@@ -260,7 +273,7 @@ EXERCISES += [exercise(
         Idea("a million tokens on one T4", (1_000_000, 2, 16, 1, 1024), 0.5),
         Idea("your budget", token_budget, 0.5, tells=STEP_MISTAKES),
         Idea("another budget", token_budget, 2, hidden=True, tells=STEP_MISTAKES),
-        Idea("a budget without a rest", (655_360, 4, 4, 2, 2048), 1, hidden=True),
+        Idea("a budget without a rest", whole_steps, 1, hidden=True, tells=STEP_MISTAKES[1:]),
     ],
     mistakes={
         "rounds down": ("the last step has to happen too, or some tokens are never seen: round "
@@ -304,6 +317,10 @@ def ragged(draw):
     return draw.several(size * draw.integer(2, 5) + draw.integer(1, size - 1), 20, 2048), size
 
 
+def one_at_a_time(draw):
+    return draw.several(draw.integer(3, 6), 20, 2048), 1
+
+
 PAD_MISTAKES = ("pads to the longest of all", "drops the rest", "fills the last one")
 EXERCISES += [exercise(
     real_and_padded, title="Tokens and padding", minutes=6, reread="lesson 03, section 4",
@@ -311,7 +328,7 @@ EXERCISES += [exercise(
         Idea("two micro batches", ([100, 300, 50, 70], 2), 0.5),
         Idea("your step", ragged, 0.5, tells=PAD_MISTAKES),
         Idea("another step", ragged, 1.5, hidden=True, tells=PAD_MISTAKES),
-        Idea("one at a time", ([310, 45, 97], 1), 0.5, hidden=True),
+        Idea("one at a time", one_at_a_time, 0.5, hidden=True, tells=PAD_MISTAKES[:1]),
     ],
     mistakes={
         "pads to the longest of all": (

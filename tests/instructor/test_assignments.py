@@ -96,6 +96,13 @@ def test_no_hidden_case_is_shown_to_anybody(name, exercise):
 
 
 @pytest.mark.parametrize(("name", "exercise"), EXERCISES)
+def test_every_hidden_case_is_drawn(name, exercise):
+    drawn = [[case.arguments for case in exercise.cases(of(name, student)) if case.hidden]
+             for student in STUDENTS[:10]]
+    assert all(len(set(map(str, seen))) > 1 for seen in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize(("name", "exercise"), EXERCISES)
 def test_most_points_are_hidden_and_the_same_for_all(name, exercise):
     cases = exercise.cases(of(name, "s001"))
     assert sum(case.points for case in cases) == exercise.points

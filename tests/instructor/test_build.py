@@ -13,11 +13,12 @@ import nbformat
 import pytest
 
 from instructor.assignment import ASSIGNMENTS, load, names, numbers
-from instructor.build import answer_key, build, main, student_notebook
+from instructor.build import METADATA, answer_key, build, main, student_notebook
 from instructor.roster import file_name, read_roster
 from instructor.rubric import rubric
 from instructor.selfcheck import NOT_ATTEMPTED, same
-from tools.notebooks import METADATA, ROOT, execute
+from tools.notebooks import METADATA as LESSONS
+from tools.notebooks import ROOT, execute
 
 SECRET = "the instructor's, of this test"
 
@@ -125,6 +126,8 @@ def test_notebook_is_ready_for_colab():
     notebook = student_notebook(load("effective_batch"), numbers("effective_batch", "s1", SECRET))
     nbformat.validate(notebook)
     assert notebook.metadata == METADATA
+    assert METADATA["kernelspec"] == LESSONS["kernelspec"]
+    assert not {"GPU", "T4"} & set(re.findall(r"\w+", str(notebook.metadata)))
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code[0].source == 'STUDENT_ID = "s1"'
     assert not any(cell.outputs or cell.execution_count for cell in code)
@@ -196,6 +199,10 @@ def test_refusals_name_the_remedy(tmp_path, roster, secret_file, capsys):
     twice.write_text("student_id,name\ns1,Ada\ns1,Eve\n", "utf-8")
     other = tmp_path / "other.csv"
     other.write_text("id,name\ns1,Ada\n", "utf-8")
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("student_id,name\ns1,Zoë\n".encode("latin-1"))
+    semicolons = tmp_path / "semicolons.csv"
+    semicolons.write_text("student_id;name\ns1;Ada\n", "utf-8")
     out = str(tmp_path / "out")
     for options, words in (
         (["nothing"], "assignment must be one of"),
@@ -207,7 +214,13 @@ def test_refusals_name_the_remedy(tmp_path, roster, secret_file, capsys):
         (["checkpointing", "--roster", str(other), "--secret-file", str(secret_file)],
          "columns student_id,name"),
         (["checkpointing", "--roster", "missing.csv", "--secret-file", str(secret_file)],
-         "missing.csv"),
+         "--roster must be a file, got 'missing.csv'; see step 2"),
+        (["checkpointing", "--roster", str(roster), "--secret-file", "missing.txt"],
+         "--secret-file must be a file, got 'missing.txt'; see step 1"),
+        (["checkpointing", "--roster", str(latin), "--secret-file", str(secret_file)],
+         "save it as CSV UTF-8"),
+        (["checkpointing", "--roster", str(semicolons), "--secret-file", str(secret_file)],
+         "got 'student_id;name'; separate columns by commas"),
     ):
         assert main([*options, "--out", out]) == 2
         assert words in capsys.readouterr().err
@@ -236,10 +249,44 @@ def test_a_missing_exercise_cell_is_refused(tmp_path, monkeypatch):
         student_notebook(load("loss_scaling"))
 
 
-def test_make_assignment_calls_the_builder():
-    done = subprocess.run(["make", "--dry-run", "assignment", "NAME=checkpointing"], cwd=ROOT,
-                          capture_output=True, text=True, check=True)
-    assert "-m instructor.build checkpointing --out \"build/checkpointing\"" in done.stdout
+def make(folder, *words):
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A folder with the verbs, set up, and a Python that only says what it is asked."""
+    for name in ("Makefile", "instructor/verbs.mk", "requirements.txt", "constraints.txt",
+                 "pyproject.toml", "class/effective_batch/graded/grades.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text("utf-8") if "class" not in name
+                                     else "student_id\n")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    (tmp_path / re.search(r"touch (\S+)", make(tmp_path, "-n", "grade").stdout)[1]).touch()
+    return tmp_path
+
+
+ALL = ["NAME=effective_batch", "SUBMISSIONS=in.zip", "ROSTER=r.csv", "SECRET=s.txt"]
+
+
+@pytest.mark.parametrize("missing", ALL)
+def test_make_names_what_is_missing(house, missing):
+    rest = [word for word in ALL if word != missing]
+    for verb in ["grade"] if missing == "SUBMISSIONS=in.zip" else ["grade", "assignment"]:
+        done = make(house, verb, *rest)
+        name = missing.partition("=")[0]
+        assert f"make {verb} must name {name}, got none; for example: make {verb}" in done.stderr
+        assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_make_writes_below_class_and_clean_leaves_it(house):
+    assert "--out class/effective_batch/graded/grades.csv" in make(house, "grade", *ALL).stdout
+    assert make(house, "assignment", "NAME=checkpointing").stdout.endswith(
+        "-m instructor.build checkpointing --out class/checkpointing\n")
+    assert make(house, "clean").returncode == 0
+    assert (house / "class/effective_batch/graded/grades.csv").exists()
 
 
 def test_build_returns_what_it_wrote(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from instructor import cage
 from instructor.assignment import load, names
 from instructor.discussion import main, page
 from tools.notebooks import LESSONS, ROOT
@@ -46,7 +47,8 @@ def test_guide_leads_to_a_graded_class(followed):
     assert float(rows["s002"]["score"]) == 0
     assert 0 < float(rows["s003"]["score"]) < full
     assert "forgets the ranks" in rows["s003"]["effective_batch_size: why"]
-    assert "alike with s001" in rows["s003"]["flags"]
+    for student, other in (("s001", "s003"), ("s003", "s001")):
+        assert f"alike with {other} and the published solution" in rows[student]["flags"]
 
 
 def test_every_file_that_the_guide_promises_is_there(followed):
@@ -57,6 +59,8 @@ def test_every_file_that_the_guide_promises_is_there(followed):
                 *(followed / name for name in re.findall(r"`class/([\w./-]+)`", GUIDE))]
     assert [path for path in promised if not path.exists()] == []
     assert len(list((graded / "feedback").glob("*.html"))) == 3
+    named = re.findall(r"`(feedback/[\w./-]+\.html)`", GUIDE)
+    assert named and all((graded / name).is_file() for name in named)
 
 
 def test_secret_is_in_nothing_that_is_handed_out(followed):
@@ -84,6 +88,23 @@ def test_table_of_assignments_is_true():
         assert [int(count) for count in counts] == [
             len(assignment.exercises), assignment.points,
             sum(exercise.minutes for exercise in assignment.exercises)]
+
+
+def test_first_half_of_the_long_assignment_needs_the_sections_that_the_plan_says():
+    text = " ".join(GUIDE.split())
+    (minutes,) = re.findall(r"Exercises 1, 2, 5 and 7 to 10 \((\d+) minutes\) need sections 1 and",
+                            text)
+    assert "`effective_batch`, exercises 1, 2, 5 and 7 to 10 |" in GUIDE
+    found = {number: exercise.minutes
+             for number, exercise in enumerate(load("effective_batch").exercises, start=1)
+             if set(re.findall(r"\b(\d)\b(?!\.)", exercise.reread.partition(",")[2])) <= {"1", "2"}}
+    assert list(found) == [1, 2, 5, 7, 8, 9, 10] and sum(found.values()) == int(minutes)
+
+
+def test_sandbox_levels_are_the_graders():
+    names_ = [name for name in cage.LEVELS if name != "hook"]
+    places = [" ".join(GUIDE.split()).index(f"`{name}` (") for name in names_]
+    assert places == sorted(places)
 
 
 def test_links_and_named_exercises_exist():
@@ -117,8 +138,10 @@ def test_page_of_answers_has_every_lesson_with_its_numbers(tmp_path, capsys):
     rows = re.findall(r"^\| 0(\d) · .+ \| (\d+) \| (.+) \|$", timing, re.M)
     assert [row[0] for row in rows] == list("123456")
     for lesson, minutes, exercises in rows:
-        took = [int(n) for n in re.findall(rf"0{lesson}\.\d [^;]+: (\d+) \(\w+\)", exercises)]
+        took = [int(n) for n in re.findall(rf"0{lesson}\.\d [^;]+: (\d+) \([\w, ]+\)", exercises)]
         assert 0 < sum(took) < int(minutes)
+        (path,) = LESSONS.glob(f"0{lesson}_*.py")
+        assert len(took) == len(re.findall(r"^# #+ Exercise", path.read_text("utf-8"), re.M)) > 0
     assert [section[:2] for section in sections] == ["01", "02", "03", "04", "05", "06"]
     for section in sections:
         assert re.search(r"^> ", section, re.M), "a prompt"

@@ -26,6 +26,7 @@ def test_solutions_pass_every_test_cell(name):
               if "nbgrader" in cell.metadata]
     assert len(set(marked)) == len(marked)
     assert SECRET not in str(notebook)
+    assert "accelerator" not in notebook.metadata
 
 
 def test_a_mistake_loses_its_cases_and_no_others():

@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from instructor.release import FOLDER, main, student_files, write_zip
+from instructor.release import FOLDER, main, state, student_files, write_zip
 from tools.notebooks import ROOT
 
 
@@ -43,8 +43,10 @@ def test_archive_keeps_content_and_modes(archive):
                                        capture_output=True, check=True).stdout
             assert packed.read(FOLDER + name) == committed
         readme = packed.read(f"{FOLDER}README.md").decode()
+        security = packed.read(f"{FOLDER}SECURITY.md").decode()
     assert "](lessons)" in readme
     assert "](instructor" not in readme
+    assert "`instructor/" not in security and "## Report a problem" in security
 
 
 def test_students_have_no_verbs_of_the_instructors(archive, tmp_path):
@@ -60,8 +62,10 @@ def test_students_have_no_verbs_of_the_instructors(archive, tmp_path):
     assert ours - theirs == {"assignment", "grade", "release"}
     assert {"lessons", "test", "lab", "bench"} <= theirs
     shutil.rmtree(tmp_path / FOLDER / "tests" / "browser")
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_house.py", "-k", "verb"],
-                   cwd=tmp_path / FOLDER, check=True)
+    for tests in (["tests/test_house.py", "tests/test_readme.py", "-k", "verb or lead_somewhere"],
+                  ["tests/test_security.py", "-k", "file or rule"]):  # where there is no git
+        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=tmp_path / FOLDER,
+                       check=True)
 
 
 def test_same_commit_same_bytes(archive, tmp_path):
@@ -71,10 +75,26 @@ def test_same_commit_same_bytes(archive, tmp_path):
 
 
 def test_no_repository_is_said(tmp_path, monkeypatch, capsys):
-    with pytest.raises(OSError, match="git archive failed"):
+    with pytest.raises(OSError, match="must be a git repository with a commit, got .*; clone"):
         student_files(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match="git is not installed"):
+        student_files(tmp_path)
+    monkeypatch.undo()
     monkeypatch.setattr("instructor.release.ROOT", tmp_path)
     monkeypatch.setattr("instructor.release.student_files", lambda: student_files(tmp_path))
     assert main([]) == 2
-    assert "Nothing packed: git archive failed" in capsys.readouterr().err
+    assert "Nothing packed: the folder must be a git repository" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_commit_is_named_and_what_it_lacks_counted(tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b",
+                        *arguments], check=True, capture_output=True)
+
+    git("init")
+    git("commit", "--allow-empty", "--message=one")
+    assert re.fullmatch(r"of commit [0-9a-f]{7,}", state(tmp_path))
+    (tmp_path / "new.md").write_text("not committed")
+    assert "; 1 changed file is not in it, commit first" in state(tmp_path)

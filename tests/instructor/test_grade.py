@@ -1,18 +1,20 @@
 """The whole way: from what came back to scores that equal a constructed truth, byte for byte."""
 
 import csv
+import inspect
 import os
 import signal
 import stat
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from datetime import UTC, datetime, timedelta
 
 import nbformat
 import pytest
 
-from instructor import grading, marking, results
+from instructor import copies, grading, marking, results, source
 from instructor.assignment import Case, load, numbers
 from instructor.grade import grade, local_time, main
 from tests.instructor.classroom import (
@@ -251,6 +253,57 @@ def test_same_wrong_answers_are_flagged_and_known_mistakes_are_not(tmp_path):
                and "4711" in alike.evidence for alike in found.alike)
 
 
+def alike_in(name, function, count, text=None):
+    """What is found where so many students hand in the same right text, or the key."""
+    assignment = load(name)
+    (exercise,) = [e for e in assignment.exercises if e.function == function]
+    text = text or inspect.getsource(exercise.solution).replace("good", "ok").replace("###", "#")
+    about = source.read(notebook([text]), [function])["functions"]
+    marks = {}
+    for student_ in (f"s{index:02}" for index in range(count)):
+        cases = exercise.cases(numbers(name, student_, SECRET))
+        marks[student_] = [marking.mark(exercise, cases, [{"value": c.expected} for c in cases])]
+    return copies.find(marks, dict.fromkeys(marks, about))
+
+
+@pytest.mark.parametrize("count", [1, 2, 60])
+def test_the_published_solution_is_listed_by_however_many_it_is_handed_in(count):
+    (found,) = alike_in("effective_batch", "largest_micro_batch", count)
+    assert len(found.students) == count
+    assert "is the published solution but for names and layout" in found.evidence
+    others = {1: "", 2: "s01 and ", 60: "59 others and "}[count]
+    assert found.flag("s00") == f"alike with {others}the published solution, see the class report"
+
+
+def test_a_short_published_solution_is_the_obvious_answer():
+    assert alike_in("effective_batch", "micro_batch_for", 2) == []
+    assert alike_in("effective_batch", "split_for", 2) == []
+
+
+@pytest.mark.parametrize(("changed", "listed"), [("holders", True), ("largest_batch", False)])
+def test_a_whole_key_of_short_functions_is_listed(changed, listed):
+    exercises = load("activation_memory").exercises
+    cells = {e.function: inspect.getsource(e.solution) for e in exercises}
+    cells[changed] = cells[changed].replace(":\n", ":\n    unused = 0\n", 1)
+    about = source.read(notebook(list(cells.values())), list(cells))["functions"]
+    assert all("shape" in one for one in about.values())
+    marks = [marking.mark(e, cases, [{"value": case.expected} for case in cases])
+             for e in exercises for cases in [e.cases(numbers("activation_memory", "s1", SECRET))]]
+    found = copies.find({"s1": marks}, {"s1": about})
+    assert ([(a.students, a.key, a.evidence.count("published")) for a in found]
+            == ([(("s1",), True, 3)] if listed else []))
+
+
+def test_a_long_right_function_is_listed_by_however_many_it_is_shared():
+    (exercise,) = [e for e in load("effective_batch").exercises
+                   if e.function == "largest_micro_batch"]
+    other = inspect.getsource(exercise.solution).replace("bad - good > 1", "good + 1 < bad")
+    for count in (2, 60):
+        (found,) = alike_in("effective_batch", "largest_micro_batch", count, other)
+        assert len(found.students) == count and "the same to the letter" in found.evidence
+    assert alike_in("effective_batch", "largest_micro_batch", 1, other) == []
+
+
 def test_small_wrong_answers_in_common_are_no_evidence(tmp_path):
     cells = ["def effective_batch(a, b, c):\n    return 3 if a == 2 else 1 + (a > 100)",
              *SOLUTIONS[1:]]
@@ -319,8 +372,30 @@ def test_equal(answer, expected, tolerance, right):
 
 def test_output_among_the_submissions_is_refused(tmp_path):
     arguments = write_class(tmp_path, {"s001": "A"}, {"tiny_s001.ipynb": honest("s001")})
-    with pytest.raises(ValueError, match="out must lie outside of the submissions"):
+    with pytest.raises(ValueError, match="--out must lie outside of the submissions"):
         grade(TINY, tmp_path, *arguments[1:])
+
+
+def test_output_that_is_a_folder_is_refused_before_anybody_is_graded(tmp_path):
+    arguments = write_class(tmp_path, {"s001": "A"}, {"tiny_s001.ipynb": honest("s001")})
+    (tmp_path / "graded").mkdir()
+    with pytest.raises(ValueError, match="--out must be the CSV to write, got the folder"):
+        grade(TINY, *arguments[:3], tmp_path / "graded")
+    assert list((tmp_path / "graded").iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["30.11.2026", "2026-11-30", "tomorrow"])
+def test_due_time_that_is_none_is_refused(text):
+    with pytest.raises(ArgumentTypeError, match=f"--due must look like .*, got '{text}'"):
+        local_time(text)
+
+
+def test_where_processes_have_no_limits_it_declines_with_advice():
+    code = ("import runpy, sys\nsys.modules['resource'] = None\n"
+            "runpy.run_module('instructor.grade', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "use WSL or a Linux container" in done.stderr
 
 
 def test_due_time_with_a_zone_is_turned_into_local_time():
