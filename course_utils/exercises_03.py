@@ -20,8 +20,8 @@ from .units import IGNORED, show_bytes
 # examples, micro batch, accumulation, world size, epochs, warm-up, logging_steps
 RUNS = ((32, 2, 4, 1, 1, 0.5, 1), (20, 2, 4, 1, 2, 0.1, 2), (27, 4, 2, 1, 2, 0.3, 3))
 TWO_RANKS = (40, 2, 4, 2, 2, 0.25, 2)
-LIMITS = (37, 1, 0, 64, 5)  # the largest size that trains, unknown to the search
-UPPER, MOST_ATTEMPTS = 64, 14  # doubling and halving needs 13 at worst, halving alone 7
+# The largest size that trains, unknown to the search, and the largest that it may try.
+SEARCHES = ((37, 64), (1, 64), (0, 64), (64, 64), (5, 64), (6, 10))
 
 
 @check
@@ -131,7 +131,8 @@ def check_accumulation(answer: Callable) -> Verdict:
 @check
 def check_search(answer: Callable) -> Verdict:
     """Exercise 03.3: the largest size that trains, in few attempts, nothing left alive."""
-    for limit in LIMITS:
+    for limit, upper in SEARCHES:
+        most = 2 * upper.bit_length()  # doubling and halving needs one less, halving alone half
         attempts: list[int] = []
         leftovers: list[weakref.ref] = []  # what each attempt had in memory
         leaks: list[weakref.ref] = []  # what the next one still found there
@@ -148,17 +149,17 @@ def check_search(answer: Callable) -> Verdict:
                 raise torch.OutOfMemoryError(f"Tried to train {size}")
 
         try:
-            found = call(answer, train, UPPER)
+            found = call(answer, train, upper)
         except torch.OutOfMemoryError:
             return not_yet("an out-of-memory error came through: catch it.")
         if leaks:
             return not_yet("an attempt began inside `except`, while the failed one's tensors were "
                            "still alive: note what happened, leave `except`, then go on.")
-        if len(attempts) > MOST_ATTEMPTS:
-            return not_yet(f"{len(attempts)} attempts to find {limit} in 0 to {UPPER}; halving the "
-                           f"interval needs at most {MOST_ATTEMPTS}.")
-        if max(attempts, default=0) > UPPER:
-            return not_yet(f"it tried {max(attempts)}, and {UPPER} was the largest allowed.")
+        if len(attempts) > most:
+            return not_yet(f"{len(attempts)} attempts to find {limit} in 0 to {upper}; halving the "
+                           f"interval needs at most {most}.")
+        if max(attempts, default=0) > upper:
+            return not_yet(f"it tried {max(attempts)}, and {upper} was the largest allowed.")
         if found == limit:
             continue
         if not is_number(found) or found > limit:
@@ -172,13 +173,13 @@ def check_search(answer: Callable) -> Verdict:
 def _only_memory(answer: Callable) -> Verdict:
     for error in (ValueError("labels are missing"), RuntimeError("shapes cannot be multiplied")):
         try:
-            answer(Mock(side_effect=error), UPPER)
+            answer(Mock(side_effect=error), 64)
         except type(error):
             continue
         return not_yet(f"a {type(error).__name__} is no lack of memory when it says {str(error)!r},"
                        " and your search hides it: catch torch.OutOfMemoryError alone.")
-    return right(f"every limit found, in at most {MOST_ATTEMPTS} attempts out of {UPPER} sizes, "
-                 "and each failure was gone before the next attempt.")
+    return right("every limit found, in at most 14 attempts out of 64 sizes, and each failure was "
+                 "gone before the next attempt.")
 
 
 @check

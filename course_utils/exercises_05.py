@@ -11,6 +11,7 @@ from .checks import Verdict, call, check, is_number, not_yet, right
 from .precision import land
 
 STEPS, GROWTH_INTERVAL = 200, 20
+OTHER_INTERVAL = 7  # so that no answer passes that has the first one built in
 # Single overflows, two in a row, one in the step that would have grown the scale.
 OVERFLOWS = frozenset({3, 40, 41, 61, 100, 120, 140, 141, 142, 199})
 FLAWS = {  # of a training step with a scaled loss: what is wrong, in a sentence
@@ -19,6 +20,8 @@ FLAWS = {  # of a training step with a scaled loss: what is wrong, in a sentence
     "step anyway": "the optimizer steps although a gradient is infinite: weights become NaN.",
     "schedule anyway": "the learning rate's schedule moves on in a step that was skipped.",
     "never unscale": "the gradients are never divided by the scale.",
+    "never scale": "the loss is not multiplied by the scale: float16 would lose the small "
+                   "gradients before there is anything to divide.",
     "no clip": "the gradients are not clipped to max_norm.",
     "keep gradients": "the gradients are not cleared after the step: the next one adds to them.",
     "keep infinity": "the gradients are cleared in good steps only: after an overflow the infinity "
@@ -43,9 +46,10 @@ def check_best_scale(answer: float, gradients: Sequence[torch.Tensor]) -> Verdic
                  f"zero instead of {land(gradients).zero:.2%} at scale 1.")
 
 
-def traced_states(overflows: frozenset[int] = OVERFLOWS) -> list[tuple[float, int, bool]]:
+def traced_states(overflows: frozenset[int] = OVERFLOWS,
+                  growth_interval: int = GROWTH_INTERVAL) -> list[tuple[float, int, bool]]:
     """PyTorch's scaler over 200 steps: scale, good steps and whether it skipped, after each."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=GROWTH_INTERVAL)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=growth_interval)
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     states = []
@@ -60,10 +64,10 @@ def traced_states(overflows: frozenset[int] = OVERFLOWS) -> list[tuple[float, in
     return states
 
 
-def _states(next_state: Callable) -> list[tuple[float, int, bool]]:
+def _states(next_state: Callable, growth_interval: int) -> list[tuple[float, int, bool]]:
     scale, good_steps, states = 65536.0, 0, []
     for step in range(STEPS):
-        state = call(next_state, scale, good_steps, step in OVERFLOWS, GROWTH_INTERVAL)
+        state = call(next_state, scale, good_steps, step in OVERFLOWS, growth_interval)
         if not isinstance(state, (tuple, list)) or len(state) != 3:
             raise TypeError(f"three values are asked for, got {state!r}")
         states.append((float(state[0]), int(state[1]), bool(state[2])))
@@ -74,18 +78,21 @@ def _states(next_state: Callable) -> list[tuple[float, int, bool]]:
 @check
 def check_scaler(answer: Callable) -> Verdict:
     """Exercise 05.2: a dynamic loss scaler, equal to PyTorch's in each of 200 steps."""
-    ours, wanted = _states(answer), traced_states()
-    if ours == wanted:
-        skipped = sum(skip for *_, skip in wanted)
-        return right(f"equal to torch.amp.GradScaler in all {STEPS} steps, {skipped} of them "
-                     "skipped.")
+    for interval in (GROWTH_INTERVAL, OTHER_INTERVAL):
+        ours, wanted = _states(answer, interval), traced_states(growth_interval=interval)
+        if ours != wanted:
+            return _name_mistake(ours, wanted, interval)
+    skipped = sum(skip for *_, skip in wanted)
+    return right(f"equal to torch.amp.GradScaler in all {STEPS} steps, {skipped} of them skipped.")
 
+
+def _name_mistake(ours: list[tuple], wanted: list[tuple], interval: int) -> Verdict:
     def mistaken(keep: bool = False, late: int = 0, never_zero: bool = False,
-                 skip: bool = True, back: float = 0.5) -> Callable:
+                 skip: bool = True, back: float = 0.5, built_in: int | None = None) -> Callable:
         def next_state(scale, good_steps, overflow, growth_interval):
             if overflow:
                 return scale * back, good_steps if keep else 0, skip
-            if good_steps + 1 >= growth_interval + late:
+            if good_steps + 1 >= (built_in or growth_interval) + late:
                 return scale * 2, good_steps + 1 if never_zero else 0, False
             return scale, good_steps + 1, False
         return next_state
@@ -98,9 +105,11 @@ def check_scaler(answer: Callable) -> Verdict:
         "a step with an overflow must be skipped.": mistaken(skip=False),
         "an overflow halves the scale; there it stays.": mistaken(back=1.0),
         "an overflow multiplies by 0.5; you went further down.": mistaken(back=0.25),
+        f"growth_interval is {interval} here, and the scale grows as if it were {GROWTH_INTERVAL}: "
+        "use the argument.": mistaken(built_in=GROWTH_INTERVAL),
     }
     for sentence, next_state in mistakes.items():
-        if ours == _states(next_state):
+        if ours == _states(next_state, interval):
             return not_yet(sentence)
     step = next(i for i in range(STEPS) if ours[i] != wanted[i])
     return not_yet(f"after step {step + 1}{', an overflow,' * (step in OVERFLOWS)} (scale, good "
@@ -115,7 +124,8 @@ def train_scaled(step: Callable | None) -> list[tuple]:
             stepped; `None` for PyTorch's scaler.
 
     Returns:
-        After each step: whether it stepped, the learning rate, the weights.
+        After each step: whether it stepped, the learning rate, the weights, and the gradients that
+        came back to the loss: the scale, once.
     """
     random = torch.Generator().manual_seed(0)
     x, y = (torch.randn(16, n, generator=random) for n in (4, 1))
@@ -126,7 +136,8 @@ def train_scaled(step: Callable | None) -> list[tuple]:
     for number in range(12):
         loss = (x @ weights[0] + weights[1] - y).square().mean()
         loss = loss * (math.inf if number in (2, 3, 8) else 1.0)
-        before = weights[0].detach().clone()
+        before, came_back = weights[0].detach().clone(), []
+        loss.register_hook(lambda grad, came_back=came_back: came_back.append(grad.item()))
         if step is None:
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -141,18 +152,18 @@ def train_scaled(step: Callable | None) -> list[tuple]:
             stepped = bool(call(step, loss, weights, optimizer, scheduler, scale, 1.0))
         scale /= 2 if number in (2, 3, 8) else 1
         rows.append((stepped, optimizer.param_groups[0]["lr"],
-                     torch.cat([w.detach().flatten() for w in weights]).tolist()))
+                     torch.cat([w.detach().flatten() for w in weights]).tolist(), came_back))
     return rows
 
 
 def flawed_step(flaw: str) -> Callable:
     """A training step with one of `FLAWS`."""
     def step(loss, weights, optimizer, scheduler, scale, max_norm):
-        (loss * scale).backward()
+        (loss if flaw == "never scale" else loss * scale).backward()
         if flaw == "clip first":
             torch.nn.utils.clip_grad_norm_(weights, max_norm)
         for weight in weights:
-            weight.grad /= 1.0 if flaw == "never unscale" else scale
+            weight.grad /= 1.0 if flaw.startswith("never") else scale
         finite = all(bool(weight.grad.isfinite().all()) for weight in weights)
         if flaw not in ("clip first", "no clip"):
             torch.nn.utils.clip_grad_norm_(weights, max_norm)
@@ -177,12 +188,12 @@ def check_step(answer: Callable) -> Verdict:
         if _same(ours, train_scaled(flawed_step(flaw))):
             return not_yet(sentence)
     step = next(i for i in range(len(wanted)) if not _same(ours[i:i + 1], wanted[i:i + 1]))
-    (stepped, rate, _), (did, had, _) = wanted[step], ours[step]
+    (stepped, rate, *_), (did, had, *_) = wanted[step], ours[step]
     return not_yet(f"step {step + 1} differs: (stepped, learning rate) should be "
                    f"({stepped}, {rate:.3g}), got ({did}, {had:.3g}), or the weights are others.")
 
 
 def _same(left: list[tuple], right: list[tuple]) -> bool:
-    return all(a[0] == b[0] and math.isclose(a[1], b[1]) and torch.allclose(
+    return all(a[0] == b[0] and math.isclose(a[1], b[1]) and a[3] == b[3] and torch.allclose(
         torch.tensor(a[2]), torch.tensor(b[2]), rtol=1e-5, atol=1e-6, equal_nan=True)
         for a, b in zip(left, right, strict=True))

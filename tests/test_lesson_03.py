@@ -187,6 +187,7 @@ EXERCISES = {
         "catches nothing": (lambda train, upper: train(upper), "came through"),
         "hides other errors": (hides_errors, "a ValueError is no lack of memory"),
         "hides RuntimeErrors": (hides_runtime_errors, "a RuntimeError is no lack of memory when"),
+        "64 built in": (lambda train, upper: bisect(train, 64), "10 was the largest"),
         "beyond upper": (lambda train, upper: bisect(train, 2 * upper), "64 was the largest"),
         "half a sequence": (lambda train, upper: train(upper / 3), "whole number"),
     }, unfinished_search),

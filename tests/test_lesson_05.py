@@ -80,6 +80,7 @@ EXERCISES = {
         "grows for ever": lambda s, g, o, n: (2 * s, g + 1, False) if not o and g + 1 >= n
         else next_state(s, g, o, n),
         "never grows": lambda s, g, o, n: next_state(s, g, o, 10**9),
+        "20 built in": lambda s, g, o, n: next_state(s, g, o, 20),
         "one value": lambda s, g, o, n: s,
         "not a function": 65536,
     }, unfinished_state),
@@ -158,6 +159,7 @@ def test_reference_step_clips_some_steps_and_not_others():
     """Otherwise neither a missing clip nor a missing unscale could be seen."""
     rows = exercises_05.train_scaled(None)
     assert [stepped for stepped, *_ in rows].count(False) == 3
+    assert [came_back for *_, came_back in rows[:5]] == [[1024], [1024], [1024], [512], [256]]
     finals = {flaw: exercises_05.train_scaled(flawed_step(flaw))[-1][2]
               for flaw in ("no clip", "never unscale")}
     assert all(not torch.allclose(torch.tensor(final), torch.tensor(rows[-1][2]), rtol=1e-2)

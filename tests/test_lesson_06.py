@@ -156,11 +156,14 @@ def test_exercise_3_keeps_the_lesson_in_less_memory_and_time():
                                    "gradient_accumulation_steps": 32}),
         check(micro_batch_size=2), check(sequence_length=1024), check(lora_rank=4),
         check(lora_targets=("o_proj",)), check(base="float16"),
+        check(**levers | {"learning_rate": 0.0}), check(**levers | {"lora_alpha": 1}),
+        check(**levers | {"padded": True}), check(**levers | {"max_steps": 1}),
         exercises.check_budget("smaller", exercises.PHI, 6 * GIB, 2)])
     for message, words in zip(messages, (
             "the peak is", "times as fast as before", "effective_batch_size must stay 32",
             "sequence_length must stay", "lora_rank must stay", "lora_targets must stay",
-            "base must stay", "a TrainRecipe"), strict=True):
+            "base must stay", "learning_rate must stay", "lora_alpha must stay",
+            "padded must stay", "max_steps must stay", "a TrainRecipe"), strict=True):
         assert words in message
     assert exercises.check_budget(..., exercises.PHI, 6 * GIB, 2).passed is None
 
