@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 STAGING = ".saving"  # unfinished checkpoints, and old ones on their way out
 PREFIX = "checkpoint-"
 KEEP = 2
+MOUNTED_DRIVE = Path("/content/drive/MyDrive")  # as google.colab.drive.mount makes it
 
 
 class SaveError(OSError):
@@ -187,6 +188,11 @@ def prune(folder: Path, keep: int = KEEP) -> None:
         (folder / STAGING).mkdir(exist_ok=True)
         old.rename(folder / STAGING / f"old-{old.name}")
     _remove(folder / STAGING)
+
+
+def on_drive(folder: str) -> Path | None:
+    """A folder of the Google Drive that is mounted on Colab, or `None` when none is."""
+    return MOUNTED_DRIVE / folder if MOUNTED_DRIVE.is_dir() else None
 
 
 def mirror(checkpoint: Path, drive: Path) -> bool:

@@ -26,6 +26,7 @@ REMEDY = "run `git checkout -- course_utils/data`, or reinstall the package"
 SOURCES = ("bundled", "dolly")
 DOLLY = "databricks/databricks-dolly-15k"
 SPLITS = ("train", "heldout")
+EXAMPLES = 900  # in the bundled file: one cut off between two lines would train in silence
 HELDOUT_EVERY = 10  # one prompt in ten is held out
 FIELDS = ("Customer", "Order", "Product", "Issue", "Priority", "Next step")
 
@@ -100,8 +101,8 @@ def _read_examples(path: Path) -> list[dict[str, str]]:
             raise ValueError(f"{path}, line {number} must hold a prompt and an answer, both "
                              f"text, got {line[:60]!r}; {REMEDY}")
         rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} must hold at least one example, got none; {REMEDY}")
+    if len(rows) != EXAMPLES:
+        raise ValueError(f"{path} must hold {EXAMPLES} examples, got {len(rows)}; {REMEDY}")
     return rows
 
 

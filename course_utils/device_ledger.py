@@ -62,6 +62,13 @@ class DeviceLedger(MemoryLedger):
         super().watch(model)
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
 
+    def _start_optimizer(self, optimizer: torch.optim.Optimizer, *_):
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if not all(isinstance(parameter, FakeTensor) for parameter in trained):
+            raise ValueError("step must make its optimizer itself, got one over real tensors; "
+                             "write optimizer = ...(model.parameters()) inside step")
+        super()._start_optimizer()
+
     def mark(self, name: str) -> None:
         """Name this moment."""
         self.marks[name] = len(self._events)

@@ -173,12 +173,13 @@ def forecast_step(model: torch.nn.Module, step: Callable[[torch.nn.Module], obje
 
     Args:
         model: A model of `fake.fake_model`, or a real one: it is left as it was.
-        step: Makes its inputs and its optimizer, runs forward, backward, update. It sees fake
-            tensors, which have shapes and no numbers.
+        step: Makes its inputs and its optimizer, runs forward, backward, update; twice, if the peak
+            of all later steps is asked for: in the first the optimizer has no state yet. It sees
+            fake tensors, which have shapes and no numbers.
 
     Raises:
-        ValueError: The step asks a tensor for its numbers (`loss.item()`, `if loss > 1`), or uses
-            an operation that has no fake version.
+        ValueError: The step asks a tensor for its numbers (`loss.item()`, `if loss > 1`), uses an
+            operation that has no fake version, or an optimizer that was made outside.
     """
     ledger = DeviceLedger()
     kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))

@@ -45,17 +45,20 @@ class Gpu:
     flash_attention: bool = True
 
     def __post_init__(self):
-        for field in ("total_bytes", "context_bytes", "multiprocessors", "matmul_flops",
-                      "float32_flops", "bandwidth"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise ValueError(f"{field} must be a positive number, got {value!r}; use the data "
-                                 f"sheet, or a preset: {', '.join(PRESETS)}")
+        whole = ("total_bytes", "context_bytes", "multiprocessors")
+        for field in (*whole, "matmul_flops", "float32_flops", "bandwidth"):
+            value, kinds = getattr(self, field), (int,) if field in whole else (int, float)
+            if type(value) not in kinds or not 0 < value < float("inf"):
+                raise ValueError(f"{field} must be a positive {'whole ' * (field in whole)}number, "
+                                 f"got {value!r}; see the data sheet, or take a preset")
+        for field, kind in (("name", str), ("flash_attention", bool)):
+            if type(value := getattr(self, field)) is not kind or value == "":
+                raise ValueError(f"{field} must be a {kind.__name__}, got {value!r}; see `Gpu`")
         if self.context_bytes >= self.total_bytes:
             raise ValueError(f"context_bytes must be below total_bytes ({self.total_bytes}), got "
                              f"{self.context_bytes}; both are bytes, not MiB")
         pair = self.capability if isinstance(self.capability, tuple) else ()
-        if len(pair) != 2 or not all(isinstance(part, int) and part >= 0 for part in pair):
+        if [type(part) for part in pair] != [int, int] or min(pair) < 0:
             raise ValueError(f"capability must be a pair of whole numbers such as (7, 5), got "
                              f"{self.capability!r}; see developer.nvidia.com/cuda-gpus")
 
@@ -213,12 +216,9 @@ def use_expandable_segments(wanted: bool) -> None:
 
 def reset_peak() -> int | None:
     """Start a new peak measurement; returns the bytes in tensors right now, `None` on CPU."""
-    import torch
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+    synchronize()
+    _on_cuda("reset_peak_memory_stats")
+    return _on_cuda("memory_allocated")
 
 
 def _on_cuda(measure: str) -> int | None:

@@ -56,6 +56,8 @@ class Watcher:
 
     def line(self) -> str:
         """One line: how far, how fast, how much memory, how long it will take."""
+        if not self.rows:
+            return "no step was left to do: this run had ended before"
         row = self.rows[-1]
         done = row["step"] / self.total
         bar = "█" * round(BAR * done) + "░" * (BAR - round(BAR * done))

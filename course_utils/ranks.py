@@ -128,6 +128,12 @@ def launch(recipe: TrainRecipe, batch: Batch, timeout_s: float = 120) -> dict[st
         return torch.load(result)
 
 
+def place(batch: Batch, world_size: int) -> Batch:
+    """The batch where so many ranks compute: on the GPUs if each can have one, else on the CPU."""
+    device = hardware.device() if torch.accelerator.device_count() >= world_size else "cpu"
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 def _end(agent: subprocess.Popen) -> None:
     """Ask torchrun to end its ranks, which live in sessions of their own, and itself."""
     agent.terminate()

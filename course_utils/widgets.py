@@ -138,13 +138,12 @@ def levers_explorer() -> Explorer:
     """The usual QLoRA recipe on a GPU and the same with levers pulled, at the forecast's peak."""
     from .forecast import forecast
 
-    def draw(gpu: str, checkpointed: str, **settings: Any) -> Figure:
+    def draw(gpu: str, layers_that_forget: str, **settings: Any) -> Figure:
         names = ("attention", "loss", "norm", "lora_dropout")
         levers = {name: settings.pop(name) for name in names}
         usual = TrainRecipe(amp_dtype="float16", **settings)
         layers = shapes.config(usual.model).num_hidden_layers
-        pulled = replace(usual, **levers, checkpointed_layers=(
-            layers // 2 if checkpointed == "half the layers" else "all"))
+        pulled = replace(usual, **levers, checkpointed_layers=_share(layers, layers_that_forget))
         rows = {"the usual recipe": usual, "with these levers": pulled}
         return compare({name: forecast(one, preset(gpu)) for name, one in rows.items()},
                        preset(gpu), f"{usual.model}, QLoRA: {usual.micro_batch_size} x "
@@ -154,7 +153,8 @@ def levers_explorer() -> Explorer:
                     micro_batch_size=(4, 1, 2, 8), sequence_length=(2048, 512, 1024, 4096),
                     attention=("explicit_kv", "stock"), loss=("chunked", "full"),
                     norm=("native", "stock"), lora_dropout=(0.0, 0.05), lora_rank=(16, 4, 8, 64),
-                    checkpointed=("all layers", "half the layers"), gpu=tuple(PRESETS))
+                    layers_that_forget=("100 %", "75 %", "50 %", "25 %", "0 %"),
+                    gpu=tuple(PRESETS))
 
 
 def updates_explorer(weights: dict[str, Sequence]) -> Explorer:
@@ -180,7 +180,7 @@ def forgetting_explorer() -> Explorer:
     def draw(gpu: str, layers_that_forget: str, **settings: Any) -> Figure:
         recipe = TrainRecipe(amp_dtype="float16", **settings)
         layers = shapes.config(recipe.model).num_hidden_layers
-        some = round(layers * int(layers_that_forget.split()[0]) / 100)
+        some = _share(layers, layers_that_forget)
         rows = {f"{k} of {layers} layers": forecast(replace(recipe, checkpointed_layers=k),
                                                     preset(gpu)) for k in (0, some, layers)}
         return compare(rows, preset(gpu), f"{recipe.model}, {recipe.micro_batch_size} x "
@@ -211,6 +211,10 @@ def split_explorer() -> Explorer:
                     effective_batch=(32, 8, 16, 64), micro_batch=(2, 1, 4, 8),
                     sequence_length=(2048, 256, 512, 1024), loss=("chunked", "full"),
                     attention=("explicit_kv", "stock"), gpu=tuple(PRESETS))
+
+
+def _share(layers: int, percent: str) -> int:
+    return round(layers * int(percent.removesuffix(" %")) / 100)
 
 
 def _img(figure: Figure) -> str:

@@ -529,8 +529,8 @@ exercises.check_search(largest_that_trains)
 # The next cells do that with the course's own script,
 # [ranks.py](../course_utils/ranks.py): 2 sequences x 8 micro batches x 2 ranks, the uneven batch of
 # section 2, one optimizer step in float64. Rank 0 takes the first 16 rows, all short; rank 1 the
-# other 16, the four long answers among them. On a machine without two GPUs the ranks are two
-# processes on the CPU.
+# other 16, the four long answers among them. Two GPUs talk through NCCL; on a machine without two
+# GPUs the ranks are two processes on the CPU, and talk through gloo.
 #
 # ### Predict
 # Each rank divides its loss by its *own* labelled tokens, then DDP takes the mean. What is the
@@ -540,11 +540,11 @@ exercises.check_search(largest_that_trains)
 predicted_error_of_ranks = ...
 
 # %% tags=["run"]
-on_cpu = {name: tensor.cpu() for name, tensor in uneven.items()}
-alone = ranks.update(recipe, on_cpu)
 halves = replace(recipe, gradient_accumulation_steps=8, world_size=2)
 assert halves.effective_batch_size == recipe.effective_batch_size
-together = ranks.launch(halves, on_cpu)
+shared = ranks.place(uneven, halves.world_size)  # on the GPUs, if there is one for each rank
+alone = ranks.update(recipe, shared)
+together = ranks.launch(halves, shared)
 show_prediction(predicted_error_of_ranks, show="{:.2f}".format,
                 each_rank_by_its_own_tokens=relative_error(together["ranks"], alone))
 

@@ -95,12 +95,14 @@ def test_missing_empty_and_unknown_are_refused(tmp_path, monkeypatch):
         corpus.load_instructions(source="alpaca")
     with pytest.raises(ValueError, match="split must be one of train, heldout, got 'test'"):
         corpus.load_instructions(split="test")
+    whole = (corpus.DATA / "instructions.jsonl").read_bytes().splitlines(keepends=True)
     monkeypatch.setattr(corpus, "DATA", tmp_path)
     with pytest.raises(FileNotFoundError, match="instructions.jsonl is missing; run `git checkout"):
         corpus.load_instructions()
-    (tmp_path / "instructions.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match="at least one example"):
-        corpus.load_instructions()
+    for kept in (0, 800):
+        (tmp_path / "instructions.jsonl").write_bytes(b"".join(whole[:kept]))
+        with pytest.raises(ValueError, match=f"must hold 900 examples, got {kept}; run `git"):
+            corpus.load_instructions()
 
 
 def test_hub_rows_become_prompts_and_split_by_the_same_rule(monkeypatch):

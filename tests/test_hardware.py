@@ -35,10 +35,19 @@ def test_bfloat16_needs_capability_8():
     assert mixed_precision(None).dtype is None
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("total_bytes", 0), ("total_bytes", -1), ("total_bytes", "16 GB"), ("context_bytes", 0),
-    ("context_bytes", 10**12), ("capability", 7.5), ("capability", (7,)), ("capability", (7, -5)),
-    ("matmul_flops", 0), ("bandwidth", True)])
+WRONG = [
+    ("total_bytes", 0), ("total_bytes", -1), ("total_bytes", "16 GB"), ("total_bytes", 14.5),
+    ("context_bytes", 0), ("context_bytes", 10**12), ("multiprocessors", 2.5), ("name", ""),
+    ("capability", 7.5), ("capability", (7,)), ("capability", (7, -5)), ("capability", (True, 5)),
+    ("matmul_flops", 0), ("float32_flops", float("nan")), ("bandwidth", True),
+    ("bandwidth", float("inf")), ("flash_attention", "no")]
+
+
+def test_every_field_is_refused_when_wrong():
+    assert {field for field, _ in WRONG} == {field.name for field in dataclasses.fields(T4)}
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
 def test_bad_gpu_names_field_and_value(field, value):
     with pytest.raises(ValueError, match=f"^{field} must .*got .*; "):
         dataclasses.replace(T4, **{field: value})

@@ -60,7 +60,8 @@ def test_the_control_learns_no_tickets(shown):
 
 
 def test_the_lesson_states_each_promise_as_kept(shown):
-    for code, promises in (("below the control beyond chance", 4), ("adapter exact", 3)):
+    for code, promises in (("loss down by 30 %", 3), ("below the control beyond chance", 4),
+                           ("adapter exact", 3)):
         kept = printed_by(shown, code)
         assert len(re.findall(r": +True$", kept, re.MULTILINE)) == promises and "False" not in kept
 
@@ -172,5 +173,8 @@ def test_the_widget_redraws_for_other_levers():
     explorer = widgets.levers_explorer()
     assert "the usual recipe: 19.28 GiB, does not fit" in explorer.figure.alt
     assert "with these levers: 9.16 GiB, fits" in explorer.figure.alt  # measured: the same
+    explorer.controls["layers_that_forget"].value = "0 %"
+    assert "with these levers: 9.16 GiB" not in explorer.picture.value
+    explorer.controls["layers_that_forget"].value = "100 %"
     explorer.controls["loss"].value = "full"
     assert explorer.picture.value.count("does not fit") == 2

@@ -31,6 +31,10 @@ def notebook(monkeypatch):
     return shown
 
 
+def test_a_run_that_had_ended_before_says_so():
+    assert live.Watcher(RECIPE).line().startswith("no step was left to do")
+
+
 def test_a_notebook_sees_one_line_and_one_figure_move(notebook):
     watcher = live.Watcher(RECIPE, 4 * GIB, "a run")
     for step in (1, 2, 10):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from course_utils import qlora, ranks
+from course_utils import hardware, qlora, ranks
 from course_utils.gradients import in_float64, relative_error
 from course_utils.recipe import TrainRecipe
 
@@ -105,3 +105,10 @@ def test_ranks_that_take_too_long_are_ended(started, monkeypatch):
 def test_what_does_not_go_together_is_refused(recipe, weigh, words):
     with pytest.raises(ValueError, match=words):
         ranks.update(recipe, uneven(), weigh)
+
+
+@pytest.mark.parametrize(("gpus", "where"), [(0, "cpu"), (1, "cpu"), (2, "meta"), (3, "meta")])
+def test_ranks_compute_on_gpus_when_each_has_one(monkeypatch, gpus, where):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
+    monkeypatch.setattr(hardware, "device", lambda: "meta")  # stands for the GPU
+    assert ranks.place(uneven(), world_size=2)["labels"].device.type == where

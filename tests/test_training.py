@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import ROWS, TOKENIZER, tiny_recipe
 
-from course_utils import corpus, hardware, qlora, training
+from course_utils import checkpoints, corpus, hardware, qlora, training
 from tools.notebooks import ROOT
 
 
@@ -174,6 +174,23 @@ def test_the_drive_has_what_the_machine_lost(recipe, tmp_path):
     shutil.rmtree(here)
     rest = train(recipe, here, drive=drive)
     assert rest.resumed_from == drive / "checkpoint-8" and rest.losses == whole.losses
+
+
+def test_a_drive_that_vanishes_in_a_run_costs_a_warning(recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "MyDrive").mkdir()
+    monkeypatch.setattr(checkpoints, "MOUNTED_DRIVE", tmp_path / "MyDrive")
+    drive = checkpoints.on_drive("runs")
+
+    def unmount(row):
+        if row["step"] == 5:
+            shutil.rmtree(tmp_path / "MyDrive")
+
+    run = train(recipe, tmp_path / "here", drive=drive, on_step=unmount)
+    said = capsys.readouterr().out
+    assert len(run.losses) == 12 and run.resumed_from is None
+    assert "checkpoint-4 was not copied" not in said and "checkpoint-8 was not copied" in said
+    assert checkpoints.on_drive("runs") is None
+    assert checkpoints.find_last(tmp_path / "here", drive).name == "checkpoint-12"
 
 
 @pytest.fixture(scope="module")
