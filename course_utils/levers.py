@@ -154,9 +154,12 @@ def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tens
                  *, lean: bool = False, skip_unlabelled: bool = False) -> torch.Tensor:
     """Cross entropy from hidden states, `chunk_tokens` rows of logits at a time.
 
-    Saves the logits, (batch x seq, vocab): up to four float32 copies of them at the peak of the
-    usual loss. Each chunk forgets its logits and computes them again in backward, so at most one
-    chunk's exist. Costs one more product with the head, or nothing with `lean`.
+    Saves the logits, (batch x seq, vocab): three float32 copies of them at the peak of the usual
+    loss. Each chunk forgets its logits and computes them again in backward, so at most one chunk's
+    exist. Costs one more product with the head, or nothing with `lean`.
+
+    PyTorch 2.13 has `F.linear_cross_entropy`, which gives the same (a test holds them together).
+    It is not used, because Colab's 2.11 lacks it, and `lean` takes less time.
 
     Args:
         hidden: (batch, seq, hidden).
@@ -179,6 +182,16 @@ def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tens
     for chunk, wanted in zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
         total = total + checkpoint(_summed_loss, chunk, head, wanted, use_reentrant=False)
     return total / num_items_in_batch
+
+
+def odd_head(model: torch.nn.Module) -> str:
+    """What a model does to its logits beside the product with its head; "" for nothing."""
+    config = model.config.get_text_config()
+    odd = [name for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")
+           if getattr(config, name, None) not in (None, 1)]
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        odd.append("a bias of its head")
+    return " and ".join(odd)
 
 
 def _labelled(rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from .lean import use_lean_lora, use_lean_mlp, use_lean_rotary
 from .levers import (
     checkpoint_layers,
     chunked_loss,
+    odd_head,
     unwrap,
     use_explicit_kv_attention,
     use_native_norm,
@@ -134,8 +135,14 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def apply_levers(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module:
-    """Set attention, norm, MLP, adapters, rotary and checkpointing as the recipe says."""
+    """Set attention, norm, MLP, adapters, rotary and checkpointing as the recipe says.
+
+    Raises ValueError for a loss in chunks when the model's logits are more than its head's product.
+    """
     base = unwrap(model)
+    if recipe.loss != "full" and (odd := odd_head(base)):
+        raise ValueError(f"loss must be 'full' for a model with {odd}, got {recipe.loss!r}; chunks "
+                         "of logits would leave that out")
     if recipe.attention == "explicit_kv":
         use_explicit_kv_attention(base)
     else:

@@ -1,7 +1,10 @@
 """What every test shares: no network, and no progress bars, before anything heavy is imported."""
 
 import os
+import socket
 from pathlib import Path
+
+import pytest
 
 from tools.notebooks import ENVIRONMENT
 
@@ -13,6 +16,25 @@ LONGEST = (
     "test_lesson_03", "test_lesson_02", "test_readme", "test_attacks", "test_old_torchao",
 )  # fmt: skip
 os.environ.update({name: value for name, value in ENVIRONMENT.items() if "PYTEST" not in name})
+# For what the tests start, kernels included: a proxy that is not there. Only this machine answers.
+os.environ.update(HTTP_PROXY="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9",
+                  NO_PROXY="127.0.0.1,localhost")
+HERE = (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", socket.gethostname())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """No name server: whoever asks for another machine is told which one it asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        look_up = socket.getaddrinfo
+
+        def getaddrinfo(host, *args, **options):
+            if host not in HERE:
+                raise OSError(f"tests have no network, and {host} was asked for")
+            return look_up(host, *args, **options)
+
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        yield
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -101,7 +101,7 @@ def main(folder: Path) -> None:
     seconds = time.perf_counter() - start
     moments, rng = dict(MOMENTS), random.Random(int(time.time()))
     moments |= {f"at random, after {s:.3f} s": s for s in
-                (seconds * rng.uniform(0.3, 1) for _ in range(3))}
+                (seconds * rng.uniform(0.3, 1) for _ in range(10))}
     for number, (moment, sabotage) in enumerate(moments.items()):
         if callable(sabotage):
             child = fork(lambda n=number, s=sabotage: run(f"run{n}", s), folder / "log")

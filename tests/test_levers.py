@@ -4,9 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -94,6 +98,39 @@ def test_the_comparison_notices_a_wrong_attention(monkeypatch):
     monkeypatch.setattr(levers, "_repeat_heads", lambda x, groups: x.repeat(1, groups, 1, 1))
     _, gradients = loss_and_gradients(dataclasses.replace(STOCK, attention="explicit_kv"))
     assert (gradients - stock).norm() > 1e-2 * stock.norm()
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="PyTorch 2.13 and newer")
+def test_chunked_losses_equal_pytorchs_own():
+    head, labels = torch.nn.Linear(64, 256, bias=False).requires_grad_(False), batch()["labels"]
+    hidden = torch.randn(*labels.shape, 64, generator=torch.Generator().manual_seed(0))
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+    found = []
+    for loss_of in (
+            lambda rows: F.linear_cross_entropy(rows.flatten(0, 1), head.weight, targets,
+                                                options=torch.nn.LinearCrossEntropyOptions()),
+            lambda rows: levers.chunked_loss(rows, head, labels, 16),
+            lambda rows: levers.chunked_loss(rows, head, labels, 16, lean=True)):
+        rows = hidden.clone().requires_grad_()
+        loss = loss_of(rows)
+        loss.backward()
+        found.append((loss.detach(), rows.grad))
+    for loss, gradient in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=0)
+        assert (gradient - found[0][1]).norm() <= 1e-5 * found[0][1].norm()
+
+
+@pytest.mark.parametrize(("kind", "odd", "words"), [
+    (GraniteConfig, {"logits_scaling": 8.0}, "logits_scaling"),
+    (Gemma2Config, {"final_logit_softcapping": 30.0}, "final_logit_softcapping")])
+def test_chunks_are_refused_where_logits_are_more_than_a_product(kind, odd, words):
+    config = kind(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64,
+                  num_attention_heads=2, num_key_value_heads=2, head_dim=32, **odd)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    recipe = dataclasses.replace(STOCK, attention="eager")
+    qlora.apply_levers(model, recipe)
+    with pytest.raises(ValueError, match=f"^loss must be 'full' for a model with {words}, got 'ch"):
+        qlora.apply_levers(model, dataclasses.replace(recipe, loss="chunked"))
 
 
 def test_recomputing_is_bit_equal():

@@ -28,7 +28,7 @@ QUIET = [  # what is not this lesson's own statement, in the order in which it i
     r'"[^"]*"', r"“[^”]*”",
     r"\]\([^)]*\)",  # an address
 ]  # fmt: skip
-SOURCE = r"\[[^\]]*\w[^\]]*\]"  # a source in brackets, or a link to one
+SOURCE = r"\[[^\]]*[A-Za-z]{2}[^\]]*\]"  # a source in brackets, or a link to one
 # Figures that no cell shows: an expression that gives them, checked to the digits that are shown...
 CALCULATED = {
     "01_where_does_the_memory_go": {

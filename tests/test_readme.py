@@ -182,6 +182,12 @@ def test_workflows_run_what_exists(path):
     assert ours and [trouble(line.removesuffix(" || true")) for line in ours] == [""] * len(ours)
 
 
+def test_ci_runs_tests_browser_and_colab():
+    jobs = yaml.safe_load(text(".github/workflows/ci.yml"))["jobs"]
+    last = {name: job["steps"][-1]["run"] for name, job in jobs.items()}
+    assert last == {"test": ".ci/run", "browser": "make test-browser", "colab": "make test-colab"}
+
+
 def test_drift_is_looked_for_every_week():
     drift = yaml.safe_load(text(".github/workflows/drift.yml"))
     (when,) = drift[True]["schedule"]  # YAML reads the key `on` as true

@@ -39,7 +39,8 @@ CODE = {
     "deep recursion": (BATCH + "    return effective_batch(a, b, c)", "RecursionError", 0),
     "crash of the interpreter": (
         "import sys\nsys.setrecursionlimit(10 ** 9)\n" + BATCH
-        + "    def deeper(x): return [deeper([x])]\n    return deeper(0)", "", 0),
+        + "    def deeper(x): return [deeper([x])]\n    return deeper(0)",
+        "raised RecursionError|ended", 0),
     "10 GB print": (
         BATCH + "    for _ in range(10_000): print('x' * 1_000_000)",
         "printed or wrote more than 1 MiB", 0),
@@ -53,7 +54,8 @@ CODE = {
         "raised PermissionError.*the grader allows no network", 0),
     "network call by name": (
         "import urllib.request\n" + BATCH
-        + "    return urllib.request.urlopen('http://127.0.0.1:PORT').read()", "", 0),
+        + "    return urllib.request.urlopen('http://127.0.0.1:PORT').read()",
+        "raised URLError|name 'urllib' is not defined", 0),
     "starts a program": (
         "import os\n" + BATCH + "    return os.execv('/bin/touch', ['touch', CANARY])",
         "raised", 0),
@@ -85,7 +87,7 @@ def effective_batch(a, b, c):
             todo += thing
         elif type(thing) is dict:
             todo += thing.values()
-    return sorted(found)[:3000]""", "", 0),
+    return sorted(found)[:3000]""", r"answered \[|does not allow gc|raised", 0),
     "forges a result": ("""import os
 def effective_batch(a, b, c):
     for descriptor in range(3, 20):
