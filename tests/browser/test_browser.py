@@ -4,8 +4,11 @@ The order matters: one page is used from top to bottom, and the last test asks w
 about all the while.
 """
 
+import re
+
 import pytest
 
+from .answers import ANSWERS
 from .conftest import PICTURES
 from .controls import Explorer
 from .jupyterlab import Notebook
@@ -93,6 +96,20 @@ def test_answered_wrongly_then_rightly(lesson):
         lesson.run_from(number, 2)
         assert lesson.output(number + 1).startswith(opening)
     assert lesson.save().cells[number].source == source
+
+
+def test_every_other_exercise_accepts_its_reference(lesson):
+    cells = lesson.stored().cells
+    marked = [cell.metadata.get("tags", []) for cell in cells]
+    answers = ANSWERS[lesson.number]
+    assert len(answers) + 1 == sum("exercise" in each for each in marked)
+    for name, answer in answers.items():
+        (number,) = [n for n, cell in enumerate(cells) if "exercise" in marked[n]
+                     and re.search(rf"^{name}\b", cell.source, re.MULTILINE)]  # fmt: skip
+        check = next(n for n in range(number, len(cells)) if "check" in marked[n])
+        lesson.write(number, answer)
+        lesson.run_from(number, check - number + 1)
+        assert lesson.output(check).startswith("Right: "), (name, lesson.output(check))
 
 
 @pytest.mark.parametrize("theme", THEMES)

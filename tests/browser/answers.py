@@ -1,0 +1,79 @@
+"""The reference answers, as a learner would write them into the lessons' own cells."""
+
+# lesson: {what the exercise's cell defines: its source}
+ANSWERS = {
+    "01": {
+        "largest_batch": "per_sequence = two.peak_bytes - one.peak_bytes\n"
+                         "largest_batch = 1 + (120 * MIB - one.peak_bytes) // per_sequence",
+        "logits_at_peak": "logits_at_peak = sum(block.n_bytes for block in full.largest\n"
+                          "                     if block.shape[-1:] == (1280,))",
+    },
+    "02": {
+        "class Forget": """class Forget(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, x):
+        ctx.function = function
+        ctx.save_for_backward(x)
+        return function(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.function(x)
+        output.backward(grad)
+        return None, x.grad""",
+        "smallest_k": "smallest_k = next(k for k in range(33) if forecast(replace(\n"
+                      "    eight, checkpointed_layers=k), hardware.T4).peak_allocated_bytes\n"
+                      "    <= budget_bytes)",
+    },
+    "03": {
+        "def what_it_counts": """def what_it_counts(examples, micro_batch_size, accumulation, ranks,
+                   epochs, warmup, logging_steps):
+    micro_batches = math.ceil(examples / (micro_batch_size * ranks))
+    steps = epochs * math.ceil(micro_batches / accumulation)
+    return steps, math.ceil(warmup * steps), steps // logging_steps""",
+        "def add_gradients": """def add_gradients(model, micro_batches):
+    total = sum(map(batching.labelled_tokens, micro_batches))
+    for micro_batch in micro_batches:
+        loss = model(**micro_batch).loss * batching.labelled_tokens(micro_batch) / total
+        loss.backward()""",
+        "def largest_that_trains": """def largest_that_trains(train, upper):
+    good, bad = 0, upper + 1
+    while bad - good > 1:
+        middle, fits = (good + bad) // 2, True
+        try:
+            train(middle)
+        except torch.OutOfMemoryError:
+            fits = False
+        good, bad = (middle, bad) if fits else (good, middle)
+    return good""",
+    },
+    "04": {
+        "def copied_bytes": "def copied_bytes(model):\n"
+                            "    return sum(2 * m.weight.numel() for m in model.modules()\n"
+                            "               if isinstance(m, torch.nn.Linear))",
+        "corrected": 'corrected = published | {"bnb_4bit_compute_dtype": "float16"}',
+    },
+    "05": {
+        "best_scale": "trained_gradients = states['trained']\n"
+                      "largest = max(g.abs().max().item() for g in trained_gradients)\n"
+                      "best_scale = 2.0 ** math.floor(math.log2(65504 / largest))",
+        "def careful_step": """\
+def careful_step(loss, weights, optimizer, scheduler, scale, max_norm):
+    (loss * scale).backward()
+    for weight in weights:
+        weight.grad /= scale
+    finite = bool(torch.nn.utils.clip_grad_norm_(weights, max_norm).isfinite())
+    if finite:
+        optimizer.step()
+        scheduler.step()
+    optimizer.zero_grad()
+    return finite""",
+    },
+    "06": {
+        "def labels_of": "def labels_of(ids, n):\n    return [-100] * n + ids[n:]",
+        "phi_recipe": 'phi_recipe = replace(exercises.PHI, attention="explicit_kv", loss="chunked",\n'
+                      '                     norm="native", lora_dropout=0.0)',
+    },
+}  # fmt: skip
