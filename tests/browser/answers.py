@@ -73,7 +73,7 @@ def careful_step(loss, weights, optimizer, scheduler, scale, max_norm):
     },
     "06": {
         "def labels_of": "def labels_of(ids, n):\n    return [-100] * n + ids[n:]",
-        "phi_recipe": 'phi_recipe = replace(exercises.PHI, attention="explicit_kv", loss="chunked",\n'
-                      '                     norm="native", lora_dropout=0.0)',
+        "phi_recipe": "phi_recipe = replace(exercises.PHI, attention='explicit_kv',\n"
+                      "                     loss='chunked', norm='native', lora_dropout=0.0)",
     },
 }  # fmt: skip
