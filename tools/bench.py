@@ -139,7 +139,7 @@ def ledger_overhead() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, nargs="*",
-                        default=[DATA / "h200_steps.json", DATA / "h200_rules.json"])
+                        default=[DATA / f"h200_{name}.json" for name in ("steps", "rules", "held")])
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB

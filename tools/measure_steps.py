@@ -266,10 +266,10 @@ def main() -> None:
     torch.set_num_threads(1)  # a forked child of a parent with OpenMP threads would hang
     context = multiprocessing.get_context("fork")
     specs = HELD if options.rows == "held" else LOOK
-    specs = [specs[i] for i in options.only] if options.only else specs
     record = {"gpu": answer(*in_child(context, ask_gpu)), "versions": versions(),
               "date": datetime.date.today().isoformat(), "protocol": __doc__, "rows": []}
-    specs = [spec | {"row": i} for i, spec in enumerate(specs)]
+    specs = [spec | {"row": i} for i, spec in enumerate(specs)
+             if not options.only or i in options.only]
     # rows of one checkpoint follow each other, so that a checkpoint can go when they are done
     waiting = sorted(specs, key=lambda spec: (spec["recipe"]["model"], storage(spec)))
     running: list[tuple] = []
