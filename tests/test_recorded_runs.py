@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from course_utils.forecast import forecast
 from course_utils.hardware import T4
 from course_utils.recipe import TrainRecipe
 from course_utils.units import GIB, MIB
-from tools.record_gpu_run import GROUPS, LADDER
+from tools.record_gpu_run import GROUPS, LADDER, needing_cuda
 
 ROWS = recorded.recording()["rows"]
 TRAINED = [row for row in ROWS if row.get("peak_allocated_bytes")]
@@ -73,6 +74,34 @@ def test_the_run_that_does_not_fit_fits_and_is_more_than_twice_as_fast():
     assert best["tokens_per_second"] >= max(2.5 * usual, 10_060)  # Unsloth's, facts.md section 3
 
 
+def within_a_t4(group, model=""):
+    """The rows of a group that trained within a T4's memory."""
+    return [row for row in ROWS if row["group"] == group and row["limited"]
+            and row["name"].startswith(model) and row["outcome"] == "trained"]
+
+
+def test_what_fit_picks_uses_the_memory_of_today_and_is_among_the_fastest():
+    row = named("fit", "what fit picks")
+    recipe = TrainRecipe(**row["recipe"])
+    fewer = dataclasses.replace(recipe, checkpointed_layers=recipe.checkpointed_layers - 1)
+    assert forecast(recipe, T4).margin_bytes >= 0 > forecast(fewer, T4).margin_bytes
+    assert row["tokens_per_second"] >= 0.95 * max(
+        other["tokens_per_second"] for other in within_a_t4("fit"))
+
+
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "phi-4-mini"])
+def test_levers_help_smaller_models_too(model):
+    usual, small, lean, best = (named("menu", f"{model}, {name}") for name in (
+        "usual", "ours, micro batch 4", "lean, checkpoints on the host", "what fit picks"))
+    assert lean["peak_allocated_bytes"] < small["peak_allocated_bytes"]
+    rows = within_a_t4("menu", model)
+    assert best in rows
+    for row in rows:  # a larger effective batch than fit was asked for may be a little faster
+        asked = TrainRecipe(**row["recipe"]).effective_batch_size <= 8
+        assert best["tokens_per_second"] >= (0.95 if asked else 0.9) * row["tokens_per_second"]
+    assert min(row["tokens_per_second"] for row in (lean, best)) > 1.5 * usual["tokens_per_second"]
+
+
 def test_levers_change_no_loss():
     usual, ours = (named("curves", name)["losses"] for name in ("usual", "ours"))
     assert len(usual) == len(ours) == 50 and usual[-1] < usual[0] - 0.15
@@ -83,6 +112,20 @@ def test_two_gpus_train_what_one_does_and_faster():
     one, two = named("gpus", "1 GPU"), named("gpus", "2 GPUs")
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-3)
     assert two["tokens_per_second"] > 1.5 * one["tokens_per_second"]
+
+
+def test_two_ranks_with_a_gpu_each_make_the_update_of_one():
+    errors = named("ranks", "2 ranks, a GPU each")["relative_errors"]
+    assert errors["tokens"] < 1e-12 and errors["ranks"] > 0.1
+
+
+@pytest.mark.parametrize("module", [row["name"] for row in GROUPS["tests"]()])
+def test_what_needs_cuda_has_passed_on_a_gpu(module, request):
+    path = Path(__file__).with_name(module)
+    there = pytest.Module.from_parent(request.session, path=path).collect()
+    wanted = [item.name for item in there if item.originalname in needing_cuda(path)]
+    assert wanted and named("tests", module)["tests"] == dict.fromkeys(wanted, "passed"), \
+        "record the tests again: tools/record_gpu_run.py --groups tests, on a GPU"
 
 
 def test_every_group_is_recorded_and_every_rung():

@@ -8,7 +8,8 @@ sequences, T4 kernels and, unless a row says otherwise, the T4's memory limit. S
 of the steps after the second; peaks are the highest of all steps but the first two. Beside each
 peak stands its forecast, made at the end without the GPU. The group "budgets" goes through
 `measurement.measure_step` instead: peak and median of three steps, then one more under the ledger,
-which says who holds what. The group "lessons" executes every lesson headlessly on the emulated T4.
+which says who holds what. The group "lessons" executes every lesson headlessly on the emulated T4,
+"tests" runs the tests that need CUDA, "ranks" lesson 03's update by two processes with a GPU each.
 The file is written again after every row, and rows of groups that were not asked for stay as they
 were.
 """
@@ -16,6 +17,7 @@ were.
 from __future__ import annotations
 
 import argparse
+import ast
 import bisect
 import dataclasses
 import datetime
@@ -30,6 +32,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -61,6 +64,7 @@ LADDER = (  # each rung keeps the ones before it
 )
 OURS = {key: value for _, change in LADDER[:-2] for key, value in change.items()}
 LEAN = OURS | LADDER[-2][1]
+NEEDS_CUDA = "skipif(not torch.cuda.is_available()"
 
 
 def row(group: str, name: str, limited: bool = True, **changes) -> dict:
@@ -77,16 +81,20 @@ def ladder() -> list[dict]:
     return rows
 
 
-def fitted() -> list[dict]:
-    """Effective batch 8 on a T4: what `fit` picks, for 50 steps, and its neighbours."""
+def picked(group: str, name: str, max_steps: int = USUAL.max_steps, **changes) -> dict:
+    """What `fit` picks for an effective batch of 8 within a T4's memory."""
     from course_utils.fit import fit
 
-    start = dataclasses.replace(USUAL, gradient_accumulation_steps=2)
-    best = fit(dataclasses.replace(start, **LEAN), CARD).recipe
-    rows = [row("fit", "the usual recipe", limited=False, gradient_accumulation_steps=2)]
-    rows.append(rows[0] | {"name": "what fit picks", "limited": True, "recipe":
-                           dataclasses.asdict(dataclasses.replace(best, max_steps=50))})
-    return rows + [
+    start = dataclasses.replace(USUAL, gradient_accumulation_steps=2, **LEAN | changes)
+    return row(group, name, **dataclasses.asdict(fit(start, CARD).recipe)
+               | {"max_steps": max_steps})
+
+
+def fitted() -> list[dict]:
+    """Effective batch 8 on a T4: what `fit` picks, for 50 steps, and its neighbours."""
+    return [
+        row("fit", "the usual recipe", limited=False, gradient_accumulation_steps=2),
+        picked("fit", "what fit picks", max_steps=50)] + [
         row("fit", f"micro batch {size}, {k} layers checkpointed", micro_batch_size=size,
             gradient_accumulation_steps=8 // size, checkpointed_layers=k, **LEAN)
         for size, k in ((1, 0), (2, 18), (4, 26), (4, "all"))]
@@ -103,6 +111,9 @@ def menu() -> list[dict]:
         size = largest_micro_batch(dataclasses.replace(USUAL, **which | OURS))
         rows.append(row("menu", f"{model}, ours, largest micro batch",
                         **which | OURS | {"micro_batch_size": size}))
+        rows.append(row("menu", f"{model}, lean, checkpoints on the host",
+                        **which | LEAN | {"offload_checkpoints": True}))
+        rows.append(picked("menu", f"{model}, what fit picks", **which))
     return rows
 
 
@@ -146,6 +157,27 @@ def gpus() -> list[dict]:
             for n in (1, 2, 4) if n <= torch.cuda.device_count()]
 
 
+def ranks() -> list[dict]:
+    """Lesson 03's update by two processes that talk through NCCL."""
+    import torch
+
+    return [{"group": "ranks", "name": "2 ranks, a GPU each", "ranks": 2}
+            for _ in range(torch.cuda.device_count() > 1)]
+
+
+def tests() -> list[dict]:
+    """A row for each module with tests that are skipped where there is no GPU."""
+    return [{"group": "tests", "name": path.name} for path in sorted(
+        (ROOT / "tests").glob("test_*.py")) if needing_cuda(path)]
+
+
+def needing_cuda(path: Path) -> list[str]:
+    """The tests of a module whose mark says that they are skipped where there is no GPU."""
+    return [node.name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.FunctionDef)
+            and any(NEEDS_CUDA in ast.unparse(mark) for mark in node.decorator_list)]
+
+
 def budgets() -> list[dict]:
     """The models for which budgets circulate, trained by the usual recipe: who holds what."""
     return [row("budgets", model, limited=False, model=model, lora_targets=targets)
@@ -162,7 +194,7 @@ def curves() -> list[dict]:
 
 GROUPS = {"ladder": ladder, "fit": fitted, "curves": curves, "checkpointing": checkpointing,
           "matmul": matmul, "menu": menu, "launch": launch, "budgets": budgets, "gpus": gpus,
-          "lessons": lessons}
+          "ranks": ranks, "tests": tests, "lessons": lessons}
 
 
 def list_rows(group: str, pipe) -> None:
@@ -208,6 +240,7 @@ def train_row(spec: dict, source: str, pipe) -> None:
     from course_utils import training
 
     recipe, steps = TrainRecipe(**spec["recipe"]), []
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # Trainer shares a batch among all GPUs that it sees
     try:
         with emulated(spec), tempfile.TemporaryDirectory() as folder:
             model = model_of(recipe, source)
@@ -260,6 +293,54 @@ def run_on_gpus(spec: dict) -> dict:
     speeds = [int(speed.replace(",", "")) for _, speed in steps[2:]]
     return {"outcome": "trained", "losses": [float(loss) for loss, _ in steps],
             "tokens_per_second": statistics.median(speeds)}
+
+
+def run_tests(spec: dict) -> dict:
+    """The outcome of each test of a module that needs CUDA, in a pytest without plugins."""
+    path = ROOT / "tests" / spec["name"]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider",
+             "-c", os.devnull, f"--rootdir={ROOT}", f"--junitxml={report}",
+             *(f"{path}::{name}" for name in needing_cuda(path))],
+            cwd=ROOT, text=True, capture_output=True,
+            env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+        if not report.exists():
+            return {"error": (done.stdout + done.stderr)[-1000:]}
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    return {"outcome": "ran", "versions": versions(), "date": datetime.date.today().isoformat(),
+            "tests": {case.get("name"): next((
+                part.tag for part in case if part.tag in ("failure", "error", "skipped")), "passed")
+                for case in cases}}
+
+
+def share_update(spec: dict, pipe) -> None:
+    """How far an update shared by processes is from that of one, on lesson 03's uneven batch."""
+    from transformers import AutoTokenizer
+
+    from course_utils import corpus, gradients
+    from course_utils import ranks as processes
+    from course_utils.units import IGNORED
+
+    recipe = TrainRecipe(base="float32", lora_rank=None, lora_dropout=0.0, checkpointed_layers=0,
+                         optimizer="adamw", micro_batch_size=2, gradient_accumulation_steps=16,
+                         sequence_length=128)
+    tokenizer = AutoTokenizer.from_pretrained(corpus.bundled_model_dir())
+    rows = list(corpus.encode(corpus.load_instructions(), tokenizer, recipe.sequence_length))
+    rows = [dict(row) for row in rows[:recipe.effective_batch_size]]
+    for row in rows[:28]:  # one labelled token is left
+        first = next(at for at, label in enumerate(row["labels"]) if label != IGNORED)
+        row["labels"] = [label if at <= first else IGNORED
+                         for at, label in enumerate(row["labels"])]
+    batch = {name: tensor.cuda() for name, tensor in
+             corpus.collate(rows, tokenizer.pad_token_id).items()}
+    alone = processes.update(recipe, batch)
+    shared = dataclasses.replace(recipe, world_size=spec["ranks"],
+                                 gradient_accumulation_steps=16 // spec["ranks"])
+    found = processes.launch(shared, batch)
+    pipe.send({"outcome": "trained", "versions": versions(), "relative_errors": {
+        weigh: gradients.relative_error(update, alone) for weigh, update in found.items()}})
 
 
 def run_lesson(spec: dict) -> dict:
@@ -338,6 +419,10 @@ def main() -> None:
                 found = run_lesson(spec)
             elif spec["group"] == "gpus":
                 found = run_on_gpus(spec)
+            elif spec["group"] == "tests":
+                found = run_tests(spec)
+            elif spec["group"] == "ranks":
+                found = answer(*in_child(context, share_update, spec))
             else:
                 key = (spec["recipe"]["model"], storage(spec))
                 if checkpoint != key:
