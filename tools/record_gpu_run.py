@@ -240,7 +240,8 @@ def train_row(spec: dict, source: str, pipe) -> None:
     from course_utils import training
 
     recipe, steps = TrainRecipe(**spec["recipe"]), []
-    os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # Trainer shares a batch among all GPUs that it sees
+    first, *_ = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = first  # Trainer shares a batch among all GPUs it sees
     try:
         with emulated(spec), tempfile.TemporaryDirectory() as folder:
             model = model_of(recipe, source)
