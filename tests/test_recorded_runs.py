@@ -12,10 +12,12 @@ from course_utils.forecast import forecast
 from course_utils.hardware import T4
 from course_utils.recipe import TrainRecipe
 from course_utils.units import GIB, MIB
-from tools.record_gpu_run import GROUPS, LADDER, needing_cuda
+from tools.notebooks import from_script, lesson_scripts
+from tools.record_gpu_run import GROUPS, LADDER, needing_cuda, sha
 
 ROWS = recorded.recording()["rows"]
 TRAINED = [row for row in ROWS if row.get("peak_allocated_bytes")]
+LESSONS = [row for row in ROWS if row["group"] == "lessons"]
 
 
 def named(group, name):
@@ -133,15 +135,31 @@ def test_every_group_is_recorded_and_every_rung():
     assert {name for name, _ in LADDER} <= {row["name"] for row in ROWS}
 
 
+@pytest.mark.parametrize("row", LESSONS, ids=ids)
+def test_what_a_lesson_measured_was_printed_by_todays_cells(row):
+    notebook = from_script(lesson_scripts([row["name"][:2]])[0])
+    _, *cells = [sha(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    assert row["measured"] and {one["cell"] for one in row["measured"]} <= set(cells), \
+        "record the lesson again on a GPU: tools/record_gpu_run.py --groups lessons"
+
+
+def test_lesson_06_is_short_and_its_closing_act_as_forecast():
+    last = LESSONS[-1]
+    assert last["name"].startswith("06") and last["seconds"] <= 600
+    (forecast_gib, measured_gib), = re.findall(r"forecast ([\d.]+) GiB, measured ([\d.]+) GiB",
+                                               json.dumps(last["measured"]))
+    assert float(forecast_gib) == pytest.approx(float(measured_gib), rel=0.02)
+
+
 def test_lessons_ran_on_the_emulated_t4_and_agree_with_forecast_and_ledger():
     """What a GPU measured lies above the tensors that were counted, by workspaces and rounding."""
-    lessons = [row for row in ROWS if row["group"] == "lessons"]
-    assert [row["name"][:2] for row in lessons] == ["01", "02", "03", "04", "05", "06"]
-    assert all(row["outcome"] == "executed" for row in lessons)
-    first = dict(re.findall(r"^(\w+) +([\d.]+) MiB$", lessons[0]["measured"][0], re.M))
+    assert [row["name"][:2] for row in LESSONS] == ["01", "02", "03", "04", "05", "06"]
+    assert all(row["outcome"] == "executed" for row in LESSONS)
+    printed = LESSONS[0]["measured"][0]["printed"]
+    first = dict(re.findall(r"^(\w+) +([\d.]+) MiB$", printed, re.M))
     assert float(first["forecast"]) == pytest.approx(float(first["measured"]), rel=0.02)
     pairs = re.findall(r"counted:? +([\d.]+) MiB.*?measured:? +([\d.]+) MiB",
-                       json.dumps(lessons[1:4]))
+                       json.dumps(LESSONS[1:4]))
     assert len(pairs) >= 4
     for counted, measured in pairs:
         assert 0 <= float(measured) - float(counted) < 20  # two workspaces of 8.1 MiB, rounding

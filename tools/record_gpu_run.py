@@ -21,6 +21,7 @@ import ast
 import bisect
 import dataclasses
 import datetime
+import hashlib
 import json
 import multiprocessing
 import os
@@ -345,7 +346,7 @@ def share_update(spec: dict, pipe) -> None:
 
 
 def run_lesson(spec: dict) -> dict:
-    """Execute a lesson as on a T4; what each cell printed beside "measured" goes into the row."""
+    """Execute a lesson as on a T4; each cell that printed "measured" goes into the row."""
     from tools.notebooks import LESSONS, LessonError, execute, from_script, lesson_scripts
 
     notebook = from_script(lesson_scripts([spec["name"][:2]])[0])
@@ -356,10 +357,16 @@ def run_lesson(spec: dict) -> dict:
     except LessonError as error:
         return {"error": str(error)[-1000:]}
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    printed = [output.text.strip() for cell in cells for output in cell.outputs
+    printed = [{"cell": sha(cell.source), "printed": output.text.strip()}
+               for cell in cells for output in cell.outputs
                if output.get("text") and "measured" in output.text]
     return {"outcome": "executed", "seconds": round(time.monotonic() - start, 1),
             "cells": len(cells), "measured": printed}
+
+
+def sha(source: str) -> str:
+    """What a cell of this source is recorded as: it says whether the cell has changed since."""
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def add_forecasts(rows: list[dict]) -> None:
