@@ -6,9 +6,7 @@ settings stands there, with its alt text. Not offered: animation, saving what a 
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +21,6 @@ from .hardware import PRESETS, preset
 from .number_figures import magnitudes, smallest_updates
 from .recipe import TrainRecipe
 
-PAUSE = 0.05  # seconds between two pictures that nobody has asked for yet
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -72,39 +69,14 @@ class Explorer:
         """What the controls say now."""
         return {name: widget.value for name, widget in self.controls.items()}
 
-    def _redraw(self, change) -> None:
-        self.picture.value = self._look(**self.settings)
-        with contextlib.suppress(RuntimeError):  # no event loop, so no kernel and nobody who moves
-            self._look_ahead(change.owner, asyncio.get_running_loop())
-
-    def _look(self, **settings: Any) -> str:
-        """The picture at these settings, or why there is none; each is drawn once."""
-        key = tuple(settings.values())
-        if key not in self._shown:
-            try:
-                self._shown[key] = _img(self.draw(**settings))
-            except ValueError as error:
-                self._shown[key] = f"<p role='status'>{html.escape(str(error))}</p>"
-        return self._shown[key]
-
-    def _look_ahead(self, moved: ipywidgets.Widget, loop: asyncio.AbstractEventLoop) -> None:
-        """Draw what the moved control may show next, while the reader looks at what it shows now.
-
-        One picture at a time: in between the kernel can run a cell, or make the next move, which
-        ends this.
-        """
-        here = self.settings
-        name = next(name for name, widget in self.controls.items() if widget is moved)
-        options = list(getattr(moved, "options", (False, True)))
-        at = options.index(moved.value)
-        ahead = iter(sorted(options, key=lambda option: abs(options.index(option) - at)))
-
-        def draw_one() -> None:
-            if self.settings == here and (option := next(ahead, None)) is not None:
-                self._look(**here | {name: option})
-                loop.call_later(PAUSE, draw_one)
-
-        draw_one()
+    def _redraw(self, _) -> None:
+        key = tuple(self.settings.values())
+        try:
+            if key not in self._shown:
+                self._shown[key] = _img(self.draw(**self.settings))
+            self.picture.value = self._shown[key]
+        except ValueError as error:
+            self.picture.value = f"<p role='status'>{html.escape(str(error))}</p>"
 
     def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:
         data, metadata = self.figure._repr_mimebundle_()

@@ -88,7 +88,7 @@ MODULE_LINES = 250  # as a reader scrolls
 # Without docstrings, comments and blank lines. The design hoped for 2 000; exact forecasts, runs
 # that survive and checks that enforce took three times that; `fake_mode`, which halves a
 # forecast's time, the last 60. It may fall, and not grow.
-PACKAGE_CODE_LINES = 6014
+PACKAGE_CODE_LINES = 5996
 
 
 def imported(source: str) -> set[str]:

@@ -1,6 +1,5 @@
 """Controls: a static picture without a kernel, a new one for each move, labels, no state."""
 
-import asyncio
 import re
 from pathlib import Path
 
@@ -97,50 +96,3 @@ def test_a_setting_that_was_shown_before_is_not_drawn_again():
     assert explorer.picture.value != first
     explorer.controls["n"].value = 1
     assert explorer.picture.value == first and drawn == [1, 2]
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """An explorer in a kernel without pauses, and the list of what it has drawn."""
-    monkeypatch.setattr(widgets, "PAUSE", 0)
-    drawn = []
-
-    def draw(n, wide):
-        drawn.append((n, wide))
-        if n == 8:
-            raise ValueError("n must not be 8, got 8; take 4")
-        return Figure(b"png", f"n is {n}")
-
-    return widgets.Explorer(draw, n=(2, 1, 4, 8), wide=False), drawn
-
-
-def move(explorer, *moves):
-    """Make the moves as a kernel would, in its event loop; then look at the picture for a while."""
-    async def kernel():
-        for name, value in moves:
-            explorer.controls[name].value = value
-        await asyncio.sleep(0.2)
-
-    asyncio.run(kernel())
-
-
-def test_neighbours_are_drawn_while_the_reader_looks(watched):
-    explorer, drawn = watched
-    move(explorer, ("n", 4))
-    assert "n is 4" in explorer.picture.value
-    assert drawn[:2] == [(2, False), (4, False)] and set(drawn[2:]) == {(8, False), (1, False)}
-    assert drawn[-1] == (1, False)  # the farthest comes last
-    move(explorer, ("n", 8))
-    assert "n must not be 8" in explorer.picture.value and len(drawn) == 4
-
-
-def test_the_next_move_ends_drawing_ahead(watched):
-    explorer, drawn = watched
-    move(explorer, ("n", 4), ("wide", True))
-    assert drawn == [(2, False), (4, False), (4, True)]  # nothing more of the row that was left
-
-
-def test_nothing_is_drawn_ahead_without_a_kernel(watched):
-    explorer, drawn = watched
-    explorer.controls["n"].value = 4
-    assert drawn == [(2, False), (4, False)]
