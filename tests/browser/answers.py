@@ -1,5 +1,10 @@
 """The reference answers, as a learner would write them into the lessons' own cells."""
 
+import inspect
+
+from test_lesson_02 import Forget
+from test_lesson_05 import careful_step
+
 # lesson: {what the exercise's cell defines: its source}
 ANSWERS = {
     "01": {
@@ -9,20 +14,7 @@ ANSWERS = {
                           "                     if block.shape[-1:] == (1280,))",
     },
     "02": {
-        "class Forget": """class Forget(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, function, x):
-        ctx.function = function
-        ctx.save_for_backward(x)
-        return function(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            output = ctx.function(x)
-        output.backward(grad)
-        return None, x.grad""",
+        "class Forget": inspect.getsource(Forget),
         "smallest_k": "smallest_k = next(k for k in range(33) if forecast(replace(\n"
                       "    eight, checkpointed_layers=k), hardware.T4).peak_allocated_bytes\n"
                       "    <= budget_bytes)",
@@ -59,17 +51,7 @@ ANSWERS = {
         "best_scale": "trained_gradients = states['trained']\n"
                       "largest = max(g.abs().max().item() for g in trained_gradients)\n"
                       "best_scale = 2.0 ** math.floor(math.log2(65504 / largest))",
-        "def careful_step": """\
-def careful_step(loss, weights, optimizer, scheduler, scale, max_norm):
-    (loss * scale).backward()
-    for weight in weights:
-        weight.grad /= scale
-    finite = bool(torch.nn.utils.clip_grad_norm_(weights, max_norm).isfinite())
-    if finite:
-        optimizer.step()
-        scheduler.step()
-    optimizer.zero_grad()
-    return finite""",
+        "def careful_step": inspect.getsource(careful_step),
     },
     "06": {
         "def labels_of": "def labels_of(ids, n):\n    return [-100] * n + ids[n:]",
