@@ -134,4 +134,3 @@ def _verdict(low: float | None, high: float | None, real: int) -> str:
     if real < 0.75 * low * GB:
         return f"   claim {low * GB / real:,.0f} times too high"
     return "   holds"
-

@@ -52,9 +52,13 @@ class TrainingRun:
         return [step["loss"] for step in self.steps]
 
 
-def build_model(recipe: TrainRecipe) -> torch.nn.Module:
-    """The model that a recipe trains: base, adapters (the same ones for the same seed), levers."""
-    base = qlora.load_base(recipe)
+def build_model(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Module:
+    """The model that a recipe trains: base, adapters (the same ones for the same seed), levers.
+
+    Args:
+        source: Folder of the base's weights, as for `qlora.load_base`.
+    """
+    base = qlora.load_base(recipe, source)
     set_seed(recipe.seed)
     return qlora.apply_levers(qlora.add_adapters(base, recipe), recipe)
 

@@ -222,17 +222,6 @@ def emulated(spec: dict):
     return hardware.emulate(T4 if spec["limited"] else dataclasses.replace(T4, total_bytes=total))
 
 
-def model_of(recipe: TrainRecipe, source: str):
-    """What the recipe trains, on the base weights of a folder."""
-    import torch
-
-    from course_utils import qlora
-
-    base = qlora.load_base(recipe, source)
-    torch.manual_seed(recipe.seed)
-    return qlora.apply_levers(qlora.add_adapters(base, recipe), recipe)
-
-
 def train_row(spec: dict, source: str, pipe) -> None:
     """Train one row in an empty process; the answer goes through the pipe, errors too."""
     import torch
@@ -245,7 +234,7 @@ def train_row(spec: dict, source: str, pipe) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = first  # Trainer shares a batch among all GPUs it sees
     try:
         with emulated(spec), tempfile.TemporaryDirectory() as folder:
-            model = model_of(recipe, source)
+            model = training.build_model(recipe, source)
             trainer = training.QLoRATrainer(
                 recipe, model, sequences(recipe, model.config.vocab_size),
                 SimpleNamespace(pad_token_id=0), Path(folder), on_step=steps.append,
@@ -271,11 +260,11 @@ def train_row(spec: dict, source: str, pipe) -> None:
 
 def count_row(spec: dict, source: str, pipe) -> None:
     """Measure some steps of one row, and count the bytes of one more with the ledger."""
-    from course_utils import measurement
+    from course_utils import measurement, training
 
     recipe = TrainRecipe(**spec["recipe"])
     with emulated(spec):
-        found = measurement.measure_step(recipe, model_of(recipe, source))
+        found = measurement.measure_step(recipe, training.build_model(recipe, source))
     pipe.send({"outcome": "trained", "composition": found.report.composition,
                "peak_allocated_bytes": found.peak_allocated_bytes,
                "peak_reserved_bytes": found.peak_reserved_bytes,
