@@ -27,7 +27,13 @@ from course_utils.recipe import TrainRecipe
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 256,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "use_cache": False}
 SEQ = 48
-FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+PHI3 = {"partial_rotary_factor": 0.75, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+FAMILIES = {  # configuration, model, sizes of its own, where adapters go
+    "llama": (LlamaConfig, LlamaForCausalLM, {}, TrainRecipe.lora_targets),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}, TrainRecipe.lora_targets),
+    "phi3": (Phi3Config, Phi3ForCausalLM, PHI3, FUSED),
+}
 LEVERS = {
     "explicit_kv": {"attention": "explicit_kv"},
     "eager": {"attention": "eager"},
@@ -50,8 +56,9 @@ STOCK = TrainRecipe(base="float32", lora_dropout=0.0, checkpointed_layers=0, seq
 
 def build(recipe, family="llama", **sizes):
     torch.manual_seed(0)
-    config, model = FAMILIES[family]
-    model = qlora.prepare_base(model(config(**SIZES | sizes)), recipe)
+    config, model, own, targets = FAMILIES[family]
+    recipe = dataclasses.replace(recipe, lora_targets=targets)
+    model = qlora.prepare_base(model(config(**SIZES | own | sizes)), recipe)
     model = qlora.apply_levers(qlora.add_adapters(model, recipe), recipe)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # starts at zero, which would hide every error in lora_A's gradient
@@ -242,8 +249,7 @@ def test_kept_attention_is_not_computed_again():
 
 def test_lean_rotary_turns_a_part_of_each_head_as_phi_wants():
     torch.manual_seed(0)
-    model = Phi3ForCausalLM(Phi3Config(**SIZES, partial_rotary_factor=0.75, pad_token_id=0,
-                                       bos_token_id=1, eos_token_id=2))
+    model = Phi3ForCausalLM(Phi3Config(**SIZES | PHI3))
     results = []
     for change in (lambda model: None, lean.use_lean_rotary):
         change(model)
