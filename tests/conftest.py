@@ -1,4 +1,4 @@
-"""What every test shares: no network, and no progress bars, before anything heavy is imported."""
+"""What every test shares: no network, no GPU and no progress bars, before torch is imported."""
 
 import os
 import socket
@@ -19,6 +19,9 @@ os.environ.update({name: value for name, value in ENVIRONMENT.items() if "PYTEST
 # For what the tests start, kernels included: a proxy that is not there. Only this machine answers.
 os.environ.update(HTTP_PROXY="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9",
                   NO_PROXY="127.0.0.1,localhost")
+# What is compared was made on a CPU: committed outputs, tensors beside a model that would be on the
+# GPU. Tests that need one run without this file: tools/record_gpu_run.py --groups tests.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 HERE = (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", socket.gethostname())
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -208,6 +209,16 @@ def test_execute_is_repeatable_and_keeps_cell_ids(lessons):
     assert [cell.id for cell in after.cells[:3]] == ids
     assert after.cells[3].outputs[0].text == "more\n"
     assert after.metadata == notebooks.METADATA
+
+
+def test_what_is_compared_or_committed_never_sees_a_gpu(lessons, monkeypatch):
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "tests/conftest.py hides it"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    shown = 'print(os.environ["CUDA_VISIBLE_DEVICES"], "is visible")'
+    (lessons / "01_try.py").write_text(f"{LESSON}\n# %%\nimport os\n{shown}\n", "utf-8")
+    assert execute.main([]) == 0
+    made = nbformat.read(lessons / "01_try.ipynb", as_version=4)
+    assert made.cells[-1].outputs[0].text == " is visible\n"
 
 
 def test_execute_refuses_an_unknown_lesson(lessons, capsys):

@@ -103,6 +103,7 @@ def surroundings(origin: Path, now: stamp.Facts) -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     return inherited | ENVIRONMENT | {
         verified.COLAB_VARIABLE: "release-colab",
+        "CUDA_VISIBLE_DEVICES": "",  # the outputs to compare with are a CPU's
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf",
         "GIT_CONFIG_VALUE_0": now.repository,

@@ -4,6 +4,7 @@
     python -m tools.execute 01 06   # these
 """
 
+import os
 import sys
 import time
 
@@ -13,6 +14,8 @@ from tools.notebooks import LessonError, clean, execute, from_script, lesson_scr
 
 
 def main(numbers: list[str]) -> int:
+    # What is committed is a CPU's, which every machine can make again; `make lessons` uses a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         scripts = lesson_scripts(numbers)
     except ValueError as error:
