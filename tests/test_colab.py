@@ -267,4 +267,4 @@ def test_picture_says_what_was_recorded():
 
 def test_changelog_begins_with_this_version():
     first = next(line for line in text(ROOT / "CHANGELOG.md").splitlines() if line[:3] == "## ")
-    assert first == f"## {NOW.version}"
+    assert re.fullmatch(rf"## {re.escape(NOW.version)} \(\d{{4}}-\d\d-\d\d\)", first)

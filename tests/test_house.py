@@ -13,12 +13,12 @@ from collections import Counter
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from course_utils import checks
-from tools import execute, notebooks, report
+from tools import execute, notebooks, report, stamp
 from tools.notebooks import ROOT
 
 PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
@@ -249,6 +249,7 @@ def test_dead_kernel_and_endless_cell_are_named(lessons, capfd, monkeypatch):
 
 def test_report_writes_pages_and_a_table(lessons, tmp_path, capfd):
     (lessons / "glossary.md").write_text("# Glossary\n\nByte: [lesson 1](01_try.ipynb)\n", "utf-8")
+    (lessons / "sheet.md").write_text("# One & only sheet\n", "utf-8")
     before = {path: path.read_bytes() for path in lessons.iterdir()}
     assert report.main() == 0
     assert {path: path.read_bytes() for path in lessons.iterdir()} == before
@@ -261,6 +262,49 @@ def test_report_writes_pages_and_a_table(lessons, tmp_path, capfd):
     assert 'href="01_try.html"' in (tmp_path / "build/lessons/glossary.html").read_text("utf-8")
     index = (tmp_path / "build/index.html").read_text("utf-8")
     assert '<a href="lessons/01_try.html">01 · Does it run?</a></td><td>40</td><td>2</td>' in index
+    assert '<a href="lessons/glossary.html">Glossary</a>' in index
+    assert '<a href="lessons/sheet.html">One &amp; only sheet</a>' in index
+
+
+def dead_ends(page: str) -> list[str]:
+    """Links of a built page that lead to no page of the book and to no file of this repository."""
+    links = re.findall(r'href="([^"#]*)', page)
+    pages = [*notebooks.LESSONS.glob("*.py"), *notebooks.LESSONS.glob("*.md")]
+    book = {f"{path.stem}.html" for path in pages}
+    start = stamp.facts().page("")
+    files = [link.removeprefix(start) for link in links if link.startswith(start)]
+    others = {link for link in links if link and not re.match("https?:", link)}
+    return [*(path for path in files if not (ROOT / path).is_file()),
+            *sorted(others - book - {"../index.html"})]
+
+
+def test_links_of_a_page_lead_to_pages_or_to_the_repository():
+    text = ("[a](02_what_if_we_forget_on_purpose.ipynb#x) [b](glossary.md) [c](#here) "
+            "[d](../course_utils/ranks.py) [e](recorded_runs.json) [f](https://pytorch.org/x.md)")
+    page = report._page("x", new_notebook(cells=[new_markdown_cell(text)]))
+    tag = stamp.facts().page("")
+    assert re.findall(r'<a href="([^"]+)"', page)[1:] == [
+        "02_what_if_we_forget_on_purpose.html#x", "glossary.html", "#here",
+        f"{tag}course_utils/ranks.py", f"{tag}lessons/recorded_runs.json",
+        "https://pytorch.org/x.md",
+    ]  # fmt: skip
+    assert dead_ends(page) == []
+    dead = new_markdown_cell("[x](nothing.md) [y](../course_utils/no.py)")
+    assert dead_ends(report._page("x", new_notebook(cells=[dead]))) == [
+        "course_utils/no.py", "nothing.html",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*notebooks.LESSONS.glob("*.ipynb"), *notebooks.LESSONS.glob("*.md")]),
+    ids=lambda path: path.stem,
+)  # fmt: skip
+def test_every_link_of_the_book_leads_somewhere(path):
+    text = path.read_text("utf-8")
+    cells = nbformat.reads(text, as_version=4).cells if path.suffix == ".ipynb" else \
+        [new_markdown_cell(text)]
+    prose = new_notebook(cells=[cell for cell in cells if cell.cell_type == "markdown"])
+    assert dead_ends(report._page(path.stem, prose)) == []
 
 
 def test_report_fails_loudly(lessons, capfd):

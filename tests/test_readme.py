@@ -1,19 +1,23 @@
 """README and CONTRIBUTING, held: every command is run or is a verb that exists, every link leads
-somewhere, the picture has its words, and a reader finds what the course is on the first screen.
+somewhere (also in the lessons and beside them), the picture has its words, and a reader finds what
+the course is on the first screen.
 """
 
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
 from course_utils.units import GIB
 from tools import closing_act, stamp
-from tools.notebooks import ROOT, lesson_scripts
+from tools.notebooks import LESSONS, ROOT, lesson_scripts
 
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+SHEETS = sorted(path.name for path in LESSONS.glob("*.md"))
 COMMAND = r"(?:make|pip|pip-compile|conda|git|(?:\.venv/bin/)?python3?(?:\.\d+)?|\.ci/run)\b"
 FIRST_SCREEN = 900  # characters of text before the lessons, the picture's words aside
 
@@ -77,11 +81,17 @@ def environment(path) -> str:
     return f"{missing} does not exist" if missing or len(named) != 2 else ""
 
 
-def dead_links(page: str) -> list[str]:
-    """Links into the repository that lead nowhere."""
+def dead_links(page: str, folder: Path = ROOT) -> list[str]:
+    """Links into the repository, from a page in `folder`, that lead nowhere."""
     targets = re.findall(r"\]\(([^)\s]+)\)", page)
     local = [target.split("#")[0] for target in targets if not target.startswith("http")]
-    return [target for target in local if target and not (ROOT / target).exists()]
+    return [target for target in local if target and not (folder / target).exists()]
+
+
+def prose(lesson: Path) -> str:
+    """The Markdown of a lesson."""
+    cells = nbformat.read(lesson.with_suffix(".ipynb"), as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
 
 
 def dead_names(page: str) -> list[str]:
@@ -142,7 +152,20 @@ def test_links_and_names_lead_somewhere(name):
     assert dead_names(text(name)) == []
 
 
+@pytest.mark.parametrize("name", SHEETS)
+def test_what_lies_beside_the_lessons_is_on_the_map(name):
+    assert f"](lessons/{name})" in text("README.md")
+    assert dead_links(text(f"lessons/{name}"), LESSONS) == []
+
+
+@pytest.mark.parametrize("script", lesson_scripts(), ids=lambda path: path.stem)
+def test_links_of_a_lesson_lead_somewhere(script):
+    assert "](glossary.md)" in prose(script)
+    assert dead_links(prose(script), LESSONS) == []
+
+
 def test_planted_dead_ends_are_caught():
+    assert dead_links("[x](../README.md) [y](README.md)", LESSONS) == ["README.md"]
     assert dead_links("[x](lessons/07_x.ipynb) [y](https://example.org) [z](LICENSE)") == [
         "lessons/07_x.ipynb"
     ]
@@ -204,6 +227,8 @@ def test_drift_is_looked_for_every_week():
 def test_licence_and_citation_agree():
     licence, citation = text("LICENSE"), yaml.safe_load(text("CITATION.cff"))
     assert licence.startswith("MIT License") and "CC BY 4.0" in licence
-    assert citation["license"] == ["MIT", "CC-BY-4.0"] and citation["cff-version"] == "1.2.0"
+    assert citation["cff-version"] == "1.2.0"
+    assert "license" not in citation, "a list would let a reader choose; each part has its own"
+    assert citation["license-url"] == stamp.facts().page("LICENSE")
     assert citation["title"].startswith(text("README.md").splitlines()[0].removeprefix("# "))
     assert citation["authors"][0]["name"].removeprefix("The ") in licence

@@ -9,6 +9,7 @@ stay as they are. Exits with 1 when a cell fails, after showing its source and t
 import html
 import itertools
 import os
+import posixpath
 import re
 import sys
 import time
@@ -23,6 +24,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 from pygments.formatters import HtmlFormatter
 
+from tools import stamp
 from tools.notebooks import ROOT, LessonError, clean, execute, from_script, lesson_scripts
 
 BUILD = ROOT / "build"
@@ -80,9 +82,8 @@ def run_lesson(script: Path, folder: Path) -> Result:
     seconds = time.perf_counter() - start
     clean(notebook)
     opening = "\n".join(cell.source for cell in notebook.cells[:2])
-    title = re.search(r"^# (.+)$", opening, re.MULTILINE)
     minutes = re.search(r"(\d+)\s*min", opening)
-    question = title[1] if title else script.stem
+    question = _heading(opening) or script.stem
     nbformat.write(notebook, folder / f"{script.stem}.ipynb")
     (folder / f"{script.stem}.html").write_text(_page(question, notebook), "utf-8")
     return Result(
@@ -120,16 +121,34 @@ def _page(question: str, notebook: NotebookNode) -> str:
         template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
     )
     body, _ = exporter.from_notebook_node(notebook)
-    body = re.sub(r'href="(\w+)\.(ipynb|md)\b', r'href="\1.html', body)
+    body = re.sub(r'(?<=href=")(?!\w+:|#)[^"]+', lambda link: _link(link[0]), body)
     body = f'<nav><a href="../index.html">All lessons</a></nav>\n<main>\n{body}\n</main>'
     return PAGE.format(title=html.escape(question), style=_style(), body=body)
 
 
-def _index_page(results: list[Result]) -> str:
+def _link(target: str) -> str:
+    """Where a lesson's relative link leads from its page: to another page, or to the repository."""
+    page = re.fullmatch(r"(\w+)\.(?:ipynb|md)(#.*)?", target)
+    if page:
+        return f"{page[1]}.html{page[2] or ''}"
+    return stamp.facts().page(posixpath.normpath(f"lessons/{target}"))
+
+
+def _heading(text: str) -> str:
+    """What a page calls itself: the first heading of its Markdown, empty if it has none."""
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    return title[1] if title else ""
+
+
+def _index_page(results: list[Result], texts: dict[str, str]) -> str:
     rows = "\n".join(
         f'<tr><td><a href="lessons/{r.name}.html">{html.escape(r.question)}</a></td>'
         f"<td>{r.minutes}</td><td>{r.cells}</td><td>{r.checks}</td><td>{r.seconds:.1f}</td></tr>"
         for r in results
+    )
+    beside = "\n".join(
+        f'<li><a href="lessons/{name}.html">{html.escape(title)}</a></li>'
+        for name, title in texts.items()
     )
     body = f"""<main>
 <h1>Make it fit</h1>
@@ -141,6 +160,10 @@ def _index_page(results: list[Result]) -> str:
 {rows}
 </tbody>
 </table>
+<p>Beside the lessons:</p>
+<ul>
+{beside}
+</ul>
 </main>"""
     return PAGE.format(title="Lessons", style=_style(), body=body)
 
@@ -171,10 +194,13 @@ def main() -> int:
             print(f"{result.name}: {'FAILED' if result.failure else 'done'}", flush=True)
             results.append(result)
     results.sort(key=lambda result: result.name)
-    for text in scripts[0].parent.glob("*.md"):  # the glossary, which lessons link to
-        notebook = new_notebook(cells=[new_markdown_cell(text.read_text("utf-8"))])
-        (folder / f"{text.stem}.html").write_text(_page(text.stem, notebook), "utf-8")
-    (BUILD / "index.html").write_text(_index_page(results), "utf-8")
+    texts = {}
+    for path in sorted(scripts[0].parent.glob("*.md")):  # the glossary, and what else lies there
+        text = path.read_text("utf-8")
+        texts[path.stem] = _heading(text) or path.stem
+        page = _page(texts[path.stem], new_notebook(cells=[new_markdown_cell(text)]))
+        (folder / f"{path.stem}.html").write_text(page, "utf-8")
+    (BUILD / "index.html").write_text(_index_page(results, texts), "utf-8")
     failed = [result for result in results if result.failure]
     for result in failed:
         print(f"\n{result.name}: {result.failure}", file=sys.stderr)

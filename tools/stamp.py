@@ -64,11 +64,15 @@ class Facts:
             tag=self.tag, repository=self.repository, bitsandbytes=self.bitsandbytes
         )
 
+    def page(self, path: str) -> str:
+        """Where this tag's copy of a file of the repository can be read."""
+        return f"{self.repository}/blob/{self.tag}/{path}"
+
     def badge(self, lesson: str) -> str:
         """Markdown that opens this lesson of this tag in Colab."""
-        path = f"{self.repository.removeprefix('https://github.com/')}/blob/{self.tag}/lessons"
+        path = self.page(f"lessons/{lesson}.ipynb").removeprefix("https://github.com/")
         picture = f"![Open in Colab]({COLAB}/assets/colab-badge.svg)"
-        return f"[{picture}]({COLAB}/github/{path}/{lesson}.ipynb)"
+        return f"[{picture}]({COLAB}/github/{path})"
 
 
 def facts(root: Path = ROOT) -> Facts:
@@ -156,10 +160,11 @@ def readme(text: str, scripts: list[Path], now: Facts) -> str:
 
 
 def citation(text: str, now: Facts) -> str:
-    """CITATION.cff with the version and the address of now."""
+    """CITATION.cff with the version and the addresses of now."""
     text = re.sub(r"^version: .*$", f"version: {now.version}", text, flags=re.MULTILINE)
-    address = f'repository-code: "{now.repository}"'
-    return re.sub(r"^repository-code: .*$", address, text, flags=re.MULTILINE)
+    for key, address in (("repository-code", now.repository), ("license-url", now.page("LICENSE"))):
+        text = re.sub(rf"^{key}: .*$", f'{key}: "{address}"', text, flags=re.MULTILINE)
+    return text
 
 
 def package(text: str, now: Facts) -> str:
