@@ -58,7 +58,7 @@ print(hardware.describe(hardware.detect()))
 # The `MemoryLedger` watches each operation and books every tensor's storage, from its first byte to
 # its last reference. What it wraps is the loop that you know. Of the lines below, "counted" is the
 # ledger's and "measured" the GPU's own, where there is one. "Forecast" needs neither: it runs the
-# step on tensors that have shapes and no numbers, as your GPU would, or a T4.
+# step on tensors that have shapes and no numbers, as your GPU would, or a T4 if you have none.
 
 # %% tags=["setup"]
 recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, lora_dropout=0,
@@ -90,7 +90,7 @@ before = hardware.reset_peak()
 full = two_steps(recipe)
 measured = hardware.peak_allocated_bytes(above=before)
 step = forecast(recipe, hardware.detect() or hardware.T4)
-show_prediction(predicted_peak, forecast=step.peak_allocated_bytes, counted=full.peak_bytes,
+show_prediction(predicted_peak, counted=full.peak_bytes, forecast=step.peak_allocated_bytes,
                 measured=measured)
 
 # %% tags=["run"]
@@ -198,8 +198,8 @@ exercises.check_saved_numbers(numbers_kept)
 # batch 8, 4 GiB. If so, 7B in 16 bits and the activations of one sequence fit a T4 together.
 #
 # ### Predict
-# How much do the 32 layers really keep, with the attention kernel that transformers uses today
-# (SDPA)? In bytes: 2 GiB would be `2048 * MIB`.
+# How much do the 32 layers really keep, with the attention that transformers uses today (PyTorch's
+# `scaled_dot_product_attention`, SDPA)? In bytes: 2 GiB would be `2048 * MIB`.
 
 # %% tags=["predict"]
 predicted_kept = ...
@@ -316,8 +316,8 @@ exercises.check_largest_batch(largest_batch, two_steps, recipe, budget_bytes=120
 # for memory. So:
 #
 # ### Predict
-# The same two steps with rank-16 adapters on q, k, v and o. The peak falls to which fraction of the
-# peak in section 1? (0.1 would be a tenth.)
+# The same two steps with rank-16 adapters on attention's four linear layers: q, k, v and o. The
+# peak falls to which fraction of the peak in section 1? (0.1 would be a tenth.)
 
 # %% tags=["predict"]
 predicted_fraction = ...

@@ -1,6 +1,7 @@
-"""Lesson 01's exercises: the reference passes, each named mistake fails in its own words."""
+"""Lesson 01's exercises: references pass, named mistakes fail in own words; and the glossary."""
 
 import functools
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from course_utils.checks import not_yet, right
 from course_utils.exercises_01 import FULL
 from course_utils.ledger import MemoryLedger
 from course_utils.units import MIB
+from tools.notebooks import lesson_scripts
 
 BUDGET = 120 * MIB
 
@@ -130,3 +132,34 @@ def test_largest_batch_is_what_the_budget_allows():
     two_steps(replace(FULL, micro_batch_size=12), BUDGET)
     with pytest.raises(torch.OutOfMemoryError, match="The budget is 120.00 MiB"):
         two_steps(replace(FULL, micro_batch_size=13), BUDGET)
+
+
+def words(term: str) -> set[str]:
+    """A term's own words, whatever their order, form and case."""
+    said = re.findall(r"[\w-]+", re.sub(r"['’]s\b", "", term.lower()))
+    return {word.removesuffix("s") for word in said} - {"the", "and"}
+
+
+def missing_terms(lesson: str, number: str, glossary: str) -> list[str]:
+    """New concepts of a lesson for which the glossary has no line with a link to it."""
+    lines = re.findall(r"^\| (.+?) \| .* \| \[(\d\d)\]\((\w+)\.ipynb\) \|$", glossary, re.M)
+    known = [words(term) for term, link, target in lines if link == number == target[:2]]
+    prose = " ".join(re.findall(r"^# (.*)", lesson, re.M))
+    new = re.search(r"New concepts \(\d\):\*\* (.*?)\. Each", prose)[1].split(" · ")
+    return [term for term in new if not any(words(term) <= line for line in known)]
+
+
+@pytest.mark.parametrize("path", lesson_scripts(), ids=lambda path: path.stem)
+def test_glossary_has_each_new_concept(path):
+    glossary = path.with_name("glossary.md").read_text("utf-8")
+    assert missing_terms(path.read_text("utf-8"), path.stem[:2], glossary) == []
+    links = set(re.findall(r"\((0\d_\w+)\.ipynb\)", glossary))
+    assert links == {script.stem for script in lesson_scripts()}
+
+
+def test_term_that_the_glossary_lacks_is_found():
+    path = lesson_scripts(["01"])[0]
+    lesson, glossary = path.read_text("utf-8"), path.with_name("glossary.md").read_text("utf-8")
+    assert missing_terms(lesson, "01", glossary.replace("**logits term**", "logit")) == \
+        ["the logits term"]
+    assert len(missing_terms(lesson, "02", glossary)) == 5
