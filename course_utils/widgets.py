@@ -6,6 +6,7 @@ settings stands there, with its alt text. Not offered: animation, saving what a 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import html
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from .hardware import PRESETS, preset
 from .number_figures import magnitudes, smallest_updates
 from .recipe import TrainRecipe
 
+PAUSE = 0.05  # seconds between two pictures that nobody has asked for yet
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -48,6 +50,10 @@ def control(name: str, choices: Any) -> ipywidgets.Widget:
 class Explorer:
     """Controls above a figure that follows them.
 
+    Pictures are drawn between two cells, never beside one: JupyterLab makes a move in a thread of
+    its own, and what a forecast or a ledger watches is the whole process. While a reader looks at
+    one picture, its neighbours are drawn.
+
     Args:
         draw: Takes one keyword argument for each control, returns a `Figure`. A `ValueError` that
             it raises (a combination that cannot be) is shown in place of the picture.
@@ -58,25 +64,63 @@ class Explorer:
         self.draw = draw
         self.controls = {name: control(name, values) for name, values in choices.items()}
         self.figure = draw(**self.settings)  # the default: a mistake in it may raise
-        self._shown = {tuple(self.settings.values()): _img(self.figure)}  # going back takes no time
+        self._shown = {tuple(self.settings.values()): _img(self.figure)}  # each is drawn once
         self.picture = ipywidgets.HTML(*self._shown.values())
         self.box = ipywidgets.VBox([*self.controls.values(), self.picture])
         for widget in self.controls.values():
-            widget.observe(self._redraw, names="value")
+            widget.observe(self._moved, names="value")
+        try:
+            self._cells = asyncio.get_running_loop()
+        except RuntimeError:  # a script: nobody moves anything but the script itself
+            self._cells = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the controls say now."""
         return {name: widget.value for name, widget in self.controls.items()}
 
-    def _redraw(self, _) -> None:
-        key = tuple(self.settings.values())
-        try:
-            if key not in self._shown:
-                self._shown[key] = _img(self.draw(**self.settings))
-            self.picture.value = self._shown[key]
-        except ValueError as error:
-            self.picture.value = f"<p role='status'>{html.escape(str(error))}</p>"
+    def _moved(self, change) -> None:
+        if self._cells is None:
+            self._redraw()
+        else:
+            self._cells.call_soon_threadsafe(self._redraw, change.owner)
+
+    def _redraw(self, moved: ipywidgets.Widget | None = None) -> None:
+        self.picture.value = self._look(**self.settings)
+        if moved is not None:
+            self._look_ahead(moved)
+
+    def _look(self, **settings: Any) -> str:
+        """The picture at these settings, or why there is none."""
+        key = tuple(settings.values())
+        if key not in self._shown:
+            try:
+                self._shown[key] = _img(self.draw(**settings))
+            except ValueError as error:
+                self._shown[key] = f"<p role='status'>{html.escape(str(error))}</p>"
+        return self._shown[key]
+
+    def _look_ahead(self, moved: ipywidgets.Widget) -> None:
+        """Draw what the next move may show, one by one, until that move is made."""
+        here, ahead = self.settings, iter(self._next_settings(moved))
+
+        def draw_one() -> None:
+            if self.settings == here and (settings := next(ahead, None)) is not None:
+                self._look(**settings)
+                self._cells.call_later(PAUSE, draw_one)
+
+        self._cells.call_later(PAUSE, draw_one)  # in the pauses the kernel runs cells, shows moves
+
+    def _next_settings(self, moved: ipywidgets.Widget) -> list[dict[str, Any]]:
+        """One move away: all that the moved control can say, the nearest first; then the others."""
+        here, found = self.settings, []
+        for name, widget in self.controls.items():
+            options = list(getattr(widget, "options", (False, True)))
+            steps = [(abs(options.index(option) - options.index(here[name])), option)
+                     for option in options]
+            found += [(widget is not moved, step, here | {name: option})
+                      for step, option in steps if step == 1 or (step and widget is moved)]
+        return [settings for *_, settings in sorted(found, key=lambda one: one[:2])]
 
     def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:
         data, metadata = self.figure._repr_mimebundle_()

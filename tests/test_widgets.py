@@ -1,6 +1,8 @@
 """Controls: a static picture without a kernel, a new one for each move, labels, no state."""
 
+import asyncio
 import re
+import threading
 from pathlib import Path
 
 import ipywidgets
@@ -96,3 +98,77 @@ def test_a_setting_that_was_shown_before_is_not_drawn_again():
     assert explorer.picture.value != first
     explorer.controls["n"].value = 1
     assert explorer.picture.value == first and drawn == [1, 2]
+
+
+def use(moves):
+    """Make an explorer in an event loop as a kernel's cell does, and the moves beside that loop.
+
+    Returns:
+        The explorer, and what it drew in which order.
+    """
+    drawn, threads = [], set()
+
+    def draw(n, wide, tall):
+        drawn.append((n, wide, tall))
+        threads.add(threading.current_thread())
+        if n == 8:
+            raise ValueError("n must not be 8, got 8; take 4")
+        return Figure(b"png", f"n is {n}")
+
+    async def kernel():
+        explorer = widgets.Explorer(draw, n=(2, 1, 4, 8), wide=False, tall=(3, 5, 9))
+
+        def move():
+            for name, value in moves:
+                explorer.controls[name].value = value
+
+        thread = threading.Thread(target=move)
+        thread.start()
+        thread.join()
+        at_once = len(drawn)
+        await asyncio.sleep(0.2)
+        return explorer, at_once
+
+    explorer, at_once = asyncio.run(kernel())
+    assert at_once == 1, "a move drew while a cell ran"
+    assert threads == {threading.main_thread()}
+    return explorer, drawn
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(widgets, "PAUSE", 0)
+
+
+def test_moves_made_in_another_thread_are_drawn_in_the_kernels_own(no_pauses):
+    explorer, drawn = use([("n", 4)])
+    assert "n is 4" in explorer.picture.value and drawn[1] == (4, False, 3)
+
+
+def test_what_the_next_move_may_show_is_drawn_while_the_reader_looks(no_pauses):
+    _, drawn = use([("n", 4)])
+    # the moved control's from near to far, then the others' nearest
+    assert drawn[2:4] == [(8, False, 3), (1, False, 3)]
+    assert set(drawn[4:]) == {(4, True, 3), (4, False, 5)}
+
+
+def test_a_picture_that_cannot_be_is_drawn_ahead_as_its_reason(no_pauses):
+    explorer, drawn = use([("n", 4), ("n", 8)])
+    assert "n must not be 8" in explorer.picture.value
+    assert drawn.count((8, False, 3)) == 1
+
+
+def test_the_next_move_ends_drawing_ahead(no_pauses):
+    _, drawn = use([("n", 4), ("wide", True)])
+    assert drawn[1] == (4, True, 3) and (8, False, 3) not in drawn
+
+
+def test_nothing_is_drawn_ahead_in_a_script():
+    drawn = []
+
+    def draw(n):
+        drawn.append(n)
+        return Figure(b"png", f"n is {n}")
+
+    widgets.Explorer(draw, n=(2, 1, 4, 8)).controls["n"].value = 4
+    assert drawn == [2, 4]

@@ -10,6 +10,7 @@ and, for orientation, in seconds.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import dataclasses
 import json
 import os
@@ -87,7 +88,7 @@ def yardstick() -> float:
 
 
 def latency() -> None:
-    """Print how long a forecast takes that is not in the cache, libraries loaded; and a slider."""
+    """Print how long a forecast takes that is not in the cache, libraries loaded."""
     forecasts.forecast(TrainRecipe(amp_dtype="float16", sequence_length=64))  # loads libraries
     print("\nlatency of a new forecast (best of 3)")
     unit = min(yardstick() for _ in range(3))
@@ -104,14 +105,21 @@ def latency() -> None:
     start = time.process_time()
     forecasts.forecast(dataclasses.replace(recipe, checkpointed_layers=9))
     print(f"  another k of the same recipe: {time.process_time() - start:.2f} s")
+
+
+async def slider() -> None:
+    """Print how long a move takes: to a new setting, and on from there after a look at it."""
     explorer = widgets.levers_explorer()
-    for move in ("first move", "a move to a setting that was shown before"):
-        for value in (1, 4):
-            start = time.process_time()
-            explorer.controls["micro_batch_size"].value = value
-            seconds = time.process_time() - start
-            if value == 1:
-                print(f"  slider, {move}: {1000 * seconds:.0f} ms")
+    for move, name, value, look in (
+            ("first move", "micro_batch_size", 1, 5),
+            ("the next one, after a look of 5 s", "micro_batch_size", 2, 15),
+            ("another control's, after a look of 15 s", "lora_rank", 8, 0)):
+        shown, start = explorer.picture.value, time.process_time()
+        explorer.controls[name].value = value
+        while explorer.picture.value == shown:
+            await asyncio.sleep(0)
+        print(f"  slider, {move}: {1000 * (time.process_time() - start):.0f} ms")
+        await asyncio.sleep(look)
 
 
 def ledger_overhead() -> None:
@@ -141,6 +149,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
     latency()
+    asyncio.run(slider())
     ledger_overhead()
     with tempfile.TemporaryDirectory() as folder:
         for path in options.rows:
