@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,7 @@ def split(batch: dict[str, torch.Tensor], micro_batch_size: int) -> list[dict[st
             for start in range(0, rows, micro_batch_size)]
 
 
-def accumulate(model: torch.nn.Module, micro_batches: Sequence[dict[str, torch.Tensor]],
+def accumulate(model: torch.nn.Module, micro_batches: Iterable[dict[str, torch.Tensor]],
                num_items: int | None = None) -> torch.Tensor:
     """Add the gradient of the mean loss over all labelled tokens to the parameters' `.grad`.
 
@@ -73,6 +73,7 @@ def accumulate(model: torch.nn.Module, micro_batches: Sequence[dict[str, torch.T
     Raises:
         ValueError: No token has a label.
     """
+    micro_batches = list(micro_batches)
     if num_items is None:
         num_items = sum(map(labelled_tokens, micro_batches))
     if num_items < 1:
@@ -129,13 +130,15 @@ def largest_micro_batch(backward: Callable[[int], object], model: torch.nn.Modul
             `hardware.T4.usable_bytes`. `None`: the memory that is really there.
 
     Raises:
-        ValueError: No budget where nothing limits memory, on a CPU; or `upper` below 1.
+        ValueError: No budget where nothing limits memory, on a CPU; or a count below 1.
     """
     if budget_bytes is None and hardware.device() == "cpu":
         raise ValueError("budget_bytes must be a number of bytes on a CPU, got None; pretend a "
                          "card, for example budget_bytes=hardware.T4.usable_bytes")
-    if upper < 1:
-        raise ValueError(f"upper must be at least 1, got {upper}; 256 suits most runs")
+    for name, value, advice in (("upper", upper, "256 suits most runs"), (
+            "gradient_accumulation_steps", gradient_accumulation_steps, "1 is none")):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}; {advice}")
     probes: list[Probe] = []
 
     def fits(size: int) -> bool:

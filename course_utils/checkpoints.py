@@ -59,8 +59,6 @@ def written_whole(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
             if replaced.exists():
                 replaced.rename(target)
             raise
-        _flush(target.parent)
-        _remove(staging)
     except Exception as error:  # torch, safetensors and json each report a full disk differently
         with contextlib.suppress(OSError):
             _remove(staging)
@@ -69,6 +67,9 @@ def written_whole(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
                         f"({_free(target.parent)} free on that disk). The last whole checkpoint is "
                         f"{last.name if last else 'none yet'}. Free some space; the next save tries"
                         f" again.") from error
+    with contextlib.suppress(OSError):  # it stands; what is left is tidying, and a power cut
+        _flush(target.parent)
+        _remove(staging)
 
 
 def _cause(error: Exception) -> str:
@@ -133,17 +134,17 @@ def verify(checkpoint: Path) -> dict[str, Any]:
                                 f"which is missing or half written; {remedy}")
     try:
         facts = json.loads(manifest.read_text(encoding="utf-8"))
-        listed = facts["files"].items()
+        listed = {name: (one["bytes"], one["sha256"]) for name, one in facts["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} must be JSON with a list of files, got {manifest} "
                          f"({error!r}); {remedy}") from error
-    for name, expected in listed:
+    for name, (n_bytes, checksum) in listed.items():
         path = checkpoint / name
         if not path.is_file():
             raise FileNotFoundError(f"checkpoint must hold {name}, got {checkpoint} without it; "
                                     f"{remedy}")
-        if (found := _fingerprint(path)) != expected:
-            raise ValueError(f"{name} must have {expected['bytes']} bytes and the checksum of its "
+        if (found := _fingerprint(path)) != {"bytes": n_bytes, "sha256": checksum}:
+            raise ValueError(f"{name} must have {n_bytes} bytes and the checksum of its "
                              f"manifest, got {found['bytes']} bytes in {path}; {remedy}")
     return facts
 
@@ -182,12 +183,18 @@ def find_last(*folders: str | Path | None, say=print) -> Path | None:
     return None
 
 
-def prune(folder: Path, keep: int = KEEP) -> None:
-    """Delete all but the `keep` newest checkpoints; none is ever seen half deleted."""
-    for old in _newest_first(folder)[keep:]:
-        (folder / STAGING).mkdir(exist_ok=True)
-        old.rename(folder / STAGING / f"old-{old.name}")
-    _remove(folder / STAGING)
+def prune(newest: Path, keep: int = KEEP) -> None:
+    """Delete all but the `keep` last checkpoints up to `newest`; none is ever seen half deleted.
+
+    Those with more steps than the one just written are left: they are damaged, or it would go on
+    from them; the run writes over them when it gets there.
+    """
+    staging = newest.parent / STAGING
+    earlier = [p for p in _newest_first(newest.parent) if step_of(p) < step_of(newest)]
+    for old in earlier[keep - 1:]:
+        staging.mkdir(exist_ok=True)
+        old.rename(staging / f"old-{old.name}")
+    _remove(staging)
 
 
 def on_drive(folder: str) -> Path | None:
@@ -209,7 +216,7 @@ def mirror(checkpoint: Path, drive: Path) -> bool:
         with written_whole(drive / checkpoint.name, facts) as folder:
             shutil.copytree(checkpoint, folder, dirs_exist_ok=True,
                             ignore=shutil.ignore_patterns(MANIFEST))
-        prune(drive)
+        prune(drive / checkpoint.name)
     except (OSError, ValueError) as error:  # the Drive's, or a checkpoint that is damaged here
         print(f"Warning: {checkpoint.name} was not copied to {drive}: {error} "
               f"It is safe in {checkpoint.parent}; training goes on.")

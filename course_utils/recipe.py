@@ -110,7 +110,8 @@ class TrainRecipe:
     seed: int = 0
 
     def __post_init__(self):
-        shapes.hub_id(str(self.model))  # raises with the nearest name
+        object.__setattr__(self, "model", str(self.model))  # a Path would not be JSON
+        shapes.hub_id(self.model)  # raises with the nearest name
         if isinstance(self.lora_targets, list):  # as it comes back from JSON
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for field, choices in CHOICES.items():
@@ -158,9 +159,13 @@ class TrainRecipe:
         if self.loss == "lean" and self.lora_rank is None:
             raise ValueError("loss must be 'full' or 'chunked' when lora_rank is None, got 'lean'; "
                              "the lean loss gives the head no gradient")
-        if self.offload_checkpoints and self.checkpointed_layers == 0:
-            raise ValueError("offload_checkpoints must be False when checkpointed_layers is 0, got "
-                             "True; there is no checkpoint to move, set checkpointed_layers='all'")
+        for field in ("offload_checkpoints", "keep_attention"):
+            if getattr(self, field) and self.checkpointed_layers == 0:
+                raise ValueError(f"{field} must be False when checkpointed_layers is 0, got True; "
+                                 "no layer forgets, set checkpointed_layers='all'")
+        if self.keep_attention and self.attention == "eager":
+            raise ValueError("keep_attention must be False when attention is 'eager', got True; no "
+                             "kernel's output is there to keep, set attention='explicit_kv'")
 
     @property
     def effective_batch_size(self) -> int:

@@ -85,6 +85,8 @@ def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any
         FileNotFoundError: `resume` names a checkpoint that is not whole.
         FloatingPointError: The loss is no longer a number.
     """
+    if stop_at is not None and stop_at < 1:
+        raise ValueError(f"stop_at must be a step from 1, or None, got {stop_at}; 1 is the first")
     output_dir, drive = Path(output_dir), Path(drive) if drive else None
     trainer = QLoRATrainer(recipe, model, rows, tokenizer, output_dir, drive=drive,
                            stop_at=stop_at, on_step=on_step, **overrides)
@@ -107,7 +109,14 @@ def _checkpoint_to_resume(recipe: TrainRecipe, output_dir: Path, drive: Path | N
     if resume is False:
         raise ValueError(f"output_dir must hold no checkpoint when resume is False, got "
                          f"{checkpoint}; choose another folder or delete that one")
-    saved = checkpoints.verify(checkpoint)["recipe"]
+    saved = checkpoints.verify(checkpoint).get("recipe")
+    last = checkpoints.find_last(output_dir, drive, say=lambda _: None)
+    if last and checkpoints.step_of(last) > checkpoints.step_of(checkpoint):
+        raise ValueError(f"resume must not go back behind {last}, got {checkpoint}; move the later "
+                         "ones away, or train in another output_dir")
+    if saved is None:
+        raise ValueError(f"resume must be a checkpoint that train wrote, got {checkpoint} without "
+                         "a recipe; name another one")
     wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
     for field, value in wanted.items():
         if saved.get(field) != value:
@@ -129,9 +138,14 @@ class QLoRATrainer(Trainer):
         self._tokens, self._started = 0, 0.0
         arguments = recipe.to_training_arguments(
             str(output_dir), **{"logging_steps": 1} | overrides)
+        if arguments.n_gpu > 1:  # one process, one GPU: Trainer would split each batch among all
+            arguments._n_gpu = 1
         super().__init__(model, arguments, train_dataset=rows, callbacks=[Watch(stop_at, on_step)],
                          data_collator=functools.partial(
                              corpus.collate, pad_token_id=tokenizer.pad_token_id))
+        if recipe.world_size != self.args.world_size:
+            raise ValueError(f"world_size must be {self.args.world_size}, the processes of this "
+                             f"run, got {recipe.world_size}; start it under torchrun, or change it")
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the step's labelled tokens
         self.remove_callback(PrinterCallback)
 
@@ -147,7 +161,7 @@ class QLoRATrainer(Trainer):
             loss = self._through(model)(inputs, self.recipe, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP divides the gradients by it
-        return (loss, None) if return_outputs else loss
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     def _through(self, model: torch.nn.Module) -> Callable[..., torch.Tensor]:
         """`qlora.compute_loss` of a model; of a DDP-wrapped one inside the wrapper's forward.
@@ -186,6 +200,9 @@ class QLoRATrainer(Trainer):
         self._tokens += inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients and not math.isfinite(so_far := (self._tr_loss + loss)):
+            if num_items_in_batch is not None and num_items_in_batch == 0:
+                raise ValueError(f"rows must hold a labelled token in each step, got none at step "
+                                 f"{self.state.global_step + 1}; drop rows without an answer")
             raise FloatingPointError(
                 f"loss must be a finite number, got {so_far.item()} at step "
                 f"{self.state.global_step + 1}; lower learning_rate ({self.recipe.learning_rate:g})"
@@ -210,21 +227,34 @@ class QLoRATrainer(Trainer):
         output_dir = Path(self.args.output_dir)
         target = output_dir / f"{checkpoints.PREFIX}{self.state.global_step}"
         self._staging = str(output_dir / checkpoints.STAGING)
-        writes = checkpoints.written_whole(target, {"recipe": dataclasses.asdict(self.recipe)})
+        facts = {"recipe": dataclasses.asdict(self.recipe)}
+        save = super()._save_checkpoint
         try:
-            with writes if self.args.should_save else contextlib.nullcontext():
-                self.accelerator.wait_for_everyone()  # the folder is there
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()  # so is every process's random state
-        except checkpoints.SaveError as error:
+            with contextlib.ExitStack() as stack:
+                self._together(lambda: self.args.should_save and stack.enter_context(
+                    checkpoints.written_whole(target, facts)))
+                self._together(lambda: save(model, trial))
+            if self.args.should_save:
+                checkpoints.prune(target)
+        except Exception as error:  # a SaveError where the folder is, elsewhere whatever was raised
             print(f"Warning: {error}")
             return
         finally:
             self._staging = None
-        if self.args.should_save:
-            checkpoints.prune(output_dir)
-            if self.drive:
-                checkpoints.mirror(target, self.drive)
+        if self.args.should_save and self.drive:
+            checkpoints.mirror(target, self.drive)
+
+    def _together(self, work: Callable[[], object]) -> None:
+        """Do `work` in every process; what fails in one fails in all, and none waits for ever."""
+        error = None
+        try:
+            work()
+        except Exception as raised:
+            error = raised
+        failed = self.accelerator.reduce(
+            torch.tensor([float(error is not None)], device=self.args.device))
+        if error or failed.item():
+            raise error or checkpoints.SaveError("another process could not save")
 
 
 class Watch(TrainerCallback):

@@ -135,9 +135,39 @@ def test_what_a_kill_left_is_reported_and_cleared_by_the_next_save(tmp_path, cap
 
 def test_two_are_kept(tmp_path):
     for step in (1, 2, 30):
-        save(tmp_path, step)
-        checkpoints.prune(tmp_path)
+        checkpoints.prune(save(tmp_path, step))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-30"]
+
+
+def test_damaged_ones_ahead_do_not_push_whole_ones_out(tmp_path):
+    for step in (10, 30, 40, 50):
+        save(tmp_path, step)
+    for step in (40, 50):
+        cut(tmp_path / f"checkpoint-{step}" / "adapter.bin")
+    checkpoints.prune(save(tmp_path, 35))
+    assert find_last(tmp_path).name == "checkpoint-35"
+    assert (tmp_path / "checkpoint-30").exists() and not (tmp_path / "checkpoint-10").exists()
+
+
+def test_what_fails_after_the_rename_does_not_deny_the_checkpoint(tmp_path, monkeypatch):
+    flush = checkpoints._flush
+
+    def fails(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        flush(path)
+
+    monkeypatch.setattr(checkpoints, "_flush", fails)
+    assert verify(save(tmp_path, 1)) and find_last(tmp_path).name == "checkpoint-1"
+
+
+@pytest.mark.parametrize("listed", ['{"adapter.bin": null}', '{"adapter.bin": {"bytes": 1}}', "3"])
+def test_a_manifest_of_another_form_is_damaged(tmp_path, listed):
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / MANIFEST).write_text(f'{{"files": {listed}}}')
+    with pytest.raises(ValueError, match="manifest.json must be JSON with a list of files"):
+        verify(tmp_path / "checkpoint-2")
+    assert find_last(tmp_path).name == "checkpoint-1"
 
 
 def test_mirror_copies_whole_and_keeps_two(tmp_path):

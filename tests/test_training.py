@@ -164,6 +164,7 @@ def test_a_half_written_checkpoint_is_refused_by_name(recipe, tmp_path):
     with pytest.raises(FileNotFoundError, match="missing or half written; resume from an older"):
         train(recipe, tmp_path, resume=half)
     assert train(recipe, tmp_path).resumed_from.name == "checkpoint-4"  # and replaces the half one
+    shutil.rmtree(tmp_path / "checkpoint-12")
     assert train(recipe, tmp_path, resume=half).resumed_from.name == "checkpoint-8"
 
 
