@@ -7,11 +7,14 @@ than SiLU, heads with a bias, several adapters active at once (those take the us
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from types import FunctionType, MethodType
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .units import IGNORED
 
@@ -69,9 +72,12 @@ def use_lean_lora(model: torch.nn.Module) -> None:
 
     def forward(self, x, *args, **kwargs):
         plain = len(self.active_adapters) == 1 and not (self.disable_adapters or self.merged)
-        if not plain or args or kwargs:
+        name = self.active_adapters[0] if plain else None
+        # Without autocast a 16-bit base's numbers and the adapters' need PEFT's casts.
+        alike = plain and (torch.is_autocast_enabled(x.device.type)
+                           or x.dtype == self.lora_A[name].weight.dtype)
+        if not alike or args or kwargs:
             return type(self).forward(self, x, *args, **kwargs)
-        name = self.active_adapters[0]
         base = self.base_layer(x)  # (batch, seq, out)
         down = F.linear(self.lora_dropout[name](x), self.lora_A[name].weight)  # (batch, seq, r)
         up = self.lora_B[name].weight * self.scaling[name]  # (out, r)
@@ -131,15 +137,32 @@ def use_lean_rotary(model: torch.nn.Module) -> None:
 
     transformers calls a function of the model's file; each layer gets its forward method again,
     with that one name looked up elsewhere.
+
+    Raises:
+        ValueError: The model pairs its numbers in another way (neighbours, as GLM and Cohere).
     """
     stock = "apply_rotary_pos_emb"
     for module in model.modules():
         forward = inspect.unwrap(type(module).forward)
         if stock in forward.__code__.co_names:
+            if not _turns_alike(forward.__globals__[stock]):
+                raise ValueError(f"rotary must be 'stock' for {type(module).__name__}, got 'lean'; "
+                                 "the lean one pairs number i with i + half, this model does not")
             ours = FunctionType(forward.__code__, forward.__globals__ | {stock: apply_rotary},
                                 forward.__name__, forward.__defaults__, forward.__closure__)
             ours.__kwdefaults__ = forward.__kwdefaults__
             module.forward = MethodType(ours, module)
+
+
+@functools.cache
+def _turns_alike(stock: Callable) -> bool:
+    """Whether a model's own function turns random numbers as `apply_rotary` does."""
+    with _disable_current_modes():  # real numbers, also where a forecast runs on fake ones
+        random = torch.Generator().manual_seed(0)
+        query, key = torch.randn(2, 1, 2, 3, 8, generator=random)  # (batch, heads, seq, head_dim)
+        angles = torch.randn(1, 3, 4, generator=random).repeat(1, 1, 2)
+        turned = [f(query, key, angles.cos(), angles.sin()) for f in (stock, apply_rotary)]
+        return all(torch.allclose(*pair, atol=1e-6) for pair in zip(*turned, strict=True))
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -218,6 +218,7 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
     """
     batches = list(batches)
     num_items = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
+    num_items = num_items.clamp(min=1)  # no label anywhere: a loss of 0, and not NaN in all weights
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     losses = []
     for batch in batches:
@@ -227,8 +228,9 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
         losses.append(loss.detach())
         del loss  # its graph would keep the embeddings and their gradient through the next forward
     scaler.unscale_(optimizer)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    torch.nn.utils.clip_grad_norm_(trainable, recipe.max_grad_norm)
+    if recipe.max_grad_norm:  # 0 is "do not clip", as for Trainer
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        torch.nn.utils.clip_grad_norm_(trainable, recipe.max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
