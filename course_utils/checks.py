@@ -7,7 +7,9 @@ wants to cheat (`instructor/` grades in a process of its own).
 
 from __future__ import annotations
 
+import copy
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +55,7 @@ def check(judge: Callable[..., Verdict]) -> Callable[..., Verdict]:
             return Verdict(None, NOT_ATTEMPTED)
         try:
             return judge(answer, *args, **kwargs)
-        except NotAFunction as error:
+        except NoAnswer as error:
             return not_yet(f"{error}.")
         except Exception as error:  # an answer can raise anything; the sentence names it
             if isinstance(error, Unfinished) or "ellipsis" in str(error).lower():
@@ -64,12 +66,15 @@ def check(judge: Callable[..., Verdict]) -> Callable[..., Verdict]:
     return safely
 
 
+_EMPTY = (lambda: ...).__code__
+
+
 class Unfinished(Exception):
     """A learner's function still has a `...` in it."""
 
 
-class NotAFunction(TypeError):
-    """A learner's answer cannot be called."""
+class NoAnswer(TypeError):
+    """A learner's answer cannot be called, or computes something and returns nothing."""
 
 
 def unfinished(answer: object) -> bool:
@@ -83,20 +88,23 @@ def call(answer: Callable, *args: Any) -> Any:
     """What a learner's function returns.
 
     Raises:
-        NotAFunction: It cannot be called.
-        Unfinished: It returns nothing, or `...`, or that in a list.
+        NoAnswer: It cannot be called, or has a body and returns nothing.
+        Unfinished: It returns `...`, or that in a list, or its whole body is `...`.
     """
     if not callable(answer):
-        raise NotAFunction(f"a function is asked for, got {type(answer).__name__}")
+        raise NoAnswer(f"a function is asked for, got {type(answer).__name__}")
     result = answer(*args)
+    code = getattr(answer, "__code__", _EMPTY)
+    if result is None and len(code.co_code) > len(_EMPTY.co_code):
+        raise NoAnswer("your function returns nothing: end it with `return` and what it computed")
     if unfinished(result):
         raise Unfinished
     return result
 
 
 def is_number(answer: object) -> bool:
-    """Whether it is a finite int or float (a bool is neither)."""
-    return isinstance(answer, (int, float)) and not isinstance(answer, bool) \
+    """Whether it is a finite int or float, NumPy's too (a bool is neither)."""
+    return isinstance(answer, numbers.Real) and not isinstance(answer, bool) \
         and math.isfinite(answer)
 
 
@@ -142,7 +150,7 @@ def check_function(answer: Callable, cases: Sequence[tuple], expected: Sequence,
         takeaway: Follows "Right: ".
     """
     for case, wanted in zip(cases, expected, strict=True):
-        result = call(answer, *case)
+        result = call(answer, *copy.deepcopy(case))  # an answer may write into what it is given
         if not equal(result, wanted):
             for sentence, mistaken in (mistakes or {}).items():
                 if equal(result, mistaken(*case)):

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from course_utils.checks import check, check_function, check_number, right, show_prediction
+from course_utils.exercises_03 import check_accumulation, check_search
 from course_utils.units import MIB
 
 TARGET = 512 * MIB
@@ -54,6 +56,11 @@ def empty(n):
     ...
 
 
+def forgot_return(n):
+    doubled = [n, 2 * n]
+    doubled.sort()
+
+
 @pytest.mark.parametrize(("answer", "start"), [
     (lambda n: [n, 2 * n], "Right: "),
     (lambda n: (n, 2.0 * n), "Right: "),
@@ -65,6 +72,8 @@ def empty(n):
     (open_end, "Not attempted yet"),
     (empty, "Not attempted yet"),
     (lambda n: [n, ...], "Not attempted yet"),
+    (forgot_return, "Not yet: your function returns nothing: end it with `return`"),
+    (lambda n: [np.int64(n), np.float64(2 * n)], "Right: "),
     (lambda n: torch.ones(...), "Not attempted yet"),
     (..., "Not attempted yet"),
     (3, "Not yet: a function is asked for, got int."),
@@ -73,6 +82,17 @@ def test_function(answer, start):
     verdict = check_function(answer, [(3,)], [[3, 6]],
                              mistakes={"you forgot to double.": lambda n: [n, n]})
     assert repr(verdict).startswith(start)
+
+
+def test_an_answer_may_write_into_what_it_is_given():
+    def double_all(numbers):
+        for i, number in enumerate(numbers):
+            numbers[i] = 2 * number
+        return numbers
+
+    cases = [([1, 2],)]
+    verdict = check_function(double_all, cases, [[2, 4]], mistakes={"not doubled.": lambda n: n})
+    assert verdict.passed and cases == [([1, 2],)]
 
 
 def test_function_is_held_to_every_case():
@@ -115,3 +135,55 @@ def test_prediction_of_a_ratio(capsys):
     show_prediction(2.0, show="{:.1f} x".format, counted=4.0)
     assert capsys.readouterr().out.splitlines() == [
         "predicted  2.0 x (0.50 times the counted)", "counted    4.0 x"]
+
+
+def test_a_gradient_of_nan_is_not_equal():
+    def poisoned(model, micro_batches):
+        for batch in micro_batches:
+            (model(**batch).loss * math.nan).backward()
+
+    assert repr(check_accumulation(poisoned)).startswith("Not yet: the relative error")
+
+
+def test_an_answer_may_take_the_labels_out_of_its_batches():
+    def takes(model, micro_batches):
+        for batch in micro_batches:
+            labels = batch.pop("labels")
+            (model(**batch, labels=labels).loss / len(micro_batches)).backward()
+
+    assert repr(check_accumulation(takes)).startswith("Not yet: that is the mean of the micro")
+
+
+def test_a_search_without_end_is_ended():
+    def halves(train, upper):
+        low, high = 0, upper
+        while low < high:
+            mid = (low + high) // 2
+            try:
+                train(mid or 1)
+                low = mid
+            except Exception:
+                high = mid - 1
+        return low
+
+    assert "and no end: after each, one end of the interval" in repr(check_search(halves))
+
+
+def test_a_search_may_know_out_of_memory_by_its_text():
+    def doubles_and_halves(train, upper):
+        def fits(size):
+            try:
+                train(size)
+            except RuntimeError as error:
+                if "out of memory" not in str(error):
+                    raise
+                return False
+            return True
+
+        low, high = 0, upper
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    assert check_search(doubles_and_halves).passed
