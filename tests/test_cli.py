@@ -85,6 +85,16 @@ def test_fit_names_settings_and_levers(capsys):
     assert told["fits"] and told["levers"][0].keys() == {"change", "saved_bytes", "speedup"}
 
 
+def test_fit_that_finds_nothing_exits_3_with_one_sentence(capsys):
+    """16-bit weights of 8B alone are more than a T4 holds: nothing that fit may change helps."""
+    arguments = ["fit", "--model", "llama-3.1-8b", "--base", "float16", "--sequence-length", "16"]
+    assert cli.main([*arguments, "--json"]) == 3
+    told = capsys.readouterr()
+    said, = [line for line in told.err.splitlines() if not line.startswith("...")]
+    assert told.out == "" and said.startswith("error: recipe must fit 14.56 GiB of a T4, got")
+    assert "one sequence of 16 tokens" in said
+
+
 def test_doctor_tells_of_this_machine(capsys, monkeypatch):
     assert cli.main(["doctor", "--json"]) == 0
     told = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
