@@ -8,7 +8,7 @@
 # Checkpointing shrank what layers keep (lesson 02), small micro batches shrank it again (03), and
 # neither changed a single gradient. One factor is still untouched: every number has 4 bytes. Mixed
 # precision gives most of them 2. It is sold with three promises, half the memory, twice the speed,
-# the same quality. You will measure all three.
+# the same quality. You will measure all three: quality in section 2, memory in 3, speed in 6.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -174,7 +174,8 @@ for name, on_a_gpu in on_gpu.items():
 # This table was run, not copied from a manual (and it works without a GPU: fake tensors take the
 # same path through PyTorch). Three kinds of operations:
 #
-# - **products** go down to 16 bits: tensor cores are fast there, and add up in float32 inside;
+# - **products** go down to 16 bits: a GPU's *tensor cores*, built for nothing but products of small
+#   matrices, are fast there, and add up in float32 inside;
 # - **sums over many numbers and steep functions** go up to float32 on a GPU: softmax, norms, exp,
 #   losses. (`rms_norm` joined them after torch 2.11: with Colab's 2.11 it returns float16 when
 #   given float16.) The CPU's list trusts 16 bits more, so a model can behave differently there;
@@ -225,7 +226,8 @@ figures.losses(curves, "all weights trained, learning rate 5e-4")
 # ## 3 · "Mixed precision halves memory"
 # ### Predict
 # Two training steps, as in lesson 01, once in float32 and once under autocast. The peak falls to
-# which fraction?
+# which fraction? And how many times as fast is a step under autocast, on the machine that you use?
+# (Below 1 is slower. Section 6 has the clock.)
 
 # %% tags=["setup"]
 def two_steps(recipe):
@@ -245,6 +247,7 @@ def two_steps(recipe):
 
 # %% tags=["predict"]
 predicted_fraction = ...
+predicted_speedup = ...
 
 # %% tags=["run"]
 full = two_steps(recipe)
@@ -382,9 +385,9 @@ for rate in (2e-4, 1e-5):
     print(f"rate {rate:g} moves, in bfloat16:", {n: f"{share:.0%}" for n, share in shares.items()})
 
 # %% [markdown]
-# At 2e-4, the usual rate, fresh adapters do well in 16 bits, because B starts at zero, where floats
-# are dense. It fails later, when the weights have grown and the schedule has brought the rate down.
-# Go on from there, at 1e-5:
+# At 2e-4, the usual rate, fresh adapters do well in 16 bits, because one of the two matrices (B)
+# starts at zero, where floats are dense. It fails later, when the weights have grown and the
+# schedule has brought the rate down. Go on from there, at 1e-5:
 
 # %% tags=["run"]
 for name in FORMATS:
@@ -392,10 +395,11 @@ for name in FORMATS:
     print(f"adapters stored in {name:9} the loss falls by {losses[0] - losses[-1]:.2f}")
 
 # %% [markdown]
-# In bfloat16 that is the run that stops learning. As adapters are a percent or less of the model,
-# keeping them in float32 costs next to nothing; and float16 ones cannot use loss scaling at all
-# (lesson 05). So: **what is frozen, in 16 bits or fewer; what is trained, in float32.**
-# [Micikevicius et al., section 3.1] That is what PEFT does by default.
+# In bfloat16 that is the run that stops learning. Adapters are a small part of a large model (in
+# section 3, 13.00 MiB beside 4.60 GiB of weights), so keeping them in float32 costs next to
+# nothing; and float16 ones cannot use loss scaling at all (lesson 05). So: **what is frozen, in 16
+# bits or fewer; what is trained, in float32.** [Micikevicius et al., section 3.1] That is what PEFT
+# does by default.
 #
 # Move the rate. Where does each format stop?
 
@@ -406,17 +410,30 @@ widgets.updates_explorer({"base weights": list(training.build_model(recipe).para
 
 # %% [markdown]
 # ## 5 · Which 16 bits, on which card?
-# `torch.cuda.is_bf16_supported()` on a T4 returns True. Does a T4 compute in bfloat16?
+# PyTorch has a function for this question: `torch.cuda.is_bf16_supported()`. It says True on a T4.
+# [torch/cuda/\_\_init\_\_.py] Does a T4 compute in bfloat16? Ask the function about the GPU here,
+# if there is one, and then this course about six cards. The course goes by the **compute
+# capability**, the version number of what an NVIDIA GPU's hardware can do. [NVIDIA, CUDA GPUs]
+
+# %% tags=["run"]
+module = torch.get_device_module(hardware.device())  # where there is a GPU, this is torch.cuda
+ask = getattr(module, "is_bf16_supported", lambda **_: "not measured on cpu")
+print("is_bf16_supported()                           ", ask())
+print("is_bf16_supported(including_emulation=False)  ", ask(including_emulation=False))
+made = torch.tensor([1.0], dtype=torch.bfloat16, device=hardware.device())
+print("what the first one tries below capability 8.0:", made)
 
 # %% tags=["run"]
 for card in hardware.PRESETS.values():
     print(f"{card.name:8} {hardware.mixed_precision(card).reason}")
 
 # %% [markdown]
-# It does not. The function counts *emulation*: it only tries to make a tensor. A T4's tensor cores
-# know no bfloat16, so no product of such a run uses them. Trainer accepts `bf16=True` all the same.
-# [T4 data sheet] Ask for the **compute capability** (8.0 and up), or
-# `is_bf16_supported(including_emulation=False)`. [torch/cuda/\_\_init\_\_.py] The recipe asks:
+# A T4 does not. Below 8.0 the function makes one tensor, as you just did, and says True if that
+# works; it works on a CPU, too. That is *emulation*: the numbers are stored, but a T4's tensor
+# cores know no bfloat16, so no product of such a run uses them. Trainer asks this function, and so
+# accepts `bf16=True` on a T4. [T4 data sheet; transformers, `is_torch_bf16_gpu_available`] (If you
+# emulate a T4 on a larger card, the answer is the larger card's.) So ask for the compute
+# capability, or say `including_emulation=False`, which asks for it. The recipe asks, too:
 
 # %% tags=["raises-exception"]
 replace(recipe, amp_dtype="bfloat16").check_on(hardware.T4)
@@ -493,8 +510,24 @@ print("afterwards:", {precision.name_of(weight.dtype) for weight in adapters["fr
 
 # %% [markdown]
 # ## 6 · "Twice as fast"
-# How much faster is a product on a T4's tensor cores, in float16, than one in float32? By its data
-# sheet; and here, if there is a GPU:
+# Your prediction from section 3, and the clock: a training step of our model, by this machine, in
+# float32 and under autocast.
+
+# %% tags=["run", "nbval-ignore-output"]
+# loose: wall-clock times differ from run to run
+step_seconds = [measurement.measure_step(choice, training.build_model(choice)).seconds
+                for choice in (recipe, mixed)]  # each the median of three steps
+show_prediction(predicted_speedup, show="{:.2f} x as fast".format,
+                measured=step_seconds[0] / step_seconds[1])
+
+# %% [markdown]
+# ### Explain
+# Below 1 is slower, and that is no mistake of yours. Many CPUs have no 16-bit products: there the
+# numbers are turned into float32 and back, each time. On a GPU a model this small mostly waits for
+# its operations to be started, one by one; autocast adds some, its casts, and the result jumps from
+# run to run. What can win is the *product*, where the hardware has units for it. How much faster is
+# one on a T4's tensor cores, in float16, than in float32? By its data sheet, and here, if there is
+# a GPU. (A TFLOP/s is 10¹² multiplications and additions a second.)
 
 # %% tags=["run"]
 sheet = hardware.T4.matmul_flops / hardware.T4.float32_flops
@@ -511,7 +544,8 @@ recorded.show("matmul", lambda row: f"{row['name']:9} {row['flops'] / 1e12:6.1f}
 # H200; pretending to be a T4 changes its memory and kernels, not its speed.) float16 and bfloat16
 # run at one speed where both have tensor cores; on a T4 only float16 has. A step also has norms,
 # softmax, casts and an optimizer, which wait for memory and gain at most the factor 2 of smaller
-# numbers. So between 1 and the factor above; only a measurement of *your* step tells.
+# numbers. So a step never gains the factor of its products, and a small one can lose: only a
+# measurement of *your* step tells.
 
 # %% [markdown]
 # ## For those who struggle
@@ -572,7 +606,7 @@ for name, step in steps.items():
 # - PyTorch,
 #   [torch/cuda/\_\_init\_\_.py](https://github.com/pytorch/pytorch/blob/main/torch/cuda/__init__.py):
 #   `is_bf16_supported`
-# - NVIDIA, [T4 data
+# - NVIDIA, [CUDA GPUs](https://developer.nvidia.com/cuda-gpus): compute capabilities; [T4 data
 #   sheet](https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/tesla-t4/t4-tensor-core-datasheet-951643.pdf)
 #
 # New terms are in the [glossary](glossary.md).

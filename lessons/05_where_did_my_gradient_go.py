@@ -114,7 +114,6 @@ number_figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 predicted_power = ...
 
 # %% tags=["run"]
-show_prediction(predicted_power, show="scale 2**{:.0f}".format)
 states = {name: [gradient for group in gradients_of(model).values() for gradient in group]
           for name, model in {"fresh": fresh, "trained": trained}.items()}
 for name, state in states.items():
@@ -126,7 +125,8 @@ for name, state in states.items():
 # %% [markdown]
 # ### Explain
 # The small ones come back long before the large ones overflow. And the right scale *moves*: as the
-# loss falls, the largest gradients get smaller, leaving room for more: see both states at 2²¹.
+# loss falls, the largest gradients get smaller, leaving room for more: see both states at 2²¹. Your
+# own number waits until you have calculated it:
 #
 # ## Exercise 05.1 · The best scale
 # *Easy, 6 minutes.* `trained_gradients` below has all of them, after training. Which is the largest
@@ -151,6 +151,14 @@ exercises.check_best_scale(best_scale, trained_gradients)
 
 # %% tags=["run"]
 widgets.scale_explorer(groups)
+
+# %% [markdown]
+# And your prediction, beside the power that a search over all of them finds:
+
+# %% tags=["run"]
+best_power = max(power for power in range(40)
+                 if land(states["trained"], scale=2.0**power).infinite == 0)
+show_prediction(predicted_power, show="scale 2**{:.0f}".format, computed=best_power)
 
 # %% [markdown]
 # ## 2 · Scale the loss, by hand
@@ -197,7 +205,8 @@ number_figures.scale_window(errors, "adapters, after 20 steps")
 # %% [markdown]
 # ## 3 · Overflow, and a scale that looks after itself
 # Right of the window a gradient is infinite. What does one step with it do? One micro batch
-# overflows, and the optimizer steps all the same:
+# overflows; the gradients are *clipped*, that is, all made smaller by one factor until their norm
+# is at most 1; and the optimizer steps all the same:
 
 # %% tags=["run"]
 victim = copy.deepcopy(trained)
@@ -362,6 +371,7 @@ for always in (False, True):
         warnings.simplefilter("always")
         rate = run(scaler, steps=lost[0] + 1, always_schedule=always)
     print(f"schedule {'steps always' if always else 'waits'}: {rate:.1f} of the full rate")
+too_early = rate
 print("PyTorch warned:", str(caught[0].message).split(". ")[0])
 
 # %% [markdown]
@@ -427,8 +437,8 @@ print("the same at scale 2**20:", math.isclose(coarse, shifted, rel_tol=1e-2))
 #
 # ## 6 · What Trainer does with `fp16=True`
 # All of it. Watch it: ten steps, the scale starting far too high, a warm-up of half the run.
-# (Without a GPU accelerate leaves scaler and autocast out, and says nothing; `trace_scaler` puts
-# them in.)
+# (Without a GPU accelerate, the library under Trainer, leaves scaler and autocast out, and says
+# nothing; `trace_scaler` puts them in.)
 
 # %% tags=["setup"]
 from transformers import PrinterCallback, Trainer
@@ -498,7 +508,7 @@ print("losses in the log:", [log["loss"] for log in ruined.state.log_history if 
 # | scale | 3e-8 becomes | 2e-6 becomes | 0.5 becomes |
 # |---|---|---|---|
 # | 1 | 6e-8, twice too large | 2e-6, five bits of it | 0.5 |
-# | 1024 | 3.1e-5, fine | 0.002, fine | 512, fine |
+# | 1024 | 3.1e-5, one bit short | 0.002, fine | 512, fine |
 # | 262 144 | 0.0079, fine | 0.52, fine | 131 072: **infinite** |
 
 # %% tags=["run"]
@@ -538,8 +548,10 @@ for scale in (1, 1024, 262144):
 # random state and the position in the data.) For the loop of section 4 the numbers are:
 
 # %% tags=["run"]
-print(f"norm x {(wrong.grad.norm() / right.grad.norm()).item():.0e}")
-print(f"steps lost after a resume: {lost[1]} instead of {lost[2]}")
+print(f"norm when clipped first:    {wrong.grad.norm():.1e}, and 1 / scale is {1 / 65536:.1e}")
+print(f"norm when unscaled first:   {right.grad.norm():.1e}")
+print(f"first update's rate:        {too_early:.1f} of the full rate instead of a tenth")
+print(f"steps lost after a resume:  {lost[1]} instead of {lost[2]}")
 
 # %% [markdown]
 # ## What this lesson left out

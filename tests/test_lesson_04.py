@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,3 +157,14 @@ def test_updates_explorer_draws_every_choice():
     explorer.controls["of"].value = "small"
     assert "small. With an update of 1e-06 move: float32 100%, float16 100%" \
         in explorer.picture.value
+
+
+@pytest.mark.parametrize(("major", "emulated", "native"), [(7, True, False), (8, True, True)])
+def test_pytorch_says_bfloat16_of_a_t4_too(monkeypatch, major, emulated, native):
+    """PyTorch's own function on a pretended card; the tensor that it tries is really made."""
+    for name, value in {"is_available": True, "current_device": torch.device("cpu"),
+                        "get_device_properties": SimpleNamespace(major=major)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert torch.cuda.is_bf16_supported() is emulated
+    assert torch.cuda.is_bf16_supported(including_emulation=False) is native
+    assert hardware.T4.has_bfloat16 is False and hardware.T4.capability[0] == 7

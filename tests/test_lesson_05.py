@@ -1,6 +1,8 @@
 """Lesson 05: its exercises know right from wrong; what it says of scalers is true of PyTorch's."""
 
+import ast
 import math
+import re
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from course_utils import exercises_05, widgets
 from course_utils.checks import not_yet, right
 from course_utils.exercises_05 import FLAWS, GROWTH_INTERVAL, OVERFLOWS, STEPS, flawed_step
+from tools.notebooks import lesson_scripts
 
 GRADIENTS = [torch.tensor([1e-8, 3e-5]), torch.tensor([-0.05, 0.0])]  # 65504 / 0.05 = 2**20.3
 
@@ -192,3 +195,26 @@ def test_scale_explorer_draws_every_choice():
     assert "33% become zero" in explorer.picture.value
     explorer.controls["scale"].value = 2**16
     assert "0% become zero, 0% are subnormal, 33% normal, 67% infinite" in explorer.picture.value
+
+
+@pytest.mark.parametrize("path", lesson_scripts(["04", "05"]), ids=lambda path: path.stem)
+def test_every_prediction_is_compared_with_a_number(path):
+    assert uncompared(path.read_text("utf-8")) == []
+
+
+def uncompared(lesson: str) -> list[str]:
+    """Predictions that no `show_prediction` prints beside a value."""
+    predicted = re.findall(r"^(predicted_\w+) = \.\.\.$", lesson, re.M)
+    calls = [node for node in ast.walk(ast.parse(lesson)) if isinstance(node, ast.Call)
+             and ast.unparse(node.func) == "show_prediction"]
+    compared = {ast.unparse(call.args[0]) for call in calls
+                if {keyword.arg for keyword in call.keywords} - {"show"}}
+    assert predicted
+    return [name for name in predicted if name not in compared]
+
+
+def test_prediction_without_a_number_is_caught():
+    lesson = "predicted_a = ...\npredicted_b = ...\nshow_prediction(predicted_b, counted=3)\n"
+    assert uncompared(lesson) == ["predicted_a"]
+    assert uncompared(lesson + "show_prediction(predicted_a, show=str)") == ["predicted_a"]
+    assert uncompared(lesson + "show_prediction(predicted_a, show=str, **counted)") == []
