@@ -96,7 +96,7 @@ def _word(text: str) -> str | int | None:
 
 
 def _targets(text: str) -> str | tuple[str, ...]:
-    return text if text == "all-linear" else tuple(text.split(","))
+    return text if text == "all-linear" else tuple(name.strip() for name in text.split(","))
 
 
 def recipe_of(options: argparse.Namespace) -> TrainRecipe:
@@ -163,9 +163,8 @@ def doctor_command(options: argparse.Namespace, progress: Progress) -> int:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
-            print(f"{'mend' if finding.fix else 'ok':5}{finding.name:14}{finding.found}")
-            if finding.fix:
-                print(f"{'':19}-> {finding.fix}")
+            print(f"{'mend' if finding.fix else 'ok':5}{finding.name:14}{finding.found}"
+                  + f"\n{'':19}-> {finding.fix}" * bool(finding.fix))
     return DOES_NOT_FIT if any(finding.fix for finding in findings) else FITS
 
 
@@ -182,8 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
-        does_not_fit = str(error).startswith("recipe must fit")
-        return DOES_NOT_FIT if does_not_fit else BAD_INPUT
+        return DOES_NOT_FIT if isinstance(error, MemoryError) else BAD_INPUT
     except BrokenPipeError:  # `| head -1` has read enough; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FITS

@@ -5,7 +5,6 @@ Not modelled: whether a given run fits (`forecast`), whether its weights can be 
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
@@ -21,7 +20,8 @@ TORCHAO_FLOOR = (0, 16)
 def doctor() -> list[Finding]:
     """Everything looked at, in the order in which a run would meet it."""
     card = [_gpu(), _precision()] if installed("torch") else []
-    return [_python(), *map(_package, FLOORS), _torchao(), _drift(), *card, _disk(), _hub()]
+    hub = [_hub()] if installed("huggingface_hub") else []
+    return [_python(), *map(_package, FLOORS), _torchao(), _drift(), *card, _disk(), *hub]
 
 
 def _python() -> Finding:
@@ -79,6 +79,7 @@ def _disk() -> Finding:
 
 
 def _hub() -> Finding:
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-    return Finding("hub", "switched off by HF_HUB_OFFLINE: bundled and local models only"
-                   if offline else "allowed")
+    from huggingface_hub import constants
+
+    return Finding("hub", "switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE: bundled and "
+                   "local models only" if constants.HF_HUB_OFFLINE else "allowed")

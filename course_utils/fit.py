@@ -19,14 +19,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .fake import meta_model
 from .forecast import Forecast, checked_config, forecast
 from .hardware import T4, Gpu
-from .recipe import TrainRecipe
+from .levers import odd_head
+from .recipe import WHOLE_NUMBERS, TrainRecipe
 from .units import show_bytes, with_article
 
 UTILISATION = 0.6
 LAUNCH_SECONDS = 4e-5  # of one operation, Python included: recorded_runs.json, group "launch"
-SECONDS_PER_HOUR = 3600
+
+
+class DoesNotFit(ValueError, MemoryError):
+    """No setting of this recipe fits the GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,7 @@ class Fit:
 
     def hours(self, n_tokens: int) -> float:
         """Hours to train on `n_tokens`, padding counted, on all GPUs of the recipe."""
-        return n_tokens / (self.tokens_per_second * self.recipe.world_size) / SECONDS_PER_HOUR
+        return n_tokens / (self.tokens_per_second * self.recipe.world_size) / 3600
 
 
 def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTILISATION) -> float:
@@ -78,11 +83,15 @@ def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTI
     Raises:
         ValueError: utilisation is not a fraction.
     """
+    _check_utilisation(utilisation)
+    tokens = recipe.tokens_per_step / recipe.world_size
+    return tokens / max(f.ideal_seconds / utilisation, f.operations * LAUNCH_SECONDS)
+
+
+def _check_utilisation(utilisation: float) -> None:
     if isinstance(utilisation, bool) or not 0 < utilisation <= 1:
         raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation!r}; 0.6 is "
                          "what large steps reach")
-    tokens = recipe.tokens_per_step / recipe.world_size
-    return tokens / max(f.ideal_seconds / utilisation, f.operations * LAUNCH_SECONDS)
 
 
 def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
@@ -115,14 +124,12 @@ def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
     for wanted in (num_layers, num_layers // 2, 0):
         changes[f"{wanted} of {num_layers} layers checkpointed"] = {
             "checkpointed_layers": "all" if wanted == num_layers else wanted}
-    if recipe.micro_batch_size > 1:
-        half = recipe.micro_batch_size // 2
+    if half := recipe.micro_batch_size // 2:
         changes[f"micro batch {half}, accumulated"] = {
             "micro_batch_size": half,
             "gradient_accumulation_steps": recipe.gradient_accumulation_steps * 2}
-    if recipe.sequence_length > 2:
-        changes[f"sequence {recipe.sequence_length // 2}"] = {
-            "sequence_length": recipe.sequence_length // 2}
+    if (half := recipe.sequence_length // 2) > 1:
+        changes[f"sequence {half}"] = {"sequence_length": half}
     return changes
 
 
@@ -138,13 +145,12 @@ def levers(recipe: TrainRecipe, gpu: Gpu = T4,
     """
     before = forecast(recipe, gpu)
     speed = tokens_per_second(recipe, before)
-    found, seen = [], {recipe}
+    found = []
     for name, fields in single_changes(recipe, checked_config(recipe).num_hidden_layers).items():
         try:
             changed = dataclasses.replace(recipe, **fields)
-            if changed in seen:
+            if changed == recipe:
                 continue
-            seen.add(changed)
             progress(name)
             after = forecast(changed, gpu)
         except ValueError:  # a change that this recipe excludes, as offloading without checkpoints
@@ -163,8 +169,8 @@ def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None =
 
     They fit even at the forecast's upper bound (`margin_bytes` is not negative). Only micro batches
     of 1, 2, 4, ... are tried. Segments are always expandable, and under LoRA the lean loss replaces
-    the recipe's own. Model, adapters, sequence length and precision stay. What the loss is and its
-    gradients stay, too: none of these settings changes what is learnt.
+    the recipe's own, unless the model scales or caps its logits. Model, adapters, sequence length,
+    precision and gradients stay: none of these settings changes what is learnt.
 
     Args:
         target_effective_batch: Sequences behind one optimizer step; by default the recipe's own.
@@ -172,16 +178,17 @@ def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None =
         progress: Told what is being weighed.
 
     Raises:
-        ValueError: The target is no multiple of world_size, or nothing fits.
+        ValueError: The target is no multiple of world_size, or too large.
+        DoesNotFit: Nothing fits.
     """
+    _check_utilisation(utilisation)
     target = recipe.effective_batch_size if target_effective_batch is None \
         else target_effective_batch
-    if isinstance(target, bool) or not isinstance(target, int) or target < 1 \
-            or target % recipe.world_size:
-        raise ValueError(f"target_effective_batch must be a positive multiple of world_size "
-                         f"({recipe.world_size}), got {target!r}; try {recipe.world_size * 8}")
-    num_layers = checked_config(recipe).num_hidden_layers
-    per_gpu = target // recipe.world_size
+    world, (_, most) = recipe.world_size, WHOLE_NUMBERS["gradient_accumulation_steps"]
+    if type(target) is not int or target not in range(world, world * most + 1, world):
+        raise ValueError(f"target_effective_batch must be a multiple of world_size ({world}) up to "
+                         f"{world * most}, got {target!r}; try {world * 8}")
+    num_layers, per_gpu = checked_config(recipe).num_hidden_layers, target // world
     tried: list[tuple[TrainRecipe, Forecast]] = []
 
     def weigh(candidate: TrainRecipe) -> Forecast:
@@ -202,7 +209,8 @@ def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None =
     attention = min(("stock", "explicit_kv"), key=lambda kind: weigh(
         sized(1, attention=kind, **least)).ideal_seconds)
     # The lean loss costs nothing beside the full one, and the head is frozen under adapters.
-    losses = ("full", "chunked") if recipe.lora_rank is None else ("lean",)
+    losses = ("full",) if odd_head(meta_model(checked_config(recipe))) else \
+        ("full", "chunked") if recipe.lora_rank is None else ("lean",)
     for offload in (False, True):
         for loss, keep in itertools.product(losses, (False, True)):
             fields = {"attention": attention, "loss": loss, "keep_attention": keep,
@@ -220,11 +228,10 @@ def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None =
             best = max(fitting, key=speed)
             return Fit(recipe=best[0], forecast=best[1], utilisation=utilisation,
                        tokens_per_second=speed(best))
-    closest = min(tried, key=lambda pair: pair[1].device_bytes[0])[1]
-    raise ValueError(f"recipe must fit {show_bytes(gpu.total_bytes)} of {with_article(gpu.name)}, "
-                     f"got at least {show_bytes(closest.device_bytes[0])} with one sequence of "
-                     f"{recipe.sequence_length} tokens; shorten the sequences or take a smaller "
-                     "model")
+    lowest = min(f.device_bytes[0] for _, f in tried)
+    raise DoesNotFit(f"recipe must fit {show_bytes(gpu.total_bytes)} of {with_article(gpu.name)}, "
+                     f"got at least {show_bytes(lowest)} with one sequence of "
+                     f"{recipe.sequence_length} tokens; shorten it, or take a smaller model")
 
 
 def _fewest_checkpoints(margin: Callable[[int], int], high: int, low: int) -> None:

@@ -106,12 +106,12 @@ T4, L4, A10, A100, H100, H200 = (
 PRESETS = {gpu.name: gpu for gpu in (T4, L4, A10, A100, H100, H200)}
 
 
-def preset(name: str) -> Gpu:
+def preset(name: str, asked: str = "gpu") -> Gpu:
     """The preset of this name, in any letter case; `ValueError` when there is none."""
     for known, gpu in PRESETS.items():
         if known.lower() == str(name).lower():
             return gpu
-    raise ValueError(f"gpu must be one of {', '.join(PRESETS)}, got {name!r}; "
+    raise ValueError(f"{asked} must be one of {', '.join(PRESETS)}, got {name!r}; "
                      "for another card build a hardware.Gpu(...)")
 
 
@@ -149,7 +149,7 @@ def detect() -> Gpu | None:
     if not torch.cuda.is_available():
         return None
     if _emulated is None and (wanted := os.environ.get(EMULATE_VARIABLE)):
-        _for_good.enter_context(emulate(preset(wanted)))
+        _for_good.enter_context(emulate(preset(wanted, EMULATE_VARIABLE)))
     if _emulated:
         return _emulated
     card = torch.cuda.get_device_properties(0)

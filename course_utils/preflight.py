@@ -14,6 +14,7 @@ import torch
 
 from . import hardware, shapes
 from .fake import meta_model
+from .qlora import add_adapters, count_parameters
 from .recipe import TrainRecipe
 from .units import show_bytes
 from .verified import Finding, too_old
@@ -54,15 +55,16 @@ def preflight(recipe: TrainRecipe, gpu: hardware.Gpu | None, output_dir: str | P
         output_dir: Where checkpoints will go.
         planned: The step's forecast, if there is one.
     """
+    weights = _weights(recipe)
     return Preflight([
         _gpu(recipe, gpu), _precision(recipe, gpu), _memory(gpu, planned),
-        _disk(recipe, Path(output_dir)), _versions(), _weights(recipe)])
+        _disk(recipe, Path(output_dir), weights), _versions(), weights])
 
 
 def _gpu(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> Finding:
     if gpu is not None:
         return Finding("GPU", f"{gpu.name}, {show_bytes(gpu.total_bytes)}")
-    small = recipe.model == shapes.BUNDLED or Path(recipe.model).exists()
+    small = Path(shapes.hub_id(recipe.model)).exists()
     return Finding("GPU", "none" + ", and none needed for this model" * small, None if small else
                    "switch Runtime > Change runtime type to T4, or use model='bundled'")
 
@@ -89,23 +91,19 @@ def _memory(gpu: hardware.Gpu | None, planned: Forecast | None) -> Finding:
                    "loss='chunked' and checkpointed_layers='all'")
 
 
-def _disk(recipe: TrainRecipe, output_dir: Path) -> Finding:
+def _disk(recipe: TrainRecipe, output_dir: Path, weights: Finding) -> Finding:
     """Room for the download in 16 bits and for three checkpoints (two kept, one being written)."""
     place = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
-    free, needed = shutil.disk_usage(place).free, 0
-    if recipe.model != shapes.BUNDLED and not Path(recipe.model).exists():
-        needed = 2 * _parameters(recipe)
-    # Adapters and their state take under 5 % of the model; a model that is trained itself takes
-    # its weights and two averages of each, in float32.
-    checkpoint = _parameters(recipe) // 20 if recipe.lora_rank else 12 * _parameters(recipe)
-    needed += 3 * checkpoint
+    free = shutil.disk_usage(place).free
+    if weights.fix and recipe.model not in shapes.NAMES:  # its config is on the hub, too
+        return Finding("disk", f"{show_bytes(free)} free, the model's size is not known")
+    model = meta_model(shapes.config(recipe.model))
+    needed = 0 if Path(shapes.hub_id(recipe.model)).exists() else 2 * count_parameters(model)[0]
+    with torch.device("meta"):  # of each trained parameter the weight and two averages, in float32
+        needed += 3 * 12 * count_parameters(add_adapters(model, recipe))[0]
     return Finding("disk", f"{show_bytes(needed)} needed, enough free" if free >= needed else
                    f"{show_bytes(free)} free, {show_bytes(needed)} needed",
                    None if free >= needed else "delete old runs, or set another output_dir")
-
-
-def _parameters(recipe: TrainRecipe) -> int:
-    return sum(p.numel() for p in meta_model(shapes.config(recipe.model)).parameters())
 
 
 def _versions() -> Finding:
@@ -139,11 +137,12 @@ def ask_hub(repository: str, kind: Literal["model", "dataset"] = "model") -> str
     from huggingface_hub import errors
 
     try:
+        huggingface_hub.utils.validate_repo_id(repository)
         huggingface_hub.auth_check(repository, repo_type=kind)
         return "open"
     except errors.GatedRepoError:
         return "gated"
-    except errors.RepositoryNotFoundError:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         return "unknown"
     except (*errors.HfHubHTTPError.__bases__, OSError):  # 5xx, no network, HF_HUB_OFFLINE
         pass  # then what is on this disk decides

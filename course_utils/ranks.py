@@ -143,15 +143,19 @@ def _end(agent: subprocess.Popen) -> None:
         agent.kill()
 
 
-def _environment(on_gpus: bool) -> dict[str, str]:
+def with_this_package() -> dict[str, str]:
+    """The environment of another process that is to import this package, installed or not."""
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    added = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    if not on_gpus:
-        added["CUDA_VISIBLE_DEVICES"] = ""  # ranks cannot share a GPU through NCCL
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _environment(on_gpus: bool) -> dict[str, str]:
+    # ranks cannot share a GPU through NCCL
+    added = {"OMP_NUM_THREADS": "1"} | ({} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""})
     for name in ("lo", "lo0"):  # Linux, macOS: bind there, never ask for this machine's name
         if name in (interface for _, interface in socket.if_nameindex()):
             added |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
-    return os.environ | added
+    return with_this_package() | added
 
 
 def _last_word(errors: str) -> str:

@@ -1,4 +1,4 @@
-"""What kills runs, made to happen on purpose: SIGKILL, and memory that ends during a save.
+"""What kills runs, made to happen on purpose: SIGKILL, and a save that memory or disk ends.
 
 Not modelled: power cuts (the disk's own cache), a machine that vanishes with its disk.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -20,8 +21,20 @@ from unittest import mock
 
 import torch
 
-from . import checkpoints, training
+from . import checkpoints, ranks, training
 from .recipe import TrainRecipe
+
+ACCIDENTS = (torch.OutOfMemoryError("CUDA out of memory, in the middle of a save"),
+             OSError(errno.ENOSPC, "No space left on device"))
+HALF_A_SAVE = """
+import sys, time
+from pathlib import Path
+from course_utils import checkpoints
+with checkpoints.written_whole(Path(sys.argv[1]), {}) as folder:
+    Path(folder, "state.pt").write_bytes(b"half")
+    print("half", flush=True)
+    time.sleep(600)
+"""
 
 
 def train_and_kill(recipe: TrainRecipe, rows: Any, tokenizer: Any, output_dir: str | Path,
@@ -43,16 +56,16 @@ def train_and_kill(recipe: TrainRecipe, rows: Any, tokenizer: Any, output_dir: s
     data.write_text(json.dumps([dict(row) for row in rows]), encoding="utf-8")
     job = {"recipe": dataclasses.asdict(recipe), "rows": str(data), "output_dir": str(output_dir),
            "pad_token_id": tokenizer.pad_token_id}
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    said = ""
+    said, lived = "", False
     with subprocess.Popen([sys.executable, "-m", __name__, json.dumps(job)], text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}) as child:
+                          env=ranks.with_this_package()) as child:
         for line in child.stdout:
             said = line.strip() or said
             if line.startswith(f"step {at_step}:"):
+                lived = True
                 child.kill()
-    if child.returncode >= 0:
+    if not lived or child.returncode >= 0:
         raise RuntimeError(f"the run must live for {at_step} steps, got exit status "
                            f"{child.returncode}; its last line: {said}")
     return child.returncode
@@ -72,17 +85,26 @@ def main(job: str) -> None:
 
 
 @contextlib.contextmanager
-def memory_ends_in_a_save() -> Iterator[None]:
-    """Within the block each `torch.save` writes half of its file and then runs out of memory."""
+def dies_in_a_save(accident: Exception) -> Iterator[None]:
+    """Within the block each `torch.save` writes half of its file and then raises `accident`."""
     whole = torch.save
 
     def half(thing: Any, path: str | Path, *_: Any, **__: Any) -> None:
         whole(thing, path)
         os.truncate(path, os.path.getsize(path) // 2)
-        raise torch.OutOfMemoryError("CUDA out of memory, in the middle of a save")
+        raise accident
 
     with mock.patch.object(torch, "save", half):
         yield
+
+
+def kill_in_a_save(target: Path) -> int:
+    """SIGKILL another process in the middle of a save to `target`; returns its exit status."""
+    with subprocess.Popen([sys.executable, "-c", HALF_A_SAVE, str(target)], text=True,
+                          stdout=subprocess.PIPE, env=ranks.with_this_package()) as child:
+        child.stdout.readline()
+        child.kill()
+    return child.returncode
 
 
 def save_whole(target: Path, state: Any) -> None:
@@ -96,7 +118,7 @@ def attempt(save: Callable[..., None], *args: Any) -> None:
     try:
         save(*args)
         print("saved")
-    except (torch.OutOfMemoryError, checkpoints.SaveError) as error:
+    except (*map(type, ACCIDENTS), checkpoints.SaveError) as error:
         said = re.sub(r" \([^)]* free on that disk\)", "", str(error))  # it differs by the minute
         print(f"{type(error).__name__}: {said}")
 

@@ -76,12 +76,10 @@ def too_old() -> list[str]:
 
 def drifted() -> list[str]:
     """Packages newer than any the course was verified with, each in words."""
-    seen = record()
     drift = []
-    for name, pinned in seen["pins"].items():
-        newest = max((pinned, seen["colab"].get(name, pinned)), key=numbers)
-        version = installed(name)
-        if version and numbers(version) > numbers(newest):
+    for name, pinned in record()["pins"].items():
+        newest = max((pinned, record()["colab"].get(name, pinned)), key=numbers)
+        if (version := installed(name)) and numbers(version) > numbers(newest):
             drift.append(f"{name} {version} (verified: {newest})")
     return drift
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import GraniteConfig
 
 from course_utils import shapes
-from course_utils.fit import Lever, fit, levers, tokens_per_second
+from course_utils.fit import DoesNotFit, Lever, fit, levers, tokens_per_second
 from course_utils.forecast import forecast
 from course_utils.hardware import H200, T4
 from course_utils.recipe import TrainRecipe
@@ -60,17 +61,30 @@ def test_target_is_kept_and_hours_follow(recipe, small_gpu):
 
 def test_nothing_fits_says_how_much_it_would_take(recipe, small_gpu):
     tiny = dataclasses.replace(small_gpu, total_bytes=900 * MIB)
-    with pytest.raises(ValueError, match="recipe must fit 900.00 MiB of a small, got at least 1"):
+    with pytest.raises(DoesNotFit, match="recipe must fit 900.00 MiB of a small, got at least 1"):
         fit(recipe, tiny)
+
+
+def test_a_model_with_scaled_logits_keeps_the_full_loss(tmp_path):
+    shape = {name: getattr(shapes.config("bundled"), name) for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads")}
+    GraniteConfig(**shape, logits_scaling=8.0).save_pretrained(tmp_path)
+    recipe = TrainRecipe(model=str(tmp_path), sequence_length=64)
+    assert forecast(recipe, T4).fits
+    assert fit(recipe, T4).recipe.loss == "full"
 
 
 @pytest.mark.parametrize(("target", "utilisation", "field"), [
     (3, 0.6, "target_effective_batch"), (0, 0.6, "target_effective_batch"),
-    (True, 0.6, "target_effective_batch"), (4, 0.0, "utilisation"), (4, 1.5, "utilisation")])
-def test_absurd_question_is_refused(recipe, small_gpu, target, utilisation, field):
-    two_gpus = dataclasses.replace(recipe, world_size=2)
-    with pytest.raises(ValueError, match=f"^{field} must be .*got"):
-        fit(two_gpus, small_gpu, target, utilisation=utilisation)
+    (True, 0.6, "target_effective_batch"), (200_000, 0.6, "target_effective_batch"),
+    (4, 0.0, "utilisation"), (4, 1.5, "utilisation")])
+def test_absurd_question_is_refused_before_the_search(recipe, small_gpu, target, utilisation,
+                                                      field):
+    two_gpus, weighed = dataclasses.replace(recipe, world_size=2), []
+    with pytest.raises(ValueError, match=f"^{field} must be .*got") as refusal:
+        fit(two_gpus, small_gpu, target, utilisation=utilisation, progress=weighed.append)
+    assert weighed == [] and not isinstance(refusal.value, DoesNotFit)
 
 
 def test_levers_are_single_changes_ranked_by_bytes(recipe):

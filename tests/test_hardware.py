@@ -58,6 +58,13 @@ def test_unknown_preset_lists_the_known():
         hardware.preset("T5")
 
 
+def test_a_misspelt_variable_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv(hardware.EMULATE_VARIABLE, "T5")
+    with pytest.raises(ValueError, match="^COURSE_EMULATE_GPU must be one of T4, .*got 'T5'"):
+        hardware.detect()
+
+
 def test_without_a_gpu_nothing_is_measured():
     """CUDA's own counters answer 0 on a CPU; ours must not."""
     code = ("from course_utils import hardware as h\n"

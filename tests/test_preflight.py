@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -14,8 +15,9 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from transformers import AutoModelForCausalLM
 
-from course_utils import hardware, preflight
+from course_utils import hardware, preflight, shapes
 from course_utils.recipe import TrainRecipe
 from course_utils.units import GIB, show_bytes
 from course_utils.verified import FLOORS
@@ -72,10 +74,22 @@ def test_disk_must_take_the_download(monkeypatch, tmp_path):
 def test_disk_must_take_whole_models_when_all_weights_are_trained():
     full = TrainRecipe(lora_rank=None, base="float32")
     needed = found(full, None, "disk").found.split(" needed")[0]
-    adapters = found(TrainRecipe(), None, "disk").found.split(" needed")[0]
     n_parameters = 1_525_440  # of the bundled model
     assert needed == show_bytes(3 * 12 * n_parameters)
-    assert adapters == show_bytes(3 * (n_parameters // 20))
+
+
+@pytest.mark.parametrize(("rank", "targets"), [(64, "all-linear"), (1, ("q_proj", "v_proj"))])
+def test_disk_must_take_the_adapters_and_their_averages(monkeypatch, rank, targets):
+    recipe = TrainRecipe(lora_rank=rank, lora_targets=targets)
+    chance = torch.get_rng_state()
+    needed = found(recipe, None, "disk").found.split(" needed")[0]
+    assert torch.equal(torch.get_rng_state(), chance), "a look must not change what is trained"
+    model = AutoModelForCausalLM.from_config(shapes.config(recipe.model))
+    sizes = [module.in_features + module.out_features for name, module in model.named_modules()
+             if isinstance(module, torch.nn.Linear) and name != "lm_head"
+             and (targets == "all-linear" or name.endswith(targets))]
+    assert len(sizes) == model.config.num_hidden_layers * (7 if rank == 64 else 2)
+    assert needed == show_bytes(3 * 12 * rank * sum(sizes))
 
 
 def test_versions_are_those_of_requirements(monkeypatch):
@@ -122,6 +136,23 @@ def test_weights_are_on_the_hub_and_open(monkeypatch, error, answer, words):
     assert preflight.ask_hub("unsloth/Llama-3.2-1B-Instruct") == answer
     fix = found(ONE_B, hardware.T4, "weights").fix
     assert fix is None if words is None else words in fix
+
+
+@pytest.mark.parametrize(("error", "answer", "words"), ANSWERS[1:4], ids=["gated", "?", "silent"])
+def test_a_model_that_the_hub_withholds_is_a_finding(monkeypatch, error, answer, words):
+    def config(model):
+        raise ValueError("a config that is on the hub alone is not to be had, either")
+
+    hub(monkeypatch, error)
+    monkeypatch.setattr(shapes, "config", config)
+    table = preflight.preflight(TrainRecipe(model="some/model"), hardware.T4)
+    assert [finding.name for finding in table.findings if finding.fix] == ["weights"]
+    assert words in table.findings[-1].fix
+    assert "the model's size is not known" in repr(table)
+
+
+def test_a_name_that_no_model_can_have_is_unknown():
+    assert preflight.ask_hub("foo/bar baz") == "unknown"  # refused before any request
 
 
 def test_weights_that_are_here_need_no_hub(monkeypatch, tmp_path):

@@ -1,5 +1,9 @@
 """Accidents on purpose: they happen, end with their block, and harm no whole checkpoint."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny import ROWS, TOKENIZER, tiny_recipe
@@ -42,3 +46,13 @@ def test_a_run_that_ends_too_early_is_no_kill(tmp_path):
     recipe = tiny_recipe(tmp_path / "model", max_steps=2)
     with pytest.raises(RuntimeError, match=r"live for 9 steps, got exit status 0; .*step 2: loss"):
         survival.train_and_kill(recipe, ROWS, TOKENIZER, tmp_path / "run", at_step=9)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_run_that_another_signal_ends_before_its_step_is_no_kill(tmp_path, monkeypatch, number):
+    code = f"import os\nprint('step 1: loss 2', flush=True)\nos.kill(os.getpid(), {int(number)})"
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: start(
+        [sys.executable, "-c", code], **options))
+    with pytest.raises(RuntimeError, match=f"4 steps, got exit status -{int(number)}; .*step 1: "):
+        survival.train_and_kill(tiny_recipe(tmp_path), ROWS, TOKENIZER, tmp_path, at_step=4)
