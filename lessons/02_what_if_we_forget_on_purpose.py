@@ -251,6 +251,7 @@ def two_steps(recipe):
     return ledger.report(), gradients, hardware.peak_allocated_bytes(above=before)
 
 # %% tags=["run"]
+build(recipe)(input_ids=ids, labels=ids).loss.backward()  # first, a GPU takes its work space
 plain, plain_gradients, plain_measured = two_steps(recipe)
 forgetful, gradients, measured = two_steps(replace(recipe, checkpointed_layers="all"))
 ours, theirs = (max(report.timeline["activations"]) for report in (forgetful, plain))
@@ -361,10 +362,12 @@ for name, rank in (("all weights", None), ("LoRA", 16)):
     print(f"{name}: {forgets_all / keeps_all:.2f} x the time")
 
 # %% [markdown]
-# (More than the work says? A model this small mostly moves memory.)
+# (That need not be what the work says: a model this small mostly moves memory.)
 #
-# And on a GPU, recorded once: Llama-3.2-1B, 4 sequences of 1024 tokens, T4 kernels. The time of a
-# step, and its peak, as a share of the step that keeps everything:
+# And on a GPU, recorded once: Llama-3.2-1B, 4 sequences of 1024 tokens. The time of a step, and its
+# peak, as a share of the step that keeps everything. "H200 as a T4", in the last line, means a
+# larger card with a T4's kernels, and so with a T4's bytes. The clock is the H200's. And here
+# nothing held it to a T4's memory: some of these steps would not run there.
 
 # %% tags=["recorded"]
 kept = {}
@@ -581,9 +584,9 @@ widgets.forgetting_explorer()
 # %% [markdown]
 # ## Exercise 02.3 · The smallest k
 # *Medium, 8 minutes, at home.* Llama-3.1-8B, one sequence of 1024 tokens, on a T4. Leave two and a
-# half GiB to the allocator's gaps: 12 GiB for tensors. What is the smallest number of layers, of
-# 32, that must forget? Two forecasts are enough to know. The check forecasts your answer, and one
-# less.
+# half GiB to the allocator's gaps (freed pieces, too small for the next tensor): 12 GiB for
+# tensors. What is the smallest number of layers, of 32, that must forget? Two forecasts are enough
+# to know. The check forecasts your answer, and one less.
 
 # %% tags=["run"]
 eight = replace(usual, model="llama-3.1-8b", sequence_length=1024)
@@ -672,15 +675,17 @@ for k in (0, 32):
 # New terms are in the [glossary](glossary.md).
 #
 # ## To lesson 03
-# With every layer forgetting, a T4 has room for this many sequences of 2048 tokens in one forward
-# pass of Llama-3.2-3B. (`margin_bytes` is what is left when the allocator's gaps are at their
-# worst; `fits` would let one more in.)
+# With every layer forgetting, how many sequences of 2048 tokens does a T4 take in one forward pass
+# of Llama-3.2-3B? `fits` asks whether the step can run at all. `margin_bytes` is what is left when
+# the allocator's gaps are at their worst: below zero, it may run, and may not.
 
 # %% tags=["run"]
 three = replace(usual, model="llama-3.2-3b", sequence_length=2048)
-steps = {n: forecast(replace(three, micro_batch_size=n), hardware.T4) for n in (1, 2, 3)}
-print(max(n for n, step in steps.items() if step.margin_bytes >= 0))
+for n in (1, 2, 3):
+    step = forecast(replace(three, micro_batch_size=n), hardware.T4)
+    print(f"{n}: {'fits' if step.fits else 'does not fit'},",
+          f"margin {show_bytes(step.margin_bytes, 'GiB')}")
 
 # %% [markdown]
-# The recipe that you copied says "batch size 32". Is training on so few at a time, often enough,
-# the same? Lesson 03 asks: how big is my batch, really?
+# Two, safely. The recipe that you copied says "batch size 32". Is training on two at a time, often
+# enough, the same? Lesson 03 asks: how big is my batch, really?

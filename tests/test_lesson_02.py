@@ -233,6 +233,14 @@ def test_memory_is_linear_in_k():
     assert peaks[0] - peaks[1] == pytest.approx((peaks[3] - peaks[4]) / 8, rel=1e-2)
 
 
+def test_two_long_sequences_of_3b_are_safe_on_a_t4_and_three_are_not():
+    """What lesson 02 hands to lesson 03, in words."""
+    steps = [forecast(replace(EIGHT, model="llama-3.2-3b", sequence_length=2048,
+                              micro_batch_size=n)) for n in (2, 3)]
+    assert [step.fits for step in steps] == [True, True]
+    assert steps[0].margin_bytes > GIB and steps[1].margin_bytes < -GIB
+
+
 def test_rule_of_three_billion_is_wrong_on_both_sides():
     def fits(model, length):
         return forecast(replace(EIGHT, model=model, sequence_length=length,
