@@ -44,8 +44,13 @@ def half_a_file(call, count):
     return save
 
 
-def patch(owner, name, wrap, count):
-    setattr(owner, name, wrap(getattr(owner, name), count))
+def telling(call, pipe):
+    """`call`, which tells through a pipe that it was called."""
+    return lambda *a, **k: (os.write(pipe, b"."), call(*a, **k))[1]
+
+
+def patch(owner, name, wrap, argument):
+    setattr(owner, name, wrap(getattr(owner, name), argument))
 
 
 # Saves happen after steps 4, 8 and 12; each writes four files with torch.save (optimizer,
@@ -91,25 +96,40 @@ def main(folder: Path) -> None:
                   "from": done.resumed_from and done.resumed_from.name}
         (folder / f"{name}.json").write_text(json.dumps(result))
 
-    def result(name: str) -> dict:
-        assert signal_of(fork(lambda: run(name), folder / f"{name}.txt")) == 0
+    def read(name: str) -> dict:
         return json.loads((folder / f"{name}.json").read_text()) \
             | {"said": (folder / f"{name}.txt").read_text()}
 
-    start = time.perf_counter()
-    report = {"uninterrupted": result("uninterrupted"), "killed": {}}
+    def result(name: str) -> dict:
+        assert signal_of(fork(lambda: run(name), folder / f"{name}.txt")) == 0
+        return read(name)
+
+    def begin(name: str) -> int:
+        """Process id of a run that has come to its first batch."""
+        begun, tell = os.pipe()
+        child = fork(lambda: run(name, lambda: patch(qlora, "compute_loss", telling, tell)),
+                     folder / f"{name}.txt")
+        os.close(tell)
+        os.read(begun, 1)
+        return child
+
+    child, start = begin("uninterrupted"), time.perf_counter()
+    assert signal_of(child) == 0
     seconds = time.perf_counter() - start
-    moments, rng = dict(MOMENTS), random.Random(int(time.time()))
-    moments |= {f"at random, after {s:.3f} s": s for s in
-                (seconds * rng.uniform(0.3, 1) for _ in range(10))}
-    for number, (moment, sabotage) in enumerate(moments.items()):
-        if callable(sabotage):
-            child = fork(lambda n=number, s=sabotage: run(f"run{n}", s), folder / "log")
-        else:
-            child = fork(lambda n=number: run(f"run{n}"), folder / "log")
-            time.sleep(sabotage)
-            os.kill(child, signal.SIGKILL)
+    report = {"uninterrupted": read("uninterrupted"), "killed": {}}
+    for number, (moment, sabotage) in enumerate(MOMENTS.items()):
+        child = fork(lambda n=number, s=sabotage: run(f"run{n}", s), folder / "log")
         report["killed"][moment] = {"signal": -signal_of(child)} | result(f"run{number}")
+    rng = random.Random(int(time.time()))
+    for number in range(10):
+        share = rng.uniform(0, 0.9)
+        child = begin(f"random{number}")
+        time.sleep(share * seconds)
+        os.kill(child, signal.SIGKILL)
+        if (died_by := -signal_of(child)) == 0:  # it took less than that: so will the next
+            seconds *= share
+        moment = f"at random, {number}: {share:.3f} of a run after its first batch"
+        report["killed"][moment] = {"signal": died_by} | result(f"random{number}")
 
     def full_disk():
         """The second save meets a disk that takes no more than 20 kB a file; then a kill."""

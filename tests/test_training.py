@@ -215,6 +215,8 @@ def test_a_kill_at_any_moment_costs_no_loss(survived):
         assert run["losses"] == whole["losses"], moment
         assert run["learning_rates"] == whole["learning_rates"], moment
         assert run["signal"] == 9 or "random" in moment, moment
+    at_random = [run["signal"] for moment, run in kills.items() if "random" in moment]
+    assert len(at_random) == 10 and at_random.count(9) >= 8, "too few died in their run"
     expected = {"before the first save": None, "in a forward pass": "checkpoint-4",
                 "in a save, half the optimizer written": "checkpoint-4",
                 "in a save, before the manifest": "checkpoint-4",
