@@ -5,6 +5,8 @@ import gzip
 import itertools
 import json
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,9 @@ from course_utils.fake import fake_model
 from course_utils.forecast import forecast, forecast_step, run_stream
 from course_utils.hardware import T4
 from course_utils.recipe import TrainRecipe
+from course_utils.units import GIB, KIB, MIB
 from tools import measure_steps
+from tools.notebooks import ROOT
 
 DATA = Path(__file__).parent / "data"
 ROWS = json.loads((DATA / "h200_steps.json").read_text("utf-8"))["rows"]
@@ -27,6 +31,20 @@ KERNELS = {"own": hardware.H200, "t4": H200_WITH_T4_KERNELS}
 NAMES = {"llama-1b": "llama-3.2-1b", "llama-8b": "llama-3.1-8b"}
 ATTENTION = {"stock": "stock", "efficient": "explicit_kv"}
 SMALL = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=64)
+# VmHWM is the kernel's own peak of this program; ru_maxrss begins with that of whoever started it.
+GROWTH = """
+import re, sys, torch, transformers
+from course_utils.forecast import forecast
+from course_utils.recipe import TrainRecipe
+
+def peak_kib():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+before = peak_kib()
+forecast(TrainRecipe(model=sys.argv[1], amp_dtype="float16", sequence_length=2048,
+                     micro_batch_size=4))
+print(peak_kib() - before)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +230,14 @@ def test_accumulation_repeats_the_second_micro_batch():
 def test_what_needs_no_memory_is_answered_from_memory():
     first = forecast(SMALL)
     assert forecast(dataclasses.replace(SMALL, learning_rate=1e-5, seed=7, max_steps=3)) is first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
+def test_a_forecast_takes_little_memory_however_large_the_model():
+    small, large = (int(subprocess.check_output(
+        [sys.executable, "-c", GROWTH, model], cwd=ROOT, text=True).splitlines()[-1]) * KIB
+        for model in ("llama-3.2-1b", "llama-3.1-8b"))
+    assert 0 < large < GIB and abs(large - small) < 200 * MIB
 
 
 def readers_step(model):

@@ -1,4 +1,4 @@
-"""Numbers in the lessons' prose: each is generated, set by a cell, cited, or listed with a reason.
+"""Numbers in prose, of lessons and pages: each is generated, set by a cell, cited, or has a reason.
 
 A figure is a number with a unit of memory, speed or time, a percentage, a "times" or a "2.4x".
 Claims that a lesson quotes to test them stand in quotation marks, and are left alone, as are code
@@ -16,9 +16,13 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from course_utils import hardware, recorded
 from course_utils.fit import fit
 from course_utils.units import GIB, MIB
-from tools.notebooks import LESSONS
+from tools import beyond_one_gpu, stamp
+from tools.notebooks import LESSONS, ROOT
 
 NOTEBOOKS = sorted(LESSONS.glob("*.ipynb"))
+PAGES = ("README.md", "CONTRIBUTING.md", "lessons/glossary.md", "lessons/beyond_one_gpu.md")
+NUMBERS = re.compile(f"{beyond_one_gpu.START}.*?{beyond_one_gpu.END}", re.DOTALL)
+GENERATED = (stamp.TABLE, stamp.CONSOLE, stamp.PICTURE, NUMBERS)  # each has its test
 UNITS = r"GiB|MiB|KiB|TB|GB|MB|kB|%|percent|TFLOP/s|GB/s|tokens/s|seconds?|ms|s|times"
 NUMBER = r"(?:\d{1,3}(?:[ ,\u202f]\d{3})+|\d+)(?:\.\d+)?"
 FIGURE = re.compile(rf"(?<![\w.,^])({NUMBER})(?: ?({UNITS})(?![\w/])|(x)(?!\w))")
@@ -52,6 +56,7 @@ GIVEN = {
     "01_where_does_the_memory_go": {"2 GiB": "an example of how to type an answer"},
     "03_how_big_is_my_batch": {"24 GB": "the vendor's name for the card"},
     "06_qlora_on_a_t4": {"3 %": "a line of the recipe that is under test"},
+    "README.md": {"1 GB": "what set-up downloads, about, as the Makefile says while it does"},
 }
 KNOWN = {
     "GIB": GIB, "MIB": MIB, "A10": hardware.A10,
@@ -164,6 +169,24 @@ def test_no_exception_is_left_over(path):
             for number, unit, _ in figures(cell)}  # fmt: skip
     listed = {*CALCULATED.get(path.stem, {}), *GIVEN.get(path.stem, {})}
     assert listed - said == set()
+
+
+def page(text: str):
+    """Markdown as a lesson: what tools write into it is its output, the rest its prose."""
+    written = []
+    for pattern in GENERATED:
+        text = pattern.sub(lambda found: written.append(found[0]) or "", text)
+    outputs = [new_output("stream", name="stdout", text="\n".join(written))]
+    return new_notebook(cells=[new_markdown_cell(text), new_code_cell("", outputs=outputs)])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_figure_of_a_page_is_traced(name):
+    text = (ROOT / name).read_text("utf-8")
+    assert untraced(page(text), name) == []
+    assert len(untraced(page(f"{text}\n\nIt needs 3.21 GiB.\n"), name)) == 1
+    said = {f"{number} {unit}" for number, unit, _ in figures(page(text).cells[0])}
+    assert GIVEN.get(name, {}).keys() - said == set()
 
 
 def lesson(text, printed="peak 9.16 GiB, 8,218 tokens/s, share 0.275", code="x = 120 * MIB"):
