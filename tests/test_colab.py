@@ -217,6 +217,12 @@ def test_leg_writes_the_record_that_is_committed(tmp_path):
     assert written["date"] >= verified.record()["date"]
 
 
+def test_leg_runs_tests_that_are_there():
+    for name in colab_leg.TESTS:
+        file, _, test = name.partition("::")
+        assert f"\ndef {test or 'test_'}" in text(ROOT / "tests" / file), name
+
+
 def test_leg_refuses_an_unknown_lesson(capsys):
     assert colab_leg.main(["77"]) == 2
     assert "LESSON must be one of 01" in capsys.readouterr().err

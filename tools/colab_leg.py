@@ -1,4 +1,4 @@
-"""The course as a Colab runtime sees it: set-up cell, controls, every lesson, on Colab's packages.
+"""The course as a Colab runtime sees it, on its packages: set-up cell, some tests, every lesson.
 
     python -m tools.colab_leg         # all lessons; then data/verified.json says when and with what
     python -m tools.colab_leg 01 06   # these
@@ -31,7 +31,10 @@ HOME = ROOT / ".venv-colab"
 PYTHON = HOME / "bin" / "python"
 PINS = ROOT / "constraints-colab.txt"
 KERNEL = "colab"
-TESTS = ("test_widgets.py", "test_flops.py")
+TESTS = ("test_widgets.py", "test_flops.py",  # controls under ipywidgets 7; what torch counts
+         "test_forecast.py::test_other_packages_forecast_the_same",
+         "test_forecast.py::test_events_of_a_step_are_those_of_the_gpu",
+         "test_recorded_runs.py::test_who_holds_what_is_as_forecast")  # fmt: skip
 SEEN = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "numpy",
         "matplotlib", "ipywidgets")  # fmt: skip
 # What a lesson rightly shows otherwise on Colab, here and there; the lesson says so in its prose.
@@ -201,7 +204,7 @@ def run_lesson(notebook: Path, environment: dict[str, str]) -> int:
 
 
 def run_tests(folder: Path, environment: dict[str, str]) -> int:
-    """Number of tests of the clone that passed on Colab's packages: controls under ipywidgets 7.
+    """Number of `TESTS` of the clone that passed on Colab's packages: controls, forecasts.
 
     Raises:
         LegError: One of them failed.
