@@ -133,4 +133,4 @@ def _verdict(low: float | None, high: float | None, real: int) -> str:
         return f"   {real / (high * GB):.1f} times the claim"
     if real < 0.75 * low * GB:
         return f"   claim {low * GB / real:,.0f} times too high"
-    return "   holds"
+    return "   holds, give or take a quarter"

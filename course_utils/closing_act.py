@@ -84,9 +84,11 @@ def usual(model: str) -> Rung:
 
 
 def held_to_a_t4() -> str:
-    """How the usual recipe ended when it had a T4's memory and no more."""
-    rows = recorded.rows("ladder")
-    return next(row["outcome"] for row in rows if row["limited"] and not row["tokens_per_second"])
+    """How the ladder's two ends did when they had a T4's memory and no more, a line each."""
+    ends = [row for row in recorded.rows("ladder") if row["limited"]]
+    return "\n".join(f"{row['name']}: {row['outcome']}" + (
+        f", {show_bytes(row['peak_allocated_bytes'])}, {row['tokens_per_second']:,.0f} tokens a "
+        "second" if row["outcome"] == TRAINED else "") for row in ends)
 
 
 def fastest(group: str, count: int) -> list[Rung]:
@@ -109,22 +111,24 @@ def table(rows: Sequence[Rung]) -> str:
         lines.append(f"{row.name:{width}}  {show_bytes(row.forecast.peak_allocated_bytes):>9}"
                      f" {show_bytes(row.measured['peak_allocated_bytes']):>10}  {verdict:7}"
                      f"{speed:>9,.0f}  {speed / first:.2f}x")
-    return "\n".join((*lines, f"[measured: {recorded.stamp()}]"))
+    return "\n".join((*lines, f"[measured: {recorded.stamp(row.measured for row in rows)}]"))
 
 
 def largest_micro_batches() -> str:
     """The menu: for each model the usual recipe's peak, and the largest recorded micro batch."""
     rows = [row for row in recorded.rows("menu") if row["outcome"] == TRAINED]
-    lines = [f"{'':14}{'usual, micro batch 4':>22}{'largest, with the levers':>31}{'tokens/s':>12}"]
+    lines = [f"{'':14}{'usual, micro batch 4':>20}  a T4?{'largest, with the levers':>27}"
+             f"{'tokens/s':>12}"]
     for model in dict.fromkeys(row["recipe"]["model"] for row in rows):
         base, *ours = [r for r in rows if r["recipe"]["model"] == model]
         best = max(ours, key=lambda row: row["recipe"]["micro_batch_size"])
         lines.append(
-            f"{model:14}{show_bytes(base['peak_allocated_bytes']):>22}"
-            f"{best['recipe']['micro_batch_size']:>16} in "
+            f"{model:14}{show_bytes(base['peak_allocated_bytes']):>20}  "
+            f"{'fits' if base['forecast']['fits'] else 'no':5}"
+            f"{best['recipe']['micro_batch_size']:>12} in "
             f"{show_bytes(best['peak_allocated_bytes']):>11}{best['tokens_per_second']:>10,.0f}"
             f"  {best['tokens_per_second'] / base['tokens_per_second']:.1f}x")
-    return "\n".join((*lines, f"[measured: {recorded.stamp()}]"))
+    return "\n".join((*lines, f"[measured: {recorded.stamp(rows)}]"))
 
 
 def _sequences(recipe: TrainRecipe) -> list[dict[str, list[int]]]:

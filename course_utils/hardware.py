@@ -167,8 +167,8 @@ def detect() -> Gpu | None:
 def describe(gpu: Gpu | None) -> str:
     """One line for a set-up cell."""
     if gpu is None:
-        return (f"No GPU here: bytes are counted on the CPU and forecast for a T4 "
-                f"({show_bytes(T4.total_bytes)}). Every number of the lesson still holds.")
+        return (f"No GPU here: bytes are counted for the CPU's own kernels, and forecast for a T4 "
+                f"({show_bytes(T4.total_bytes)}).")
     return f"{gpu.name}, {show_bytes(gpu.total_bytes)}. {mixed_precision(gpu).reason}."
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ PATH = Path(__file__).parents[1] / "lessons" / "recorded_runs.json"
 
 
 def recording() -> dict[str, Any]:
-    """The whole recording: gpu, emulated, versions, date, protocol, rows.
+    """The whole recording: its protocol, and rows that name their gpu, versions and date.
 
     Raises:
         FileNotFoundError: Nothing is recorded (the file comes with a clone, not with pip).
@@ -44,11 +44,15 @@ def rows(group: str) -> list[dict[str, Any]]:
     return found
 
 
-def stamp() -> str:
-    """Where and when the numbers come from, in one line."""
-    head = recording()
-    card = f"{head['gpu']} as a {head['emulated']}" if head["emulated"] else head["gpu"]
-    return f"{card}, torch {head['versions']['torch']}, {head['date']}"
+def stamp(measured: Iterable[dict[str, Any]] = ()) -> str:
+    """Where and when rows (by default all) were measured, in one line."""
+    found = list(measured) or recording()["rows"]
+    cards = {f"{row['gpu']} as a {row['emulated']}" if row["emulated"] else row["gpu"]
+             for row in found}
+    versions = {row["versions"]["torch"] for row in found}
+    dates = {choose(row["date"] for row in found) for choose in (min, max)}
+    return (f"{' and '.join(sorted(cards))}, torch {' and '.join(sorted(versions))}, "
+            f"{' to '.join(sorted(dates))}")
 
 
 def show(group: str, line: Callable[[dict[str, Any]], str]) -> None:
@@ -58,4 +62,4 @@ def show(group: str, line: Callable[[dict[str, Any]], str]) -> None:
         found = [row for row in recording()["rows"] if row["group"] == group]
     for row in found:
         print(line(row))
-    print(f"[recorded: {stamp()}]" if found else f"{group}: not recorded yet")
+    print(f"[recorded: {stamp(found)}]" if found else f"{group}: not recorded yet")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from . import checkpoints, corpus, hardware, qlora
 from .preflight import refuse_silent_failures
 from .recipe import TrainRecipe
+from .resume import checkpoint_to_resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any
     output_dir, drive = Path(output_dir), Path(drive) if drive else None
     trainer = QLoRATrainer(recipe, model, rows, tokenizer, output_dir, drive=drive,
                            stop_at=stop_at, on_step=on_step, **overrides)
-    checkpoint = _checkpoint_to_resume(recipe, output_dir, drive, resume)
+    checkpoint = checkpoint_to_resume(recipe, output_dir, drive, resume)
     if checkpoint and checkpoints.step_of(checkpoint) >= (stop_at or recipe.max_steps):
         trainer._load_from_checkpoint(str(checkpoint))  # done already
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -98,32 +98,6 @@ def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     steps = [row for row in trainer.state.log_history if "loss" in row]
     return TrainingRun(steps=steps, resumed_from=checkpoint)
-
-
-def _checkpoint_to_resume(recipe: TrainRecipe, output_dir: Path, drive: Path | None,
-                          resume: bool | str | Path) -> Path | None:
-    checkpoint = checkpoints.find_last(output_dir, drive) if isinstance(resume, bool) \
-        else Path(resume)
-    if checkpoint is None:
-        return None
-    if resume is False:
-        raise ValueError(f"output_dir must hold no checkpoint when resume is False, got "
-                         f"{checkpoint}; choose another folder or delete that one")
-    saved = checkpoints.verify(checkpoint).get("recipe")
-    last = checkpoints.find_last(output_dir, drive, say=lambda _: None)
-    if last and checkpoints.step_of(last) > checkpoints.step_of(checkpoint):
-        raise ValueError(f"resume must not go back behind {last}, got {checkpoint}; move the later "
-                         "ones away, or train in another output_dir")
-    if saved is None:
-        raise ValueError(f"resume must be a checkpoint that train wrote, got {checkpoint} without "
-                         "a recipe; name another one")
-    wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    for field, value in wanted.items():
-        if saved.get(field) != value:
-            raise ValueError(f"{field} must be {saved.get(field)!r} to resume {checkpoint}, got "
-                             f"{value!r}; use that recipe, or another output_dir")
-    print(f"Resuming from {checkpoint.name}.")
-    return checkpoint
 
 
 class QLoRATrainer(Trainer):

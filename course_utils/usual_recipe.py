@@ -1,7 +1,8 @@
 """The QLoRA recipe that most pages print for a T4, line by line: what breaks, wastes, is refused.
 
-Each verdict is found by doing what the line says, with the versions installed here. Not judged:
-taste (learning rate, epochs), which no T4 decides.
+Each argument is given to the `TrainingArguments` installed here, each habit to the forecast; what
+is accepted and breaks later is written down (`BREAKS_LATER`). Not judged: taste (learning rate,
+epochs), which no T4 decides.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .forecast import forecast
+from .forecast import Forecast, forecast
 from .hardware import T4, Gpu
 from .recipe import TrainRecipe
 from .units import show_bytes
@@ -27,7 +28,7 @@ REMEDIES = {  # for what today's versions refuse or rename
     "gradient_checkpointing": "activation_checkpointing=True",
 }
 BREAKS_LATER = {  # accepted here; `preflight.refuse_silent_failures` is what stops it
-    "fp16_full_eval": "an evaluation makes the adapters 16 bits, in place: the next step raises",
+    "fp16_full_eval": "an evaluation makes adapters 16 bits, in place (lesson 04)",
 }
 
 
@@ -65,13 +66,19 @@ def _compute_dtype(usual: TrainRecipe, gpu: Gpu) -> Line:
 
 def _waste(usual: TrainRecipe, gpu: Gpu) -> list[Line]:
     """What two habits add to the peak, by forecast."""
-    plain = forecast(usual, gpu).peak_allocated_bytes
-    upcast = forecast(replace(usual, kbit_upcast=True), gpu).peak_allocated_bytes - plain
-    whole = plain - forecast(replace(usual, loss="chunked"), gpu).peak_allocated_bytes
-    return [Line("prepare_model_for_kbit_training(model)", "wastes", f"{show_bytes(upcast)}: it "
-                 "makes every weight that is not 4-bit float32"),
-            Line("the loss that the model returns", "wastes", f"{show_bytes(whole)} of logits that "
-                 "need not exist at once")]
+    def step(**changes: Any) -> Forecast:
+        return forecast(replace(usual, **changes), gpu)
+
+    def less(before: Forecast, after: Forecast) -> str:
+        return show_bytes(before.peak_allocated_bytes - after.peak_allocated_bytes)
+
+    plain, upcast, other = step(), step(kbit_upcast=True), {"attention": "explicit_kv"}
+    weights = upcast.composition["weights"] - plain.composition["weights"]
+    return [Line("prepare_model_for_kbit_training(model)", "wastes", f"{less(upcast, plain)}: "
+                 f"{show_bytes(weights)} of weights made float32, then what is computed from them"),
+            Line("the loss that the model returns", "wastes", f"{less(plain, step(loss='chunked'))}"
+                 f", {less(step(**other), step(**other, loss='chunked'))} once attention is mended:"
+                 " all logits at once")]
 
 
 def _argument(name: str, value: Any) -> Line:

@@ -105,7 +105,7 @@ def remarks() -> list[str]:
         said.append(NO_GPU)
     elif gpu is not None and gpu.total_bytes > hardware.T4.total_bytes:
         said.append(f"{gpu.name} holds more than a T4: what fits here may not fit there; "
-                    f"forecasts for a T4 are the same on every machine, and "
+                    f"forecasts for a T4 still hold, and "
                     f"{hardware.EMULATE_VARIABLE}=T4 in the environment turns this card into one.")
     return said
 

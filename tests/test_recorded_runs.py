@@ -71,6 +71,9 @@ def test_the_run_that_does_not_fit_fits_and_is_more_than_twice_as_fast():
     assert full["peak_allocated_bytes"] <= 9.3 * GIB and full["tokens_per_second"] >= 2.3 * usual
     lean = named("ladder", "checkpoints on the host")
     assert lean["peak_allocated_bytes"] <= 7.3 * GIB and lean["tokens_per_second"] >= 2.15 * usual
+    held = named("ladder", "the last rung on a T4")
+    assert held["limited"] and held["recipe"] == lean["recipe"]
+    assert held["peak_allocated_bytes"] == pytest.approx(lean["peak_allocated_bytes"], rel=1e-3)
     best = named("fit", "what fit picks")
     assert best["limited"] and best["outcome"] == "trained" and best["steps"] == 50
     assert best["tokens_per_second"] >= max(2.5 * usual, 10_060)  # Unsloth's, facts.md section 3
@@ -130,6 +133,20 @@ def test_what_needs_cuda_has_passed_on_a_gpu(module, request):
         "record the tests again: tools/record_gpu_run.py --groups tests, on a GPU"
 
 
+@pytest.mark.parametrize("row", ROWS, ids=ids)
+def test_each_row_says_where_and_when_it_was_measured(row):
+    assert row["gpu"] and re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"])
+    assert {"torch", "transformers", "peft", "bitsandbytes"} <= set(row["versions"])
+
+
+def test_a_stamp_is_that_of_its_rows():
+    row = {"gpu": "NVIDIA L4", "emulated": "T4", "date": "2026-01-02", "versions": {"torch": "3"}}
+    assert recorded.stamp([row]) == "NVIDIA L4 as a T4, torch 3, 2026-01-02"
+    later = row | {"date": "2026-02-01", "versions": {"torch": "4"}, "emulated": None}
+    assert recorded.stamp([row, later]) == \
+        "NVIDIA L4 and NVIDIA L4 as a T4, torch 3 and 4, 2026-01-02 to 2026-02-01"
+
+
 def test_every_group_is_recorded_and_every_rung():
     assert {row["group"] for row in ROWS} == set(GROUPS)
     assert {name for name, _ in LADDER} <= {row["name"] for row in ROWS}
@@ -141,6 +158,14 @@ def test_what_a_lesson_measured_was_printed_by_todays_cells(row):
     _, *cells = [sha(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
     assert row["measured"] and {one["cell"] for one in row["measured"]} <= set(cells), \
         "record the lesson again on a GPU: tools/record_gpu_run.py --groups lessons"
+
+
+def test_what_lesson_06_promises_of_every_model_held_on_a_gpu():
+    printed = " ".join(one["printed"] for one in LESSONS[-1]["measured"])
+    for promise in ("below the baseline beyond chance", "below the control beyond chance",
+                    "adapters off is the baseline", "adapter exact",
+                    "dequantized closer than original", "the file answers as the model did"):
+        assert re.search(rf"{promise}: +True", printed), promise
 
 
 def test_lesson_06_is_short_and_its_closing_act_as_forecast():

@@ -10,12 +10,14 @@ from tiny import ROWS, TOKENIZER, tiny_recipe
 
 from course_utils import checkpoints, survival
 
+NO_MEMORY, NO_DISK = survival.ACCIDENTS
+
 
 def test_memory_ends_in_the_middle_of_a_save(tmp_path):
     path, state = tmp_path / "state.pt", {"weights": torch.ones(1000)}
     torch.save(state, path)
     size = path.stat().st_size
-    with survival.memory_ends_in_a_save(), pytest.raises(torch.OutOfMemoryError):
+    with survival.dies_in_a_save(NO_MEMORY), pytest.raises(torch.OutOfMemoryError):
         torch.save(state, path)
     assert path.stat().st_size == size // 2, "the good file is gone"
     with pytest.raises(RuntimeError, match="zip archive"):
@@ -26,13 +28,24 @@ def test_memory_ends_in_the_middle_of_a_save(tmp_path):
 
 def test_a_save_of_the_course_leaves_the_last_one_whole(tmp_path, capsys):
     survival.save_whole(tmp_path / "checkpoint-1", {"step": 1})
-    with survival.memory_ends_in_a_save():
+    with survival.dies_in_a_save(NO_MEMORY):
         survival.attempt(survival.save_whole, tmp_path / "checkpoint-2", {"step": 2})
     said = capsys.readouterr().out
     assert said.startswith("SaveError: checkpoint-2 was not written: CUDA out of memory")
     assert "last whole checkpoint is checkpoint-1" in said and "free on that disk" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert checkpoints.verify(checkpoints.find_last(tmp_path))["files"]
+
+
+def test_a_full_disk_and_a_kill_leave_the_last_one_whole_too(tmp_path, capsys):
+    survival.save_whole(tmp_path / "checkpoint-1", {"step": 1})
+    with survival.dies_in_a_save(NO_DISK):
+        survival.attempt(survival.save_whole, tmp_path / "checkpoint-2", {"step": 2})
+    assert "[Errno 28] No space left on device" in capsys.readouterr().out
+    assert survival.kill_in_a_save(tmp_path / "checkpoint-2") == -signal.SIGKILL
+    assert (tmp_path / checkpoints.STAGING / "checkpoint-2" / "state.pt").read_bytes() == b"half"
+    assert checkpoints.find_last(tmp_path).name == "checkpoint-1"
+    assert "checkpoint-2 was being written when the last run ended" in capsys.readouterr().out
 
 
 def test_an_attempt_swallows_nothing_else(capsys):

@@ -50,7 +50,7 @@ def test_two_processes_train_the_adapters_of_one(tmp_path):
     two = run(tmp_path / "two", "-m", "torch.distributed.run", "--nproc-per-node", "2",
               "--local-addr", LOOPBACK, "--rdzv-backend", "c10d", "--rdzv-endpoint",
               f"{LOOPBACK}:0")
-    assert "2 x 8 x 2 = 32 sequences a step" in two["said"]
+    assert "2 x 8 x 2 = 32 sequences of 104 tokens a step" in two["said"]
     assert two["said"].count("step 1:") == 1, "one process speaks"
     moved = max(t.abs().max() for name, t in one["adapter"].items() if "lora_B" in name)
     apart = max((t - two["adapter"][name]).abs().max() for name, t in one["adapter"].items())

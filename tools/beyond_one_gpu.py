@@ -1,24 +1,27 @@
-"""Author's tool: the numbers of lessons/beyond_one_gpu.md, from today's forecast.
+"""Author's tool: the numbers of lessons/beyond_one_gpu.md, as recorded and from today's forecast.
 
     python -m tools.beyond_one_gpu          # writes them into the page, between its markers
 
-What each GPU holds when a QLoRA run is replicated (DDP) and when it is sharded (FSDP). The one-GPU
-column is the forecast; the others are arithmetic on it, which the page explains. Not modelled:
-FSDP's own bookkeeping, fragmentation of gathered layers.
+How the script ran on one GPU and on two; then what each GPU holds when a QLoRA run is replicated
+(DDP) and when it is sharded (FSDP). The one-GPU column is the forecast; the others are arithmetic
+on it, which the page explains. Not modelled: FSDP's own bookkeeping, fragmentation of gathered
+layers.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from course_utils import closing_act, shapes  # noqa: E402
+from course_utils import closing_act, recorded, shapes  # noqa: E402
 from course_utils.fake_load import blueprint  # noqa: E402
 from course_utils.hardware import T4  # noqa: E402
 from course_utils.units import show_bytes  # noqa: E402
+from tools import stamp  # noqa: E402
 
 PAGE = ROOT / "lessons" / "beyond_one_gpu.md"
 START, END = "<!-- numbers: python -m tools.beyond_one_gpu -->", "<!-- end of numbers -->"
@@ -76,10 +79,29 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def several_gpus() -> str:
+    """The commands, and how they ran on one GPU and on more."""
+    rows, now = recorded.rows("gpus"), stamp.facts()
+    lines = ["```", f"git clone -qb {now.tag} {now.repository} course && cd course",
+             "python -m pip install -q .                     # what is missing, nothing else",
+             "torchrun --nproc-per-node 2 tools/train_many_gpus.py --out run",
+             "accelerate launch --num_processes 2 tools/train_many_gpus.py --out run   # the same",
+             "```", "", "| GPUs | micro batch x accumulation x GPUs | tokens a second | loss after "
+             f"{rows[0]['steps']} steps |", "|---:|---|---:|---:|"]
+    for row in rows:
+        ranks, micro, steps, rest = re.search(r"(\d+) x (\d+) x (\d+) = (.*) a step",
+                                              row["shared"]).groups()
+        lines.append(f"| {ranks} | {micro} x {steps} x {ranks} = {rest} | "
+                     f"{row['tokens_per_second']:,.0f} | {row['losses'][-1]:.4f} |")
+    model = re.search(r"shape of ([\w.-]+),", rows[0]["shared"])[1]
+    return "\n".join((*lines, "", f"{model}, random weights. Measured: {recorded.stamp(rows)}."))
+
+
 def with_numbers(page: str) -> str:
-    """The page with today's table between its markers."""
-    head, rest = page.split(START)
-    return f"{head}{START}\n{table()}\n{END}{rest.split(END)[1]}"
+    """The page with today's numbers between its markers."""
+    head, *parts = page.split(START)
+    return head + "".join(f"{START}\n{block()}\n{END}{part.split(END)[1]}" for block, part in
+                          zip((several_gpus, table), parts, strict=True))
 
 
 if __name__ == "__main__":

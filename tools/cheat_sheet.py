@@ -137,7 +137,7 @@ def bought() -> str:
         speed = row["tokens_per_second"]
         lines.append((words, show_bytes(row["peak_allocated_bytes"]), f"{speed:,.0f}",
                       f"{speed / first:.2f}x"))
-    return f"{table(lines)}\n\nMeasured: {recorded.stamp()}."
+    return f"{table(lines)}\n\nMeasured: {recorded.stamp(rows[n[:2]] for n in names)}."
 
 
 def main() -> None:

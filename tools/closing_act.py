@@ -18,7 +18,7 @@ AXIS_GIB = 26
 
 def rungs() -> list[dict[str, Any]]:
     """The recorded steps that show a peak: each adds one change to the one before."""
-    return [row for row in recorded.rows("ladder") if row["peak_allocated_bytes"]]
+    return [row for row in recorded.rows("ladder") if not row["limited"]]
 
 
 def refused() -> dict[str, Any]:
@@ -93,7 +93,7 @@ def svg() -> str:
         _text(16, bottom + 44, "Held to a T4's memory, the usual recipe stopped: "
               f"{refused()['outcome'].removeprefix('out of memory: ').rstrip('.')}.",
               font_size="13"),
-        _text(16, bottom + 64, f"Measured: {recorded.stamp()}. Speeds are that card's.",
+        _text(16, bottom + 64, f"Measured: {recorded.stamp(rows)}. Speeds are that card's.",
               font_size="13"),
         "</svg>",
     ]  # fmt: skip

@@ -11,7 +11,7 @@ peak stands its forecast, made at the end without the GPU. The group "budgets" g
 which says who holds what. The group "lessons" executes every lesson headlessly on the emulated T4,
 "tests" runs the tests that need CUDA, "ranks" lesson 03's update by two processes with a GPU each.
 The file is written again after every row, and rows of groups that were not asked for stay as they
-were.
+were: each names its GPU, versions and date.
 """
 
 from __future__ import annotations
@@ -38,16 +38,13 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from course_utils.hardware import EMULATE_VARIABLE, H200, T4  # noqa: E402
+from course_utils.hardware import EMULATE_VARIABLE, T4  # noqa: E402
 from course_utils.recipe import TrainRecipe  # noqa: E402
 from course_utils.units import GIB  # noqa: E402
 from tools.measure_steps import answer, in_child, storage, versions, write_checkpoint  # noqa: E402
 
 LLAMA8, LLAMA1, PHI, QWEN = "llama-3.1-8b", "llama-3.2-1b", "phi-4-mini", "qwen3-1.7b"
 FUSED = ("qkv_proj", "o_proj")
-# This card's speed, a T4's memory and kernels: what `fit` is asked about.
-CARD = dataclasses.replace(H200, name="H200 as a T4", total_bytes=T4.total_bytes,
-                           context_bytes=T4.context_bytes, flash_attention=False)
 USUAL = TrainRecipe(model=LLAMA8, amp_dtype="float16", sequence_length=2048, micro_batch_size=4,
                     max_steps=6, warmup_fraction=0.0, seed=0)
 LADDER = (  # each rung keeps the ones before it
@@ -65,6 +62,7 @@ LADDER = (  # each rung keeps the ones before it
 )
 OURS = {key: value for _, change in LADDER[:-2] for key, value in change.items()}
 LEAN = OURS | LADDER[-2][1]
+MEASURED = r"measured|: (True|False)$"  # in what a lesson's cell prints
 NEEDS_CUDA = "skipif(not torch.cuda.is_available()"
 
 
@@ -74,12 +72,20 @@ def row(group: str, name: str, limited: bool = True, **changes) -> dict:
 
 
 def ladder() -> list[dict]:
-    rows, changes = [row("ladder", "the usual recipe on a T4")], {}
-    rows.append(row("ladder", "with k-bit upcast", limited=False, kbit_upcast=True))
+    rows, changes = [row("ladder", "with k-bit upcast", limited=False, kbit_upcast=True)], {}
     for name, change in LADDER:
         changes |= change
         rows.append(row("ladder", name, limited=False, **changes))
-    return rows
+    return [row("ladder", "the usual recipe on a T4"), row("ladder", "the last rung on a T4",
+                                                           **changes), *rows]
+
+
+def card():
+    """This card's speed, a T4's memory and kernels: what `fit` is asked about."""
+    from course_utils import hardware
+
+    return dataclasses.replace(hardware.detect(), total_bytes=T4.total_bytes,
+                               context_bytes=T4.context_bytes, flash_attention=False)
 
 
 def picked(group: str, name: str, max_steps: int = USUAL.max_steps, **changes) -> dict:
@@ -87,7 +93,7 @@ def picked(group: str, name: str, max_steps: int = USUAL.max_steps, **changes) -
     from course_utils.fit import fit
 
     start = dataclasses.replace(USUAL, gradient_accumulation_steps=2, **LEAN | changes)
-    return row(group, name, **dataclasses.asdict(fit(start, CARD).recipe)
+    return row(group, name, **dataclasses.asdict(fit(start, card()).recipe)
                | {"max_steps": max_steps})
 
 
@@ -278,11 +284,12 @@ def run_on_gpus(spec: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*command, "--out", folder, "--steps", str(spec["steps"])], text=True,
                               capture_output=True, env=os.environ | {EMULATE_VARIABLE: "T4"})
+    shared = re.search(r"^.* sequences of .*$", done.stdout, re.M)
     steps = re.findall(r"^step \d+: loss ([\d.]+), ([\d,]+) tokens/s", done.stdout, re.M)
     if done.returncode or len(steps) != spec["steps"]:
         return {"error": done.stderr[-1000:]}
     speeds = [int(speed.replace(",", "")) for _, speed in steps[2:]]
-    return {"outcome": "trained", "losses": [float(loss) for loss, _ in steps],
+    return {"outcome": "trained", "shared": shared[0], "losses": [float(loss) for loss, _ in steps],
             "tokens_per_second": statistics.median(speeds)}
 
 
@@ -300,10 +307,9 @@ def run_tests(spec: dict) -> dict:
         if not report.exists():
             return {"error": (done.stdout + done.stderr)[-1000:]}
         cases = list(ElementTree.parse(report).iter("testcase"))
-    return {"outcome": "ran", "versions": versions(), "date": datetime.date.today().isoformat(),
-            "tests": {case.get("name"): next((
-                part.tag for part in case if part.tag in ("failure", "error", "skipped")), "passed")
-                for case in cases}}
+    return {"outcome": "ran", "tests": {
+        case.get("name"): next((part.tag for part in case if part.tag in
+                                ("failure", "error", "skipped")), "passed") for case in cases}}
 
 
 def share_update(spec: dict, pipe) -> None:
@@ -330,12 +336,12 @@ def share_update(spec: dict, pipe) -> None:
     shared = dataclasses.replace(recipe, world_size=spec["ranks"],
                                  gradient_accumulation_steps=16 // spec["ranks"])
     found = processes.launch(shared, batch)
-    pipe.send({"outcome": "trained", "versions": versions(), "relative_errors": {
+    pipe.send({"outcome": "trained", "relative_errors": {
         weigh: gradients.relative_error(update, alone) for weigh, update in found.items()}})
 
 
 def run_lesson(spec: dict) -> dict:
-    """Execute a lesson as on a T4; each cell that printed "measured" goes into the row."""
+    """Execute a lesson as on a T4; what a cell measured or found true goes into the row."""
     from tools.notebooks import LESSONS, LessonError, execute, from_script, lesson_scripts
 
     notebook = from_script(lesson_scripts([spec["name"][:2]])[0])
@@ -348,7 +354,7 @@ def run_lesson(spec: dict) -> dict:
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     printed = [{"cell": sha(cell.source), "printed": output.text.strip()}
                for cell in cells for output in cell.outputs
-               if output.get("text") and "measured" in output.text]
+               if re.search(MEASURED, output.get("text", ""), re.M)]
     return {"outcome": "executed", "seconds": round(time.monotonic() - start, 1),
             "cells": len(cells), "measured": printed}
 
@@ -399,9 +405,10 @@ def main() -> None:
     torch.set_num_threads(1)  # a forked child of a parent with OpenMP threads would hang
     context = multiprocessing.get_context("fork")
     old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    gpu = answer(*in_child(context, describe_gpu))["name"]
+    stamp = {"gpu": gpu, "emulated": None if "T4" in gpu.split() else "T4",
+             "versions": versions(), "date": datetime.date.today().isoformat()}
     record = {
-        "gpu": answer(*in_child(context, describe_gpu))["name"], "emulated": "T4",
-        "versions": versions(), "date": datetime.date.today().isoformat(),
         "protocol": " ".join(__doc__.split("\n\n", 2)[2].split()),
         "rows": [r for r in old if r["group"] not in options.groups]}
     specs = [spec for group in options.groups
@@ -429,7 +436,7 @@ def main() -> None:
             peak = found.get("peak_allocated_bytes")
             print(title, f"{peak / GIB:.2f} GiB, {found['tokens_per_second']:.0f} tok/s"
                   if peak else {k: v for k, v in found.items() if k != "losses"}, flush=True)
-            record["rows"].append(spec | found)
+            record["rows"].append(spec | found | stamp)
             save(record, options.out)
     add_forecasts(record["rows"])
     save(record, options.out)

@@ -76,8 +76,8 @@ def main() -> None:
 
     if rank == 0:
         print(source, f"{world_size} x {recipe.micro_batch_size} x "
-              f"{recipe.gradient_accumulation_steps} = {recipe.effective_batch_size} sequences "
-              "a step", flush=True)
+              f"{recipe.gradient_accumulation_steps} = {recipe.effective_batch_size} sequences of "
+              f"{recipe.sequence_length} tokens a step", flush=True)
     extra = {"ddp_find_unused_parameters": False} if world_size > 1 else {}
     if world_size > 1 and not on_gpus:
         extra |= {"use_cpu": True, "ddp_backend": "gloo"}
