@@ -89,7 +89,7 @@ def check_copies(answer: Callable) -> Verdict:
         if result != wanted:
             said = f"for {name} it should be {show_bytes(wanted)}, got "
             said += f"{show_bytes(int(result))}." if is_number(result) else f"{describe(result)}."
-            return not_yet(mistakes.get(result, said))
+            return not_yet(mistakes.get(result, said) if is_number(result) else said)
     return right(f"to the byte, for {', '.join(COPIED)}.")
 
 

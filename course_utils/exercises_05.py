@@ -17,7 +17,8 @@ OVERFLOWS = frozenset({3, 40, 41, 61, 100, 120, 140, 141, 142, 199})
 FLAWS = {  # of a training step with a scaled loss: what is wrong, in a sentence
     "clip first": "the gradients are clipped before they are unscaled: their norm is the scale "
                   "times too large then, and what is left of them far too small.",
-    "step anyway": "the optimizer steps although a gradient is infinite: weights become NaN.",
+    "step anyway": "the optimizer steps although a gradient is infinite (a finite loss does not "
+                   "rule that out): weights become NaN.",
     "schedule anyway": "the learning rate's schedule moves on in a step that was skipped.",
     "never unscale": "the gradients are never divided by the scale.",
     "never scale": "the loss is not multiplied by the scale: float16 would lose the small "
@@ -26,7 +27,14 @@ FLAWS = {  # of a training step with a scaled loss: what is wrong, in a sentence
     "keep gradients": "the gradients are not cleared after the step: the next one adds to them.",
     "keep infinity": "the gradients are cleared in good steps only: after an overflow the infinity "
                      "stays, and no later step is good.",
+    "first only": "an overflow can be in any weight: look at every gradient, not at the first.",
+    "last only": "an overflow can be in any weight: look at every gradient, not at the last.",
+    "NaN only": "an infinite gradient is no NaN, and as bad: isfinite() knows both.",
+    "infinity only": "NaN is not infinite, and as bad: isfinite() knows both.",
 }
+# Steps of `train_scaled` that overflow: in which weights' gradient one number becomes what.
+OVERFLOWING = {2: ((0, 1), math.nan), 3: ((0, 1), math.inf), 6: ((0,), math.inf),
+               8: ((1,), math.nan)}
 
 
 @check
@@ -117,7 +125,7 @@ def _name_mistake(ours: list[tuple], wanted: list[tuple], interval: int) -> Verd
 
 
 def train_scaled(step: Callable | None) -> list[tuple]:
-    """Twelve steps of a small regression, three of them overflowing, with a step of one's own.
+    """Twelve steps of a small regression, four of them overflowing, with a step of one's own.
 
     Args:
         step: Takes (loss, weights, optimizer, scheduler, scale, max_norm), says whether it
@@ -135,9 +143,11 @@ def train_scaled(step: Callable | None) -> list[tuple]:
     scaler, scale, rows = torch.amp.GradScaler("cpu", init_scale=1024.0), 1024.0, []
     for number in range(12):
         loss = (x @ weights[0] + weights[1] - y).square().mean()
-        loss = loss * (math.inf if number in (2, 3, 8) else 1.0)
         before, came_back = weights[0].detach().clone(), []
         loss.register_hook(lambda grad, came_back=came_back: came_back.append(grad.item()))
+        which, value = OVERFLOWING.get(number, ((), 0.0))
+        hooks = [weights[i].register_hook(lambda grad, value=value: torch.cat(
+            [torch.full_like(grad[:1], value), grad[1:]])) for i in which]
         if step is None:
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -150,7 +160,9 @@ def train_scaled(step: Callable | None) -> list[tuple]:
             optimizer.zero_grad()
         else:
             stepped = bool(call(step, loss, weights, optimizer, scheduler, scale, 1.0))
-        scale /= 2 if number in (2, 3, 8) else 1
+        for hook in hooks:
+            hook.remove()
+        scale /= 2 if number in OVERFLOWING else 1
         rows.append((stepped, optimizer.param_groups[0]["lr"],
                      torch.cat([w.detach().flatten() for w in weights]).tolist(), came_back))
     return rows
@@ -164,7 +176,11 @@ def flawed_step(flaw: str) -> Callable:
             torch.nn.utils.clip_grad_norm_(weights, max_norm)
         for weight in weights:
             weight.grad /= 1.0 if flaw.startswith("never") else scale
-        finite = all(bool(weight.grad.isfinite().all()) for weight in weights)
+        grads = [weight.grad for weight in weights]
+        seen = {"first only": grads[:1], "last only": grads[-1:]}
+        bad = {"NaN only": torch.isnan, "infinity only": torch.isinf}.get(
+            flaw, lambda grad: ~torch.isfinite(grad))
+        finite = not any(bad(tensor).any() for tensor in seen.get(flaw, grads))
         if flaw not in ("clip first", "no clip"):
             torch.nn.utils.clip_grad_norm_(weights, max_norm)
         if finite or flaw == "step anyway":
@@ -182,7 +198,7 @@ def check_step(answer: Callable) -> Verdict:
     """Exercise 05.3: a step with a scaled loss, its parts in the order that PyTorch's needs."""
     ours, wanted = train_scaled(answer), train_scaled(None)
     if _same(ours, wanted):
-        return right("twelve steps, three of them skipped: weights and learning rate are those "
+        return right("twelve steps, four of them skipped: weights and learning rate are those "
                      "of PyTorch's scaler.")
     for flaw, sentence in FLAWS.items():
         if _same(ours, train_scaled(flawed_step(flaw))):

@@ -383,7 +383,7 @@ print("PyTorch warned:", str(caught[0].message).split(". ")[0])
 #
 # ## Exercise 05.3 · The right order
 # *Hard, 10 minutes, at home.* Complete the step. Return whether it stepped. The check compares
-# weights and learning rate with PyTorch's scaler over twelve steps, three of which overflow. (The
+# weights and learning rate with PyTorch's scaler over twelve steps, four of which overflow. (The
 # scale itself is exercise 05.2's business: it comes in.)
 #
 # <details><summary>Hint 1</summary>After backward: unscale, look, clip, step, schedule, clear.
