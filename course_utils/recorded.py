@@ -44,9 +44,9 @@ def rows(group: str) -> list[dict[str, Any]]:
     return found
 
 
-def stamp(measured: Iterable[dict[str, Any]] = ()) -> str:
-    """Where and when rows (by default all) were measured, in one line."""
-    found = list(measured) or recording()["rows"]
+def stamp(measured: Iterable[dict[str, Any]]) -> str:
+    """Where and when these rows were measured, in one line."""
+    found = list(measured)
     cards = {f"{row['gpu']} as a {row['emulated']}" if row["emulated"] else row["gpu"]
              for row in found}
     versions = {row["versions"]["torch"] for row in found}

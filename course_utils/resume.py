@@ -34,7 +34,7 @@ def checkpoint_to_resume(recipe: TrainRecipe, output_dir: Path, drive: Path | No
         raise ValueError(f"output_dir must hold no checkpoint when resume is False, got "
                          f"{checkpoint}; choose another folder or delete that one")
     saved = checkpoints.verify(checkpoint).get("recipe")
-    last = checkpoints.find_last(output_dir, drive, say=lambda _: None)
+    last = None if resume is True else checkpoints.find_last(output_dir, drive, say=lambda _: None)
     if last and checkpoints.step_of(last) > checkpoints.step_of(checkpoint):
         raise ValueError(f"resume must not go back behind {last}, got {checkpoint}; move the later "
                          "ones away, or train in another output_dir")

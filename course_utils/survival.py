@@ -92,18 +92,24 @@ def dies_in_a_save(accident: Exception) -> Iterator[None]:
     def half(thing: Any, path: str | Path, *_: Any, **__: Any) -> None:
         whole(thing, path)
         os.truncate(path, os.path.getsize(path) // 2)
-        raise accident
+        raise type(accident)(*accident.args)  # its own instance: a traceback keeps `thing` alive
 
     with mock.patch.object(torch, "save", half):
         yield
 
 
 def kill_in_a_save(target: Path) -> int:
-    """SIGKILL another process in the middle of a save to `target`; returns its exit status."""
+    """SIGKILL another process in the middle of a save to `target`; returns its exit status.
+
+    Raises:
+        RuntimeError: It ended before it was in the middle.
+    """
     with subprocess.Popen([sys.executable, "-c", HALF_A_SAVE, str(target)], text=True,
                           stdout=subprocess.PIPE, env=ranks.with_this_package()) as child:
-        child.stdout.readline()
+        halfway = child.stdout.readline()
         child.kill()
+    if not halfway:
+        raise RuntimeError(f"the save must get halfway, got exit status {child.returncode}")
     return child.returncode
 
 

@@ -81,7 +81,8 @@ def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any
         overrides: Further TrainingArguments.
 
     Raises:
-        ValueError: The recipe and the GPU or the checkpoint do not go together.
+        ValueError: The recipe and the GPU, the processes, the rows or the checkpoint do not go
+            together; or there are later checkpoints than `resume`.
         FileNotFoundError: `resume` names a checkpoint that is not whole.
         FloatingPointError: The loss is no longer a number.
     """
@@ -167,6 +168,7 @@ class QLoRATrainer(Trainer):
 
         Raises:
             FloatingPointError: The step's loss is NaN or infinite; no weight has changed yet.
+            ValueError: It is because no token of the step has a label.
         """
         if self._tokens == 0:
             hardware.reset_peak()
@@ -208,15 +210,18 @@ class QLoRATrainer(Trainer):
                 self._together(lambda: self.args.should_save and stack.enter_context(
                     checkpoints.written_whole(target, facts)))
                 self._together(lambda: save(model, trial))
-            if self.args.should_save:
-                checkpoints.prune(target)
         except Exception as error:  # a SaveError where the folder is, elsewhere whatever was raised
             print(f"Warning: {error}")
             return
         finally:
             self._staging = None
-        if self.args.should_save and self.drive:
-            checkpoints.mirror(target, self.drive)
+        if self.args.should_save:
+            try:
+                checkpoints.prune(target)
+            except OSError as error:
+                print(f"Warning: older checkpoints were not deleted: {error}")
+            if self.drive:
+                checkpoints.mirror(target, self.drive)
 
     def _together(self, work: Callable[[], object]) -> None:
         """Do `work` in every process; what fails in one fails in all, and none waits for ever."""

@@ -73,6 +73,7 @@ class Explorer:
             self._cells = asyncio.get_running_loop()
         except RuntimeError:  # a script: nobody moves anything but the script itself
             self._cells = None
+        self._ahead: asyncio.TimerHandle | None = None  # the next picture that nobody asked for
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -102,14 +103,19 @@ class Explorer:
 
     def _look_ahead(self, moved: ipywidgets.Widget) -> None:
         """Draw what the next move may show, one by one, until that move is made."""
-        here, ahead = self.settings, iter(self._next_settings(moved))
+        ahead = iter(self._next_settings(moved))
+
+        def wait() -> None:  # in the pauses the kernel runs cells and shows moves
+            self._ahead = self._cells.call_later(PAUSE, draw_one)
 
         def draw_one() -> None:
-            if self.settings == here and (settings := next(ahead, None)) is not None:
+            if settings := next(ahead, None):
                 self._look(**settings)
-                self._cells.call_later(PAUSE, draw_one)
+                wait()
 
-        self._cells.call_later(PAUSE, draw_one)  # in the pauses the kernel runs cells, shows moves
+        if self._ahead:
+            self._ahead.cancel()
+        wait()
 
     def _next_settings(self, moved: ipywidgets.Widget) -> list[dict[str, Any]]:
         """One move away: all that the moved control can say, the nearest first; then the others."""

@@ -651,7 +651,7 @@ for row in recorded.rows("menu"):
     if row["name"].startswith("llama-3.2-1b, ours"):
         size, speed = row["recipe"]["micro_batch_size"], row["tokens_per_second"]
         print(f"micro batch {size:2}: {speed:7,.0f} tokens/s")
-print(f"[recorded: {recorded.stamp()}]")
+print(f"[recorded: {recorded.stamp(recorded.rows('menu'))}]")
 
 # %% [markdown]
 # Larger pieces are faster, and less and less so: once a piece fills the GPU, doubling it buys

@@ -153,12 +153,14 @@ exercises.check_best_scale(best_scale, trained_gradients)
 widgets.scale_explorer(groups)
 
 # %% [markdown]
-# And your prediction, beside the power that a search over all of them finds:
+# And, once you have an answer, your prediction beside the power that a search over all of them
+# finds:
 
 # %% tags=["run"]
-best_power = max(power for power in range(40)
-                 if land(states["trained"], scale=2.0**power).infinite == 0)
-show_prediction(predicted_power, show="scale 2**{:.0f}".format, computed=best_power)
+if best_scale is not ...:
+    best_power = max(power for power in range(40)
+                     if land(states["trained"], scale=2.0**power).infinite == 0)
+    show_prediction(predicted_power, show="scale 2**{:.0f}".format, computed=best_power)
 
 # %% [markdown]
 # ## 2 · Scale the loss, by hand

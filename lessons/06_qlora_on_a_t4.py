@@ -224,7 +224,7 @@ show_prediction(predicted_factor, show="{:.2f}".format,
 for one in closing_act.rungs("budgets"):
     print(f"\n{one.name}, usual recipe: what circulates, a T4's forecast, a count on a GPU")
     budget.compare(one.name, one.forecast, one.measured)
-print(f"[recorded: {recorded.stamp()}]")
+print(f"[recorded: {recorded.stamp(recorded.rows('budgets'))}]")
 
 # %% [markdown]
 # ### Explain
@@ -381,7 +381,8 @@ last = checkpoints.find_last("run", drive)
 print(last.name, "is whole:", len(checkpoints.verify(last)["files"]), "files, each as listed")
 
 # %% [markdown]
-# In a run each of these costs one save and a warning. If Google Drive is mounted before section 7
+# In a run, memory or a disk that ends costs one save and a warning; a kill costs the steps since
+# the last checkpoint. If Google Drive is mounted before section 7
 # (`google.colab.drive.mount("/content/drive")`), each checkpoint is copied there under the same
 # rule, and in a new session section 7 goes on from it. To start anew, delete the folder there.
 
@@ -610,7 +611,7 @@ curves = {row["name"]: row["losses"] for row in recorded.rows("curves")}
 for name, line in curves.items():
     print(f"{name:6} loss {line[0]:.4f} -> {line[-1]:.4f}")
 print(f"largest difference {evaluation.largest_shift(*curves.values()):.5f} nats",
-      f"[recorded: {recorded.stamp()}]")
+      f"[recorded: {recorded.stamp(recorded.rows('curves'))}]")
 
 # %% [markdown]
 # Nothing that float16 would notice: these levers change where numbers stand, not what is learned.
@@ -692,8 +693,9 @@ for name in ("rank 8", "sequence 1024", "micro batch 2, accumulated", "chunked l
           f"{'fits' if one.fits else 'does not fit'}")
 
 # %% [markdown]
-# Two of the peaks are as high as each other, and one fits: between tensors are holes, and the
-# allocator fits only if giving its unused memory back makes room. That close, do not count on it.
+# Two of the peaks are almost as high as each other, and only one fits: between tensors are holes,
+# and there is room only if the allocator can give unused memory back. That close, do not count on
+# it.
 #
 # The order follows from the table. "Over 14 GB reduce the batch, then the sequence, then the rank",
 # as people say, ends with what saves least. A shorter sequence changes what is learned; explicit

@@ -101,9 +101,11 @@ def test_old_checkpoints_that_cannot_be_deleted_only_warn(recipe, tmp_path, monk
         raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
     monkeypatch.setattr(checkpoints, "prune", fails)
-    assert len(train(recipe, tmp_path).steps) == 4
-    assert "Warning: [Errno" in capsys.readouterr().out
-    assert checkpoints.find_last(tmp_path).name == "checkpoint-4"
+    (tmp_path / "drive").mkdir()
+    assert len(train(recipe, tmp_path / "run", drive=tmp_path / "drive/run").steps) == 4
+    assert "Warning: older checkpoints were not deleted: [Errno" in capsys.readouterr().out
+    for folder in ("run", "drive/run"):
+        assert checkpoints.find_last(tmp_path / folder).name == "checkpoint-4"
 
 
 def test_a_save_that_fails_in_one_process_fails_in_all_and_none_waits():

@@ -100,8 +100,11 @@ def test_a_setting_that_was_shown_before_is_not_drawn_again():
     assert explorer.picture.value == first and drawn == [1, 2]
 
 
-def use(moves):
+def use(moves, then=()):
     """Make an explorer in an event loop as a kernel's cell does, and the moves beside that loop.
+
+    Args:
+        then: Moves that follow the first picture that was drawn ahead.
 
     Returns:
         The explorer, and what it drew in which order.
@@ -118,14 +121,17 @@ def use(moves):
     async def kernel():
         explorer = widgets.Explorer(draw, n=(2, 1, 4, 8), wide=False, tall=(3, 5, 9))
 
-        def move():
+        def move(moves):
             for name, value in moves:
                 explorer.controls[name].value = value
 
-        thread = threading.Thread(target=move)
+        thread = threading.Thread(target=move, args=[moves])
         thread.start()
         thread.join()
         at_once = len(drawn)
+        while then and len(drawn) < 3:
+            await asyncio.sleep(0)
+        move(then)
         await asyncio.sleep(0.2)
         return explorer, at_once
 
@@ -159,8 +165,15 @@ def test_a_picture_that_cannot_be_is_drawn_ahead_as_its_reason(no_pauses):
 
 
 def test_the_next_move_ends_drawing_ahead(no_pauses):
+    _, drawn = use([("n", 4)], then=[("wide", True)])
+    assert drawn[1:4] == [(4, False, 3), (8, False, 3), (4, True, 3)]
+    assert (1, False, 3) not in drawn and (4, False, 5) not in drawn
+
+
+def test_moves_in_a_row_draw_the_last_one_and_ahead_of_it_once(no_pauses):
     _, drawn = use([("n", 4), ("wide", True)])
-    assert drawn[1] == (4, True, 3) and (8, False, 3) not in drawn
+    assert drawn[1] == (4, True, 3) and len(drawn) == len(set(drawn))
+    assert {n for n, wide, _ in drawn if not wide} == {2, 4}
 
 
 def test_nothing_is_drawn_ahead_in_a_script():

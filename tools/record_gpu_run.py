@@ -236,8 +236,6 @@ def train_row(spec: dict, source: str, pipe) -> None:
     from course_utils import training
 
     recipe, steps = TrainRecipe(**spec["recipe"]), []
-    first, *_ = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = first  # Trainer shares a batch among all GPUs it sees
     try:
         with emulated(spec), tempfile.TemporaryDirectory() as folder:
             model = training.build_model(recipe, source)
