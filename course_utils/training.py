@@ -204,12 +204,11 @@ class QLoRATrainer(Trainer):
         target = output_dir / f"{checkpoints.PREFIX}{self.state.global_step}"
         self._staging = str(output_dir / checkpoints.STAGING)
         facts = {"recipe": dataclasses.asdict(self.recipe)}
-        save = super()._save_checkpoint
         try:
             with contextlib.ExitStack() as stack:
                 self._together(lambda: self.args.should_save and stack.enter_context(
                     checkpoints.written_whole(target, facts)))
-                self._together(lambda: save(model, trial))
+                self._together(lambda: Trainer._save_checkpoint(self, model, trial))
         except Exception as error:  # a SaveError where the folder is, elsewhere whatever was raised
             print(f"Warning: {error}")
             return

@@ -164,7 +164,8 @@ def test_a_picture_that_cannot_be_is_drawn_ahead_as_its_reason(no_pauses):
     assert drawn.count((8, False, 3)) == 1
 
 
-def test_the_next_move_ends_drawing_ahead(no_pauses):
+def test_the_next_move_ends_drawing_ahead(monkeypatch):
+    monkeypatch.setattr(widgets, "PAUSE", 0.02)
     _, drawn = use([("n", 4)], then=[("wide", True)])
     assert drawn[1:4] == [(4, False, 3), (8, False, 3), (4, True, 3)]
     assert (1, False, 3) not in drawn and (4, False, 5) not in drawn
