@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 # LOCK=.github/locked.txt: only files with the hashes that stand there, as on GitHub.
 LOCK ?=
 # The tests that need no torch: they start at once, and find what is out of place.
-HOUSE := tests/test_architecture.py tests/test_units.py
+HOUSE := tests/house/test_architecture.py tests/fitcast/test_units.py
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
 READY := .venv/ready-$(shell cat requirements.txt $(CONSTRAINTS) $(LOCK) pyproject.toml | cksum | tr ' ' -)
 

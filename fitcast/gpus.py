@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .units import MIB, show_bytes
+from fitcast.units import MIB, show_bytes
 
 EMULATE_VARIABLE = "COURSE_EMULATE_GPU"  # set to "T4" to run every lesson as if on a T4
 _emulated: Gpu | None = None
@@ -112,7 +112,7 @@ def preset(name: str, asked: str = "gpu") -> Gpu:
         if known.lower() == str(name).lower():
             return gpu
     raise ValueError(f"{asked} must be one of {', '.join(PRESETS)}, got {name!r}; "
-                     "for another card build a hardware.Gpu(...)")
+                     "for another card build a gpus.Gpu(...)")
 
 
 @dataclass(frozen=True)

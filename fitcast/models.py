@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-DATA = Path(__file__).parent / "data"
-BUNDLED = "bundled"
-
 _LLAMA3 = dict(
     model_type="llama", vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5,
     rope_theta=500000.0, bos_token_id=128000, eos_token_id=128001,
@@ -63,17 +60,15 @@ SHAPES: dict[str, dict] = {
         num_key_value_heads=32, max_position_embeddings=8192, rms_norm_eps=1e-5,
         rope_theta=130000.0, tie_word_embeddings=True),
 }
-NAMES = (BUNDLED, *SHAPES)
+NAMES = tuple(SHAPES)
 
 
 def hub_id(model: str) -> str:
-    """Where the weights of `model` are: a hub id, or a local folder for the bundled model.
+    """Where the weights of `model` are: a hub id, or the local path that was given.
 
     Raises:
         ValueError: Not a preset, a local path or a hub id.
     """
-    if model == BUNDLED:
-        return str(DATA / "model")
     if model in SHAPES:
         return SHAPES[model]["hub_id"]
     if os.path.exists(model) or model.count("/") == 1:
@@ -90,7 +85,7 @@ def config(model: str) -> PretrainedConfig:
 
     Raises:
         ValueError: Unknown name, or a config.json that is not one of a causal language model.
-        FileNotFoundError: The bundled model's config is missing.
+        FileNotFoundError: A local path holds no config.json.
     """
     from transformers import AutoConfig
 
@@ -99,7 +94,7 @@ def config(model: str) -> PretrainedConfig:
         fields = {key: value for key, value in SHAPES[model].items() if key != "hub_id"}
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     path = Path(source)
-    if model == BUNDLED or path.exists():
+    if path.exists():
         path = path if path.is_file() else path / "config.json"
         return _config_from_file(path)
     try:
@@ -114,8 +109,7 @@ def _config_from_file(path: Path) -> PretrainedConfig:
 
     if not path.is_file():
         raise FileNotFoundError(f"model must hold a config.json, got {path} which does not exist; "
-                                "for the bundled model reinstall the package or run "
-                                "`git checkout -- course_utils/data`")
+                                "give the folder that `save_pretrained` wrote")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -11,7 +11,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from . import hardware, shapes
+from fitcast import gpus, models
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -34,7 +34,7 @@ class TrainRecipe:
     """A training run: what is trained, in which precision, on which batch, with which levers.
 
     Attributes:
-        model: Name in `shapes.NAMES`, a folder with a config.json, or a hub id.
+        model: Name in `models.NAMES`, a folder with a config.json, or a hub id.
         base: How the frozen weights are stored. "nf4" is bitsandbytes' 4 bits.
         double_quant: Whether nf4's scales are quantized too (0.516 instead of 0.563 bytes each).
         kbit_upcast: Whether every non-4-bit weight becomes float32, as PEFT's
@@ -70,11 +70,12 @@ class TrainRecipe:
         ValueError: A field is out of range; the message says what to change.
 
     Example:
-        >>> TrainRecipe(micro_batch_size=2, gradient_accumulation_steps=16).effective_batch_size
-        32
+        >>> recipe = TrainRecipe(model="llama-3.1-8b", gradient_accumulation_steps=16)
+        >>> recipe.effective_batch_size
+        16
     """
 
-    model: str = shapes.BUNDLED
+    model: str
     base: Literal["nf4", "float16", "bfloat16", "float32"] = "nf4"
     double_quant: bool = True
     kbit_upcast: bool = False
@@ -111,7 +112,7 @@ class TrainRecipe:
 
     def __post_init__(self):
         object.__setattr__(self, "model", str(self.model))  # a Path would not be JSON
-        shapes.hub_id(self.model)  # raises with the nearest name
+        models.hub_id(self.model)  # raises with the nearest name
         if isinstance(self.lora_targets, list):  # as it comes back from JSON
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for field, choices in CHOICES.items():
@@ -177,7 +178,7 @@ class TrainRecipe:
         """Tokens (padding counted) behind one optimizer step."""
         return self.effective_batch_size * self.sequence_length
 
-    def check_on(self, gpu: hardware.Gpu) -> None:
+    def check_on(self, gpu: gpus.Gpu) -> None:
         """Refuse a recipe whose precision `gpu` does not compute in.
 
         Raises:
@@ -186,11 +187,11 @@ class TrainRecipe:
         for field in ("amp_dtype", "base"):
             if getattr(self, field) == "bfloat16" and not gpu.has_bfloat16:
                 raise ValueError(f"{field} must be 'float16' on a {gpu.name}, got 'bfloat16'; "
-                                 f"{hardware.mixed_precision(gpu).reason}")
+                                 f"{gpus.mixed_precision(gpu).reason}")
 
-    def for_gpu(self, gpu: hardware.Gpu | None) -> TrainRecipe:
+    def for_gpu(self, gpu: gpus.Gpu | None) -> TrainRecipe:
         """The same recipe in the precision that suits `gpu` (`None`: float32 on a CPU)."""
-        return dataclasses.replace(self, amp_dtype=hardware.mixed_precision(gpu).dtype)
+        return dataclasses.replace(self, amp_dtype=gpus.mixed_precision(gpu).dtype)
 
     def to_training_arguments(self, output_dir: str, **overrides: Any) -> TrainingArguments:
         """`transformers.TrainingArguments` for this recipe, on transformers 5.15 and later.
@@ -227,7 +228,7 @@ class TrainRecipe:
             data_seed=self.seed,
             report_to="none",
             disable_tqdm=True,
-            dataloader_pin_memory=hardware.device() == "cuda",  # elsewhere it only warns
+            dataloader_pin_memory=gpus.device() == "cuda",  # elsewhere it only warns
         ) | overrides
         accepted = inspect.signature(TrainingArguments).parameters
         for new, old in (("activation_checkpointing", "gradient_checkpointing"),

@@ -33,21 +33,19 @@ if "course_utils" not in sys.modules:
         os.system(f"{sys.executable} -m pip install -q --no-deps bitsandbytes==0.50.2 && "
                   "git clone -qb v0.1.0 https://github.com/course-authors/fit-the-fine-tune course")
     sys.path += [os.path.abspath("course"), os.path.abspath("..")]
-from course_utils import verified
-print(verified.welcome())
+from course_utils.topics.welcome import welcome
+print(welcome())
 
 # %% tags=["setup"]
 from dataclasses import replace
 import torch
-from course_utils import exercises_01 as exercises, figures, hardware, qlora, widgets
-from course_utils.block import boundary_bytes, count_block, weight_bytes
-from course_utils.checks import show_prediction
-from course_utils.fake import fake_model, fake_tensors
-from course_utils.forecast import forecast
-from course_utils.ledger import MemoryLedger
-from course_utils.recipe import TrainRecipe
-from course_utils.units import MIB, show_bytes
-print(hardware.describe(hardware.detect()))
+from course_utils import figures
+from course_utils.data import BUNDLED
+from course_utils.exercises.checks import show_prediction
+from fitcast import MemoryLedger, TrainRecipe, gpus
+from fitcast.forecasting.block import count_block
+from fitcast.step import qlora
+print(gpus.describe(gpus.detect()))
 
 # %% [markdown]
 # ## 1 · Four holders, one training step
@@ -61,7 +59,7 @@ print(hardware.describe(hardware.detect()))
 # step on tensors that have shapes and no numbers, as your GPU would, or a T4 if you have none.
 
 # %% tags=["setup"]
-recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, lora_dropout=0,
+recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
                      micro_batch_size=4, sequence_length=128, optimizer="adamw",
                      checkpointed_layers=0)
 
@@ -69,7 +67,7 @@ def two_steps(recipe, budget_bytes=None):
     model = qlora.add_adapters(qlora.load_base(recipe), recipe)
     optimizer = qlora.build_optimizer(model, recipe)
     shape = (recipe.micro_batch_size, recipe.sequence_length)
-    ids = torch.randint(0, model.config.vocab_size, shape, device=hardware.device())
+    ids = torch.randint(0, model.config.vocab_size, shape, device=gpus.device())
     with MemoryLedger(model, inputs=ids, budget_bytes=budget_bytes) as ledger:
         for _ in range(2):
             model(input_ids=ids, labels=ids).loss.backward()
@@ -86,10 +84,11 @@ def two_steps(recipe, budget_bytes=None):
 predicted_peak = ...
 
 # %% tags=["run"]
-before = hardware.reset_peak()
+from fitcast import forecast
+before = gpus.reset_peak()
 full = two_steps(recipe)
-measured = hardware.peak_allocated_bytes(above=before)
-step = forecast(recipe, hardware.detect() or hardware.T4)
+measured = gpus.peak_allocated_bytes(above=before)
+step = forecast(recipe, gpus.detect() or gpus.T4)
 show_prediction(predicted_peak, counted=full.peak_bytes, forecast=step.peak_allocated_bytes,
                 measured=measured)
 
@@ -109,6 +108,7 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # Now the folklore: "gradients are as large as the weights, Adam's state is twice that".
 
 # %% tags=["run"]
+from fitcast import show_bytes
 for holder in ("weights", "gradients", "optimizer state", "activations", "inputs"):
     n_bytes = max(full.timeline[holder])
     ratio = n_bytes / full.composition["weights"]
@@ -137,6 +137,7 @@ figures.forward_backward(layers=4)
 predicted_ratio = ...
 
 # %% tags=["run"]
+from fitcast.forecasting.block import boundary_bytes
 layer = count_block(recipe)
 show_prediction(predicted_ratio, show="{:.2f} x the boundary".format,
                 counted=layer.saved_activation_bytes / boundary_bytes(recipe))
@@ -189,6 +190,7 @@ def numbers_kept(hidden, kv, intermediate, heads):
     return norms + attention + mlp
 
 # %% tags=["check"]
+from course_utils.exercises import lesson_01 as exercises
 exercises.check_saved_numbers(numbers_kept)
 
 # %% [markdown]
@@ -215,9 +217,10 @@ show_prediction(predicted_kept, counted=sdpa, counted_with_eager=eager,
 print(f"of the estimate: SDPA {sdpa / estimate:.1f} x, eager {eager / estimate:.1f} x")
 
 # %% tags=["run"]
+from fitcast.forecasting.block import weight_bytes
 rows = {"usual estimate": estimate, "SDPA": sdpa, "eager": eager}
 figures.compare({name: {"weights": weight_bytes(seven), "activations": kept}
-                 for name, kept in rows.items()}, hardware.T4,
+                 for name, kept in rows.items()}, gpus.T4,
                 "Llama-2-7B: weights and activations, 1 x 2048 tokens")
 
 # %% [markdown]
@@ -277,7 +280,7 @@ for name, variant in {"batch 8": eightfold, "float32": wide}.items():
 # wrong?
 
 # %% tags=["run"]
-widgets.layers_explorer()
+figures.layers_explorer()
 
 # %% [markdown]
 # ## Exercise 01.2 · The largest batch
@@ -285,6 +288,7 @@ widgets.layers_explorer()
 # refuses the allocation that a GPU would refuse.
 
 # %% tags=["raises-exception"]
+from fitcast import MIB
 two_steps(replace(recipe, micro_batch_size=32), budget_bytes=120 * MIB)
 
 # %% [markdown]
@@ -367,6 +371,7 @@ for name, variant in {"all weights": seven, "LoRA on q, k, v, o": adapted,
 predicted_logits = ...
 
 # %% tags=["run"]
+from fitcast import fake_model, fake_tensors
 model = fake_model("llama-3.2-1b", torch.float16)  # its shapes, without its weights
 with fake_tensors(), MemoryLedger(model) as ledger:
     ids = torch.zeros(4, 1024, dtype=torch.long)

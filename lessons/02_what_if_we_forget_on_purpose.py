@@ -35,8 +35,8 @@ if "course_utils" not in sys.modules:
         os.system(f"{sys.executable} -m pip install -q --no-deps bitsandbytes==0.50.2 && "
                   "git clone -qb v0.1.0 https://github.com/course-authors/fit-the-fine-tune course")
     sys.path += [os.path.abspath("course"), os.path.abspath("..")]
-from course_utils import verified
-print(verified.welcome())
+from course_utils.topics.welcome import welcome
+print(welcome())
 
 # %% tags=["setup"]
 import math
@@ -47,19 +47,15 @@ from functools import partial
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
+from course_utils import figures
+from course_utils.exercises import lesson_02 as exercises
+from course_utils.exercises.checks import show_prediction
+from course_utils.topics.checkpointing import trace_chain
+from fitcast import forecast, gpus, show_bytes
+from fitcast.step import qlora
 
 # %% tags=["setup"]
-from course_utils import chain_figures, exercises_02 as exercises, figures, hardware, qlora
-from course_utils import recorded, shapes, widgets
-from course_utils.block import boundary_bytes, count_block
-from course_utils.checkpointing import WorkCounter, build_stack, step_stack, trace_chain
-from course_utils.checks import show_prediction
-from course_utils.forecast import forecast
-from course_utils.ledger import MemoryLedger
-from course_utils.levers import decoder_layers, unwrap
-from course_utils.recipe import TrainRecipe
-from course_utils.units import GIB, show_bytes
-print(hardware.describe(hardware.detect()))
+print(gpus.describe(gpus.detect()))
 
 # %% [markdown]
 # ## 1 · A chain of six, by hand
@@ -104,7 +100,7 @@ runs = {name: sum("forward" in moment.action for moment in trace) for name, trac
 show_prediction(predicted_steps, show="{} forward steps".format, counted=runs["keep a1, a3, a5"])
 
 # %% tags=["run"]
-chain_figures.chains(traces, steps=6)
+figures.chains(traces, steps=6)
 
 # %% [markdown]
 # ### Explain
@@ -177,13 +173,16 @@ exercises.check_forget(Forget.apply)
 # old names too, with a warning; version 6 will not. (`TrainingArguments` has the same two names.)
 
 # %% tags=["run"]
-recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, lora_dropout=0,
+from course_utils.data import BUNDLED
+from fitcast import TrainRecipe
+recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
                      micro_batch_size=4, sequence_length=128, optimizer="adamw",
                      checkpointed_layers=0)
-ids = torch.arange(4 * 128, device=hardware.device()).view(4, 128)
+ids = torch.arange(4 * 128, device=gpus.device()).view(4, 128)
 model = qlora.load_base(recipe)  # as `from_pretrained` gives it
 
 # %% tags=["run"]
+from fitcast import MemoryLedger
 def kept_for_backward():
     with MemoryLedger(model, inputs=ids) as ledger:
         model(input_ids=ids, labels=ids)
@@ -240,7 +239,7 @@ def build(recipe):
 
 # %% tags=["setup"]
 def two_steps(recipe):
-    before, model = hardware.reset_peak(), build(recipe)
+    before, model = gpus.reset_peak(), build(recipe)
     optimizer = qlora.build_optimizer(model, recipe)
     with MemoryLedger(model, inputs=ids) as ledger:
         for _ in range(2):
@@ -248,7 +247,7 @@ def two_steps(recipe):
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
     gradients = [p.grad.cpu() for p in model.parameters() if p.requires_grad]
-    return ledger.report(), gradients, hardware.peak_allocated_bytes(above=before)
+    return ledger.report(), gradients, gpus.peak_allocated_bytes(above=before)
 
 # %% tags=["run"]
 build(recipe)(input_ids=ids, labels=ids).loss.backward()  # first, a GPU takes its work space
@@ -304,6 +303,7 @@ predicted_more_full = ...
 predicted_more_lora = ...
 
 # %% tags=["run"]
+from course_utils.topics.checkpointing import WorkCounter
 def work(recipe):
     model = build(recipe)
     with WorkCounter() as counter:
@@ -336,9 +336,10 @@ for predicted, name in ((predicted_more_full, "all weights"), (predicted_more_lo
 # in 4 bits, adapters beside it, Adam's two averages in 8 bits (lesson 06):
 
 # %% tags=["run"]
-usual = TrainRecipe(amp_dtype="float16", micro_batch_size=1)  # nf4, rank 16, 8-bit Adam
-big = replace(usual, model="llama-3.1-8b", sequence_length=512)
-keeps, forgets = (forecast(replace(big, checkpointed_layers=k), hardware.T4) for k in (0, "all"))
+from fitcast import models as shapes
+usual = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16")  # nf4, rank 16, 8-bit Adam
+big = replace(usual, sequence_length=512)
+keeps, forgets = (forecast(replace(big, checkpointed_layers=k), gpus.T4) for k in (0, "all"))
 print(f"QLoRA of Llama-3.1-8B, every layer forgets: work +{forgets.flops / keeps.flops - 1:.0%}")
 print(f"vocabulary {shapes.config(big.model).vocab_size:,}: peak in {forgets.peak_phase} at",
       forgets.peak_operation)
@@ -350,7 +351,7 @@ print(f"vocabulary {shapes.config(big.model).vocab_size:,}: peak in {forgets.pea
 def seconds(model):
     start = time.perf_counter()
     model(input_ids=ids, labels=ids).loss.backward()
-    hardware.synchronize()
+    gpus.synchronize()
     return time.perf_counter() - start
 
 # %% tags=["run", "nbval-ignore-output"]
@@ -370,6 +371,7 @@ for name, rank in (("all weights", None), ("LoRA", 16)):
 # nothing held it to a T4's memory: some of these steps would not run there.
 
 # %% tags=["recorded"]
+from course_utils.topics import recorded
 kept = {}
 def line(row):
     first = kept.setdefault(row["name"].split(",")[0], row)
@@ -407,6 +409,7 @@ for k in (1, 2, 4, 8, 16, 32):
 predicted_segment = ...
 
 # %% tags=["run"]
+from course_utils.topics.checkpointing import build_stack, step_stack
 narrow, stacks = replace(recipe, micro_batch_size=1), {}
 for layers in (8, 16, 32):
     stack = build_stack(narrow, layers)
@@ -438,6 +441,7 @@ figures.curves(depths, lines, "layers", "Activations at their highest, by what i
 # k = √(N / r). With r = 1 that is √N. With our r:
 
 # %% tags=["run"]
+from fitcast.forecasting.block import boundary_bytes, count_block
 seven = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, lora_dropout=0,
                     sequence_length=2048, checkpointed_layers=0)
 for name, one in {"ours": narrow, "Llama-2-7B": seven}.items():
@@ -463,6 +467,7 @@ for name, one in {"ours": narrow, "Llama-2-7B": seven}.items():
 # itself.
 
 # %% tags=["run"]
+from fitcast.step.levers import decoder_layers, unwrap
 lora = replace(recipe, lora_rank=16, learning_rate=1e-2)
 def adapted(layers_that_forget, use_reentrant=True):
     model = qlora.add_adapters(qlora.load_base(lora), lora).train()
@@ -545,12 +550,12 @@ for model in ("llama-3.2-1b", "llama-3.1-8b"):
     for length in (512, 2048):
         for name, k in (("kept", 0), ("forgets", "all")):
             case = replace(usual, model=model, sequence_length=length, checkpointed_layers=k)
-            cases[f"{model[-2:].upper()}, {length}: {name}"] = forecast(case, hardware.T4)
+            cases[f"{model[-2:].upper()}, {length}: {name}"] = forecast(case, gpus.T4)
 needs = sum(not step.fits for name, step in cases.items() if "kept" in name)
 show_prediction(predicted_cases, show="{} of 4".format, forecast=needs)
 
 # %% tags=["run"]
-figures.compare(cases, hardware.T4, "Peak of a QLoRA step by model and tokens")
+figures.compare(cases, gpus.T4, "Peak of a QLoRA step by model and tokens")
 
 # %% [markdown]
 # ### Explain
@@ -570,16 +575,16 @@ figures.compare(cases, hardware.T4, "Peak of a QLoRA step by model and tokens")
 # %% tags=["run"]
 one_b = replace(usual, model="llama-3.2-1b", sequence_length=2048)
 ks = [0, 4, 8, 12, 16]
-steps = [forecast(replace(one_b, checkpointed_layers=k), hardware.T4) for k in ks]
+steps = [forecast(replace(one_b, checkpointed_layers=k), gpus.T4) for k in ks]
 figures.curves(ks, {"peak": [step.peak_allocated_bytes for step in steps]},
-               "k of 16 layers forget", "Llama-3.2-1B, 1 x 2048 tokens", hardware.T4)
+               "k of 16 layers forget", "Llama-3.2-1B, 1 x 2048 tokens", gpus.T4)
 
 # %% [markdown]
 # A straight line: every layer that remembers costs the same. Move the controls (with the mouse, or
 # Tab and the arrow keys): which model, at which length, needs how much forgetting?
 
 # %% tags=["run"]
-widgets.forgetting_explorer()
+figures.forgetting_explorer()
 
 # %% [markdown]
 # ## Exercise 02.3 · The smallest k
@@ -589,10 +594,11 @@ widgets.forgetting_explorer()
 # to know. The check forecasts your answer, and one less.
 
 # %% tags=["run"]
-eight = replace(usual, model="llama-3.1-8b", sequence_length=1024)
+from fitcast import GIB
+eight = replace(usual, sequence_length=1024)
 budget_bytes = 12 * GIB
 for k in (32, 24):
-    step = forecast(replace(eight, checkpointed_layers=k), hardware.T4)
+    step = forecast(replace(eight, checkpointed_layers=k), gpus.T4)
     print(f"k = {k}: {show_bytes(step.peak_allocated_bytes)}")
 
 # %% [markdown]
@@ -607,7 +613,7 @@ for k in (32, 24):
 smallest_k = ...
 
 # %% tags=["check"]
-exercises.check_smallest_k(smallest_k, eight, hardware.T4, budget_bytes)
+exercises.check_smallest_k(smallest_k, eight, gpus.T4, budget_bytes)
 
 # %% [markdown]
 # ## For those who struggle
@@ -648,7 +654,7 @@ for moment in trace_chain(6, kept=[1, 4]):
 
 # %% tags=["run"]
 for k in (0, 32):
-    step = forecast(replace(eight, checkpointed_layers=k), hardware.T4)
+    step = forecast(replace(eight, checkpointed_layers=k), gpus.T4)
     print(f"{k:2} layers forget: peak {show_bytes(step.peak_allocated_bytes)}, "
           f"{step.flops / 1e12:.0f} TFLOP a step, {'fits' if step.fits else 'does not fit'}")
 
@@ -682,7 +688,7 @@ for k in (0, 32):
 # %% tags=["run"]
 three = replace(usual, model="llama-3.2-3b", sequence_length=2048)
 for n in (1, 2, 3):
-    step = forecast(replace(three, micro_batch_size=n), hardware.T4)
+    step = forecast(replace(three, micro_batch_size=n), gpus.T4)
     print(f"{n}: {'fits' if step.fits else 'does not fit'},",
           f"margin {show_bytes(step.margin_bytes, 'GiB')}")
 

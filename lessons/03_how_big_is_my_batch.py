@@ -34,8 +34,8 @@ if "course_utils" not in sys.modules:
         os.system(f"{sys.executable} -m pip install -q --no-deps bitsandbytes==0.50.2 && "
                   "git clone -qb v0.1.0 https://github.com/course-authors/fit-the-fine-tune course")
     sys.path += [os.path.abspath("course"), os.path.abspath("..")]
-from course_utils import verified
-print(verified.welcome())
+from course_utils.topics.welcome import welcome
+print(welcome())
 
 # %% tags=["setup"]
 import copy
@@ -44,20 +44,14 @@ import math
 import time
 import torch
 from dataclasses import replace
-from course_utils import batch_figures, batching, corpus, exercises_03 as exercises, figures
-from course_utils import hardware, qlora, ranks, recorded, widgets
-print(hardware.describe(hardware.detect()))
+from course_utils import data
+from course_utils.data import BUNDLED
+from fitcast import MemoryLedger, TrainRecipe, gpus
+from fitcast.training import batching
+from fitcast.training.data import collate, encode
+print(gpus.describe(gpus.detect()))
 
 # %% tags=["setup"]
-from course_utils.checkpointing import WorkCounter
-from course_utils.checks import show_prediction
-from course_utils.fake import fake_model, fake_tensors
-from course_utils.forecast import forecast
-from course_utils.gradients import gradient, in_float64, relative_error
-from course_utils.ledger import MemoryLedger
-from course_utils.recipe import TrainRecipe
-from course_utils.trainer_log import trainer_log
-from course_utils.units import MIB, show_bytes
 from transformers import AutoTokenizer, Trainer
 
 # %% [markdown]
@@ -66,15 +60,15 @@ from transformers import AutoTokenizer, Trainer
 # -100, which the loss skips.
 
 # %% tags=["setup"]
-recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, lora_dropout=0,
+recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
                      micro_batch_size=2, gradient_accumulation_steps=16, sequence_length=128,
                      optimizer="adamw", checkpointed_layers=0)
-tokenizer = AutoTokenizer.from_pretrained(corpus.bundled_model_dir())
-rows = list(corpus.encode(corpus.load_instructions(), tokenizer, recipe.sequence_length))
+tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir())
+rows = list(encode(data.load_instructions(), tokenizer, recipe.sequence_length))
 
 def to_batch(rows):
-    batch = corpus.collate(rows, tokenizer.pad_token_id)
-    return {name: tensor.to(hardware.device()) for name, tensor in batch.items()}
+    batch = collate(rows, tokenizer.pad_token_id)
+    return {name: tensor.to(gpus.device()) for name, tensor in batch.items()}
 
 batch = to_batch(rows[:32])
 print(len(rows), "examples; a batch of 32 has the shape", tuple(batch["input_ids"].shape))
@@ -104,11 +98,13 @@ print(arguments.per_device_train_batch_size, "x", arguments.gradient_accumulatio
 # gradient that lies in `.grad`.
 
 # %% tags=["run"]
+from fitcast.step import qlora
 model, events = qlora.load_base(recipe), []
 optimizer = qlora.build_optimizer(model, recipe)
 eight = batching.split(batch, 2)[:8]
 
 # %% tags=["run"]
+from fitcast.training.gradients import gradient
 for four in (eight[:4], eight[4:]):
     tokens = sum(map(batching.labelled_tokens, four))
     for micro_batch in four:
@@ -119,7 +115,8 @@ for four in (eight[:4], eight[4:]):
     events += [("update", events[-1][1]), ("clear", 0.0)]
 
 # %% tags=["run"]
-batch_figures.updates(events, "two updates of 2 x 4 sequences")
+from course_utils import figures
+figures.updates(events, "two updates of 2 x 4 sequences")
 
 # %% [markdown]
 # Accumulate, accumulate, accumulate, accumulate, update, clear. Forget *clear*, and the second
@@ -134,6 +131,8 @@ batch_figures.updates(events, "two updates of 2 x 4 sequences")
 predicted_lines = ...
 
 # %% tags=["run"]
+from course_utils.exercises.checks import show_prediction
+from course_utils.topics.trainer_log import trainer_log
 short = replace(recipe, gradient_accumulation_steps=4, max_steps=8, warmup_fraction=0.5)
 log = trainer_log(short, rows, tokenizer, logging_steps=4)
 show_prediction(predicted_lines, show="{:.0f} lines".format, logged=len(log))
@@ -169,6 +168,7 @@ for line in trainer_log(short, rows, tokenizer, logging_steps=1):
 # into the step's number.</details>
 
 # %% tags=["exercise"]
+from course_utils.topics import ranks
 def what_it_counts(examples, micro_batch_size, accumulation, ranks, epochs, warmup, logging_steps):
     micro_batches = math.ceil(examples / (micro_batch_size * ranks))  # an epoch's, per process
     steps = ...         # optimizer steps of all epochs
@@ -177,6 +177,7 @@ def what_it_counts(examples, micro_batch_size, accumulation, ranks, epochs, warm
     return steps, warmup_steps, log_lines
 
 # %% tags=["check"]
+from course_utils.exercises import lesson_03 as exercises
 exercises.check_schedule(what_it_counts)
 
 # %% [markdown]
@@ -201,6 +202,7 @@ def gradient_of(model, add, *arguments):
 # compare in float32, and once more in float64, where no rounding can hide a mistake.
 
 # %% tags=["run"]
+from fitcast.training.gradients import in_float64, relative_error
 model, exact = qlora.load_base(recipe), in_float64(qlora.load_base(recipe))
 ids = batch["input_ids"][:, :64]
 even = {"input_ids": ids, "labels": ids}
@@ -240,7 +242,7 @@ show_prediction(predicted_error, show="{:.2f}".format,
                 mean_of_means=relative_error(means, whole))
 
 # %% tags=["run"]
-batch_figures.token_shares([batching.labelled_tokens(one) for one in micro_batches],
+figures.token_shares([batching.labelled_tokens(one) for one in micro_batches],
                            "28 short answers, 4 long ones")
 
 # %% [markdown]
@@ -322,7 +324,7 @@ def two_updates(recipe, budget_bytes=None):
     model = qlora.load_base(recipe)
     optimizer = qlora.build_optimizer(model, recipe)
     shape = (recipe.effective_batch_size, recipe.sequence_length)
-    ids = torch.randint(0, model.config.vocab_size, shape, device=hardware.device())
+    ids = torch.randint(0, model.config.vocab_size, shape, device=gpus.device())
     micro_batches = batching.split({"input_ids": ids, "labels": ids}, recipe.micro_batch_size)
     with MemoryLedger(model, inputs=micro_batches, budget_bytes=budget_bytes) as ledger:
         for _ in range(2):
@@ -340,13 +342,14 @@ def two_updates(recipe, budget_bytes=None):
 predicted_fraction = ...
 
 # %% tags=["run"]
+from fitcast import show_bytes
 at_once = two_updates(replace(recipe, micro_batch_size=32, gradient_accumulation_steps=1))
-before = hardware.reset_peak()
+before = gpus.reset_peak()
 in_parts = two_updates(recipe)
 show_prediction(predicted_fraction, show="{:.3f} of the peak".format,
                 counted=in_parts.peak_bytes / at_once.peak_bytes)
 print("2 x 16, counted: ", show_bytes(in_parts.peak_bytes))
-print("2 x 16, measured:", show_bytes(hardware.peak_allocated_bytes(above=before)))
+print("2 x 16, measured:", show_bytes(gpus.peak_allocated_bytes(above=before)))
 
 # %% tags=["run"]
 figures.compare({"32 x 1": at_once, "2 x 16": in_parts}, title="at the peak of two updates")
@@ -401,6 +404,7 @@ def usual_search(model, tokenizer):
 # refuse. (The card of lesson 01 again; there, sequences had 128 tokens.)
 
 # %% tags=["run"]
+from fitcast import MIB
 card = 120 * MIB
 model = qlora.load_base(recipe)
 with MemoryLedger(model, budget_bytes=card):
@@ -417,7 +421,7 @@ predicted_largest = ...
 
 # %% tags=["run"]
 def backward(size):
-    ids = torch.randint(0, model.config.vocab_size, (size, 512), device=hardware.device())
+    ids = torch.randint(0, model.config.vocab_size, (size, 512), device=gpus.device())
     batching.accumulate(model, [{"input_ids": ids, "labels": ids}])
 
 # %% tags=["run"]
@@ -427,7 +431,7 @@ show_prediction(predicted_largest, show="{:.0f} sequences".format,
                 found=on_the_card.micro_batch_size)
 
 # %% tags=["run"]
-batch_figures.attempts(on_the_card, card, "512 tokens, all weights trained, on a card of 120 MiB")
+figures.attempts(on_the_card, card, "512 tokens, all weights trained, on a card of 120 MiB")
 
 # %% [markdown]
 # Two, with a CPU's kernels. (On a GPU it may be one: attention there writes out its scores; lesson
@@ -496,6 +500,7 @@ print("as they were, to the bit:", ", ".join(before))
 # nobody trains so), on a T4 that we pretend to have.
 
 # %% tags=["run"]
+from fitcast import fake_model
 big = fake_model("llama-3.2-1b", torch.float16)
 
 def backward_of_big(size):
@@ -503,10 +508,11 @@ def backward_of_big(size):
     batching.accumulate(big, [{"input_ids": ids, "labels": ids}], num_items=1)
 
 # %% tags=["run"]
+from fitcast import fake_tensors
 with fake_tensors():
     on_a_t4 = batching.largest_micro_batch(
         backward_of_big, big, torch.optim.AdamW(big.parameters()),
-        gradient_accumulation_steps=1, budget_bytes=hardware.T4.usable_bytes)
+        gradient_accumulation_steps=1, budget_bytes=gpus.T4.usable_bytes)
 print(*on_a_t4.probes, sep="\n")
 
 # %% [markdown]
@@ -545,7 +551,7 @@ exercises.check_search(largest_that_trains)
 #     torchrun --nproc-per-node 2 your_script.py
 #
 # The next cells do that with the course's own script,
-# [ranks.py](../course_utils/ranks.py): 2 sequences x 8 micro batches x 2 ranks, the uneven batch of
+# [ranks.py](../course_utils/topics/ranks.py): 2 sequences x 8 micro batches x 2 ranks, the uneven batch of
 # section 2, one optimizer step in float64. Rank 0 takes the first 16 rows, all short; rank 1 the
 # other 16, the four long answers among them. Two GPUs talk through NCCL; on a machine without two
 # GPUs the ranks are two processes on the CPU, and talk through gloo.
@@ -614,6 +620,7 @@ predicted_work = ...
 predicted_speedup = ...
 
 # %% tags=["run"]
+from course_utils.topics.checkpointing import WorkCounter
 def work_of(model, rows, tokens, micro_batch_size):
     ids = torch.zeros(rows, tokens, dtype=torch.long)
     micro_batches = batching.split({"input_ids": ids, "labels": ids}, micro_batch_size)
@@ -622,7 +629,7 @@ def work_of(model, rows, tokens, micro_batch_size):
     return work.flops
 
 # %% tags=["run"]
-small = fake_model("bundled")
+small = fake_model(BUNDLED)
 work = {size: work_of(small, 8, 128, size) for size in (8, 2)}
 show_prediction(predicted_work, show="{:.2f} x".format, counted=work[2] / work[8])
 
@@ -638,7 +645,7 @@ show_prediction(predicted_work, show="{:.2f} x".format, counted=work[2] / work[8
 for size in (32, 32, 2, 1):  # the first one warms up
     pieces, start = batching.split(even, size), time.perf_counter()
     gradient_of(model, batching.accumulate, pieces)
-    hardware.synchronize()
+    gpus.synchronize()
     seconds = time.perf_counter() - start
     print(f"{size:2} x {32 // size:2}: {even['labels'].numel() / seconds:7,.0f} tokens/s")
 
@@ -647,6 +654,7 @@ for size in (32, 32, 2, 1):  # the first one warms up
 # T4's kernels and memory limit: the speed is an H200's, look at how it grows.)
 
 # %% tags=["recorded"]
+from course_utils.topics import recorded
 for row in recorded.rows("menu"):
     if row["name"].startswith("llama-3.2-1b, ours"):
         size, speed = row["recipe"]["micro_batch_size"], row["tokens_per_second"]
@@ -661,7 +669,7 @@ print(f"[recorded: {recorded.stamp(recorded.rows('menu'))}]")
 # Now the two cards. The forecast gives the memory, and the time if every operation ran at the data
 # sheet's peak, in FLOP/s or in bytes/s, whichever takes longer. No step gets there; we take
 # `utilisation` of it, on both cards: on an H200, large steps reached 0.56 to 0.64
-# [[fit.py](../course_utils/fit.py), from
+# [[fit.py](../fitcast/forecasting/search.py), from
 # [h200_steps.json](../tests/data/h200_steps.json)].
 
 # %% tags=["run"]
@@ -670,8 +678,9 @@ levers = replace(usual, loss="chunked", attention="explicit_kv")  # both are les
 utilisation, speeds = 0.6, {}
 
 # %% tags=["run"]
+from fitcast import forecast
 for name, choice in {"usual": usual, "levers": levers}.items():
-    for gpu, size in ((hardware.T4, 2), (hardware.A10, 8)):
+    for gpu, size in ((gpus.T4, 2), (gpus.A10, 8)):
         run = replace(choice, micro_batch_size=size, gradient_accumulation_steps=2).for_gpu(gpu)
         step = forecast(run, gpu)  # two micro batches need as much memory as more (section 3)
         speeds[name, gpu.name] = utilisation * run.tokens_per_step / step.ideal_seconds
@@ -700,7 +709,7 @@ show_prediction(predicted_speedup, show="{:.1f} x".format,
 # Move the controls: which split fits where?
 
 # %% tags=["run"]
-widgets.split_explorer()
+figures.split_explorer()
 
 # %% [markdown]
 # ## For those who struggle

@@ -34,8 +34,8 @@ if "course_utils" not in sys.modules:
         os.system(f"{sys.executable} -m pip install -q --no-deps bitsandbytes==0.50.2 && "
                   "git clone -qb v0.1.0 https://github.com/course-authors/fit-the-fine-tune course")
     sys.path += [os.path.abspath("course"), os.path.abspath("..")]
-from course_utils import verified
-print(verified.welcome())
+from course_utils.topics.welcome import welcome
+print(welcome())
 
 # %% tags=["setup"]
 import copy
@@ -43,16 +43,12 @@ import math
 import tempfile
 from dataclasses import replace
 import torch
-from course_utils import corpus, exercises_04 as exercises, figures, hardware, number_figures
-from course_utils import measurement, precision, qlora, recorded, training, widgets
-from course_utils.checks import show_prediction
-from course_utils.forecast import forecast
-from course_utils.ledger import MemoryLedger
-from course_utils.precision import FORMATS
-from course_utils.recipe import TrainRecipe
-from course_utils.units import show_bytes
-gpu = hardware.detect()
-print(hardware.describe(gpu))
+from course_utils import data, figures
+from course_utils.data import BUNDLED
+from fitcast import MemoryLedger, TrainRecipe, gpus
+from fitcast.training.data import collate, encode
+gpu = gpus.detect()
+print(gpus.describe(gpu))
 
 # %% [markdown]
 # The recipe of lesson 01 again: the small Llama, all weights trained, float32, 4 sequences of 128
@@ -60,13 +56,13 @@ print(hardware.describe(gpu))
 
 # %% tags=["setup"]
 from transformers import AutoTokenizer
-recipe = TrainRecipe(model="bundled", base="float32", lora_rank=None, optimizer="adamw",
+recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, optimizer="adamw",
                      micro_batch_size=4, sequence_length=128, checkpointed_layers=0, lora_dropout=0)
-tokenizer = AutoTokenizer.from_pretrained(corpus.bundled_model_dir())
-rows = corpus.encode(corpus.load_instructions(), tokenizer, recipe.sequence_length)
-batch = corpus.collate(list(rows)[:4], tokenizer.pad_token_id)
-batch = {name: tensor.to(hardware.device()) for name, tensor in batch.items()}
-sixteen = hardware.mixed_precision(gpu).dtype or "bfloat16"  # 16 bits, as this machine likes them
+tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir())
+rows = encode(data.load_instructions(), tokenizer, recipe.sequence_length)
+batch = collate(list(rows)[:4], tokenizer.pad_token_id)
+batch = {name: tensor.to(gpus.device()) for name, tensor in batch.items()}
+sixteen = gpus.mixed_precision(gpu).dtype or "bfloat16"  # 16 bits, as this machine likes them
 print("16-bit format used here:", sixteen)
 
 # %% [markdown]
@@ -75,13 +71,14 @@ print("16-bit format used here:", sixteen)
 # this power and the next?). Here is 0.1 in three formats.
 
 # %% tags=["run"]
-number_figures.bit_fields()
+figures.bit_fields()
 
 # %% [markdown]
 # **Exponent bits buy range, fraction bits buy spacing.** bfloat16 is float32 with its fraction cut
 # off; float16 trades three exponent bits for three more of fraction. In numbers:
 
 # %% tags=["run"]
+from course_utils.topics.precision import FORMATS
 for name, dtype in FORMATS.items():
     info = torch.finfo(dtype)
     print(f"{name:9} largest {info.max:8.3g}   smallest normal {info.tiny:8.3g}   "
@@ -96,10 +93,13 @@ for name, dtype in FORMATS.items():
 # step, float32: the weights, what the linear layers put out, and the gradients of these outputs.
 
 # %% tags=["run"]
+from course_utils.topics import precision
+from fitcast.step import qlora
+from fitcast.training import trainer as training
 model = training.build_model(recipe)
 with precision.watch_linears(model) as watched:
     qlora.compute_loss(model, batch, recipe).backward()
-number_figures.magnitudes({"weights": list(model.parameters()), "activations": watched.activations,
+figures.magnitudes({"weights": list(model.parameters()), "activations": watched.activations,
                            "gradients": watched.gradients}, say_landing=False)
 
 # %% [markdown]
@@ -116,6 +116,7 @@ number_figures.magnitudes({"weights": list(model.parameters()), "activations": w
 predicted_lost = ...
 
 # %% tags=["run"]
+from course_utils.exercises.checks import show_prediction
 lost = {name: precision.land(watched.gradients, name).zero for name in ("float16", "bfloat16")}
 show_prediction(predicted_lost, show="{:.2f}".format, **lost)
 
@@ -144,6 +145,7 @@ def spacing(x, dtype):
     return 2.0**power * torch.finfo(dtype).eps
 
 # %% tags=["check"]
+from course_utils.exercises import lesson_04 as exercises
 exercises.check_spacing(spacing)
 
 # %% [markdown]
@@ -185,7 +187,7 @@ for name, on_a_gpu in on_gpu.items():
 
 # %% tags=["run"]
 mixed = replace(recipe, amp_dtype=sixteen)
-with precision.OperationLog() as log, torch.autocast(hardware.device(), getattr(torch, sixteen)):
+with precision.OperationLog() as log, torch.autocast(gpus.device(), getattr(torch, sixteen)):
     loss = qlora.compute_loss(model, batch, mixed)
 print("products with weights:", log.matmuls)
 additions = {kind: count for (name, kind), count in log.counts.items() if name == "add"}
@@ -234,7 +236,7 @@ def two_steps(recipe):
     model = training.build_model(recipe)
     optimizer = qlora.build_optimizer(model, recipe)
     shape = (recipe.micro_batch_size, recipe.sequence_length)
-    ids = torch.randint(0, model.config.vocab_size, shape, device=hardware.device())
+    ids = torch.randint(0, model.config.vocab_size, shape, device=gpus.device())
     dtype = FORMATS[recipe.amp_dtype or "bfloat16"]
     with MemoryLedger(model, inputs=ids) as ledger:
         for _ in range(2):
@@ -250,10 +252,11 @@ predicted_fraction = ...
 predicted_speedup = ...
 
 # %% tags=["run"]
+from fitcast import show_bytes
 full = two_steps(recipe)
-before = hardware.reset_peak()
+before = gpus.reset_peak()
 half = two_steps(mixed)
-measured = hardware.peak_allocated_bytes(above=before)
+measured = gpus.peak_allocated_bytes(above=before)
 show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
                 counted=half.peak_bytes / full.peak_bytes)
 print("autocast, counted:", show_bytes(half.peak_bytes), "  measured:", show_bytes(measured))
@@ -292,13 +295,14 @@ for name, report in {"float32": full, f"autocast {sixteen}": half}.items():
 predicted_times = ...
 
 # %% tags=["run"]
+from fitcast import forecast
 one_b = TrainRecipe(model="llama-3.2-1b", base="float32", lora_dropout=0, checkpointed_layers=0)
 variants = {"float32 base": one_b, "the same, autocast": replace(one_b, amp_dtype="float16"),
             "float16 base, autocast": replace(one_b, base="float16", amp_dtype="float16")}
-steps = {name: forecast(variant, hardware.T4) for name, variant in variants.items()}
+steps = {name: forecast(variant, gpus.T4) for name, variant in variants.items()}
 without, with_autocast, _ = (step.peak_bytes for step in steps.values())
 show_prediction(predicted_times, show="{:.2f} x".format, forecast=with_autocast / without)
-figures.compare(steps, hardware.T4, "Llama-3.2-1B, LoRA, 1 x 512 tokens")
+figures.compare(steps, gpus.T4, "Llama-3.2-1B, LoRA, 1 x 512 tokens")
 
 # %% [markdown]
 # ### Explain
@@ -358,7 +362,7 @@ print({name: round(weight, 4) for name, weight in after.items()})
 # use to train all weights:
 
 # %% tags=["run"]
-number_figures.smallest_updates(2e-5, list(training.build_model(recipe).parameters()),
+figures.smallest_updates(2e-5, list(training.build_model(recipe).parameters()),
                                 "the base's weights")
 
 # %% [markdown]
@@ -404,7 +408,7 @@ for name in FORMATS:
 # Move the rate. Where does each format stop?
 
 # %% tags=["run"]
-widgets.updates_explorer({"base weights": list(training.build_model(recipe).parameters()),
+figures.updates_explorer({"base weights": list(training.build_model(recipe).parameters()),
                           "fresh adapters": adapters["fresh"],
                           "trained adapters": adapters["trained"]})
 
@@ -416,16 +420,16 @@ widgets.updates_explorer({"base weights": list(training.build_model(recipe).para
 # capability**, the version number of what an NVIDIA GPU's hardware can do. [NVIDIA, CUDA GPUs]
 
 # %% tags=["run"]
-module = torch.get_device_module(hardware.device())  # where there is a GPU, this is torch.cuda
+module = torch.get_device_module(gpus.device())  # where there is a GPU, this is torch.cuda
 ask = getattr(module, "is_bf16_supported", lambda **_: "not measured on cpu")
 print("is_bf16_supported()                           ", ask())
 print("is_bf16_supported(including_emulation=False)  ", ask(including_emulation=False))
-made = torch.tensor([1.0], dtype=torch.bfloat16, device=hardware.device())
+made = torch.tensor([1.0], dtype=torch.bfloat16, device=gpus.device())
 print("what the first one tries below capability 8.0:", made)
 
 # %% tags=["run"]
-for card in hardware.PRESETS.values():
-    print(f"{card.name:8} {hardware.mixed_precision(card).reason}")
+for card in gpus.PRESETS.values():
+    print(f"{card.name:8} {gpus.mixed_precision(card).reason}")
 
 # %% [markdown]
 # A T4 does not. Below 8.0 the function makes one tensor, as you just did, and says True if that
@@ -436,7 +440,7 @@ for card in hardware.PRESETS.values():
 # capability, or say `including_emulation=False`, which asks for it. The recipe asks, too:
 
 # %% tags=["raises-exception"]
-replace(recipe, amp_dtype="bfloat16").check_on(hardware.T4)
+replace(recipe, amp_dtype="bfloat16").check_on(gpus.T4)
 
 # %% [markdown]
 # A 4-bit base adds one more choice: in which format are its weights unpacked for a product? That is
@@ -515,6 +519,7 @@ print("afterwards:", {precision.name_of(weight.dtype) for weight in adapters["fr
 
 # %% tags=["run", "nbval-ignore-output"]
 # loose: wall-clock times differ from run to run
+from fitcast.training import measurement
 step_seconds = [measurement.measure_step(choice, training.build_model(choice)).seconds
                 for choice in (recipe, mixed)]  # each the median of three steps
 show_prediction(predicted_speedup, show="{:.2f} x as fast".format,
@@ -530,13 +535,14 @@ show_prediction(predicted_speedup, show="{:.2f} x as fast".format,
 # a GPU. (A TFLOP/s is 10¹² multiplications and additions a second.)
 
 # %% tags=["run"]
-sheet = hardware.T4.matmul_flops / hardware.T4.float32_flops
+sheet = gpus.T4.matmul_flops / gpus.T4.float32_flops
 print(f"T4, by its data sheet: {sheet:.1f} x")
 for name in FORMATS:
     flops = measurement.matmul_flops(name)
     print(f"{name:9} {f'{flops / 1e12:.1f} TFLOP/s' if flops else 'not measured on cpu'}")
 
 # %% tags=["recorded"]
+from course_utils.topics import recorded
 recorded.show("matmul", lambda row: f"{row['name']:9} {row['flops'] / 1e12:6.1f} TFLOP/s")
 
 # %% [markdown]

@@ -33,8 +33,8 @@ if "course_utils" not in sys.modules:
         os.system(f"{sys.executable} -m pip install -q --no-deps bitsandbytes==0.50.2 && "
                   "git clone -qb v0.1.0 https://github.com/course-authors/fit-the-fine-tune course")
     sys.path += [os.path.abspath("course"), os.path.abspath("..")]
-from course_utils import verified
-print(verified.welcome())
+from course_utils.topics.welcome import welcome
+print(welcome())
 
 # %% tags=["setup"]
 import copy
@@ -44,13 +44,14 @@ import tempfile
 import warnings
 from dataclasses import replace
 import torch
-from course_utils import corpus, exercises_05 as exercises, hardware, number_figures, precision
-from course_utils import qlora, training, widgets
-from course_utils.checks import show_prediction
-from course_utils.gradients import gradient, relative_error
-from course_utils.precision import FORMATS, TracedScaler, land
-from course_utils.recipe import TrainRecipe
-print(hardware.describe(hardware.detect()))
+from course_utils import data
+from course_utils.data import BUNDLED
+from course_utils.topics import precision
+from fitcast import gpus
+from fitcast.step import qlora
+from fitcast.training import trainer as training
+from fitcast.training.data import collate, encode
+print(gpus.describe(gpus.detect()))
 
 # %% [markdown]
 # The story's recipe on a T4: LoRA, 2 sequences in a micro batch, 16 micro batches in a step. The
@@ -59,16 +60,17 @@ print(hardware.describe(hardware.detect()))
 # and after some training.
 
 # %% tags=["setup"]
+from fitcast import TrainRecipe
 from transformers import AutoTokenizer
-recipe = TrainRecipe(model="bundled", base="float32", lora_rank=16, lora_dropout=0,
+recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=16, lora_dropout=0,
                      micro_batch_size=2, gradient_accumulation_steps=16, sequence_length=128,
                      checkpointed_layers=0, optimizer="adamw", learning_rate=3e-3)
-tokenizer = AutoTokenizer.from_pretrained(corpus.bundled_model_dir())
-rows = corpus.encode(corpus.load_instructions(), tokenizer, recipe.sequence_length)
-collate = functools.partial(corpus.collate, pad_token_id=tokenizer.pad_token_id)
+tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir())
+rows = encode(data.load_instructions(), tokenizer, recipe.sequence_length)
+collate = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
 
 def batch_of(some_rows):
-    return {name: tensor.to(hardware.device()) for name, tensor in collate(some_rows).items()}
+    return {name: tensor.to(gpus.device()) for name, tensor in collate(some_rows).items()}
 
 batch = batch_of(list(rows)[:recipe.micro_batch_size])
 num_items = recipe.gradient_accumulation_steps * int((batch["labels"][:, 1:] != -100).sum())
@@ -93,10 +95,12 @@ def gradients_of(model):
     return {"layers' gradients": watched.gradients, "adapters' gradients": weights}
 
 # %% tags=["run"]
+from course_utils import figures
+from course_utils.topics.precision import land
 groups = gradients_of(trained)
 flushed = land(groups["layers' gradients"]).zero
 print(f"{flushed:.0%} of the layers' gradients become zero")
-number_figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
+figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 
 # %% [markdown]
 # Left of the first dotted line float16 has nothing: these gradients are **flushed to zero**.
@@ -114,6 +118,7 @@ number_figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 predicted_power = ...
 
 # %% tags=["run"]
+from fitcast.training.gradients import gradient
 states = {name: [gradient for group in gradients_of(model).values() for gradient in group]
           for name, model in {"fresh": fresh, "trained": trained}.items()}
 for name, state in states.items():
@@ -144,19 +149,21 @@ trained_gradients = states["trained"]
 best_scale = ...
 
 # %% tags=["check"]
+from course_utils.exercises import lesson_05 as exercises
 exercises.check_best_scale(best_scale, trained_gradients)
 
 # %% [markdown]
 # Move the scale. When do the last ones leave the left, when do the first ones leave on the right?
 
 # %% tags=["run"]
-widgets.scale_explorer(groups)
+figures.scale_explorer(groups)
 
 # %% [markdown]
 # And, once you have an answer, your prediction beside the power that a search over all of them
 # finds:
 
 # %% tags=["run"]
+from course_utils.exercises.checks import show_prediction
 if best_scale is not ...:
     best_power = max(power for power in range(40)
                      if land(states["trained"], scale=2.0**power).infinite == 0)
@@ -177,20 +184,22 @@ if best_scale is not ...:
 predicted_error = ...
 
 # %% tags=["run"]
+from course_utils.topics.precision import FORMATS
 def scaled_gradient(scale=1.0, amp=None, model=trained):
     model.zero_grad()
     dtype = FORMATS[amp or "float16"]
-    with torch.autocast(hardware.device(), dtype, enabled=amp is not None):
+    with torch.autocast(gpus.device(), dtype, enabled=amp is not None):
         loss = qlora.compute_loss(model, batch, recipe, num_items)
     (loss * scale).backward()      # scale, backward
     return gradient(model) / scale  # unscale
 
 # %% tags=["run"]
+from fitcast.training.gradients import relative_error
 exact = scaled_gradient()
 errors = {power: relative_error(scaled_gradient(2.0**power, "float16"), exact)
           for power in range(-8, 25, 4)}
 show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0])
-number_figures.scale_window(errors, "adapters, after 20 steps")
+figures.scale_window(errors, "adapters, after 20 steps")
 
 # %% [markdown]
 # ### Explain
@@ -236,12 +245,12 @@ print(f"{nan:.0%} of the adapters' weights are NaN")
 
 # %% tags=["setup"]
 def run(scaler, steps=60, injected=(), always_schedule=False):
-    weight = torch.nn.Parameter(torch.ones(1, 4, device=hardware.device()))
+    weight = torch.nn.Parameter(torch.ones(1, 4, device=gpus.device()))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 10))
     for step in range(1, steps + 1):
         rate = warm_up.get_last_lr()[0]
-        with torch.autocast(hardware.device(), torch.float16):
+        with torch.autocast(gpus.device(), torch.float16):
             output = torch.nn.functional.linear(torch.ones_like(weight), weight)
         scaler.scale(output.float().sum() * (math.inf if step in injected else 0.25)).backward()
         scaler.step(optimizer)
@@ -260,11 +269,12 @@ def run(scaler, steps=60, injected=(), always_schedule=False):
 predicted_skipped = ...
 
 # %% tags=["run"]
-scaler = TracedScaler(hardware.device(), init_scale=2.0**16, growth_interval=10)
+from course_utils.topics.precision import TracedScaler
+scaler = TracedScaler(gpus.device(), init_scale=2.0**16, growth_interval=10)
 run(scaler, injected=[25])
 skipped = sum(step.skipped for step in scaler.trace)
 show_prediction(predicted_skipped, show="{:.0f} steps".format, measured=skipped)
-number_figures.loss_scale(scaler.trace, "grows after 10 good steps; overflow injected in step 25")
+figures.loss_scale(scaler.trace, "grows after 10 good steps; overflow injected in step 25")
 
 # %% [markdown]
 # ### Explain
@@ -348,7 +358,7 @@ for name, weight in {"clip first": wrong, "unscale first": right}.items():
 predicted_lost_again = ...
 
 # %% tags=["run"]
-first, new, restored = (TracedScaler(hardware.device(), init_scale=2.0**24) for _ in range(3))
+first, new, restored = (TracedScaler(gpus.device(), init_scale=2.0**24) for _ in range(3))
 run(first, steps=30)
 restored.load_state_dict(first.state_dict())
 run(new, steps=30)
@@ -368,7 +378,7 @@ show_prediction(predicted_lost_again, show="{:.0f} steps".format, new_scaler=los
 
 # %% tags=["run"]
 for always in (False, True):
-    scaler = TracedScaler(hardware.device(), init_scale=2.0**24)
+    scaler = TracedScaler(gpus.device(), init_scale=2.0**24)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rate = run(scaler, steps=lost[0] + 1, always_schedule=always)
@@ -412,8 +422,8 @@ exercises.check_step(careful_step)
 # gradients; dividing *those* by the scale would flush them right there. PyTorch refuses:
 
 # %% tags=["raises-exception"]
-weight = torch.nn.Parameter(torch.ones(4, device=hardware.device(), dtype=torch.float16))
-scaler = torch.amp.GradScaler(hardware.device())
+weight = torch.nn.Parameter(torch.ones(4, device=gpus.device(), dtype=torch.float16))
+scaler = torch.amp.GradScaler(gpus.device())
 scaler.scale(weight.sum()).backward()
 scaler.unscale_(torch.optim.SGD([weight], lr=0.1))
 

@@ -34,24 +34,18 @@ if "course_utils" not in sys.modules:
         os.system(f"{sys.executable} -m pip install -q --no-deps bitsandbytes==0.50.2 && "
                   "git clone -qb v0.1.0 https://github.com/course-authors/fit-the-fine-tune course")
     sys.path += [os.path.abspath("course"), os.path.abspath("..")]
-from course_utils import verified
-print(verified.welcome())
+from course_utils.topics.welcome import welcome
+print(welcome())
 
 # %% tags=["setup"]
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 import torch
-from course_utils import budget, checkpoints, closing_act, corpus, evaluation, export, figures
-from course_utils import exercises_06 as exercises, gates, hardware, live, measurement, qlora
-from course_utils import recorded, shapes, sources, survival, training, training_figures
-from course_utils import usual_recipe, widgets
-from course_utils.checks import show_prediction
-from course_utils.fit import single_changes, tokens_per_second
-from course_utils.forecast import forecast
-from course_utils.preflight import preflight
-from course_utils.recipe import TrainRecipe
-from course_utils.units import GIB, show_bytes
+from course_utils import figures
+from course_utils.topics import ladder as closing_act, sources
+from fitcast import TrainRecipe, gpus, models
+from fitcast.training import evaluation, trainer
 os.chdir(tempfile.mkdtemp())  # checkpoints of this lesson go here
 
 # %% [markdown]
@@ -64,9 +58,9 @@ os.chdir(tempfile.mkdtemp())  # checkpoints of this lesson go here
 # dolly is not: your run is the one that tells.)
 
 # %% tags=["setup"]
-gpu = hardware.detect()
+gpu = gpus.detect()
 source = sources.choose(gpu, model="auto")
-print(hardware.describe(gpu))
+print(gpus.describe(gpu))
 print(source)
 
 # %% tags=["setup"]
@@ -87,7 +81,8 @@ print(recipe.effective_batch_size, "sequences and", f"{recipe.tokens_per_step:,}
 # allocate them:
 
 # %% tags=["run"]
-planned = forecast(recipe.for_gpu(hardware.T4), hardware.T4)
+from fitcast import forecast
+planned = forecast(recipe.for_gpu(gpus.T4), gpus.T4)
 print(planned)
 
 # %% [markdown]
@@ -98,6 +93,7 @@ print(planned)
 # takes seconds, and no download has begun.
 
 # %% tags=["run"]
+from fitcast import preflight
 preflight(recipe, gpu, planned=planned).require()
 
 # %% [markdown]
@@ -110,9 +106,9 @@ print(f"{found.name}: {found.found}; {found.fix}")
 
 # %% tags=["raises-exception"]
 greedy = replace(recipe, micro_batch_size=4096, loss="full", checkpointed_layers=0)
-greedy = greedy.for_gpu(hardware.T4)
-too_much = forecast(greedy, hardware.T4)
-preflight(replace(greedy, amp_dtype="bfloat16"), hardware.T4, planned=too_much).require()
+greedy = greedy.for_gpu(gpus.T4)
+too_much = forecast(greedy, gpus.T4)
+preflight(replace(greedy, amp_dtype="bfloat16"), gpus.T4, planned=too_much).require()
 
 # %% [markdown]
 # The first line is lesson 04's trap: without it the run would be accepted, and crawl.
@@ -135,13 +131,16 @@ preflight(replace(greedy, amp_dtype="bfloat16"), hardware.T4, planned=too_much).
 # %% tags=["setup"]
 sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
          "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings")
-print({size: getattr(shapes.config(recipe.model), size) for size in sizes})
+print({size: getattr(models.config(recipe.model), size) for size in sizes})
 
 # %% tags=["predict"]
 predicted_percent = ...
 
 # %% tags=["run"]
-model = training.build_model(recipe)
+from course_utils.exercises.checks import show_prediction
+from course_utils.topics import budget
+from fitcast.step import qlora
+model = trainer.build_model(recipe)
 trainable, total = qlora.count_parameters(model)
 show_prediction(predicted_percent, show="{:.2f} %".format, counted=100 * trainable / total)
 model.print_trainable_parameters()
@@ -174,6 +173,7 @@ def lora_parameters(layers, hidden, kv, r):
     return ...
 
 # %% tags=["check"]
+from course_utils.exercises import lesson_06 as exercises
 exercises.check_trainable(lora_parameters)
 
 # %% [markdown]
@@ -182,7 +182,8 @@ exercises.check_trainable(lora_parameters)
 # beside the formula for it; the forecast is a T4's, in 16 bits, the count is this machine's.
 
 # %% tags=["run"]
-step = measurement.measure_step(recipe, training.build_model(recipe), steps=1)
+from fitcast.training import measurement
+step = measurement.measure_step(recipe, trainer.build_model(recipe), steps=1)
 budget.show(budget.checklist(recipe, model, planned, step.report))
 
 # %% tags=["run"]
@@ -218,6 +219,7 @@ figures.memory_over_time(step.report, "one optimizer step: four micro batches, t
 predicted_factor = ...
 
 # %% tags=["run"]
+from course_utils.topics import recorded
 eight_b = closing_act.usual("llama-3.1-8b")
 show_prediction(predicted_factor, show="{:.2f}".format,
                 forecast=eight_b.forecast.peak_bytes / 14e9)
@@ -256,11 +258,12 @@ def labels_of(ids, n):
     return ...
 
 # %% tags=["run"]
+from fitcast.training import data
 tokenizer = source.tokenizer()
 train_set, heldout = source.instructions()
-rows, heldout_rows = (corpus.encode(part, tokenizer, recipe.sequence_length)
+rows, heldout_rows = (data.encode(part, tokenizer, recipe.sequence_length)
                       for part in (train_set, heldout))
-prompt_lengths = [row["labels"].count(corpus.IGNORED) for row in rows]
+prompt_lengths = [row["labels"].count(data.IGNORED) for row in rows]
 print(len(rows), "examples to train,", len(heldout_rows), "held out")
 
 # %% tags=["check"]
@@ -272,7 +275,7 @@ print("read:   ", tokenizer.decode(rows[0]["input_ids"][:n]))
 print("learned:", tokenizer.decode(rows[0]["input_ids"][n:]))
 read = [len(row["input_ids"]) for row in rows]
 learned_tokens = [all - prompt for all, prompt in zip(read, prompt_lengths, strict=True)]
-training_figures.lengths(read, learned_tokens, recipe.sequence_length)
+figures.lengths(read, learned_tokens, recipe.sequence_length)
 
 # %% [markdown]
 # The end token is learned too, else generation never stops. No prompt is in both sets: the split
@@ -285,10 +288,11 @@ training_figures.lengths(read, learned_tokens, recipe.sequence_length)
 # answers, and what the model writes.
 
 # %% tags=["run"]
+from course_utils.topics import tickets
 before = evaluation.answer_losses(model, heldout_rows, recipe)
 answers = evaluation.generate(model, tokenizer, heldout["prompt"], recipe)
 print(f"held-out loss {sum(before) / len(before):.1f} nats a token")
-baseline = evaluation.score(answers, heldout["answer"])
+baseline = tickets.score(answers, heldout["answer"])
 print(baseline)
 print(f"\n{heldout['prompt'][0]}\n  -> {answers[0]}")
 
@@ -302,6 +306,7 @@ print(f"\n{heldout['prompt'][0]}\n  -> {answers[0]}")
 # Four questions that cost seconds now, or a night later:
 
 # %% tags=["run"]
+from fitcast.training import gates
 gates.check_gates(model, rows, recipe, tokenizer.pad_token_id).require()
 
 # %% [markdown]
@@ -319,9 +324,10 @@ gates.check_gates(model, rows, recipe, tokenizer.pad_token_id).require()
 # notebook you see the bar, the loss and the memory move; headless runs stay quiet.
 
 # %% tags=["run"]
-watcher = live.Watcher(recipe, planned.peak_allocated_bytes, "QLoRA")
+from fitcast.training import checkpoints
+watcher = figures.Watcher(recipe, planned.peak_allocated_bytes, "QLoRA")
 drive = checkpoints.on_drive("fit_the_fine_tune_06")  # None where no Google Drive is mounted
-run = training.train(recipe, model, rows, tokenizer, "run", drive=drive, on_step=watcher)
+run = trainer.train(recipe, model, rows, tokenizer, "run", drive=drive, on_step=watcher)
 figures.losses({"training": run.losses}, "QLoRA, effective batch 32")
 
 # %% tags=["run", "nbval-ignore-output"]
@@ -341,9 +347,10 @@ print(watcher.line())
 predicted_different = ...
 
 # %% tags=["run"]
+from course_utils.topics import survival
 frequent = replace(recipe, save_steps=3)
 status = survival.train_and_kill(frequent, rows, tokenizer, "killed", at_step=4)
-rest = training.train(frequent, training.build_model(recipe), rows, tokenizer, "killed", stop_at=5)
+rest = trainer.train(frequent, trainer.build_model(recipe), rows, tokenizer, "killed", stop_at=5)
 different = sum(one != other for one, other in zip(rest.losses, run.losses[:5], strict=True))
 show_prediction(predicted_different, show="{} of 5".format, measured=different)
 print("exit status", status)
@@ -401,7 +408,7 @@ new_answers = evaluation.generate(model, tokenizer, heldout["prompt"], recipe)
 
 # %% tags=["run", "nbval-ignore-output"]
 # loose: shares and losses differ by a little between CPU types
-learned = evaluation.score(new_answers, heldout["answer"])
+learned = tickets.score(new_answers, heldout["answer"])
 show_prediction(predicted_right, show="{:.0f} %".format, measured=100 * learned.correct)
 print(learned)
 print(f"held-out loss {sum(before) / len(before):.2f} -> {sum(after) / len(after):.2f}, change "
@@ -419,17 +426,17 @@ print(f"\n{heldout['prompt'][0]}\n{new_answers[0]}")
 # answer of another one. What the control learns as well, the labels did not teach.
 
 # %% tags=["run"]
-shuffled = corpus.encode(corpus.shuffled_answers(train_set, seed=0), tokenizer,
+shuffled = data.encode(data.shuffled_answers(train_set, seed=0), tokenizer,
                          recipe.sequence_length)
-control_model = training.build_model(recipe)
+control_model = trainer.build_model(recipe)
 
 # %% tags=["run", "nbval-ignore-output"]
 # loose: shares and losses differ by a little between CPU types
-control = training.train(recipe, control_model, shuffled, tokenizer, "control",
-                         on_step=live.Watcher(recipe, title="control"))
+control = trainer.train(recipe, control_model, shuffled, tokenizer, "control",
+                         on_step=figures.Watcher(recipe, title="control"))
 control_losses = evaluation.answer_losses(control_model, heldout_rows, recipe)
 control_answers = evaluation.generate(control_model, tokenizer, heldout["prompt"], recipe)
-controlled = evaluation.score(control_answers, heldout["answer"])
+controlled = tickets.score(control_answers, heldout["answer"])
 print(f"held-out loss {sum(control_losses) / len(control_losses):.2f};", controlled)
 
 # %% tags=["run"]
@@ -444,7 +451,7 @@ figures.losses({"true answers": run.losses, "shuffled answers": control.losses},
 
 # %% tags=["run"]
 print("loss down by 30 % or more:          ", sum(after) < 0.7 * sum(before))
-if source.model == "bundled":  # a ticket's fields are right or wrong; free text has no such line
+if source.weights == "bundled":  # a ticket's fields are right or wrong; free text has no such line
     print("more than 85 % have it all right:   ", min(learned.structure, learned.correct) > 0.85)
     print("of the control's less than 10 % do: ", controlled.correct < 0.1)
 
@@ -479,6 +486,7 @@ def shift(loaded):
     return evaluation.largest_shift(losses, after[:32])
 
 # %% tags=["run"]
+from fitcast.training import export
 sizes = {"adapter": export.save_adapter(model, "adapter")}
 model = control_model = None  # one after the other, so that a T4 has room for each
 shifts = {"adapter": shift(export.load_adapter(recipe, "adapter"))}
@@ -489,6 +497,7 @@ shipped = evaluation.generate(merged, tokenizer, heldout["prompt"][:1], recipe)
 
 # %% tags=["run", "nbval-ignore-output"]
 # loose: the shifts differ by a little between CPU types
+from fitcast import show_bytes
 show_prediction(predicted_shift, show="{:.3f} nats".format, measured=shifts["original"])
 for kind in ("adapter", "dequantized", "original"):
     print(f"{kind:12}{show_bytes(sizes[kind]):>12}   largest shift {shifts[kind]:.6f} nats")
@@ -513,6 +522,7 @@ print("the file answers as the model did:", shipped == new_answers[:1])
 # thirteen lines just work, would you say?
 
 # %% tags=["run"]
+from course_utils.topics import usual_recipe
 lines = usual_recipe.judge(eight_b.recipe)
 print(*lines, sep="\n")
 print(sum(line.verdict == "works" for line in lines), "of", len(lines), "just work")
@@ -538,6 +548,7 @@ print(sum(line.verdict == "works" for line in lines), "of", len(lines), "just wo
 predicted_gib = ...
 
 # %% tags=["run"]
+from fitcast import GIB
 ladder = closing_act.ladder()
 fit_a_t4 = [rung for rung in ladder if rung.forecast.fits]
 smallest = min(fit_a_t4, key=lambda rung: rung.forecast.peak_allocated_bytes)
@@ -551,9 +562,10 @@ print(closing_act.table(preparation + ladder))
 print(f"\nheld to a T4's memory:\n{closing_act.held_to_a_t4()}")
 
 # %% tags=["run"]
+from fitcast.forecasting.search import tokens_per_second
 bytes_of = {rung.name: rung.forecast.composition for rung in ladder}
 speed_of = {rung.name: rung.measured["tokens_per_second"] for rung in ladder}
-training_figures.ladder(bytes_of, speed_of, hardware.T4,
+figures.ladder(bytes_of, speed_of, gpus.T4,
                         "Llama-3.1-8B, 4 x 2048 tokens; each rung keeps those above",
                         recorded.rows("ladder")[0]["gpu"])
 
@@ -575,7 +587,7 @@ training_figures.ladder(bytes_of, speed_of, hardware.T4,
 # - *Checkpoints on the host* trade the PCIe bus for memory: for the last GiB, not for speed.
 #
 # The forecast and the measurement differ by kilobytes. That is what makes the next step possible:
-# *choosing* by forecast. `python -m course_utils fit --model llama-3.1-8b --micro-batch-size 4`
+# *choosing* by forecast. `fitcast fit --model llama-3.1-8b --micro-batch-size 4`
 # weighs the settings that count, one forecast each. Below the fastest two that were measured within
 # a T4's memory, fit's choice among them. Are they those with the fewest bytes?
 
@@ -620,7 +632,7 @@ print(f"largest difference {evaluation.largest_shift(*curves.values()):.5f} nats
 # Turn the levers yourself. Which one moves the peak, and which is decoration? Try the rank.
 
 # %% tags=["run"]
-widgets.levers_explorer()
+figures.levers_explorer()
 
 # %% [markdown]
 # ## Exercise 06.3 · The same lesson in less memory and less time
@@ -665,7 +677,7 @@ exercises.check_budget(phi_recipe, exercises.PHI, budget_bytes=6 * GIB, speedup=
 # - Two T4s (Kaggle gives them): [beyond one GPU](beyond_one_gpu.md) runs this recipe under
 #   `torchrun` with the same 32 sequences a step, and works out what FSDP would add.
 # - A loop of your own: `forecast_step(fake_model("llama-3.2-1b"), step, hardware.T4)` (from
-#   `course_utils.forecast` and `course_utils.fake`) says what `step(model)` needs, before you have
+#   `fitcast.forecasting.forecast` and `fitcast.forecasting.fake`) says what `step(model)` needs, before you have
 #   a GPU. Let `step` make its optimizer and take two steps; lesson 01 says why.
 #
 # ## Try with AI
@@ -683,10 +695,11 @@ exercises.check_budget(phi_recipe, exercises.PHI, budget_bytes=6 * GIB, speedup=
 # start with the rank. What single changes save, from the usual recipe:
 
 # %% tags=["run"]
+from fitcast.forecasting.search import single_changes
 print({holder: show_bytes(n) for holder, n in eight_b.forecast.composition.items() if n > GIB})
 changes = single_changes(eight_b.recipe, num_layers=32)
 for name in ("rank 8", "sequence 1024", "micro batch 2, accumulated", "chunked loss"):
-    one = forecast(replace(eight_b.recipe, **changes[name]), hardware.T4)
+    one = forecast(replace(eight_b.recipe, **changes[name]), gpus.T4)
     peak = one.peak_allocated_bytes
     saved = eight_b.forecast.peak_allocated_bytes - peak
     print(f"{name:28}saves {show_bytes(saved):>10}, peak {show_bytes(peak)}: "
@@ -709,8 +722,8 @@ for name in ("rank 8", "sequence 1024", "micro batch 2, accumulated", "chunked l
 # %% tags=["run"]
 t4 = replace(eight_b.recipe, model="llama-3.2-1b", micro_batch_size=2,
              gradient_accumulation_steps=16)
-a10 = replace(t4, micro_batch_size=8, gradient_accumulation_steps=4).for_gpu(hardware.A10)
-for one, card in ((t4, hardware.T4), (a10, hardware.A10)):
+a10 = replace(t4, micro_batch_size=8, gradient_accumulation_steps=4).for_gpu(gpus.A10)
+for one, card in ((t4, gpus.T4), (a10, gpus.A10)):
     planned_step = forecast(one, card)
     speed = f"about {tokens_per_second(one, planned_step):,.0f} tokens a second"
     print(f"{one.effective_batch_size} sequences, {speed if planned_step.fits else 'no speed'}; "
@@ -727,7 +740,7 @@ tokens, lean = 3 * 50_000 * 500, replace(smallest.recipe, offload_checkpoints=Fa
 print(f"{tokens:,} tokens, {3 * -(-50_000 // 32):,} optimizer steps")  # -(-a // b): up
 for name in ("llama-3.2-1b", "llama-3.1-8b"):
     one = replace(lean, model=name, micro_batch_size=16, sequence_length=512, world_size=2)
-    planned_step = forecast(one, hardware.T4)
+    planned_step = forecast(one, gpus.T4)
     each = tokens_per_second(one, planned_step)
     print(f"{name}: {'fits' if planned_step.fits else 'does not fit'}, {each:,.0f} tokens a second "
           f"on each T4, {tokens / (2 * each) / 3600:.0f} hours of 24")

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from course_utils.recipe import TrainRecipe
+from fitcast.recipe import TrainRecipe
 
 TOKENIZER = SimpleNamespace(pad_token_id=0)
 

@@ -26,18 +26,21 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
 
-from course_utils import forecast as forecasts  # noqa: E402
-from course_utils import hardware, qlora, shapes, widgets  # noqa: E402
-from course_utils.ledger import MemoryLedger  # noqa: E402
-from course_utils.recipe import TrainRecipe  # noqa: E402
-from course_utils.units import KIB, MIB  # noqa: E402
+from course_utils.data import BUNDLED
+from course_utils.figures import widgets
+from fitcast import gpus, models
+from fitcast.forecasting import forecast as forecasts
+from fitcast.memory.ledger import MemoryLedger
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.units import KIB, MIB
 
 DATA = ROOT / "tests" / "data"
 SHARED = {"llama-1b": "llama-3.2-1b", "llama-8b": "llama-3.1-8b"}
-T4_KERNELS = dataclasses.replace(hardware.H200, flash_attention=False)
+T4_KERNELS = dataclasses.replace(gpus.H200, flash_attention=False)
 
 
 def recipe_of(row: dict, folder: Path) -> TrainRecipe:
@@ -46,7 +49,7 @@ def recipe_of(row: dict, folder: Path) -> TrainRecipe:
         return TrainRecipe(**row["recipe"])
     path = folder / row["model"]
     if not path.exists():  # that file's models have a head of their own
-        config = shapes.config(SHARED[row["model"]])
+        config = models.config(SHARED[row["model"]])
         config.tie_word_embeddings = False
         config.save_pretrained(path)
     return TrainRecipe(
@@ -63,7 +66,7 @@ def errors(path: Path, folder: Path) -> None:
     print(f"\n{path.name}: {len(rows)} rows; error of the peak, place of reserved in its interval")
     for row in rows:
         recipe = recipe_of(row, folder)
-        gpu = hardware.H200 if row.get("kernels") == "own" else T4_KERNELS
+        gpu = gpus.H200 if row.get("kernels") == "own" else T4_KERNELS
         f = forecasts.forecast(recipe, gpu)
         error = f.peak_allocated_bytes / row["peak_allocated_bytes"] - 1
         low, high = f.peak_reserved_bytes
@@ -71,7 +74,7 @@ def errors(path: Path, folder: Path) -> None:
         found.append(abs(error))
         inside += low <= reserved <= high
         widths.append((high - low) / reserved)
-        default = TrainRecipe()
+        default = TrainRecipe(model=BUNDLED)
         words = [f"{name}={value}" for name, value in dataclasses.asdict(recipe).items()
                  if value != getattr(default, name) and name not in ("model", "amp_dtype")]
         print(f"  {error:+8.4%}  {(reserved - low) / (high - low):5.0%} of "
@@ -89,7 +92,7 @@ def yardstick() -> float:
 
 def latency() -> None:
     """Print how long a forecast takes that is not in the cache, libraries loaded."""
-    forecasts.forecast(TrainRecipe(amp_dtype="float16", sequence_length=64))  # loads libraries
+    forecasts.forecast(TrainRecipe(model=BUNDLED, amp_dtype="float16", sequence_length=64))  # loads libraries
     print("\nlatency of a new forecast (best of 3)")
     unit = min(yardstick() for _ in range(3))
     for model in ("llama-3.2-1b", "llama-3.1-8b"):
@@ -124,7 +127,7 @@ async def slider() -> None:
 
 def ledger_overhead() -> None:
     """Print a real training step's time with the ledger over without."""
-    recipe = TrainRecipe(base="float32", sequence_length=128, micro_batch_size=4)
+    recipe = TrainRecipe(model=BUNDLED, base="float32", sequence_length=128, micro_batch_size=4)
     model = qlora.apply_levers(qlora.add_adapters(qlora.load_base(recipe), recipe), recipe).train()
     optimizer = qlora.build_optimizer(model, recipe)
     ids = torch.randint(10, 100, (4, 128))

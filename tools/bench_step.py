@@ -23,43 +23,41 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import transformers  # noqa: E402
+import transformers
 
-from course_utils import (  # noqa: E402
-    corpus,
-    hardware,
-    measurement,
-    qlora,
-    random_weights,
-    training,
-)
-from course_utils.forecast import forecast  # noqa: E402
-from course_utils.ledger import MemoryLedger  # noqa: E402
-from course_utils.recipe import TrainRecipe  # noqa: E402
-from course_utils.units import show_bytes  # noqa: E402
+from course_utils import data
+from course_utils.data import BUNDLED
+from fitcast import gpus
+from fitcast.forecasting.forecast import forecast
+from fitcast.memory.ledger import MemoryLedger
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.training import measurement, random_weights
+from fitcast.training import trainer as training
+from fitcast.units import show_bytes
 
 STEPS = 5
 OURS = {"attention": "explicit_kv", "loss": "lean", "norm": "native", "mlp": "lean",
         "adapters": "lean", "rotary": "lean", "lora_dropout": 0.0}
 
 
-def of_this_machine(gpu: hardware.Gpu | None, folder: str) -> TrainRecipe:
+def of_this_machine(gpu: gpus.Gpu | None, folder: str) -> TrainRecipe:
     """The usual recipe in a size that this machine can train."""
     if gpu is None:
-        return TrainRecipe(micro_batch_size=4, sequence_length=512)
-    recipe = TrainRecipe(micro_batch_size=4, sequence_length=2048).for_gpu(gpu)
+        return TrainRecipe(model=BUNDLED, micro_batch_size=4, sequence_length=512)
+    recipe = TrainRecipe(model=BUNDLED, micro_batch_size=4, sequence_length=2048).for_gpu(gpu)
     weights = random_weights.write("llama-3.2-1b", folder, qlora.storage_dtype(recipe))
     return dataclasses.replace(recipe, model=str(weights))
 
 
-def measured(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> tuple[float, int]:
+def measured(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> tuple[float, int]:
     """Tokens per second, and the peak: the GPU's own, or the ledger's on a CPU."""
     found = measurement.measure_step(recipe, training.build_model(recipe), STEPS)
     return found.tokens_per_second, (found.report.peak_bytes if gpu is None
                                      else found.peak_allocated_bytes)
 
 
-def measured_trl(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> tuple[float, int]:
+def measured_trl(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> tuple[float, int]:
     """The same steps by TRL's SFTTrainer, with its own defaults for everything it decides."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -71,11 +69,11 @@ def measured_trl(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> tuple[float, 
             self.seconds: list[float] = []
 
         def on_step_begin(self, *_, **__):
-            hardware.synchronize()
+            gpus.synchronize()
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            hardware.synchronize()
+            gpus.synchronize()
             self.seconds.append(time.perf_counter() - self.start)
 
     clock, model = Clock(), qlora.load_base(recipe)
@@ -84,7 +82,7 @@ def measured_trl(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> tuple[float, 
         trainer = SFTTrainer(
             model=model, callbacks=[clock],
             train_dataset=Dataset.from_dict({"input_ids": rows}),
-            processing_class=AutoTokenizer.from_pretrained(corpus.bundled_model_dir()),
+            processing_class=AutoTokenizer.from_pretrained(data.bundled_model_dir()),
             peft_config=LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha,
                                    lora_dropout=recipe.lora_dropout, task_type="CAUSAL_LM",
                                    target_modules=list(recipe.lora_targets)),
@@ -94,9 +92,9 @@ def measured_trl(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> tuple[float, 
                            max_length=recipe.sequence_length, report_to="none", save_strategy="no",
                            disable_tqdm=True,
                            dataset_kwargs={"skip_prepare_dataset": True}, use_cpu=gpu is None))
-        hardware.reset_peak()
+        gpus.reset_peak()
         trainer.train()
-        peak = hardware.peak_allocated_bytes()
+        peak = gpus.peak_allocated_bytes()
         if gpu is None:  # the ledger slows steps down: some more, watched
             with MemoryLedger(trainer.model) as ledger:
                 trainer.train()
@@ -106,7 +104,7 @@ def measured_trl(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> tuple[float, 
 
 def main() -> None:
     transformers.utils.logging.disable_progress_bar()
-    gpu = hardware.detect()
+    gpu = gpus.detect()
     print(f"\n{STEPS} optimizer steps on {gpu.name if gpu else 'this CPU'}")
     with tempfile.TemporaryDirectory() as folder:
         usual = of_this_machine(gpu, folder)
@@ -118,7 +116,7 @@ def main() -> None:
             gc.collect()
             runs["TRL's SFTTrainer"] = (*measured_trl(usual, gpu), None)
         for name, (speed, peak, recipe) in runs.items():
-            said = f"forecast {show_bytes(forecast(recipe, gpu or hardware.T4).peak_bytes)}" \
+            said = f"forecast {show_bytes(forecast(recipe, gpu or gpus.T4).peak_bytes)}" \
                 if recipe and gpu else ""
             print(f"  {name:18} {speed:9,.0f} tokens/s {speed / first_speed:5.2f}x   peak "
                   f"{show_bytes(peak):>10} {peak / first_peak:5.0%}   {said}")

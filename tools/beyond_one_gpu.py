@@ -17,11 +17,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from course_utils import closing_act, recorded, shapes  # noqa: E402
-from course_utils.fake_load import blueprint  # noqa: E402
-from course_utils.hardware import T4  # noqa: E402
-from course_utils.units import show_bytes  # noqa: E402
-from tools import stamp  # noqa: E402
+from course_utils.topics import ladder, recorded
+from fitcast import models
+from fitcast.forecasting.load import blueprint
+from fitcast.gpus import T4
+from fitcast.units import show_bytes
+from tools import stamp
 
 PAGE = ROOT / "lessons" / "beyond_one_gpu.md"
 START, END = "<!-- numbers: python -m tools.beyond_one_gpu -->", "<!-- end of numbers -->"
@@ -31,9 +32,9 @@ SHARDED = ("weights", "adapters", "gradients", "optimizer state")
 PCIE_BYTES_PER_SECOND = 12e9  # PCIe 3.0 x 16 less a quarter
 
 
-def layer_bytes(rung: closing_act.Rung) -> tuple[int, int]:
+def layer_bytes(rung: ladder.Rung) -> tuple[int, int]:
     """Bytes of one decoder layer's frozen weights, and of all that is in no layer."""
-    config = shapes.config(rung.recipe.model)
+    config = models.config(rung.recipe.model)
     layers = outside = 0.0
     for name, parameter in blueprint(rung.recipe, config).named_parameters():
         if "lora_" not in name:
@@ -45,7 +46,7 @@ def layer_bytes(rung: closing_act.Rung) -> tuple[int, int]:
     return int(layers / config.num_hidden_layers), int(outside)
 
 
-def per_gpu(rung: closing_act.Rung, n: int) -> dict[str, int]:
+def per_gpu(rung: ladder.Rung, n: int) -> dict[str, int]:
     """Bytes by holder on each of `n` GPUs under FSDP's full sharding; n = 1 is the forecast."""
     held = dict(rung.forecast.composition)
     if n > 1:
@@ -57,7 +58,7 @@ def per_gpu(rung: closing_act.Rung, n: int) -> dict[str, int]:
 
 def table() -> str:
     """The page's table: what a GPU holds, alone, replicated, and sharded over 2 and 4."""
-    rung = next(r for r in closing_act.ladder() if r.name == "native RMSNorm")
+    rung = next(r for r in ladder.ladder() if r.name == "native RMSNorm")
     columns = {"one GPU, or DDP on each": per_gpu(rung, 1), "FSDP on 2": per_gpu(rung, 2),
                "FSDP on 4": per_gpu(rung, 4)}
     lines = [f"{rung.recipe.model}, {rung.recipe.micro_batch_size} x "

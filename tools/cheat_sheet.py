@@ -8,12 +8,13 @@ committed page against what this writes today.
 
 import dataclasses
 
-from course_utils import recorded, shapes
-from course_utils.fit import levers, tokens_per_second
-from course_utils.forecast import Forecast, forecast
-from course_utils.hardware import T4
-from course_utils.recipe import TrainRecipe
-from course_utils.units import show_bytes
+from course_utils.topics import recorded
+from fitcast import models
+from fitcast.forecasting.forecast import Forecast, forecast
+from fitcast.forecasting.search import levers, tokens_per_second
+from fitcast.gpus import T4
+from fitcast.recipe import TrainRecipe
+from fitcast.units import show_bytes
 from tools.notebooks import LESSONS
 
 PAGE = LESSONS / "cheat_sheet.md"
@@ -89,7 +90,7 @@ def holders(f: Forecast) -> str:
 
 def page() -> str:
     """The whole page as Markdown."""
-    config, usual = shapes.config(USUAL.model), forecast(USUAL, T4)
+    config, usual = models.config(USUAL.model), forecast(USUAL, T4)
     tokens = USUAL.micro_batch_size * USUAL.sequence_length
     chunked = dataclasses.replace(USUAL, loss="chunked", attention="explicit_kv")
     every, none = (forecast(dataclasses.replace(chunked, checkpointed_layers=k), T4)

@@ -1,16 +1,16 @@
 """The course's closing act as a picture: an 8B model's step, one change after the other, on a T4.
 
-Drawn from `lessons/recorded_runs.json` as SVG text, without matplotlib, so that the same recording
+Drawn from `course_utils/data/recorded_runs.json` as SVG text, without matplotlib, so that the same recording
 gives the same file on every machine. `make stamp` writes it to docs/ and its words to README.
 """
 
 from html import escape
 from typing import Any
 
-from course_utils import recorded
-from course_utils.figures import GRID, INK, LINES
-from course_utils.hardware import T4
-from course_utils.units import GIB, show_bytes
+from course_utils.figures.base import GRID, INK, LINES
+from course_utils.topics import recorded
+from fitcast.gpus import T4
+from fitcast.units import GIB, show_bytes
 
 WIDTH, LEFT, RIGHT, TOP, ROW = 880, 218, 150, 92, 34  # pixels
 AXIS_GIB = 26

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import nbformat
 
-from course_utils import verified
+from course_utils.topics import welcome
+from fitcast.training import versions
 from tools import stamp
 from tools.notebooks import CELL_TIMEOUT_SECONDS, ENVIRONMENT, ROOT, lesson_scripts
 
@@ -31,10 +32,10 @@ HOME = ROOT / ".venv-colab"
 PYTHON = HOME / "bin" / "python"
 PINS = ROOT / "constraints-colab.txt"
 KERNEL = "colab"
-TESTS = ("test_widgets.py", "test_flops.py",  # controls under ipywidgets 7; what torch counts
-         "test_forecast.py::test_other_packages_forecast_the_same",
-         "test_forecast.py::test_events_of_a_step_are_those_of_the_gpu",
-         "test_recorded_runs.py::test_who_holds_what_is_as_forecast")  # fmt: skip
+TESTS = ("course_utils/figures/test_widgets.py", "fitcast/memory/test_flops.py",  # controls under ipywidgets 7; what torch counts
+         "fitcast/forecasting/test_forecast.py::test_other_packages_forecast_the_same",
+         "fitcast/forecasting/test_forecast.py::test_events_of_a_step_are_those_of_the_gpu",
+         "course_utils/topics/test_recorded.py::test_who_holds_what_is_as_forecast")  # fmt: skip
 SEEN = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "numpy",
         "matplotlib", "ipywidgets")  # fmt: skip
 # What a lesson rightly shows otherwise on Colab, here and there; the lesson says so in its prose.
@@ -105,7 +106,7 @@ def surroundings(origin: Path, now: stamp.Facts) -> dict[str, str]:
     """Environment of a Colab runtime whose GitHub is `origin`."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     return inherited | ENVIRONMENT | {
-        verified.COLAB_VARIABLE: "release-colab",
+        versions.COLAB_VARIABLE: "release-colab",
         "CUDA_VISIBLE_DEVICES": "",  # the outputs to compare with are a CPU's
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf",
@@ -150,7 +151,7 @@ def complaints(probe: dict, folder: Path, now: stamp.Facts) -> list[str]:
                      f"not {wanted} and nothing else")  # fmt: skip
     if again != after:
         found.append(f"a second run changes packages: {sorted(again ^ after)}")
-    if len(set(probe["told"])) != 1 or not probe["told"][0].startswith(verified.banner()):
+    if len(set(probe["told"])) != 1 or not probe["told"][0].startswith(welcome.banner()):
         found.append(f"two runs say {probe['told']}, not twice the banner")
     if not probe["course_utils"].startswith(str(folder / "course")):
         found.append(f"course_utils comes from {probe['course_utils']}, not from the clone")
@@ -173,8 +174,8 @@ def as_on_colab(lesson: str, folder: Path) -> Path:
     committed = folder / "course" / "lessons" / f"{lesson}.ipynb"
     notebook = nbformat.read(committed, as_version=4)
     (said,) = [out for cell in notebook.cells for out in cell.get("outputs", [])
-               if out.get("text", "").startswith(verified.banner())]  # fmt: skip
-    said.text = f"{verified.banner()}\n{verified.NO_GPU}\n"
+               if out.get("text", "").startswith(welcome.banner())]  # fmt: skip
+    said.text = f"{welcome.banner()}\n{welcome.NO_GPU}\n"
     for here, there in OTHERWISE.get(lesson, {}).items():
         (said,) = [out for cell in notebook.cells for out in cell.get("outputs", [])
                    if here in out.get("text", "")]  # fmt: skip
@@ -220,7 +221,7 @@ def run_tests(folder: Path, environment: dict[str, str]) -> int:
     return int(passed[1])
 
 
-def write_record(path: Path = verified.PATH) -> None:
+def write_record(path: Path = versions.PATH) -> None:
     """Today's date and the versions of both sides, for the line that every lesson prints."""
     sides = {}
     for side, pins in (("pins", ROOT / "constraints.txt"), ("colab", PINS)):
@@ -266,7 +267,7 @@ def main(numbers: list[str]) -> int:
         print("\n\n".join(failed), file=sys.stderr)
     elif not numbers:
         write_record()
-        print(f"{verified.PATH.relative_to(ROOT)} is of today; now make stamp")
+        print(f"{versions.PATH.relative_to(ROOT)} is of today; now make stamp")
     return 1 if failed else 0
 
 

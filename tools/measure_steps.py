@@ -2,7 +2,7 @@
 
     python tools/measure_steps.py OUT.json [--rows look|held] [--minutes 9] [--workers 3]
 
-Each row is a `TrainRecipe` run through `course_utils.qlora` in a process of its own: load a
+Each row is a `TrainRecipe` run through `fitcast.step.qlora` in a process of its own: load a
 checkpoint of random weights at the real shapes, add adapters, take three optimizer steps. The file
 is written again after every row; a row that fails says why. Memory counters are per process, so
 rows may share the GPU; no times are taken.
@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # no CUDA in the parent: it forks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from course_utils.recipe import TrainRecipe  # noqa: E402
+from fitcast.recipe import TrainRecipe
 
 QLORA = {"amp_dtype": "float16", "sequence_length": 2048}  # nf4, r=16 on q,k,v,o, PagedAdamW8bit
 LLAMA1, LLAMA3, LLAMA8 = "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"
@@ -118,7 +118,7 @@ def write_checkpoint(folder: Path, model: str, dtype: str) -> Path:
     """A safetensors checkpoint of random weights at the real shapes; returns its folder."""
     import torch
 
-    from course_utils import random_weights
+    from fitcast.training import random_weights
 
     return random_weights.write(model, folder, getattr(torch, dtype))
 
@@ -141,7 +141,7 @@ def measure(spec: dict, source: str, trace_path: str) -> dict:
     import torch
     import transformers
 
-    from course_utils import qlora
+    from fitcast.step import qlora
 
     recipe = TrainRecipe(**spec["recipe"])
     if spec["kernels"] == "t4":

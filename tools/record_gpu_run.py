@@ -1,6 +1,6 @@
 """Train on a GPU as if it were a T4, and write what was measured beside what was forecast.
 
-    python tools/record_gpu_run.py [--out lessons/recorded_runs.json] [--groups ladder fit …]
+    python tools/record_gpu_run.py [--out course_utils/data/recorded_runs.json] [--groups ladder fit …]
 
 Each row is a recipe run through `training.QLoRATrainer` in a process of its own, one after the
 other: random weights at the real shapes (memory and speed do not depend on values), full-length
@@ -38,10 +38,11 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from course_utils.hardware import EMULATE_VARIABLE, T4  # noqa: E402
-from course_utils.recipe import TrainRecipe  # noqa: E402
-from course_utils.units import GIB  # noqa: E402
-from tools.measure_steps import answer, in_child, storage, versions, write_checkpoint  # noqa: E402
+from course_utils.data import BUNDLED
+from fitcast.gpus import EMULATE_VARIABLE, T4
+from fitcast.recipe import TrainRecipe
+from fitcast.units import GIB
+from tools.measure_steps import answer, in_child, storage, versions, write_checkpoint
 
 LLAMA8, LLAMA1, PHI, QWEN = "llama-3.1-8b", "llama-3.2-1b", "phi-4-mini", "qwen3-1.7b"
 FUSED = ("qkv_proj", "o_proj")
@@ -82,7 +83,7 @@ def ladder() -> list[dict]:
 
 def card():
     """This card's speed, a T4's memory and kernels: what `fit` is asked about."""
-    from course_utils import hardware
+    from fitcast import gpus as hardware
 
     return dataclasses.replace(hardware.detect(), total_bytes=T4.total_bytes,
                                context_bytes=T4.context_bytes, flash_attention=False)
@@ -90,7 +91,7 @@ def card():
 
 def picked(group: str, name: str, max_steps: int = USUAL.max_steps, **changes) -> dict:
     """What `fit` picks for an effective batch of 8 within a T4's memory."""
-    from course_utils.fit import fit
+    from fitcast.forecasting.search import fit
 
     start = dataclasses.replace(USUAL, gradient_accumulation_steps=2, **LEAN | changes)
     return row(group, name, **dataclasses.asdict(fit(start, card()).recipe)
@@ -126,7 +127,7 @@ def menu() -> list[dict]:
 
 def largest_micro_batch(recipe: TrainRecipe) -> int:
     """The most sequences that a T4 is forecast to hold, upper bound of reserved memory included."""
-    from course_utils.forecast import forecast
+    from fitcast.forecasting.forecast import forecast
 
     sizes = range(1, 128)
     return bisect.bisect_left(sizes, True, key=lambda size: not forecast(
@@ -175,7 +176,7 @@ def ranks() -> list[dict]:
 def tests() -> list[dict]:
     """A row for each module with tests that are skipped where there is no GPU."""
     return [{"group": "tests", "name": path.name} for path in sorted(
-        (ROOT / "tests").glob("test_*.py")) if needing_cuda(path)]
+        (ROOT / "tests").rglob("test_*.py")) if needing_cuda(path)]
 
 
 def needing_cuda(path: Path) -> list[str]:
@@ -222,7 +223,7 @@ def emulated(spec: dict):
     """A T4, or a T4 with all of this card's memory, while the row runs."""
     import torch
 
-    from course_utils import hardware
+    from fitcast import gpus as hardware
 
     total = torch.cuda.get_device_properties(0).total_memory
     return hardware.emulate(T4 if spec["limited"] else dataclasses.replace(T4, total_bytes=total))
@@ -233,7 +234,7 @@ def train_row(spec: dict, source: str, pipe) -> None:
     import torch
     from transformers import default_data_collator
 
-    from course_utils import training
+    from fitcast.training import trainer as training
 
     recipe, steps = TrainRecipe(**spec["recipe"]), []
     try:
@@ -264,7 +265,8 @@ def train_row(spec: dict, source: str, pipe) -> None:
 
 def count_row(spec: dict, source: str, pipe) -> None:
     """Measure some steps of one row, and count the bytes of one more with the ledger."""
-    from course_utils import measurement, training
+    from fitcast.training import measurement
+    from fitcast.training import trainer as training
 
     recipe = TrainRecipe(**spec["recipe"])
     with emulated(spec):
@@ -314,22 +316,24 @@ def share_update(spec: dict, pipe) -> None:
     """How far an update shared by processes is from that of one, on lesson 03's uneven batch."""
     from transformers import AutoTokenizer
 
-    from course_utils import corpus, gradients
-    from course_utils import ranks as processes
-    from course_utils.units import IGNORED
+    from course_utils import data
+    from course_utils.topics import ranks as processes
+    from fitcast.training import gradients
+    from fitcast.training.data import collate, encode
+    from fitcast.units import IGNORED
 
-    recipe = TrainRecipe(base="float32", lora_rank=None, lora_dropout=0.0, checkpointed_layers=0,
+    recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0.0, checkpointed_layers=0,
                          optimizer="adamw", micro_batch_size=2, gradient_accumulation_steps=16,
                          sequence_length=128)
-    tokenizer = AutoTokenizer.from_pretrained(corpus.bundled_model_dir())
-    rows = list(corpus.encode(corpus.load_instructions(), tokenizer, recipe.sequence_length))
+    tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir())
+    rows = list(encode(data.load_instructions(), tokenizer, recipe.sequence_length))
     rows = [dict(row) for row in rows[:recipe.effective_batch_size]]
     for row in rows[:28]:  # one labelled token is left
         first = next(at for at, label in enumerate(row["labels"]) if label != IGNORED)
         row["labels"] = [label if at <= first else IGNORED
                          for at, label in enumerate(row["labels"])]
     batch = {name: tensor.cuda() for name, tensor in
-             corpus.collate(rows, tokenizer.pad_token_id).items()}
+             collate(rows, tokenizer.pad_token_id).items()}
     alone = processes.update(recipe, batch)
     shared = dataclasses.replace(recipe, world_size=spec["ranks"],
                                  gradient_accumulation_steps=16 // spec["ranks"])
@@ -364,7 +368,7 @@ def sha(source: str) -> str:
 
 def add_forecasts(rows: list[dict]) -> None:
     """Put beside every measured peak what a T4 with this much memory was forecast to need."""
-    from course_utils.forecast import forecast
+    from fitcast.forecasting.forecast import forecast
 
     for spec in rows:
         if "recipe" in spec:
@@ -375,7 +379,7 @@ def add_forecasts(rows: list[dict]) -> None:
 
 
 def time_product(spec: dict, pipe) -> None:
-    from course_utils import measurement
+    from fitcast.training import measurement
 
     pipe.send({"flops": measurement.matmul_flops(spec["name"])})
 

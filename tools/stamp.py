@@ -19,7 +19,7 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
-from course_utils import verified
+from course_utils.topics.welcome import banner
 from tools import closing_act
 from tools.notebooks import ROOT, lesson_scripts
 
@@ -35,8 +35,8 @@ if "course_utils" not in sys.modules:
         os.system(f"{{sys.executable}} -m pip install -q --no-deps bitsandbytes=={bitsandbytes} && "
                   "git clone -qb {tag} {repository} course")
     sys.path += [os.path.abspath("course"), os.path.abspath("..")]
-from course_utils import verified
-print(verified.welcome())"""
+from course_utils.topics.welcome import welcome
+print(welcome())"""
 COLAB = "https://colab.research.google.com"
 BADGE = rf"\[!\[Open in Colab\]\([^)]*\)\]\({re.escape(COLAB)}[^)]*\)"
 TABLE = re.compile(r"(?<=<!-- lessons: make stamp -->\n).*?(?=<!-- end of lessons -->)", re.DOTALL)
@@ -118,7 +118,7 @@ def lesson_notebook(notebook: NotebookNode, lesson: str, now: Facts) -> None:
     where = headings.index(True)
     cell = notebook.cells[where + 1]
     notebook.cells[where].source, cell.source = SETUP_PROSE, now.setup
-    cell.outputs = [new_output("stream", name="stdout", text=f"{verified.banner()}\n")]
+    cell.outputs = [new_output("stream", name="stdout", text=f"{banner()}\n")]
 
 
 def opening(lesson: str) -> dict[str, str]:
@@ -168,7 +168,7 @@ def citation(text: str, now: Facts) -> str:
 
 
 def package(text: str, now: Facts) -> str:
-    """`course_utils/__init__.py` with the version of now."""
+    """`fitcast/__init__.py` with the version of now."""
     return re.sub(r'^__version__ = ".*"$', f'__version__ = "{now.version}"', text, flags=re.M)
 
 
@@ -176,7 +176,7 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
     """Every stamped text file, as it should be."""
     now, scripts = facts(root), lesson_scripts()
     wanted = {path: lesson_source(path.read_text("utf-8"), path.stem, now) for path in scripts}
-    for name, write in (("CITATION.cff", citation), ("course_utils/__init__.py", package)):
+    for name, write in (("CITATION.cff", citation), ("fitcast/__init__.py", package)):
         wanted[root / name] = write((root / name).read_text("utf-8"), now)
     wanted[root / "README.md"] = readme((root / "README.md").read_text("utf-8"), scripts, now)
     wanted[root / "docs" / "closing_act.svg"] = closing_act.svg()

@@ -20,10 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-from course_utils import corpus, export, hardware, sources, training  # noqa: E402
-from course_utils.recipe import TrainRecipe  # noqa: E402
+from course_utils.topics import sources
+from fitcast import gpus
+from fitcast.recipe import TrainRecipe
+from fitcast.training import data, export, trainer
 
 
 def lesson_recipe(source: sources.Source) -> TrainRecipe:
@@ -60,14 +62,14 @@ def main() -> None:
     options = parser.parse_args()
     world_size, rank, local_rank = (int(os.environ.get(name, default)) for name, default in (
         ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    on_gpus = hardware.device() != "cpu"
+    on_gpus = gpus.device() != "cpu"
     if on_gpus:
         torch.accelerator.set_device_index(local_rank)  # before anything lands on a GPU
-    gpu = hardware.detect()
+    gpu = gpus.detect()
     source = sources.choose(gpu, options.model)
     recipe = shared(lesson_recipe(source).for_gpu(gpu), world_size)
     tokenizer = source.tokenizer()
-    rows = corpus.encode(source.instructions()[0], tokenizer, recipe.sequence_length)
+    rows = data.encode(source.instructions()[0], tokenizer, recipe.sequence_length)
 
     def say(row: dict) -> None:
         if rank == 0:
@@ -81,8 +83,8 @@ def main() -> None:
     extra = {"ddp_find_unused_parameters": False} if world_size > 1 else {}
     if world_size > 1 and not on_gpus:
         extra |= {"use_cpu": True, "ddp_backend": "gloo"}
-    model = training.build_model(recipe)
-    training.train(recipe, model, rows, tokenizer, options.out, stop_at=options.steps,
+    model = trainer.build_model(recipe)
+    trainer.train(recipe, model, rows, tokenizer, options.out, stop_at=options.steps,
                    drive=options.drive, on_step=say, **extra)
     if rank == 0:
         export.save_adapter(model, options.out / "adapter")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .units import GB, GIB, KIB, MIB, show_bytes
+from fitcast.units import GB, GIB, KIB, MIB, show_bytes
 
 NOT_ATTEMPTED = "Not attempted yet: replace the `...` above by your answer and run both cells."
 # How many times too large (or too small) an answer is that has another unit than the target.

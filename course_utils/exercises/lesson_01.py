@@ -7,21 +7,30 @@ from dataclasses import replace
 
 import torch
 
-from . import shapes
-from .block import count_block
-from .checks import Verdict, check, check_function, check_number, is_number, not_yet, right
-from .memory_report import MemoryReport
-from .recipe import TrainRecipe
-from .units import GB, MIB
+from course_utils.data import BUNDLED, named
+from course_utils.exercises.checks import (
+    Verdict,
+    check,
+    check_function,
+    check_number,
+    is_number,
+    not_yet,
+    right,
+)
+from fitcast import models
+from fitcast.forecasting.block import count_block
+from fitcast.memory.report import MemoryReport
+from fitcast.recipe import TrainRecipe
+from fitcast.units import GB, MIB
 
-FULL = TrainRecipe(base="float32", lora_rank=None, lora_dropout=0.0, checkpointed_layers=0,
+FULL = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0.0, checkpointed_layers=0,
                    optimizer="adamw", micro_batch_size=4, sequence_length=128)
-MODELS = ("bundled", "llama-2-7b", "llama-3.2-1b")
+MODELS = (BUNDLED, "llama-2-7b", "llama-3.2-1b")
 
 
 def widths(model: str) -> tuple[int, int, int, int]:
     """A layer's hidden, key/value and intermediate widths and its attention heads."""
-    config = shapes.config(model)
+    config = models.config(model)
     kv = config.num_key_value_heads * config.head_dim
     return config.hidden_size, kv, config.intermediate_size, config.num_attention_heads
 
@@ -47,7 +56,7 @@ def check_saved_numbers(answer: Callable) -> Verdict:
             without(lambda hidden, kv, intermediate, heads: hidden),
         "the MLP keeps 4 tensors: gate's output, silu's, up's, and the product that down reads.":
             without(lambda hidden, kv, intermediate, heads: intermediate),
-    }, takeaway=f"to the byte, for {', '.join(MODELS)}. Nothing in it is sequence x sequence.")
+    }, takeaway=f"to the byte, for {', '.join(map(named, MODELS))}. Nothing in it is sequence x sequence.")
 
 
 @check

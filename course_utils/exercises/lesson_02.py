@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from . import shapes
-from .checkpointing import trace_chain
-from .checks import Verdict, call, check, is_number, not_yet, right
-from .forecast import forecast
-from .hardware import Gpu
-from .ledger import MemoryLedger
-from .recipe import TrainRecipe
-from .units import GB, GIB, show_bytes
+from course_utils.exercises.checks import Verdict, call, check, is_number, not_yet, right
+from course_utils.topics.checkpointing import trace_chain
+from fitcast import models
+from fitcast.forecasting.forecast import forecast
+from fitcast.gpus import Gpu
+from fitcast.memory.ledger import MemoryLedger
+from fitcast.recipe import TrainRecipe
+from fitcast.units import GB, GIB, show_bytes
 
 STEPS = 6
 # What autograd says when a checkpoint is wrong, and what it means.
@@ -141,7 +141,7 @@ def check_smallest_k(answer: int, recipe: TrainRecipe, gpu: Gpu, budget_bytes: i
         gpu: The card to forecast.
         budget_bytes: Most bytes of tensors at the peak.
     """
-    layers = shapes.config(recipe.model).num_hidden_layers
+    layers = models.config(recipe.model).num_hidden_layers
     if not is_number(answer) or answer != int(answer) or not 0 <= answer <= layers:
         return not_yet(f"a whole number of layers from 0 to {layers} is asked for, got "
                        f"{answer!r}.")

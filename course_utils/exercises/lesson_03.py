@@ -9,12 +9,20 @@ from unittest.mock import Mock
 
 import torch
 
-from .batching import accumulate, labelled_tokens, split
-from .checks import Verdict, call, check, check_function, is_number, not_yet, right
-from .gradients import gradient, in_float64, relative_error
-from .ledger import MemoryLedger
-from .trainer_log import scheduled
-from .units import IGNORED, show_bytes
+from course_utils.exercises.checks import (
+    Verdict,
+    call,
+    check,
+    check_function,
+    is_number,
+    not_yet,
+    right,
+)
+from course_utils.topics.trainer_log import scheduled
+from fitcast.memory.ledger import MemoryLedger
+from fitcast.training.batching import accumulate, labelled_tokens, split
+from fitcast.training.gradients import gradient, in_float64, relative_error
+from fitcast.units import IGNORED, show_bytes
 
 # examples, micro batch, accumulation, world size, epochs, warm-up, logging_steps
 RUNS = ((32, 2, 4, 1, 1, 0.5, 1), (20, 2, 4, 1, 2, 0.1, 2), (27, 4, 2, 1, 2, 0.3, 3))

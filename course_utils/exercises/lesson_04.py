@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import hardware, measurement, qlora
-from .checks import Verdict, call, check, check_function, describe, is_number, not_yet, right
-from .fake import fake_model, fake_tensors
-from .ledger import MemoryLedger
-from .precision import FORMATS, OperationLog
-from .recipe import TrainRecipe
-from .units import show_bytes
+from course_utils.data import BUNDLED, named
+from course_utils.exercises.checks import (
+    Verdict,
+    call,
+    check,
+    check_function,
+    describe,
+    is_number,
+    not_yet,
+    right,
+)
+from course_utils.topics.precision import FORMATS, OperationLog
+from fitcast import gpus
+from fitcast.forecasting.fake import fake_model, fake_tensors
+from fitcast.memory.ledger import MemoryLedger
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.training import measurement
+from fitcast.units import show_bytes
 
 NUMBERS = (1.0, 1.5, 2.0, 0.75, 100.0, 1024.0, 3e-3, 2e-4)
-COPIED = ("bundled", "llama-3.2-1b", "llama-2-7b")  # two with a tied head, one without
+COPIED = (BUNDLED, "llama-3.2-1b", "llama-2-7b")  # two with a tied head, one without
 # What people publish for a T4, in the names that the libraries use.
 PUBLISHED = {
     "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
@@ -87,10 +98,10 @@ def check_copies(answer: Callable) -> Verdict:
                        "embedding.",
         }
         if result != wanted:
-            said = f"for {name} it should be {show_bytes(wanted)}, got "
+            said = f"for {named(name)} it should be {show_bytes(wanted)}, got "
             said += f"{show_bytes(int(result))}." if is_number(result) else f"{describe(result)}."
             return not_yet(mistakes.get(result, said) if is_number(result) else said)
-    return right(f"to the byte, for {', '.join(COPIED)}.")
+    return right(f"to the byte, for {', '.join(map(named, COPIED))}.")
 
 
 def run_published(settings: Mapping[str, Any]) -> OperationLog:
@@ -98,14 +109,14 @@ def run_published(settings: Mapping[str, Any]) -> OperationLog:
     from transformers import BitsAndBytesConfig
 
     amp_dtype = "float16" if settings["fp16"] else "bfloat16" if settings["bf16"] else None
-    recipe = TrainRecipe(amp_dtype=amp_dtype, sequence_length=16, checkpointed_layers=0,
+    recipe = TrainRecipe(model=BUNDLED, amp_dtype=amp_dtype, sequence_length=16, checkpointed_layers=0,
                          lora_dropout=0.0)
     quantization = BitsAndBytesConfig(
         **{name: value for name, value in settings.items() if name.startswith(("load", "bnb"))})
     base = qlora.load_base(recipe, quantization_config=quantization)
     model = qlora.add_adapters(base, recipe)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    batches = measurement.random_batches(recipe, hardware.device())
+    batches = measurement.random_batches(recipe, gpus.device())
     with OperationLog() as log:
         qlora.training_step(model, optimizer, batches, recipe)
     return log
@@ -126,7 +137,7 @@ def check_published(answer: Mapping[str, Any]) -> Verdict:
     if not answer["load_in_4bit"]:
         return not_yet("that gives up the 4 bits and what they save; the mistake is elsewhere.")
     try:
-        replace(TrainRecipe(), amp_dtype=amp_dtype).check_on(hardware.T4)
+        TrainRecipe(model=BUNDLED, amp_dtype=amp_dtype).check_on(gpus.T4)
     except ValueError as error:
         return not_yet(f"{error}.")
     log = run_published(answer)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .checks import Verdict, call, check, is_number, not_yet, right
-from .precision import land
+from course_utils.exercises.checks import Verdict, call, check, is_number, not_yet, right
+from course_utils.topics.precision import land
 
 STEPS, GROWTH_INTERVAL = 200, 20
 OTHER_INTERVAL = 7  # so that no answer passes that has the first one built in

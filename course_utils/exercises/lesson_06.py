@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import corpus, qlora, shapes
-from .checks import Verdict, check, check_function, not_yet, right
-from .fake_load import blueprint
-from .fit import tokens_per_second
-from .forecast import forecast
-from .hardware import T4
-from .recipe import TrainRecipe
-from .units import show_bytes
+from course_utils.data import BUNDLED
+from course_utils.exercises.checks import Verdict, check, check_function, not_yet, right
+from fitcast import models
+from fitcast.forecasting.forecast import forecast
+from fitcast.forecasting.load import blueprint
+from fitcast.forecasting.search import tokens_per_second
+from fitcast.gpus import T4
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.training import data
+from fitcast.units import show_bytes
 
-MODELS = ("bundled", "llama-3.2-1b", "llama-2-7b")
+MODELS = (BUNDLED, "llama-3.2-1b", "llama-2-7b")
 # What exercise 06.3 starts from: the usual recipe, too large for a T4.
 PHI = TrainRecipe(model="phi-4-mini", lora_targets=("qkv_proj", "o_proj"), amp_dtype="float16",
                   micro_batch_size=4, gradient_accumulation_steps=8, sequence_length=2048)
@@ -25,7 +28,7 @@ def check_trainable(answer: Callable) -> Verdict:
     """Exercise 06.1: trainable parameters of rank-r adapters on q, k, v and o."""
     cases, counted = [], []
     for model, rank in zip(MODELS, (16, 16, 8), strict=True):
-        config = shapes.config(model)
+        config = models.config(model)
         cases.append((config.num_hidden_layers, config.hidden_size,
                       config.num_key_value_heads * config.head_dim, rank))
         recipe = TrainRecipe(model=model, base="float32", lora_rank=rank)
@@ -54,7 +57,7 @@ def check_labels(answer: Callable, rows: Sequence[dict], prompt_lengths: Sequenc
     """
     rows = list(rows)[:3]
     cases = [(list(row["input_ids"]), n) for row, n in zip(rows, prompt_lengths, strict=False)]
-    ignored = corpus.IGNORED
+    ignored = data.IGNORED
     return check_function(answer, cases, [list(row["labels"]) for row in rows], mistakes={
         "the prompt's tokens are learned, the answer's are not: swap the two.":
             lambda ids, n: ids[:n] + [ignored] * (len(ids) - n),

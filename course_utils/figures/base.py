@@ -21,8 +21,8 @@ import matplotlib
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from .hardware import Gpu
-from .units import GIB, MIB, show_bytes, with_article
+from fitcast.gpus import Gpu
+from fitcast.units import GIB, MIB, show_bytes, with_article
 
 COLOURS = {
     "weights": "#0072B2", "adapters": "#56B4E9", "gradients": "#D55E00",

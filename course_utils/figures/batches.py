@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .batching import Search
-from .figures import COLOURS, GRID, INK, Figure, _canvas, _finish, styled
-from .units import MIB, show_bytes
+from course_utils.figures.base import COLOURS, GRID, INK, Figure, _canvas, _finish, styled
+from fitcast.training.batching import Search
+from fitcast.units import MIB, show_bytes
 
 EVENTS = {"accumulate": COLOURS["gradients"], "update": COLOURS["weights"], "clear": INK}
 

@@ -14,9 +14,9 @@ import time
 import uuid
 from typing import Any
 
-from .recipe import TrainRecipe
-from .training_figures import progress
-from .units import show_bytes
+from course_utils.figures.training import progress
+from fitcast.recipe import TrainRecipe
+from fitcast.units import show_bytes
 
 SECONDS_BETWEEN = 2.0  # drawing takes a tenth of a second: too much for every step
 BAR = 24  # characters

@@ -11,8 +11,17 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .figures import COLOURS, GRID, INK, LINES, Figure, _canvas, _finish, styled
-from .precision import FORMATS, ScalerStep, bits, dtype_of, land, moved_share
+from course_utils.figures.base import (
+    COLOURS,
+    GRID,
+    INK,
+    LINES,
+    Figure,
+    _canvas,
+    _finish,
+    styled,
+)
+from course_utils.topics.precision import FORMATS, ScalerStep, bits, dtype_of, land, moved_share
 
 GROUPS = {name: COLOURS[name] for name in ("weights", "activations", "gradients")}
 LOWEST, HIGHEST = -48, 24  # powers of two that are drawn

@@ -8,9 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .figures import COLOURS, INK, LINES, Canvas, Figure, _finish, _rank, styled
-from .hardware import Gpu
-from .units import GIB, MIB, show_bytes, with_article
+from course_utils.figures.base import (
+    COLOURS,
+    INK,
+    LINES,
+    Canvas,
+    Figure,
+    _finish,
+    _rank,
+    styled,
+)
+from fitcast.gpus import Gpu
+from fitcast.units import GIB, MIB, show_bytes, with_article
 
 SPEED = "#6B6B6B"  # no holder's colour
 

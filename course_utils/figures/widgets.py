@@ -15,12 +15,12 @@ from typing import Any
 
 import ipywidgets
 
-from . import shapes
-from .block import boundary_bytes, count_block, weight_bytes
-from .figures import LINES, Figure, compare
-from .hardware import PRESETS, preset
-from .number_figures import magnitudes, smallest_updates
-from .recipe import TrainRecipe
+from course_utils.figures.base import LINES, Figure, compare
+from course_utils.figures.numbers import magnitudes, smallest_updates
+from fitcast import models
+from fitcast.forecasting.block import boundary_bytes, count_block, weight_bytes
+from fitcast.gpus import PRESETS, preset
+from fitcast.recipe import TrainRecipe
 
 PAUSE = 0.05  # seconds between two pictures that nobody has asked for yet
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -141,7 +141,7 @@ def layers_explorer() -> Explorer:
         recipe = TrainRecipe(base="float16", amp_dtype="float16", checkpointed_layers=0,
                              lora_rank=16 if trained == "LoRA" else None, lora_dropout=0.0,
                              attention="eager" if attention == "eager" else "stock", **settings)
-        layers = shapes.config(recipe.model).num_hidden_layers
+        layers = models.config(recipe.model).num_hidden_layers
         rows = {"usual estimate": boundary_bytes(recipe),
                 "what layers keep": count_block(recipe).saved_activation_bytes}
         weights = weight_bytes(recipe)
@@ -158,13 +158,13 @@ def layers_explorer() -> Explorer:
 
 def levers_explorer() -> Explorer:
     """The usual QLoRA recipe on a GPU and the same with levers pulled, at the forecast's peak."""
-    from .forecast import forecast
+    from fitcast.forecasting.forecast import forecast
 
     def draw(gpu: str, layers_that_forget: str, **settings: Any) -> Figure:
         names = ("attention", "loss", "norm", "lora_dropout")
         levers = {name: settings.pop(name) for name in names}
         usual = TrainRecipe(amp_dtype="float16", **settings)
-        layers = shapes.config(usual.model).num_hidden_layers
+        layers = models.config(usual.model).num_hidden_layers
         pulled = replace(usual, **levers, checkpointed_layers=_share(layers, layers_that_forget))
         rows = {"the usual recipe": usual, "with these levers": pulled}
         return compare({name: forecast(one, preset(gpu)) for name, one in rows.items()},
@@ -197,11 +197,11 @@ def scale_explorer(groups: dict[str, Sequence]) -> Explorer:
 
 def forgetting_explorer() -> Explorer:
     """The peak of a QLoRA step by forecast: no layer, some and every layer forgets."""
-    from .forecast import forecast
+    from fitcast.forecasting.forecast import forecast
 
     def draw(gpu: str, layers_that_forget: str, **settings: Any) -> Figure:
         recipe = TrainRecipe(amp_dtype="float16", **settings)
-        layers = shapes.config(recipe.model).num_hidden_layers
+        layers = models.config(recipe.model).num_hidden_layers
         some = _share(layers, layers_that_forget)
         rows = {f"{k} of {layers} layers": forecast(replace(recipe, checkpointed_layers=k),
                                                     preset(gpu)) for k in (0, some, layers)}
@@ -215,7 +215,7 @@ def forgetting_explorer() -> Explorer:
 
 def split_explorer() -> Explorer:
     """The peak of a QLoRA update by forecast: cut into micro batches, and all at once."""
-    from .forecast import forecast
+    from fitcast.forecasting.forecast import forecast
 
     def draw(gpu: str, effective_batch: int, micro_batch: int, **settings: Any) -> Figure:
         card, rows = preset(gpu), {}

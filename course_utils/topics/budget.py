@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from . import qlora, shapes
-from .block import weight_bytes
-from .fake_load import blueprint
-from .forecast import Forecast, forecast
-from .memory_report import CATEGORIES
-from .recipe import TrainRecipe
-from .units import GB, show_bytes
+from fitcast import models
+from fitcast.forecasting.block import weight_bytes
+from fitcast.forecasting.forecast import Forecast, forecast
+from fitcast.forecasting.load import blueprint
+from fitcast.memory.report import CATEGORIES
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.units import GB, show_bytes
 
 LOGIT_BYTES = 12  # three float32 copies of each: lesson 01, section 6
 # Rows of a quoted budget: holder -> (formula or remark, smallest and largest GB).
@@ -66,7 +67,7 @@ def checklist(recipe: TrainRecipe, model: torch.nn.Module, planned: Forecast,
     frozen = [p for p in model.parameters() if not p.requires_grad]
     in_4_bit = sum(p.quant_state.shape.numel() for p in frozen if hasattr(p, "quant_state"))
     others = sum(p.numel() * 2 for p in frozen if not hasattr(p, "quant_state"))
-    config = shapes.config(recipe.model)
+    config = models.config(recipe.model)
     tokens = recipe.micro_batch_size * recipe.sequence_length
     formulas = {
         "weights": ("0.516 x 4-bit + 2 x others", 0.516 * in_4_bit + others),
@@ -89,7 +90,7 @@ def checklist(recipe: TrainRecipe, model: torch.nn.Module, planned: Forecast,
 def show_share(model: str) -> None:
     """Print what rank-16 adapters on q, k, v and o train of a model, and what 4 bits save of it."""
     recipe = TrainRecipe(model=model, base="float16", amp_dtype="float16", sequence_length=64)
-    trainable, total = qlora.count_parameters(blueprint(recipe, shapes.config(model)))
+    trainable, total = qlora.count_parameters(blueprint(recipe, models.config(model)))
     loaded, whole = forecast(replace(recipe, base="nf4")).loaded_bytes, weight_bytes(recipe)
     print(f"{model}, rank {recipe.lora_rank} on q, k, v, o: {trainable:,} of {total:,} parameters, "
           f"{trainable / total:.3%}\nits weights: {show_bytes(whole)} in 16 bits, "

@@ -17,10 +17,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from . import hardware, shapes
-from .flops import matrix_flops
-from .ledger import MemoryLedger
-from .recipe import TrainRecipe
+from fitcast import gpus, models
+from fitcast.memory.flops import matrix_flops
+from fitcast.memory.ledger import MemoryLedger
+from fitcast.recipe import TrainRecipe
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,11 @@ def build_stack(recipe: TrainRecipe, num_layers: int) -> torch.nn.Module:
     """A headless model of the recipe's shape with `num_layers` layers, random float32 weights."""
     from transformers import AutoModel
 
-    config = shapes.config(recipe.model)
+    config = models.config(recipe.model)
     config.num_hidden_layers = num_layers
     torch.manual_seed(recipe.seed)
     return AutoModel.from_config(config, attn_implementation="sdpa",
-                                 dtype=torch.float32).to(hardware.device()).train()
+                                 dtype=torch.float32).to(gpus.device()).train()
 
 
 def step_stack(model: torch.nn.Module, recipe: TrainRecipe, segment_layers: int) -> StackStep:

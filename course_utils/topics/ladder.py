@@ -2,7 +2,7 @@
 
 Each rung of the ladder keeps the changes of those before it. Forecasts are made here and now;
 measurements come from `recorded` (a GPU with a T4's kernels and memory), and from this machine when
-it has a GPU. Not modelled: what the levers do to the loss, which is nothing (tests/test_levers.py).
+it has a GPU. Not modelled: what the levers do to the loss, which is nothing (tests/fitcast/step/test_levers.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from typing import Any, Literal
 import torch
 from transformers import default_data_collator
 
-from . import hardware, qlora, random_weights, recorded, shapes, training
-from .fit import tokens_per_second
-from .forecast import Forecast, forecast
-from .hardware import T4, Gpu
-from .recipe import TrainRecipe
-from .units import show_bytes
+from course_utils.topics import recorded
+from fitcast import gpus, models
+from fitcast.forecasting.forecast import Forecast, forecast
+from fitcast.forecasting.search import tokens_per_second
+from fitcast.gpus import T4, Gpu
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.training import random_weights
+from fitcast.training import trainer as training
+from fitcast.units import show_bytes
 
 MEASURED_STEPS, WARM_UP_STEPS = 5, 3  # the gradient scaler skips the first one or two
 SEQUENCES = 64
@@ -133,7 +137,7 @@ def largest_micro_batches() -> str:
 
 def _sequences(recipe: TrainRecipe) -> list[dict[str, list[int]]]:
     """Full-length sequences of random tokens, all labelled; no mask: nothing is padded."""
-    ids = torch.randint(shapes.config(recipe.model).vocab_size, (SEQUENCES, recipe.sequence_length),
+    ids = torch.randint(models.config(recipe.model).vocab_size, (SEQUENCES, recipe.sequence_length),
                         generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     return [{"input_ids": row, "labels": row} for row in ids]
 
@@ -144,7 +148,7 @@ def train_here(recipe: TrainRecipe, gpu: Gpu | None,
 
     Args:
         recipe: Full-length sequences of random tokens are trained.
-        gpu: What `hardware.detect()` found.
+        gpu: What `gpus.detect()` found.
         weights: "random" ones at the real shape, in a temporary folder, show the same memory and
             the same speed as those of the "hub", 16 GB for an 8B model.
     """
@@ -172,5 +176,5 @@ def train_here(recipe: TrainRecipe, gpu: Gpu | None,
 def release() -> None:
     """Give memory that no variable holds any more back to the GPU, before something large comes."""
     gc.collect()
-    if hardware.device() != "cpu":
+    if gpus.device() != "cpu":
         torch.accelerator.empty_cache()

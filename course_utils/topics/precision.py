@@ -17,18 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import hardware
+from fitcast import gpus
+from fitcast.memory.operations import name_of
 
 FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EXPONENT_BITS = {"float32": 8, "float16": 5, "bfloat16": 8}
-MATMULS = ("mm", "addmm")  # with a weight matrix; attention's own products are batched
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """A dtype as the formats go here: "float16" for `torch.float16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -177,39 +171,8 @@ def trace_scaler(trainer: Any, **settings: Any) -> TracedScaler:
         settings: Of `torch.amp.GradScaler`.
     """
     trainer.accelerator.native_amp = True
-    trainer.accelerator.scaler = TracedScaler(hardware.device(), **settings)
+    trainer.accelerator.scaler = TracedScaler(gpus.device(), **settings)
     return trainer.accelerator.scaler
-
-
-class OperationLog(TorchDispatchMode):
-    """Counts the operations that run inside it by name and dtype of their result.
-
-    Attributes:
-        counts: (operation, format) to how often; backward operations included.
-        copied_bytes: What casts from one 16- or 32-bit format to another wrote.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self.copied_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        first = result[0] if isinstance(result, (tuple, list)) and result else result
-        if isinstance(first, torch.Tensor) and first.is_floating_point():
-            name = func.__name__.split(".")[0]
-            self.counts[name, name_of(first.dtype)] += 1
-            self.copied_bytes += first.nbytes if name == "_to_copy" else 0
-        return result
-
-    @property
-    def matmuls(self) -> dict[str, int]:
-        """Products with weight matrices, by the format in which they ran."""
-        formats: Counter[str] = Counter()
-        for (name, dtype), count in self.counts.items():
-            formats[dtype] += count if name in MATMULS else 0
-        return dict(sorted((+formats).items()))
 
 
 def _operations(x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:

@@ -2,7 +2,7 @@
 
 `launch` starts this file as a script, as torchrun does for any training script:
 
-    torchrun --nproc-per-node 2 -m course_utils.ranks JOB RESULT
+    torchrun --nproc-per-node 2 -m course_utils.topics.ranks JOB RESULT
 
 Each process (rank) trains on its own share of the batch; DistributedDataParallel averages their
 gradients. With a GPU for each rank they talk through NCCL, else they compute on the CPU and talk
@@ -30,10 +30,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from . import hardware, qlora
-from .batching import labelled_tokens, split
-from .gradients import in_float64
-from .recipe import TrainRecipe
+from fitcast import gpus
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.training.batching import labelled_tokens, split
+from fitcast.training.gradients import in_float64
 
 LOOPBACK = "127.0.0.1"
 WEIGHINGS = ("tokens", "ranks")  # what counts the same: each token, or each rank's mean
@@ -130,7 +131,7 @@ def launch(recipe: TrainRecipe, batch: Batch, timeout_s: float = 120) -> dict[st
 
 def place(batch: Batch, world_size: int) -> Batch:
     """The batch where so many ranks compute: on the GPUs if each can have one, else on the CPU."""
-    device = hardware.device() if torch.accelerator.device_count() >= world_size else "cpu"
+    device = gpus.device() if torch.accelerator.device_count() >= world_size else "cpu"
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -145,7 +146,7 @@ def _end(agent: subprocess.Popen) -> None:
 
 def with_this_package() -> dict[str, str]:
     """The environment of another process that is to import this package, installed or not."""
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -169,10 +170,10 @@ def main(job: str, result: str) -> None:
     asked = torch.load(job)
     fields = asked["recipe"]
     recipe, rank = TrainRecipe(**fields), int(os.environ["LOCAL_RANK"])
-    on_gpus = hardware.device() != "cpu"
+    on_gpus = gpus.device() != "cpu"
     if on_gpus:
         torch.accelerator.set_device_index(rank)
-    batch = {name: tensor.to(hardware.device()) for name, tensor in asked["batch"].items()}
+    batch = {name: tensor.to(gpus.device()) for name, tensor in asked["batch"].items()}
     dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(seconds=60))
     try:
         updates = {weigh: update(recipe, batch, weigh, rank) for weigh in WEIGHINGS}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-PATH = Path(__file__).parents[1] / "lessons" / "recorded_runs.json"
+PATH = Path(__file__).parents[1] / "data" / "recorded_runs.json"
 
 
 def recording() -> dict[str, Any]:
@@ -27,7 +27,7 @@ def recording() -> dict[str, Any]:
         return json.loads(PATH.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"recorded_runs must be JSON, got {PATH} ({error}); restore it with "
-                         "`git checkout -- lessons/recorded_runs.json`") from error
+                         "`git checkout -- course_utils/data/recorded_runs.json`") from error
 
 
 def rows(group: str) -> list[dict[str, Any]]:

@@ -13,18 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import corpus, random_weights, shapes
-from .hardware import Gpu
-from .preflight import ask_hub
+from course_utils import data as corpus
+from fitcast import models
+from fitcast.gpus import Gpu
+from fitcast.training import random_weights
+from fitcast.training.preflight import ask_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-AUTO = "auto"
+AUTO, BUNDLED_NAME = "auto", "bundled"
 MODELS = ("llama-3.2-1b", "qwen3-1.7b", "phi-4-mini")  # the first is the default
 HELDOUT_EXAMPLES = 200  # enough for an interval, and a minute on a T4
 SETTINGS = {  # what a recipe needs to know about its model, beyond the name
-    shapes.BUNDLED: {"lora_targets": "all-linear", "sequence_length": 104,
+    BUNDLED_NAME: {"lora_targets": "all-linear", "sequence_length": 104,
                      "checkpointed_layers": 1, "learning_rate": 7e-3, "max_grad_norm": 0.3},
     "phi-4-mini": {"lora_targets": ("qkv_proj", "o_proj")},  # its projections are fused
 }
@@ -39,7 +41,7 @@ class Source:
     Attributes:
         model: For `TrainRecipe.model`: a name, or the folder of random weights.
         weights: "bundled", "hub" or "random".
-        data: "bundled" or "dolly", for `corpus.load_instructions`.
+        data: "bundled" or "dolly", for `data.load_instructions`.
         settings: Fields of a recipe that suit this model.
         tokenizer_from: Folder or hub id of the tokenizer.
         said: What was decided and why, in a sentence.
@@ -71,7 +73,7 @@ def choose(gpu: Gpu | None, model: str = AUTO, folder: str | Path = ".") -> Sour
     """The source of a run on this machine.
 
     Args:
-        gpu: What `hardware.detect()` found.
+        gpu: What `gpus.detect()` found.
         model: A name in `MODELS`, "bundled", or "auto": the bundled one without a GPU, else the
             first of `MODELS`.
         folder: Where random weights are written, if they must be.
@@ -80,19 +82,19 @@ def choose(gpu: Gpu | None, model: str = AUTO, folder: str | Path = ".") -> Sour
         ValueError: No such model; a large one without a GPU; a gated or misspelt one.
     """
     if model == AUTO:
-        model = shapes.BUNDLED if gpu is None else MODELS[0]
-    if model == shapes.BUNDLED:
+        model = BUNDLED_NAME if gpu is None else MODELS[0]
+    if model == BUNDLED_NAME:
         folder = str(corpus.bundled_model_dir())
-        return Source(model=model, weights="bundled", data="bundled", settings=SETTINGS[model],
+        return Source(model=folder, weights="bundled", data="bundled", settings=SETTINGS[model],
                       tokenizer_from=folder,
                       said="Model and data of the course: no download, runs anywhere.")
     if model not in MODELS:
-        raise ValueError(f"model must be one of {', '.join((AUTO, shapes.BUNDLED, *MODELS))}, got "
+        raise ValueError(f"model must be one of {', '.join((AUTO, BUNDLED_NAME, *MODELS))}, got "
                          f"{model!r}; pick one of these")
     if gpu is None:
         raise ValueError(f"model must be 'bundled' or 'auto' without a GPU, got {model!r}; switch "
                          "Runtime > Change runtime type to T4")
-    settings, repository = DEFAULTS | SETTINGS.get(model, {}), shapes.hub_id(model)
+    settings, repository = DEFAULTS | SETTINGS.get(model, {}), models.hub_id(model)
     answer = ask_hub(repository)
     if answer in ("gated", "unknown"):
         raise ValueError(f"model must be open to you on the hub, got {repository}, which is "

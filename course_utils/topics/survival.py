@@ -21,15 +21,16 @@ from unittest import mock
 
 import torch
 
-from . import checkpoints, ranks, training
-from .recipe import TrainRecipe
+from course_utils.topics import ranks
+from fitcast.recipe import TrainRecipe
+from fitcast.training import checkpoints, trainer
 
 ACCIDENTS = (torch.OutOfMemoryError("CUDA out of memory, in the middle of a save"),
              OSError(errno.ENOSPC, "No space left on device"))
 HALF_A_SAVE = """
 import sys, time
 from pathlib import Path
-from course_utils import checkpoints
+from fitcast.training import checkpoints
 with checkpoints.written_whole(Path(sys.argv[1]), {}) as folder:
     Path(folder, "state.pt").write_bytes(b"half")
     print("half", flush=True)
@@ -78,7 +79,7 @@ def main(job: str) -> None:
     asked = json.loads(job)
     recipe = TrainRecipe(**asked["recipe"])
     rows = Dataset.from_list(json.loads(Path(asked["rows"]).read_text("utf-8")))
-    training.train(recipe, training.build_model(recipe), rows,
+    trainer.train(recipe, trainer.build_model(recipe), rows,
                    SimpleNamespace(pad_token_id=asked["pad_token_id"]), asked["output_dir"],
                    on_step=lambda row: print(f"step {row['step']}: loss {row['loss']:.4f}",
                                              flush=True))

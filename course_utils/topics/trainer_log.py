@@ -11,8 +11,10 @@ import tempfile
 from types import SimpleNamespace
 from typing import Any
 
-from . import corpus, qlora
-from .recipe import TrainRecipe
+from course_utils.data import BUNDLED
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.training import data
 
 
 def trainer_log(recipe: TrainRecipe, rows: Any, tokenizer: Any, trainer_class: type | None = None,
@@ -21,7 +23,7 @@ def trainer_log(recipe: TrainRecipe, rows: Any, tokenizer: Any, trainer_class: t
 
     Args:
         recipe: Uses what `to_training_arguments` uses, and the model.
-        rows: Encoded examples, as from `corpus.encode`.
+        rows: Encoded examples, as from `data.encode`.
         tokenizer: Only its padding token is used.
         trainer_class: `transformers.Trainer`, or one of yours.
         overrides: Any field of TrainingArguments.
@@ -32,7 +34,7 @@ def trainer_log(recipe: TrainRecipe, rows: Any, tokenizer: Any, trainer_class: t
         arguments = recipe.to_training_arguments(folder, **{"save_strategy": "no"} | overrides)
         trainer = (trainer_class or Trainer)(
             qlora.load_base(recipe), arguments, train_dataset=rows,
-            data_collator=functools.partial(corpus.collate, pad_token_id=tokenizer.pad_token_id))
+            data_collator=functools.partial(data.collate, pad_token_id=tokenizer.pad_token_id))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [row for row in trainer.state.log_history if "loss" in row]
@@ -51,7 +53,7 @@ def scheduled(examples: int, micro_batch_size: int, gradient_accumulation_steps:
     share = len(DistributedSampler(range(examples), world_size, rank=0))
     ids = list(range(8))
     rows = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * 8, "labels": ids}] * share)
-    recipe = TrainRecipe(base="float32", lora_rank=None, optimizer="adamw", warmup_fraction=warmup,
+    recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, optimizer="adamw", warmup_fraction=warmup,
                          micro_batch_size=micro_batch_size,
                          gradient_accumulation_steps=gradient_accumulation_steps)
     padding = SimpleNamespace(pad_token_id=0)

@@ -12,10 +12,10 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .forecast import Forecast, forecast
-from .hardware import T4, Gpu
-from .recipe import TrainRecipe
-from .units import show_bytes
+from fitcast.forecasting.forecast import Forecast, forecast
+from fitcast.gpus import T4, Gpu
+from fitcast.recipe import TrainRecipe
+from fitcast.units import show_bytes
 
 ARGUMENTS: dict[str, Any] = {  # of TrainingArguments, as they are copied from page to page
     "learning_rate": 2e-4, "num_train_epochs": 3, "warmup_ratio": 0.03, "optim": "paged_adamw_8bit",

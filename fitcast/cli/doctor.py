@@ -9,9 +9,9 @@ import platform
 import shutil
 import sys
 
-from . import hardware
-from .units import GIB, show_bytes
-from .verified import FLOORS, Finding, drifted, installed, numbers, record
+from fitcast import gpus
+from fitcast.training.versions import FLOORS, Finding, drifted, installed, numbers, record
+from fitcast.units import GIB, show_bytes
 
 DISK_BYTES = 5 * GIB  # a 16-bit checkpoint of Llama-3.2-1B, its adapters and room to write them
 TORCHAO_FLOOR = (0, 16)
@@ -40,7 +40,7 @@ def _package(name: str) -> Finding:
 
 
 def _torchao() -> Finding:
-    """PEFT refuses an old torchao as soon as the base is not quantized; see `old_torchao`."""
+    """PEFT refuses an old torchao as soon as the base is not quantized; see `step.compat`."""
     version = installed("torchao")
     if version is None:
         return Finding("torchao", "not installed, not needed")
@@ -57,10 +57,10 @@ def _drift() -> Finding:
 
 
 def _gpu() -> Finding:
-    gpu = hardware.detect()
+    gpu = gpus.detect()
     if gpu is None:
         return Finding("GPU", "none: bytes are counted on the CPU and forecast for a T4")
-    free = hardware.free_bytes() or 0
+    free = gpus.free_bytes() or 0
     found = f"{gpu.name}, {show_bytes(gpu.total_bytes)}, {show_bytes(free)} free"
     busy = free < gpu.total_bytes // 2
     return Finding("GPU", found, "another program or notebook holds most of it: see nvidia-smi, "
@@ -68,7 +68,7 @@ def _gpu() -> Finding:
 
 
 def _precision() -> Finding:
-    choice = hardware.mixed_precision(hardware.detect())
+    choice = gpus.mixed_precision(gpus.detect())
     return Finding("precision", f"{choice.dtype or 'float32'} ({choice.reason})")
 
 

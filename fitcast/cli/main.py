@@ -1,8 +1,8 @@
 """Answers on the command line: does it fit, what would fit, is this machine ready.
 
-    python -m course_utils forecast --model llama-3.1-8b --gpu T4 --sequence-length 2048
-    python -m course_utils fit --model llama-3.1-8b --target-effective-batch 32
-    python -m course_utils doctor
+    fitcast forecast --model llama-3.1-8b --gpu T4 --sequence-length 2048
+    fitcast fit --model llama-3.1-8b --target-effective-batch 32
+    fitcast doctor
 
 Exit code: 0 it fits (or nothing to mend), 3 it does not, 2 the question makes no sense.
 """
@@ -18,9 +18,9 @@ import threading
 import time
 import typing
 
-from . import hardware, shapes
-from .recipe import CHOICES, TrainRecipe
-from .units import show_bytes
+from fitcast import gpus, models
+from fitcast.recipe import CHOICES, TrainRecipe
+from fitcast.units import show_bytes
 
 FITS, BAD_INPUT, DOES_NOT_FIT = 0, 2, 3
 PATIENCE_SECONDS = 1.0  # before progress is shown
@@ -51,13 +51,13 @@ class Progress:
 
 def parser() -> argparse.ArgumentParser:
     """All commands; every field of `TrainRecipe` that decides memory is an option."""
-    top = argparse.ArgumentParser(prog="python -m course_utils", description=__doc__,
+    top = argparse.ArgumentParser(prog="fitcast", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
     for name, help_text in (("forecast", "what one training step needs"),
                             ("fit", "the fastest settings that fit, and what each change saves")):
         command = commands.add_parser(name, help=help_text)
-        command.add_argument("--gpu", default="T4", help=f"one of {', '.join(hardware.PRESETS)}")
+        command.add_argument("--gpu", default="T4", help=f"one of {', '.join(gpus.PRESETS)}")
         command.add_argument("--json", action="store_true", help="for programs")
         _add_recipe(command)
         if name == "fit":
@@ -76,7 +76,7 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         if field.name in NOT_ASKED:
             continue
         if field.name == "model":
-            options |= {"help": f"{', '.join(shapes.NAMES)}, a folder or a hub id",
+            options |= {"help": f"{', '.join(models.NAMES)}, a folder or a hub id",
                         "default": "llama-3.2-1b"}
         elif field.name == "lora_targets":
             options |= {"type": _targets, "help": "all-linear, or names with commas"}
@@ -104,12 +104,12 @@ def recipe_of(options: argparse.Namespace) -> TrainRecipe:
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainRecipe)
              if hasattr(options, field.name)}
     recipe = TrainRecipe(**given)
-    return recipe if "amp_dtype" in given else recipe.for_gpu(hardware.preset(options.gpu))
+    return recipe if "amp_dtype" in given else recipe.for_gpu(gpus.preset(options.gpu))
 
 
 def forecast_command(options: argparse.Namespace, progress: Progress) -> int:
-    gpu, recipe = hardware.preset(options.gpu), recipe_of(options)
-    from .forecast import forecast
+    gpu, recipe = gpus.preset(options.gpu), recipe_of(options)
+    from fitcast.forecasting.forecast import forecast
 
     f = forecast(recipe, gpu)
     if options.json:
@@ -131,8 +131,8 @@ def _as_json(recipe: TrainRecipe, f) -> dict:
 
 
 def fit_command(options: argparse.Namespace, progress: Progress) -> int:
-    gpu, recipe = hardware.preset(options.gpu), recipe_of(options)
-    from .fit import fit, levers
+    gpu, recipe = gpus.preset(options.gpu), recipe_of(options)
+    from fitcast.forecasting.search import fit, levers
 
     best = fit(recipe, gpu, options.target_effective_batch, utilisation=options.utilisation,
                progress=progress)
@@ -156,7 +156,7 @@ def fit_command(options: argparse.Namespace, progress: Progress) -> int:
 
 
 def doctor_command(options: argparse.Namespace, progress: Progress) -> int:
-    from .doctor import doctor
+    from fitcast.cli.doctor import doctor
 
     findings = doctor()
     if options.json:

@@ -15,8 +15,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
-from .memory_report import Block
-from .units import KIB, MIB, round_up
+from fitcast.memory.report import Block
+from fitcast.units import KIB, MIB, round_up
 
 MIN_BLOCK = 512  # kMinBlockSize
 SMALL = MIB  # kSmallSize: requests up to here live in segments of their own

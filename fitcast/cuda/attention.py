@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .hardware import Gpu
-from .units import round_up
+from fitcast.gpus import Gpu
+from fitcast.units import round_up
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .hardware import Gpu
+from fitcast.gpus import Gpu
 
 MANAGED_ELEMENTS = 1e5  # paged optimizers page the state of parameters from this size up
 

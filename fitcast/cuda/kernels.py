@@ -3,7 +3,7 @@
 Operations on fake CPU tensors are re-expressed here as the allocations of the CUDA kernel. They
 then are ordinary operations, which the ledger below counts like any other. Attention and
 bitsandbytes have modules of their own; what libraries do when they see a CUDA device is in
-`cuda_pretence`.
+`libraries`.
 
 Not modelled: values; kernels' scratch of a few KiB (reductions, cumulative sums); AMD GPUs.
 Sources are files of PyTorch; native/ is aten/src/ATen/native.
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import cuda_attention, cuda_bitsandbytes
-from .cuda_attention import scratch
-from .flops import matrix_flops
-from .hardware import Gpu
+from fitcast.cuda import attention, bitsandbytes
+from fitcast.cuda.attention import scratch
+from fitcast.gpus import Gpu
+from fitcast.memory.flops import matrix_flops
 
 aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ def scaled_dot_product_attention(gpu, func, query, key, value, attn_mask=None, d
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
-    kernel = cuda_attention.attention_kernel(gpu, *reversed(tensors))
+    kernel = attention.attention_kernel(gpu, *reversed(tensors))
     with torch.autocast("cpu", enabled=False):
         return kernel(*reversed(tensors), dropout_p, is_causal, scale)
 
@@ -215,11 +215,11 @@ KERNEL_RULES = {
     "aten::native_dropout": mask_before_output,
     "aten::_foreach_norm": foreach_norm,
     "aten::_scaled_dot_product_efficient_attention_backward":
-        cuda_attention.efficient_attention_backward,
-    "aten::_scaled_dot_product_flash_attention_backward": cuda_attention.flash_attention_backward,
-    "aten::_scaled_dot_product_cudnn_attention_backward": cuda_attention.cudnn_attention_backward,
-    "bitsandbytes::quantize_4bit": cuda_bitsandbytes.scales_before_weight,
-    "bitsandbytes::gemm_4bit": cuda_bitsandbytes.gemm_4bit,
-    "bitsandbytes::optimizer_update_8bit_blockwise": cuda_bitsandbytes.updates_in_place,
-    "bitsandbytes::optimizer_update_32bit": cuda_bitsandbytes.updates_in_place,
+        attention.efficient_attention_backward,
+    "aten::_scaled_dot_product_flash_attention_backward": attention.flash_attention_backward,
+    "aten::_scaled_dot_product_cudnn_attention_backward": attention.cudnn_attention_backward,
+    "bitsandbytes::quantize_4bit": bitsandbytes.scales_before_weight,
+    "bitsandbytes::gemm_4bit": bitsandbytes.gemm_4bit,
+    "bitsandbytes::optimizer_update_8bit_blockwise": bitsandbytes.updates_in_place,
+    "bitsandbytes::optimizer_update_32bit": bitsandbytes.updates_in_place,
 }

@@ -12,9 +12,11 @@ from unittest import mock
 
 import torch
 
-from . import cuda_bitsandbytes, hardware, levers
-from .cuda_rules import cuda_functions
-from .hardware import Gpu
+from fitcast import gpus
+from fitcast.cuda import bitsandbytes
+from fitcast.cuda.kernels import cuda_functions
+from fitcast.gpus import Gpu
+from fitcast.step import levers
 
 
 @contextlib.contextmanager
@@ -26,7 +28,7 @@ def pretend_cuda(gpu: Gpu) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for target, name, stand_in in (
-            (hardware, "device", lambda: "cuda"),
+            (gpus, "device", lambda: "cuda"),
             (torch, "is_autocast_enabled", _autocast_of_cpu(torch.is_autocast_enabled)),
             (levers, "to_host", to_host),
             (levers, "from_host", from_host),
@@ -35,7 +37,7 @@ def pretend_cuda(gpu: Gpu) -> Iterator[None]:
             (torch.amp.GradScaler, "_maybe_opt_step", step_without_looking),
             (bnb, "create_dynamic_map", lambda *_, **__: torch.empty(256)),
             (bnb, "prefetch_tensor", lambda *_, **__: None),
-            (Optimizer8bit, "get_state_buffer", cuda_bitsandbytes.state_buffer),
+            (Optimizer8bit, "get_state_buffer", bitsandbytes.state_buffer),
         ):
             stack.enter_context(mock.patch.object(target, name, stand_in))
         stack.enter_context(mock.patch.dict(bnb.name2qmap, clear=True))

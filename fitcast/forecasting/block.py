@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from . import shapes
-from .fake import fake_tensors, meta_model, on_fake_tensors
-from .fake_load import blueprint
-from .ledger import MemoryLedger
-from .levers import decoder_layers, unwrap
-from .memory_report import MemoryReport
-from .qlora import apply_levers, autocast, storage_dtype
-from .recipe import TrainRecipe
+from fitcast import models
+from fitcast.forecasting.fake import fake_tensors, meta_model, on_fake_tensors
+from fitcast.forecasting.load import blueprint
+from fitcast.memory.ledger import MemoryLedger
+from fitcast.memory.report import MemoryReport
+from fitcast.recipe import TrainRecipe
+from fitcast.step.levers import decoder_layers, unwrap
+from fitcast.step.qlora import apply_levers, autocast, storage_dtype
 
 
 def boundary_bytes(recipe: TrainRecipe) -> int:
@@ -26,14 +26,14 @@ def boundary_bytes(recipe: TrainRecipe) -> int:
         >>> boundary_bytes(TrainRecipe(model="llama-2-7b", base="float16", sequence_length=2048))
         16777216
     """
-    hidden_size = shapes.config(recipe.model).hidden_size
+    hidden_size = models.config(recipe.model).hidden_size
     tokens = recipe.micro_batch_size * recipe.sequence_length
     return tokens * hidden_size * storage_dtype(recipe).itemsize
 
 
 def weight_bytes(recipe: TrainRecipe) -> int:
     """Bytes of all the model's weights, adapters not counted, in the recipe's 16 or 32 bits."""
-    model = meta_model(shapes.config(recipe.model), storage_dtype(recipe))
+    model = meta_model(models.config(recipe.model), storage_dtype(recipe))
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
@@ -53,7 +53,7 @@ def count_block(recipe: TrainRecipe) -> MemoryReport:
     if recipe.base == "nf4":
         raise ValueError("base must be float16, bfloat16 or float32 here, got 'nf4'; a frozen "
                          "weight's bits do not change what a layer keeps")
-    config = shapes.config(recipe.model)
+    config = models.config(recipe.model)
     config.num_hidden_layers = 1
     model = on_fake_tensors(apply_levers(blueprint(recipe, config), recipe))
     layer = decoder_layers(model)[0]

@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from .device_ledger import Stream
-from .memory_report import Block
+from fitcast.memory.report import Block
+from fitcast.memory.stream import Stream
 
 RUN = 4  # layers of a kind that are run: first, two to compare, last
 LAYER = re.compile(r"\blayers\.(\d+)\b")

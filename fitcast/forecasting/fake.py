@@ -26,8 +26,8 @@ from unittest import mock
 
 import torch
 
-from . import shapes
-from .fake_mode import FastFakeMode
+from fitcast import models
+from fitcast.forecasting.fake_mode import FastFakeMode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,14 +56,14 @@ def fake_model(what: str | PretrainedConfig, dtype: torch.dtype = torch.float32,
     """A Hugging Face causal language model on fake tensors, all weights trainable, no cache.
 
     Args:
-        what: A config, or a model as `shapes.config` knows it.
+        what: A config, or a model as `models.config` knows it.
         dtype: Of the weights.
         attention: "sdpa" or "eager", as `attn_implementation`.
 
     Raises:
         ValueError: The config is not that of a causal language model.
     """
-    model = meta_model(shapes.config(what) if isinstance(what, str) else what, dtype, attention)
+    model = meta_model(models.config(what) if isinstance(what, str) else what, dtype, attention)
     return on_fake_tensors(model)
 
 
@@ -78,7 +78,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32,
                                                      attn_implementation=attention)
     except ValueError as error:
         raise ValueError(f"model must be a causal language model of transformers, got a config of "
-                         f"kind {config.model_type!r}; see shapes.NAMES ({error})") from error
+                         f"kind {config.model_type!r}; see models.NAMES ({error})") from error
     model.config.use_cache = False
     return model.train()
 

@@ -19,16 +19,17 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses import fake_tensor
 
-from . import depth, fake, shapes
-from .allocator import LARGE_SEGMENT, Playback, segment_bytes
-from .cuda_pretence import pretend_cuda
-from .cuda_rules import CudaKernels
-from .device_ledger import DeviceLedger, Stream, later_step, work_recorder
-from .fake_run import MICRO_BATCHES, fake_run
-from .hardware import T4, Gpu
-from .memory_report import MemoryReport, replay
-from .recipe import TrainRecipe
-from .units import show_bytes, with_article
+from fitcast import models
+from fitcast.cuda.allocator import LARGE_SEGMENT, Playback, segment_bytes
+from fitcast.cuda.kernels import CudaKernels
+from fitcast.cuda.libraries import pretend_cuda
+from fitcast.forecasting import depth, fake
+from fitcast.forecasting.run import MICRO_BATCHES, fake_run
+from fitcast.gpus import T4, Gpu
+from fitcast.memory.report import MemoryReport, replay
+from fitcast.memory.stream import DeviceLedger, Stream, later_step, work_recorder
+from fitcast.recipe import TrainRecipe
+from fitcast.units import show_bytes, with_article
 
 # What the step does not decide about reserved memory: other versions' small temporaries take or
 # spare a segment in forward, in backward and in the optimizer; one temporary misses the hole that
@@ -103,7 +104,8 @@ def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
             model's limit, targets that match no layer, a model not built like Llama.
 
     Example:
-        >>> forecast(TrainRecipe(amp_dtype="float16", sequence_length=64)).fits
+        >>> recipe = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=64)
+        >>> forecast(recipe, T4).fits
         True
     """
     recipe.check_on(gpu)
@@ -152,10 +154,10 @@ def checked_config(recipe: TrainRecipe):
     Raises:
         ValueError: Not a plain decoder, or a sequence beyond its limit.
     """
-    config = shapes.config(recipe.model)
+    config = models.config(recipe.model)
     if not getattr(config, "num_hidden_layers", None) or getattr(config, "is_encoder_decoder", 0):
         raise ValueError(f"model must be a decoder-only language model, got {recipe.model} of kind "
-                         f"{config.model_type!r}; see shapes.NAMES")
+                         f"{config.model_type!r}; see models.NAMES")
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if getattr(config, name, None):
             raise ValueError(f"model must not be a mixture of experts, got {recipe.model} with "

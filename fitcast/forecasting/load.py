@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from . import fake, qlora
-from .device_ledger import DeviceLedger
-from .recipe import TrainRecipe
+from fitcast.forecasting import fake
+from fitcast.memory.stream import DeviceLedger
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
 
 
 def blueprint(recipe: TrainRecipe, config) -> torch.nn.Module:

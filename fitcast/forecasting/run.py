@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from . import fake, qlora
-from .cuda_pretence import pretend_cuda
-from .cuda_rules import CudaKernels
-from .device_ledger import DeviceLedger, Stream, work_recorder
-from .fake_load import blueprint, place_weights
-from .hardware import Gpu
-from .recipe import TrainRecipe
+from fitcast.cuda.kernels import CudaKernels
+from fitcast.cuda.libraries import pretend_cuda
+from fitcast.forecasting import fake
+from fitcast.forecasting.load import blueprint, place_weights
+from fitcast.gpus import Gpu
+from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
 
 MICRO_BATCHES = 2  # of a step; the third does to memory what the second did
 

@@ -19,12 +19,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .fake import meta_model
-from .forecast import Forecast, checked_config, forecast
-from .hardware import T4, Gpu
-from .levers import odd_head
-from .recipe import WHOLE_NUMBERS, TrainRecipe
-from .units import show_bytes, with_article
+from fitcast.forecasting.fake import meta_model
+from fitcast.forecasting.forecast import Forecast, checked_config, forecast
+from fitcast.gpus import T4, Gpu
+from fitcast.recipe import WHOLE_NUMBERS, TrainRecipe
+from fitcast.step.levers import odd_head
+from fitcast.units import show_bytes, with_article
 
 UTILISATION = 0.6
 LAUNCH_SECONDS = 4e-5  # of one operation, Python included: recorded_runs.json, group "launch"

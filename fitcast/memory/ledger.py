@@ -22,8 +22,8 @@ from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .memory_report import Block, MemoryReport, replay, tensors_in
-from .units import show_bytes
+from fitcast.memory.report import Block, MemoryReport, replay, tensors_in
+from fitcast.units import show_bytes
 
 
 class MemoryLedger(TorchDispatchMode):

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .hardware import Gpu
-from .ledger import MemoryLedger
-from .memory_report import Block, tensors_in
+from fitcast.gpus import Gpu
+from fitcast.memory.ledger import MemoryLedger
+from fitcast.memory.report import Block, tensors_in
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .units import IGNORED
+from fitcast.units import IGNORED
 
 
 class SwiGLU(torch.autograd.Function):

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from .lean import head_loss
-from .units import IGNORED
+from fitcast.step.lean import head_loss
+from fitcast.units import IGNORED
 
 ATTENTION_KERNELS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,  # what Hopper takes

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import hardware, old_torchao, shapes
-from .lean import use_lean_lora, use_lean_mlp, use_lean_rotary
-from .levers import (
+from fitcast import gpus, models
+from fitcast.recipe import TrainRecipe
+from fitcast.step import compat
+from fitcast.step.lean import use_lean_lora, use_lean_mlp, use_lean_rotary
+from fitcast.step.levers import (
     checkpoint_layers,
     chunked_loss,
     odd_head,
@@ -22,8 +24,7 @@ from .levers import (
     use_explicit_kv_attention,
     use_native_norm,
 )
-from .recipe import TrainRecipe
-from .units import IGNORED
+from fitcast.units import IGNORED
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -56,18 +57,18 @@ def load_base(recipe: TrainRecipe, source: str | None = None,
 
     Args:
         recipe: Uses model, base, double_quant, kbit_upcast, amp_dtype, expandable_segments.
-        source: Folder or hub id of the weights; by default where `shapes.hub_id` says.
+        source: Folder or hub id of the weights; by default where `models.hub_id` says.
         quantization_config: Of a 4-bit base; by default what `quantization` says.
 
     Sources: QLoRA (Dettmers et al. 2023, sections 2 and 3) for NF4 and double quantization.
     """
     from transformers import AutoModelForCausalLM
 
-    hardware.use_expandable_segments(recipe.expandable_segments)
+    gpus.use_expandable_segments(recipe.expandable_segments)
     model = AutoModelForCausalLM.from_pretrained(
-        source or shapes.hub_id(recipe.model),
+        source or models.hub_id(recipe.model),
         quantization_config=quantization_config or quantization(recipe),
-        dtype=storage_dtype(recipe), device_map={"": hardware.device()}, use_safetensors=True)
+        dtype=storage_dtype(recipe), device_map={"": gpus.device()}, use_safetensors=True)
     for module in model.modules():
         # On AVX512-BF16 CPUs an evaluation repacks the weights for a kernel without a backward:
         # training after it would silently lose every gradient that passes through the base.
@@ -112,7 +113,7 @@ def add_adapters(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
     if recipe.lora_targets != "all-linear" and missing:
         raise ValueError(f"lora_targets must name linear layers of {recipe.model}, got "
                          f"{', '.join(missing)}; it has {', '.join(linear)}")
-    old_torchao.look_past()
+    compat.look_past()
     targets = recipe.lora_targets
     model.enable_input_require_grads()  # else a reentrant checkpoint cuts the gradient off
     config = LoraConfig(
@@ -200,7 +201,7 @@ def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.
         return torch.optim.AdamW(trainable, **settings)
     import bitsandbytes as bnb
 
-    paged = recipe.optimizer == "paged_adamw_8bit" and hardware.device() == "cuda"
+    paged = recipe.optimizer == "paged_adamw_8bit" and gpus.device() == "cuda"
     kind = bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit  # no paging on a CPU
     return kind(trainable, **settings)
 

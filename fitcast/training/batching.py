@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import hardware
-from .ledger import MemoryLedger
-from .units import IGNORED, show_bytes
+from fitcast import gpus
+from fitcast.memory.ledger import MemoryLedger
+from fitcast.units import IGNORED, show_bytes
 
 # How cuBLAS and cuDNN say that the card is full; they raise a plain RuntimeError.
 OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
@@ -127,14 +127,14 @@ def largest_micro_batch(backward: Callable[[int], object], model: torch.nn.Modul
         upper: The largest size to consider.
         gradient_accumulation_steps: Of the run; from 2 on a forward pass meets gradients.
         budget_bytes: A pretended card's memory, enforced by a `MemoryLedger`, e.g.
-            `hardware.T4.usable_bytes`. `None`: the memory that is really there.
+            `gpus.T4.usable_bytes`. `None`: the memory that is really there.
 
     Raises:
         ValueError: No budget where nothing limits memory, on a CPU; or a count below 1.
     """
-    if budget_bytes is None and hardware.device() == "cpu":
+    if budget_bytes is None and gpus.device() == "cpu":
         raise ValueError("budget_bytes must be a number of bytes on a CPU, got None; pretend a "
-                         "card, for example budget_bytes=hardware.T4.usable_bytes")
+                         "card, for example budget_bytes=gpus.T4.usable_bytes")
     for name, value, advice in (("upper", upper, "256 suits most runs"), (
             "gradient_accumulation_steps", gradient_accumulation_steps, "1 is none")):
         if value < 1:
@@ -168,7 +168,7 @@ def _probe(backward: Callable, size: int, model: torch.nn.Module, optimizer: tor
            accumulated: int, budget_bytes: int | None) -> Probe:
     ledger = MemoryLedger(model, optimizer=optimizer, budget_bytes=budget_bytes) \
         if budget_bytes is not None else None
-    hardware.reset_peak()
+    gpus.reset_peak()
     try:
         with ledger or contextlib.nullcontext():
             for _ in range(1 if optimizer.state else 2):
@@ -180,7 +180,7 @@ def _probe(backward: Callable, size: int, model: torch.nn.Module, optimizer: tor
         if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
             raise
         return Probe(size, False, None)
-    peak_bytes = ledger.report().peak_bytes if ledger else hardware.peak_allocated_bytes()
+    peak_bytes = ledger.report().peak_bytes if ledger else gpus.peak_allocated_bytes()
     return Probe(size, True, peak_bytes)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .units import show_bytes
+from fitcast.units import show_bytes
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"  # unfinished checkpoints, and old ones on their way out

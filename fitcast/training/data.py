@@ -1,8 +1,7 @@
 """Instruction data: a prompt, an answer, and labels on the answer only.
 
-The bundled set (customer messages answered by a ticket, written by this project) needs no network;
-databricks-dolly-15k comes from the hub. Both are split by a hash of the prompt, so that an example
-never changes sides when the set grows or its order changes.
+Sets are split by a hash of the prompt, so that an example never changes sides when the set grows or
+its order changes.
 
 Not modelled: several turns, packing of short examples into one row, streaming of large sets.
 """
@@ -10,50 +9,18 @@ Not modelled: several turns, packing of short examples into one row, streaming o
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .units import IGNORED
+from fitcast.units import IGNORED
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
-DATA = Path(__file__).parent / "data"
-REMEDY = "run `git checkout -- course_utils/data`, or reinstall the package"
-SOURCES = ("bundled", "dolly")
-DOLLY = "databricks/databricks-dolly-15k"
-SPLITS = ("train", "heldout")
-EXAMPLES = 900  # in the bundled file: one cut off between two lines would train in silence
 HELDOUT_EVERY = 10  # one prompt in ten is held out
-FIELDS = ("Customer", "Order", "Product", "Issue", "Priority", "Next step")
 
 
-def bundled_model_dir() -> Path:
-    """Folder of the bundled model and tokenizer, every file checked against its sha256.
-
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one.
-    """
-    manifest = DATA / "manifest.json"
-    _require(manifest)
-    try:
-        digests = json.loads(manifest.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{manifest} must be JSON ({error}): it is damaged; {REMEDY}") from error
-    for name, sha256 in digests.items():
-        path = DATA / name
-        _require(path)
-        if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
-            raise ValueError(f"{path} must have sha256 {sha256[:12]}…, got {found[:12]}… "
-                             f"({path.stat().st_size} bytes): the file is damaged; {REMEDY}")
-    return DATA / "model"
-
-
-def _require(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {REMEDY}")
 
 
 def is_heldout(prompt: str) -> bool:
@@ -61,49 +28,6 @@ def is_heldout(prompt: str) -> bool:
     return int(hashlib.sha256(prompt.strip().encode()).hexdigest(), 16) % HELDOUT_EVERY == 0
 
 
-def load_instructions(source: str = "bundled", split: str = "train") -> Dataset:
-    """Examples of one split, columns `prompt` and `answer`.
-
-    Args:
-        source: "bundled" (in the package, offline) or "dolly" (databricks-dolly-15k, from the hub).
-        split: "train" or "heldout".
-
-    Raises ValueError for an unknown source or split and for a damaged line of the bundled file.
-    """
-    from datasets import Dataset, load_dataset
-
-    for field, value, known in (("source", source, SOURCES), ("split", split, SPLITS)):
-        if value not in known:
-            raise ValueError(f"{field} must be one of {', '.join(known)}, got {value!r}; "
-                             "choose one of them")
-    if source == "bundled":
-        rows = _read_examples(DATA / "instructions.jsonl")
-    else:
-        hub = load_dataset(DOLLY, split="train")
-        rows = [{"prompt": f"{row['instruction']}\n\n{row['context']}".strip(),
-                 "answer": row["response"].strip()} for row in hub if row["response"].strip()]
-    return Dataset.from_list([row for row in rows
-                              if is_heldout(row["prompt"]) == (split == "heldout")])
-
-
-def _read_examples(path: Path) -> list[dict[str, str]]:
-    """Examples of a JSONL file, each line checked, because one lost half line trains in silence."""
-    _require(path)
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            row = json.loads(line)  # bytes that are not UTF-8 raise a ValueError here, too
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} must be one JSON object, got {line[:60]!r} "
-                             f"({error}); {REMEDY}") from error
-        if not (isinstance(row, dict) and set(row) == {"prompt", "answer"}
-                and all(isinstance(text, str) and text.strip() for text in row.values())):
-            raise ValueError(f"{path}, line {number} must hold a prompt and an answer, both "
-                             f"text, got {line[:60]!r}; {REMEDY}")
-        rows.append(row)
-    if len(rows) != EXAMPLES:
-        raise ValueError(f"{path} must hold {EXAMPLES} examples, got {len(rows)}; {REMEDY}")
-    return rows
 
 
 def render_prompt(prompt: str, tokenizer: Any) -> str:
@@ -137,7 +61,7 @@ def encode(examples: Dataset, tokenizer: Any, sequence_length: int) -> Dataset:
 
     if type(sequence_length) is not int or sequence_length < 2:
         raise ValueError(f"sequence_length must be a whole number of at least 2 tokens, got "
-                         f"{sequence_length!r}; 256 suits the bundled set")
+                         f"{sequence_length!r}; 256 suits short answers")
     rows = []
     for example in examples:
         prompt, answer = _encode_one(example, tokenizer)
@@ -197,12 +121,3 @@ def shuffled_answers(dataset: Dataset, seed: int) -> Dataset:
         other = rng.randrange(last)  # below `last`: nothing stays where it was
         answers[last], answers[other] = answers[other], answers[last]
     return dataset.remove_columns("answer").add_column("answer", answers)
-
-
-def parse_answer(text: str) -> dict[str, str] | None:
-    """The ticket's six fields, or None when a field is missing, empty, extra or out of order."""
-    pairs = [line.split(": ", 1) for line in text.strip().split("\n")]
-    if any(len(pair) != 2 or not pair[1].strip() for pair in pairs):
-        return None
-    fields = {name: value.strip() for name, value in pairs}
-    return fields if tuple(name for name, _ in pairs) == FIELDS else None

@@ -5,17 +5,16 @@ Not modelled: sampling (answers are greedy, so that they can be compared), judgi
 
 from __future__ import annotations
 
-import operator
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import corpus, hardware, qlora
-from .recipe import TrainRecipe
+from fitcast import gpus
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.training.data import render_prompt
 
 
 @dataclass(frozen=True)
@@ -30,27 +29,6 @@ class Interval:
         return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
-@dataclass(frozen=True)
-class Score:
-    """Shares (0 to 1) of answers that have the ticket's structure, and that are right entirely."""
-
-    structure: float
-    correct: float
-
-    def __str__(self):
-        return f"{self.structure:.0%} have the structure, {self.correct:.0%} are right"
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """For free text, where no answer is the only right one: mean share of words in common (F1)."""
-
-    correct: float
-
-    def __str__(self):
-        return f"{self.correct:.0%} of the words in common with the expected answers"
-
-
 @torch.no_grad()
 def answer_losses(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecipe) -> list[float]:
     """Loss of each example's answer, in nats per token.
@@ -59,10 +37,10 @@ def answer_losses(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRec
 
     Args:
         model: In any mode; it is back in that mode afterwards.
-        rows: input_ids and labels of each example, as from `corpus.encode`.
+        rows: input_ids and labels of each example, as from `data.encode`.
         recipe: Uses loss, loss_chunk_tokens and amp_dtype.
     """
-    device, training = hardware.device(), model.training
+    device, training = gpus.device(), model.training
     model.eval()
     losses = []
     for row in rows:
@@ -89,10 +67,10 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], rec
     answers = []
     for start in range(0, len(prompts), micro_batch_size):
         some = prompts[start:start + micro_batch_size]
-        texts = [corpus.render_prompt(prompt, tokenizer) for prompt in some]
+        texts = [render_prompt(prompt, tokenizer) for prompt in some]
         batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
-                          return_tensors="pt").to(hardware.device())
-        with qlora.autocast(recipe, hardware.device()):
+                          return_tensors="pt").to(gpus.device())
+        with qlora.autocast(recipe, gpus.device()):
             tokens = model.generate(
                 **{name: batch[name] for name in ("input_ids", "attention_mask")}, use_cache=True,
                 do_sample=False, max_new_tokens=max_new_tokens,
@@ -101,31 +79,6 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], rec
                                           skip_special_tokens=True)
     model.train(training)
     return answers
-
-
-def score(answers: Sequence[str], expected: Sequence[str]) -> Score | Overlap:
-    """How many answers are tickets and right in every field; for other data, words in common.
-
-    Raises:
-        ValueError: Not one answer for each expected one.
-
-    Source of the F1: Rajpurkar et al. 2016, "SQuAD", section 6.1.
-    """
-    if len(answers) != len(expected) or not answers:
-        raise ValueError(f"answers must be as many as expected ({len(expected)}, at least 1), got "
-                         f"{len(answers)}; generate one answer for each example")
-    wanted, found = ([corpus.parse_answer(text) for text in texts] for texts in (expected, answers))
-    if None in wanted:
-        return Overlap(sum(map(_f1, answers, expected)) / len(answers))
-    structured = sum(ticket is not None for ticket in found)
-    return Score(structured / len(answers), sum(map(operator.eq, found, wanted)) / len(answers))
-
-
-def _f1(answer: str, wanted: str) -> float:
-    """Harmonic mean of precision and recall of an answer's words; 0 without one in common."""
-    one, other = (Counter(re.findall(r"\w+", text.lower())) for text in (answer, wanted))
-    common = (one & other).total()
-    return 2 * common / (one.total() + other.total()) if common else 0.0
 
 
 def largest_shift(one: Sequence[float], other: Sequence[float]) -> float:

@@ -14,8 +14,9 @@ from typing import Literal
 
 import torch
 
-from . import hardware, qlora
-from .recipe import TrainRecipe
+from fitcast import gpus
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
 
 
 def save_adapter(model: torch.nn.Module, folder: str | Path) -> int:
@@ -84,4 +85,4 @@ def load_merged(recipe: TrainRecipe, folder: str | Path) -> torch.nn.Module:
     """The model of `save_merged`, in the recipe's dtype (float32 on CPU), in eval mode."""
     plain = replace(recipe, base=recipe.amp_dtype or "float32", lora_rank=None,
                     loss="chunked" if recipe.loss == "lean" else recipe.loss)
-    return qlora.load_base(plain, source=str(folder)).to(hardware.device()).eval()
+    return qlora.load_base(plain, source=str(folder)).to(gpus.device()).eval()

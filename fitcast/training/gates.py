@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
-from . import corpus, hardware, qlora
-from .precision import OperationLog
-from .preflight import Finding, Preflight
-from .recipe import TrainRecipe
+from fitcast import gpus
+from fitcast.memory.operations import OperationLog
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.training import data
+from fitcast.training.preflight import Finding, Preflight
 
 OVERFIT_STEPS = 100  # at most: it ends as soon as the loss has halved
 OVERFIT_RATE, TIMES_THE_RECIPES = 1e-2, 10  # the smaller of the two rates
@@ -24,7 +26,7 @@ FUSED = ("flash", "efficient", "cudnn")
 def attention_kernel(model: torch.nn.Module, batch: dict, recipe: TrainRecipe) -> str:
     """Name of the attention operation that a training forward pass dispatches, or "scores"."""
     model.train()
-    with OperationLog() as log, qlora.autocast(recipe, hardware.device()):
+    with OperationLog() as log, qlora.autocast(recipe, gpus.device()):
         qlora.compute_loss(model, batch, recipe)
     fused = [name for name, _ in log.counts if "attention" in name and "backward" not in name
              and any(kernel in name for kernel in FUSED)]
@@ -44,8 +46,8 @@ def check_gates(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecip
         model: With fresh adapters, as from `training.build_model`.
         rows: Encoded examples; the first micro batch of them is used.
     """
-    batch = corpus.collate(list(rows)[:recipe.micro_batch_size], pad_token_id)
-    batch = {name: tensor.to(hardware.device()) for name, tensor in batch.items()}
+    batch = data.collate(list(rows)[:recipe.micro_batch_size], pad_token_id)
+    batch = {name: tensor.to(gpus.device()) for name, tensor in batch.items()}
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     start, base = _start(model, batch, recipe)
@@ -71,7 +73,7 @@ def check_gates(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecip
 
 def _start(model, batch, recipe) -> tuple[float, float]:
     model.eval()
-    with torch.no_grad(), qlora.autocast(recipe, hardware.device()):
+    with torch.no_grad(), qlora.autocast(recipe, gpus.device()):
         start = qlora.compute_loss(model, batch, recipe).item()
         with model.disable_adapter():
             return start, qlora.compute_loss(model, batch, recipe).item()
@@ -79,7 +81,7 @@ def _start(model, batch, recipe) -> tuple[float, float]:
 
 def _gradients(model, batch, recipe, trainable) -> tuple[bool, float]:
     model.train()
-    with qlora.autocast(recipe, hardware.device()):
+    with qlora.autocast(recipe, gpus.device()):
         qlora.compute_loss(model, batch, recipe).backward()
     grads = [p.grad for p in trainable.values()]
     norm = math.hypot(*(g.norm().item() for g in grads if g is not None))
@@ -92,7 +94,7 @@ def _overfit(model, batch, recipe, target: float) -> float:
     rate = min(OVERFIT_RATE, TIMES_THE_RECIPES * recipe.learning_rate)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
                                   lr=rate, weight_decay=0.0)
-    scaler = torch.amp.GradScaler(hardware.device(), enabled=recipe.amp_dtype == "float16")
+    scaler = torch.amp.GradScaler(gpus.device(), enabled=recipe.amp_dtype == "float16")
     for _ in range(OVERFIT_STEPS):
         loss = qlora.training_step(model, optimizer, [batch], recipe, scaler).item()
         if loss < target:

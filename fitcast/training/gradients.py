@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .levers import use_native_norm
-from .units import IGNORED
+from fitcast.step.levers import use_native_norm
+from fitcast.units import IGNORED
 
 
 def gradient(model: torch.nn.Module) -> torch.Tensor:

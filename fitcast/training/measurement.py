@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from . import hardware, qlora, shapes
-from .ledger import MemoryLedger
-from .memory_report import MemoryReport
-from .recipe import TrainRecipe
+from fitcast import gpus, models
+from fitcast.memory.ledger import MemoryLedger
+from fitcast.memory.report import MemoryReport
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
 
 MOST_SKIPPED_STEPS = 20  # the gradient scaler starts at 2**16 and halves: it needs far fewer
 
@@ -51,7 +52,7 @@ def measure_step(recipe: TrainRecipe, model: torch.nn.Module, steps: int = 3) ->
         model: As from `training.build_model(recipe)`.
         steps: How many steps are timed.
     """
-    device = hardware.device()
+    device = gpus.device()
     batches = random_batches(recipe, device)
     optimizer = qlora.build_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device, enabled=recipe.amp_dtype == "float16")
@@ -59,19 +60,19 @@ def measure_step(recipe: TrainRecipe, model: torch.nn.Module, steps: int = 3) ->
 
     def step() -> None:
         qlora.training_step(model, optimizer, batches, recipe, scaler)
-        hardware.synchronize()
+        gpus.synchronize()
 
     for _ in range(MOST_SKIPPED_STEPS):  # the optimizer's state appears in its first real step
         step()
         if optimizer.state:
             break
-    hardware.reset_peak()
+    gpus.reset_peak()
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    allocated, reserved = hardware.peak_allocated_bytes(), hardware.peak_reserved_bytes()
+    allocated, reserved = gpus.peak_allocated_bytes(), gpus.peak_reserved_bytes()
     with MemoryLedger(model, optimizer=optimizer, inputs=batches) as ledger:
         step()
     tokens = sum(batch["input_ids"].numel() for batch in batches)
@@ -85,7 +86,7 @@ def random_batches(recipe: TrainRecipe, device: str) -> list[dict[str, torch.Ten
     """The micro batches of one optimizer step: random tokens (micro batch, seq), all labelled."""
     shape = (recipe.micro_batch_size, recipe.sequence_length)
     random = torch.Generator().manual_seed(recipe.seed)
-    vocab_size = shapes.config(recipe.model).vocab_size
+    vocab_size = models.config(recipe.model).vocab_size
     batches = []
     for _ in range(recipe.gradient_accumulation_steps):
         ids = torch.randint(vocab_size, shape, generator=random).to(device)
@@ -97,14 +98,14 @@ def random_batches(recipe: TrainRecipe, device: str) -> list[dict[str, torch.Ten
 
 def matmul_flops(name: str, size: int = 4096, repeats: int = 10) -> float | None:
     """FLOP/s of a square matrix product on this GPU, median; `None` without a GPU."""
-    if hardware.detect() is None:
+    if gpus.detect() is None:
         return None
-    x = torch.randn(size, size, device=hardware.device()).to(getattr(torch, name))
+    x = torch.randn(size, size, device=gpus.device()).to(getattr(torch, name))
     seconds = []
     for _ in range(repeats + 1):  # the first one loads the kernel: not counted
-        hardware.synchronize()
+        gpus.synchronize()
         start = time.perf_counter()
         x @ x
-        hardware.synchronize()
+        gpus.synchronize()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / sorted(seconds[1:])[repeats // 2]

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from . import hardware, shapes
-from .fake import meta_model
-from .qlora import add_adapters, count_parameters
-from .recipe import TrainRecipe
-from .units import show_bytes
-from .verified import Finding, too_old
+from fitcast import gpus, models
+from fitcast.forecasting.fake import meta_model
+from fitcast.recipe import TrainRecipe
+from fitcast.step.qlora import add_adapters, count_parameters
+from fitcast.training.versions import Finding, too_old
+from fitcast.units import show_bytes
 
 if TYPE_CHECKING:
-    from .forecast import Forecast
+    from fitcast.forecasting.forecast import Forecast
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Preflight:
         return self
 
 
-def preflight(recipe: TrainRecipe, gpu: hardware.Gpu | None, output_dir: str | Path = ".",
+def preflight(recipe: TrainRecipe, gpu: gpus.Gpu | None, output_dir: str | Path = ".",
               planned: Forecast | None = None) -> Preflight:
     """Look at everything that stops runs, without loading or downloading weights.
 
     Args:
-        gpu: What `hardware.detect()` found.
+        gpu: What `gpus.detect()` found.
         output_dir: Where checkpoints will go.
         planned: The step's forecast, if there is one.
     """
@@ -61,30 +61,30 @@ def preflight(recipe: TrainRecipe, gpu: hardware.Gpu | None, output_dir: str | P
         _disk(recipe, Path(output_dir), weights), _versions(), weights])
 
 
-def _gpu(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> Finding:
+def _gpu(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> Finding:
     if gpu is not None:
         return Finding("GPU", f"{gpu.name}, {show_bytes(gpu.total_bytes)}")
-    small = Path(shapes.hub_id(recipe.model)).exists()
+    small = Path(models.hub_id(recipe.model)).exists()
     return Finding("GPU", "none" + ", and none needed for this model" * small, None if small else
-                   "switch Runtime > Change runtime type to T4, or use model='bundled'")
+                   "switch Runtime > Change runtime type to T4, or take a small model")
 
 
-def _precision(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> Finding:
+def _precision(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> Finding:
     found = recipe.amp_dtype or "float32"
     try:
         refuse_precision(recipe, gpu)
     except ValueError as error:
-        return Finding("precision", f"{found} ({error})", "use recipe.for_gpu(hardware.detect())")
+        return Finding("precision", f"{found} ({error})", "use recipe.for_gpu(gpus.detect())")
     return Finding("precision", found)
 
 
-def _memory(gpu: hardware.Gpu | None, planned: Forecast | None) -> Finding:
+def _memory(gpu: gpus.Gpu | None, planned: Forecast | None) -> Finding:
     needed = "no forecast" if planned is None else \
         f"forecast peak {show_bytes(planned.peak_allocated_bytes)}, with holes up to " \
         f"{show_bytes(planned.peak_reserved_bytes[1])}"
     if gpu is None:
         return Finding("memory", f"{needed}, in this machine's own memory")
-    free = min(gpu.usable_bytes, hardware.free_bytes() or gpu.usable_bytes)
+    free = min(gpu.usable_bytes, gpus.free_bytes() or gpu.usable_bytes)
     fits = planned is None or planned.fits and planned.peak_allocated_bytes <= free
     return Finding("memory", f"{needed}, {show_bytes(free)} free", None if fits else
                    "halve micro_batch_size and double gradient_accumulation_steps, then set "
@@ -95,10 +95,10 @@ def _disk(recipe: TrainRecipe, output_dir: Path, weights: Finding) -> Finding:
     """Room for the download in 16 bits and for three checkpoints (two kept, one being written)."""
     place = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    if weights.fix and recipe.model not in shapes.NAMES:  # its config is on the hub, too
+    if weights.fix and recipe.model not in models.NAMES:  # its config is on the hub, too
         return Finding("disk", f"{show_bytes(free)} free, the model's size is not known")
-    model = meta_model(shapes.config(recipe.model))
-    needed = 0 if Path(shapes.hub_id(recipe.model)).exists() else 2 * count_parameters(model)[0]
+    model = meta_model(models.config(recipe.model))
+    needed = 0 if Path(models.hub_id(recipe.model)).exists() else 2 * count_parameters(model)[0]
     with torch.device("meta"):  # of each trained parameter the weight and two averages, in float32
         needed += 3 * 12 * count_parameters(add_adapters(model, recipe))[0]
     return Finding("disk", f"{show_bytes(needed)} needed, enough free" if free >= needed else
@@ -114,7 +114,7 @@ def _versions() -> Finding:
 
 def _weights(recipe: TrainRecipe) -> Finding:
     """Whether the weights can be had: on disk, or on the hub and open to this reader."""
-    source = shapes.hub_id(recipe.model)
+    source = models.hub_id(recipe.model)
     if Path(source).exists():
         return Finding("weights", "on this disk")
     return Finding("weights", *{
@@ -123,7 +123,7 @@ def _weights(recipe: TrainRecipe) -> Finding:
         "gated": (f"{source} is gated", "accept its licence on huggingface.co and log in, or take "
                   "an ungated copy such as unsloth/Llama-3.2-1B-Instruct"),
         "unknown": (f"{source} is not on the hub", "check the spelling"),
-        "silent": ("the hub does not answer", "check the network, or use model='bundled'"),
+        "silent": ("the hub does not answer", "check the network, or give a local folder"),
     }[ask_hub(source)])
 
 
@@ -157,7 +157,7 @@ def ask_hub(repository: str, kind: Literal["model", "dataset"] = "model") -> str
 # --- what Trainer accepts and should not ----------------------------------------------------------
 
 
-def refuse_precision(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> None:
+def refuse_precision(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> None:
     """Raise for mixed precision that this machine only emulates or does not have.
 
     Raises:
@@ -167,7 +167,7 @@ def refuse_precision(recipe: TrainRecipe, gpu: hardware.Gpu | None) -> None:
         recipe.check_on(gpu)
     elif recipe.amp_dtype == "float16":
         raise ValueError("amp_dtype must be None or 'bfloat16' without a GPU, got 'float16'; use "
-                         "recipe.for_gpu(hardware.detect())")
+                         "recipe.for_gpu(gpus.detect())")
 
 
 def refuse_silent_failures(recipe: TrainRecipe, model: torch.nn.Module,
@@ -181,7 +181,7 @@ def refuse_silent_failures(recipe: TrainRecipe, model: torch.nn.Module,
         ValueError: Precision that this GPU emulates; 16-bit adapters under a gradient scaler;
             fp16_full_eval, which makes the adapters 16-bit in place; nothing to train.
     """
-    refuse_precision(recipe, hardware.detect())
+    refuse_precision(recipe, gpus.detect())
     if overrides.get("fp16_full_eval"):
         raise ValueError("fp16_full_eval must be False in a run that trains, got True; evaluation "
                          "would turn the adapters into float16, which cannot be trained")

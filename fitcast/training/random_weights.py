@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from . import shapes
-from .fake import meta_model
+from fitcast import models
+from fitcast.forecasting.fake import meta_model
 
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 NOISE_NUMBERS = 2**22  # random numbers that are made once and written again and again
@@ -32,14 +32,14 @@ def write(model: str, folder: str | Path, dtype: torch.dtype = torch.float16) ->
     Vectors (the weights of norms) are ones, matrices are noise.
 
     Args:
-        model: Name in `shapes.NAMES`, or whatever else `shapes.config` takes.
+        model: Name in `models.NAMES`, or whatever else `models.config` takes.
         folder: Where the checkpoint's folder is made; one that is there is kept.
         dtype: Of every weight.
     """
     target = Path(folder) / f"{Path(model).name}-random-{str(dtype).removeprefix('torch.')}"
     if target.exists():
         return target
-    config = shapes.config(model)
+    config = models.config(model)
     meta = meta_model(config, dtype)
     tied = set(meta.all_tied_weights_keys) if config.tie_word_embeddings else set()
     tensors = {name: t for name, t in meta.state_dict().items() if name not in tied}

@@ -9,8 +9,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from . import checkpoints
-from .recipe import TrainRecipe
+from fitcast.recipe import TrainRecipe
+from fitcast.training import checkpoints
 
 
 def checkpoint_to_resume(recipe: TrainRecipe, output_dir: Path, drive: Path | None,

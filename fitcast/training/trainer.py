@@ -26,10 +26,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 
-from . import checkpoints, corpus, hardware, qlora
-from .preflight import refuse_silent_failures
-from .recipe import TrainRecipe
-from .resume import checkpoint_to_resume
+from fitcast import gpus
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.training import checkpoints, data
+from fitcast.training.preflight import refuse_silent_failures
+from fitcast.training.resume import checkpoint_to_resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any
     """Train `model` in place, from the last whole checkpoint if there is one.
 
     Args:
-        rows: Encoded examples, as from `corpus.encode`.
+        rows: Encoded examples, as from `data.encode`.
         output_dir: Folder of the checkpoints, one run only.
         resume: True for the last whole checkpoint here or on the Drive, a path for that one, False
             to insist on a fresh start.
@@ -117,7 +119,7 @@ class QLoRATrainer(Trainer):
             arguments._n_gpu = 1
         super().__init__(model, arguments, train_dataset=rows, callbacks=[Watch(stop_at, on_step)],
                          data_collator=functools.partial(
-                             corpus.collate, pad_token_id=tokenizer.pad_token_id))
+                             data.collate, pad_token_id=tokenizer.pad_token_id))
         if recipe.world_size != self.args.world_size:
             raise ValueError(f"world_size must be {self.args.world_size}, the processes of this "
                              f"run, got {recipe.world_size}; start it under torchrun, or change it")
@@ -171,7 +173,7 @@ class QLoRATrainer(Trainer):
             ValueError: It is because no token of the step has a label.
         """
         if self._tokens == 0:
-            hardware.reset_peak()
+            gpus.reset_peak()
             self._started = time.perf_counter()
         self._tokens += inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -191,8 +193,8 @@ class QLoRATrainer(Trainer):
         if "loss" in logs:  # reading the loss has waited for the GPU
             seconds = time.perf_counter() - self._started
             logs |= {"tokens_per_second": self._tokens / seconds,
-                     "peak_allocated_bytes": hardware.peak_allocated_bytes(),
-                     "peak_reserved_bytes": hardware.peak_reserved_bytes()}
+                     "peak_allocated_bytes": gpus.peak_allocated_bytes(),
+                     "peak_reserved_bytes": gpus.peak_reserved_bytes()}
             self._tokens = 0
         super().log(logs, start_time)
 

@@ -2,8 +2,8 @@
 
 import inspect
 
-from test_lesson_02 import Forget
-from test_lesson_05 import careful_step
+from tests.lessons.test_lesson_02 import Forget
+from tests.lessons.test_lesson_05 import careful_step
 
 # lesson: {what the exercise's cell defines: its source}
 ANSWERS = {
@@ -16,7 +16,7 @@ ANSWERS = {
     "02": {
         "class Forget": inspect.getsource(Forget),
         "smallest_k": "smallest_k = next(k for k in range(33) if forecast(replace(\n"
-                      "    eight, checkpointed_layers=k), hardware.T4).peak_allocated_bytes\n"
+                      "    eight, checkpointed_layers=k), gpus.T4).peak_allocated_bytes\n"
                       "    <= budget_bytes)",
     },
     "03": {

@@ -4,7 +4,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from . import controls
+from course_utils import controls
+
 from .controls import Explorer
 from .test_browser import failures
 
@@ -13,8 +14,8 @@ CELLS = [
     "import ipywidgets\n"
     "from IPython.display import HTML, Javascript\n"
     "from PIL import Image\n"
-    "from course_utils import widgets\n"
-    "from course_utils.figures import Figure\n"
+    "from course_utils.figures import widgets\n"
+    "from course_utils.figures.base import Figure\n"
     "def png(width, colour):\n"
     "    file = io.BytesIO()\n"
     "    Image.new('RGB', (width, 40), colour).save(file, 'png')\n"

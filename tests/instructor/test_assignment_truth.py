@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from course_utils.data import BUNDLED
 from instructor.assignment import load, names, numbers
 
 torch = pytest.importorskip("torch")
@@ -19,11 +20,11 @@ def cases(function: str) -> list:
 
 
 def test_effective_batch_is_the_recipes():
-    from course_utils.recipe import TrainRecipe
+    from fitcast.recipe import TrainRecipe
 
     for case in cases("effective_batch_size"):
         micro, accumulation, ranks = case.arguments
-        recipe = TrainRecipe(micro_batch_size=micro, gradient_accumulation_steps=accumulation,
+        recipe = TrainRecipe(model=BUNDLED, micro_batch_size=micro, gradient_accumulation_steps=accumulation,
                              world_size=ranks)
         assert recipe.effective_batch_size == case.expected
 
@@ -41,7 +42,7 @@ def test_learning_rate_is_transformers():
 
 def test_steps_and_lines_are_trainers():
     """`scheduled` lets Trainer run; small runs, as it takes a while."""
-    from course_utils.trainer_log import scheduled
+    from course_utils.topics.trainer_log import scheduled
 
     for examples, micro, accumulation, epochs, every in ((27, 4, 2, 2, 3), (20, 2, 4, 2, 2)):
         steps, _, lines = scheduled(examples, micro, accumulation, 1, epochs, 0.1, every)
@@ -75,7 +76,7 @@ def test_token_weighting_is_cross_entropys():
 
 
 def test_trace_is_the_lessons():
-    from course_utils.checkpointing import trace_chain
+    from course_utils.topics.checkpointing import trace_chain
 
     for case in cases("trace"):
         moments = trace_chain(*case.arguments)
@@ -86,8 +87,8 @@ def test_trace_is_the_lessons():
 def test_scores_are_what_eager_keeps_more_than_sdpa():
     from dataclasses import replace
 
-    from course_utils.block import count_block
-    from course_utils.recipe import TrainRecipe
+    from fitcast.forecasting.block import count_block
+    from fitcast.recipe import TrainRecipe
 
     sdpa = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, lora_dropout=0,
                        sequence_length=256, micro_batch_size=2, checkpointed_layers=0)

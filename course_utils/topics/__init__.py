@@ -1,0 +1,1 @@
+"""One instrument a topic of the lessons: what a lesson counts, runs or breaks on purpose."""

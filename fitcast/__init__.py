@@ -1,0 +1,71 @@
+"""Forecast, count and shrink the memory of an LLM fine-tune, from a machine without a GPU.
+
+    from fitcast import T4, TrainRecipe, forecast, fit
+    forecast(TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", sequence_length=2048), T4).fits
+
+Every name below is loaded when it is first asked for: `import fitcast` brings no torch. What each
+is for, with an example, stands in fitcast/README.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fitcast.cli.doctor import doctor
+    from fitcast.forecasting.block import count_block
+    from fitcast.forecasting.fake import fake_model, fake_tensors
+    from fitcast.forecasting.forecast import Forecast, forecast, forecast_step
+    from fitcast.forecasting.search import DoesNotFit, Fit, Lever, fit, levers
+    from fitcast.gpus import T4, Gpu, detect, device, emulate, preset
+    from fitcast.memory.ledger import MemoryLedger
+    from fitcast.memory.report import MemoryReport
+    from fitcast.recipe import TrainRecipe
+    from fitcast.training.export import merge
+    from fitcast.training.measurement import measure_step
+    from fitcast.training.preflight import preflight
+    from fitcast.training.trainer import train
+    from fitcast.units import GIB, MIB, show_bytes
+
+# On some CPUs bitsandbytes reports a missing optional kernel when transformers imports it; the
+# stored outputs of lessons would differ from machine to machine.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# The hub's client counts who uses it unless it is told not to; a learner's own choice stands.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "recipe": "TrainRecipe",
+    "gpus": "Gpu T4 detect device emulate preset",
+    "units": "GIB MIB show_bytes",
+    "memory.ledger": "MemoryLedger",
+    "memory.report": "MemoryReport",
+    "forecasting.forecast": "Forecast forecast forecast_step",
+    "forecasting.search": "DoesNotFit Fit Lever fit levers",
+    "forecasting.fake": "fake_model fake_tensors",
+    "forecasting.block": "count_block",
+    "training.measurement": "measure_step",
+    "training.preflight": "preflight",
+    "training.trainer": "train",
+    "training.export": "merge",
+    "cli.doctor": "doctor",
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"fitcast has no {name!r}; it has {', '.join(__all__)}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found  # the next time without this detour
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

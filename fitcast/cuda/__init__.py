@@ -1,0 +1,1 @@
+"""CUDA's side of memory: kernels, libraries and the caching allocator, as rules."""

@@ -1,0 +1,1 @@
+"""Counting: who holds which byte of a step, since when, until when."""

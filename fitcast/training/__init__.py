@@ -1,0 +1,1 @@
+"""Runs: before them, through them, after them; and what survives when one is killed."""

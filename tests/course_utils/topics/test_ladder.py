@@ -1,0 +1,179 @@
+"""The closing act, the budgets and the usual recipe: they print what was recorded or done."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from course_utils.topics import budget, ladder, recorded, usual_recipe
+from fitcast import gpus, models
+from fitcast.forecasting.forecast import forecast
+from fitcast.forecasting.load import blueprint
+from fitcast.gpus import L4, T4
+from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.units import GB, GIB, MIB, show_bytes
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return ladder.usual("llama-3.1-8b")
+
+
+def test_the_usual_recipe_is_the_recorded_one(usual):
+    assert usual.recipe.micro_batch_size == 4 and usual.recipe.sequence_length == 2048
+    assert not usual.forecast.fits
+    error = usual.forecast.peak_allocated_bytes / usual.measured["peak_allocated_bytes"] - 1
+    assert abs(error) < 0.02
+    assert ladder.usual("phi-4-mini").recipe.model == "phi-4-mini"
+
+
+def test_the_table_shows_peaks_speeds_and_ratios(usual):
+    rows = ladder.rungs("ladder", names=("the usual recipe", "chunked loss"))
+    first, second = ladder.table(rows).splitlines()[1:3]
+    measured = rows[1].measured
+    assert first.endswith("1.00x") and " no " in first and " fits " in second
+    assert show_bytes(measured["peak_allocated_bytes"]) in second
+    assert f"{measured['tokens_per_second']:,.0f}" in second
+    ratio = measured["tokens_per_second"] / usual.measured["tokens_per_second"]
+    assert second.endswith(f"{ratio:.2f}x")
+
+
+def test_the_fastest_were_within_a_t4s_memory():
+    best = ladder.fastest("fit", 2)
+    speeds = [rung.measured["tokens_per_second"] for rung in best]
+    assert speeds == sorted(speeds, reverse=True)
+    limited = [r["tokens_per_second"] for r in recorded.rows("fit")
+               if r["limited"] and r["outcome"] == "trained"]
+    assert speeds[0] == max(limited)
+    assert all(rung.measured["peak_allocated_bytes"] <= T4.usable_bytes for rung in best)
+
+
+def test_the_ladders_two_ends_held_to_a_t4s_memory():
+    first, last = ladder.held_to_a_t4().splitlines()
+    assert re.match(r"the usual recipe on a T4: out of memory: .*Tried to allocate [\d.]+ GiB$",
+                    first)
+    assert re.match(r"the last rung on a T4: trained, [\d.]+ GiB, [\d,]+ tokens a second$", last)
+
+
+def test_the_menu_has_each_models_largest_micro_batch():
+    table = ladder.largest_micro_batches()
+    for model in ("llama-3.2-1b", "phi-4-mini"):
+        ran = [r["recipe"]["micro_batch_size"] for r in recorded.rows("menu")
+               if r["recipe"]["model"] == model and r["outcome"] == "trained"]
+        line = next(line for line in table.splitlines() if line.startswith(model))
+        assert f" {max(ran)} in " in line and "  no  " in line  # the usual recipe does not fit
+
+
+def test_without_a_gpu_nothing_is_claimed():
+    assert ladder.train_here(TrainRecipe(model="llama-3.2-1b"), None) == "llama-3.2-1b: not measured on cpu"
+
+
+def test_a_few_steps_are_really_trained(tmp_path, monkeypatch):
+    config = models.config("llama-3.2-1b")
+    config.update({"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+                   "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+                   "vocab_size": 128})
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(gpus, "peak_allocated_bytes", lambda: 123 * MIB)  # as on a GPU
+    recipe = TrainRecipe(model=str(tmp_path), micro_batch_size=2, sequence_length=16,
+                         loss="chunked", attention="explicit_kv", optimizer="adamw")
+    trained, build = [], ladder.training.build_model
+    monkeypatch.setattr(ladder.training, "build_model",
+                        lambda asked: trained.append(asked) or build(asked))
+    monkeypatch.setattr(TrainRecipe, "for_gpu",  # a CPU trains neither float16 nor bfloat16
+                        lambda self, gpu: dataclasses.replace(self, seed=3))
+    said = ladder.train_here(recipe, T4)
+    assert [one.seed for one in trained] == [3], "what is forecast is trained"
+    assert re.search(r"8 steps on T4: forecast [\d.]+ MiB, measured 123.00 MiB, [\d,]+ tokens",
+                     said), said
+    ladder.release()
+
+
+# --- budgets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("low", "high", "real", "words"), [
+    (5, 5, 5.3 * GIB, "holds"), (4, 8, 7 * GB, "holds"), (10, 14, 21 * GB, "1.5 times the claim"),
+    (None, None, 8 * GIB, "missing in the budget"), (0.5, 1, GB // 1000, "500 times too high"),
+    (0.1, 0.1, 0, "small either way"), (None, None, 1000, "small either way")])
+def test_a_claim_is_judged(low, high, real, words):
+    assert words in budget._verdict(low, high, int(real))
+
+
+def test_a_budgets_rows_add_up_to_the_peak(usual, capsys):
+    measured = {"peak_allocated_bytes": 7 * GIB, "composition": usual.forecast.composition}
+    budget.compare("llama-3.1-8b", usual.forecast, measured)
+    said = capsys.readouterr().out
+    sizes = {"B": 1, "KiB": 1024, "MiB": MIB, "GiB": GIB}
+    found = re.findall(r"^\w+.*? ([\d.]+) ([KMG]iB|B) +([\d.]+) ([KMG]iB|B)   ", said, re.MULTILINE)
+    (*rows, total), (*counted, measured) = (
+        [float(row[i]) * sizes[row[i + 1]] for row in found] for i in (0, 2))
+    assert len(rows) == 7 and sum(rows) == pytest.approx(total, rel=0.01)
+    assert counted == rows and measured == 7 * GIB
+
+
+def test_formulas_give_what_is_counted_where_they_hold():
+    recipe = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=512)
+    model = qlora.add_adapters(qlora.prepare_base(_quantized(recipe), recipe), recipe)
+    planned = forecast(recipe, T4)
+    rows = {row.holder: row for row in budget.checklist(recipe, model, planned, planned)}
+    for holder in ("weights", "adapters", "gradients"):
+        assert rows[holder].formula_bytes == pytest.approx(rows[holder].forecast_bytes, rel=0.02)
+    assert rows["inputs"].formula_bytes == 16 * 512
+    assert rows["activations"].forecast_bytes > rows["activations"].formula_bytes
+
+
+def _quantized(recipe):
+    """The 4-bit model's parameters on meta, with the state that tells their true shapes."""
+    model = blueprint(dataclasses.replace(recipe, lora_rank=1), models.config(recipe.model))
+    model = model.unload()
+    for parameter in model.parameters():
+        if hasattr(parameter, "quant_type"):
+            parameter.quant_state = torch.nn.Parameter(parameter.detach())  # has the true shape
+    return model
+
+
+# --- the usual recipe ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lines(usual):
+    return {line.line.split("=")[0].split("(")[0]: line for line in
+            usual_recipe.judge(usual.recipe)}
+
+
+def test_refused_lines_are_refused_by_transformers(lines):
+    from transformers import TrainingArguments
+
+    refused = {name for name, line in lines.items() if line.verdict == "refused"}
+    assert {"warmup_ratio", "evaluation_strategy", "group_by_length"} <= refused
+    for name in usual_recipe.ARGUMENTS:
+        known = name in {field.name for field in dataclasses.fields(TrainingArguments)}
+        assert known == (lines[name].verdict != "refused"), name
+
+
+def test_each_remedy_is_accepted(tmp_path):
+    from transformers import TrainingArguments
+
+    for name in ("warmup_ratio", "evaluation_strategy", "group_by_length"):
+        eval(f"TrainingArguments(output_dir={str(tmp_path)!r}, {usual_recipe.REMEDIES[name]})",
+             {"TrainingArguments": TrainingArguments})
+
+
+def test_bfloat16_wastes_time_on_a_t4_only(usual, lines):
+    assert lines["bnb_4bit_compute_dtype"].verdict == "wastes"
+    assert usual_recipe._compute_dtype(usual.recipe, L4).verdict == "works"
+
+
+def test_waste_is_what_was_recorded(usual, lines):
+    row = next(r for r in recorded.rows("ladder") if r["name"] == "with k-bit upcast")
+    more = row["peak_allocated_bytes"] - usual.measured["peak_allocated_bytes"]
+    said = float(re.search(r"([\d.]+) GiB", lines["prepare_model_for_kbit_training"].why)[1])
+    assert said == pytest.approx(more / GIB, rel=0.02)
+
+
+def test_evaluation_in_16_bits_is_what_the_trainer_refuses(lines):
+    assert lines["fp16_full_eval"].verdict == "breaks"
+    assert lines["optim"].verdict == lines["learning_rate"].verdict == "works"

@@ -1,0 +1,63 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from course_utils.data import BUNDLED
+from fitcast import models
+
+
+def _parameters(name):
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(
+            models.config(name)).parameters())
+
+
+@pytest.mark.parametrize(("name", "parameters"), [
+    # as counted from the published checkpoints (model cards' safetensors totals)
+    ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824),
+    ("llama-3.1-8b", 8_030_261_248), ("llama-2-7b", 6_738_415_616),
+    ("phi-4-mini", 3_836_021_760), ("qwen3-0.6b", 596_049_920), ("qwen3-1.7b", 1_720_574_976),
+    ("smollm2-1.7b", 1_711_376_384)])
+def test_shape_has_the_published_number_of_parameters(name, parameters):
+    assert _parameters(name) == parameters
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(ValueError, match="model must be one of .*did you mean 'llama-3.1-8b'"):
+        models.config("lama-3.1-8b")
+
+
+def test_config_from_folder_and_file(tmp_path):
+    models.config("qwen3-0.6b").save_pretrained(tmp_path)
+    assert models.config(str(tmp_path)).hidden_size == 1024
+    assert models.config(str(tmp_path / "config.json")).model_type == "qwen3"
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "none-such"}', '{"hidden_size": 1}', "[]"])
+def test_damaged_config_names_the_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model must be a Hugging Face config.json.*got .*json"):
+        models.config(str(tmp_path))
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist; .*save_pretrained"):
+        models.config(str(tmp_path))
+
+
+def test_hub_id_without_network_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="model must be reachable on the hub, got 'nobody/"):
+        models.config("nobody/nothing")
+
+
+def test_bundled_is_a_small_llama():
+    config = models.config(BUNDLED)
+    assert config.model_type == "llama"
+    assert 1e6 < _parameters(BUNDLED) < 3e6
+    assert json.loads((Path(BUNDLED) / "config.json").read_text())["vocab_size"] \
+        == config.vocab_size

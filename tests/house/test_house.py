@@ -1,0 +1,340 @@
+"""The house: the verbs, the pins, the wheel, and the tools that execute and report on lessons."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections import Counter
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from course_utils.exercises import checks
+from tools import execute, notebooks, report, stamp
+from tools.notebooks import ROOT
+
+PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
+VERBS = {
+    "help", "lessons", "test", "lab", "execute", "stamp", "test-colab", "lint", "bench", "clean",
+    "test-browser",
+}  # fmt: skip
+TEACHING = ROOT / "instructor" / "verbs.mk"  # not in the students' archive
+VERBS |= {"assignment", "grade", "release"} if TEACHING.exists() else set()
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def requirements(name: str) -> list[tuple[Requirement, str]]:
+    """The file's requirements, each with the comment behind it."""
+    lines = [line.partition("#") for line in read(name).splitlines()]
+    return [(Requirement(text), why.strip()) for text, _, why in lines if text.strip()]
+
+
+def exact(name: str) -> dict[str, str]:
+    """Versions by package of a constraints file; each must be exact."""
+    pins = {pin.name: str(pin.specifier) for pin, _ in requirements(name)}
+    assert all(re.fullmatch(r"==[\w.]+", specifier) for specifier in pins.values())
+    return {name: specifier.removeprefix("==") for name, specifier in pins.items()}
+
+
+def test_floors_have_a_reason_and_fit_colab():
+    floors = requirements("requirements.txt")
+    assert all(why for _, why in floors)
+    colab = exact("constraints-colab.txt")
+    assert {floor.name for floor, _ in floors} - set(colab) == {"bitsandbytes"}
+    assert [f for f, _ in floors if f.name in colab and colab[f.name] not in f.specifier] == []
+
+
+def test_pins_are_exact_and_cover_the_floors():
+    versions = exact("constraints.txt")
+    assert versions["torch"] == "2.13.0"
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]["dev"]
+    for floor in [f for f, _ in requirements("requirements.txt")] + [*map(Requirement, extras)]:
+        assert floor.specifier.contains(Version(versions[floor.name])), floor
+
+
+def undeclared(source: str) -> set[str]:
+    """Libraries that a module imports and requirements.txt does not name."""
+    names = {alias.name for node in ast.walk(ast.parse(source)) for alias in _aliases(node)}
+    roots = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    return roots - {floor.name for floor, _ in requirements("requirements.txt")} - {"course_utils"}
+
+
+def _aliases(node: ast.AST) -> list[ast.alias]:
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        return [ast.alias(node.module)]
+    return node.names if isinstance(node, ast.Import) else []
+
+
+def test_every_import_is_declared():
+    for path in [*(ROOT / "course_utils").glob("*.py"), *(ROOT / "lessons").glob("*.py")]:
+        assert undeclared(path.read_text("utf-8")) == set(), path.name
+
+
+def test_undeclared_import_is_caught():
+    assert undeclared("def f():\n    from scipy.stats import norm\n    import torch.nn, json") == {
+        "scipy"
+    }
+
+
+def test_verbs_are_there_and_explained():
+    shown = make("help", ROOT)
+    assert set(re.findall(r"^  make ([\w-]+) +\w", shown, re.MULTILINE)) == VERBS
+
+
+def test_readme_and_ci_name_only_verbs_that_exist():
+    ci = read(".ci/run").splitlines()[-1].removesuffix(" </dev/null")
+    assert ci in read("README.md"), "README says what CI runs"
+    for text in (read("README.md"), read("CONTRIBUTING.md"), ci):
+        commands = re.findall(r"^make [\w -]+?(?=$|  )|`make [^`]+`", text, re.MULTILINE)
+        commands = [re.sub(r'=("[^"]*"|\S+)', "=", command) for command in commands]
+        verbs = {w for c in commands for w in c.strip("`").split()[1:] if "=" not in w}
+        assert verbs, "no make command found"
+        assert verbs <= VERBS
+
+
+def make(verb: str, folder, *flags: str) -> str:
+    done = subprocess.run(
+        ["make", *flags, verb], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def house(tmp_path):
+    for name in ("Makefile", *PINS):
+        shutil.copy(ROOT / name, tmp_path)
+    if TEACHING.exists():
+        (tmp_path / "instructor").mkdir()
+        shutil.copy(TEACHING, tmp_path / "instructor")
+    (tmp_path / ".venv").mkdir()
+    return tmp_path
+
+
+def test_a_lock_lets_nothing_else_in(house):
+    (house / "lock.txt").write_text("torch==2.13.0 --hash=sha256:00\n")
+    plain, locked = ([line for line in make("lessons", house, "--dry-run", lock).splitlines()
+                      if "pip " in line] for lock in ("LOCK=", "LOCK=lock.txt"))
+    assert len(plain) == 2 and not any("hashes" in line or "index" in line for line in plain)
+    first, *others = locked
+    assert "--only-binary :all: --require-hashes --requirement lock.txt" in first
+    assert len(others) == 2 and all("--no-index" in line for line in others)
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS - {"help", "clean"}))
+@pytest.mark.parametrize("pins", PINS)
+def test_set_up_runs_when_the_pins_change_and_only_then(house, verb, pins):
+    assert "pip" in make(verb, house, "--dry-run")
+    stamp = re.search(r"touch (\S+)", make(verb, house, "--dry-run"))[1]
+    (house / stamp).touch()
+    assert "pip" not in make(verb, house, "--dry-run")
+    with (house / pins).open("a") as file:
+        file.write("# another pin\n")
+    assert "pip" in make(verb, house, "--dry-run")
+
+
+def test_old_python_is_refused_with_the_remedy(house):
+    old = house / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    for python in (old, house / "missing"):
+        done = subprocess.run(
+            ["make", "test", f"PYTHON={python}"], cwd=house, capture_output=True, text=True
+        )
+        assert done.returncode != 0
+        assert "Python 3.11 or newer is needed" in done.stderr
+
+
+def test_wheel_brings_the_data(tmp_path):
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "course_utils", source / "course_utils", ignore=skip)
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name}
+    paths = (path for path in (ROOT / "course_utils").rglob("*") if "__pycache__" not in path.parts)
+    ours = {path.relative_to(ROOT).as_posix() for path in paths if path.is_file()}
+    assert packed == ours
+    assert any(name.endswith(".safetensors") for name in packed)
+
+
+LESSON = """# %% [markdown]
+# # 01 · Does it run?
+#
+# **40 minutes**, then [the next](02_next.ipynb).
+
+# %% tags=["run"]
+print("counted")
+
+# %% tags=["check"]
+print("Not attempted yet: replace the `...`")
+"""
+
+
+@pytest.fixture
+def lessons(tmp_path, monkeypatch):
+    folder = tmp_path / "lessons"
+    folder.mkdir()
+    (folder / "01_try.py").write_text(LESSON, "utf-8")
+    monkeypatch.setattr(notebooks, "LESSONS", folder)
+    monkeypatch.setattr(report, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    return folder
+
+
+def test_execute_is_repeatable_and_keeps_cell_ids(lessons):
+    assert execute.main([]) == 0
+    first = (lessons / "01_try.ipynb").read_text("utf-8")
+    assert execute.main(["01"]) == 0
+    assert (lessons / "01_try.ipynb").read_text("utf-8") == first
+    (lessons / "01_try.py").write_text(LESSON + '\n# %% tags=["run"]\nprint("more")\n', "utf-8")
+    assert execute.main(["01"]) == 0
+    ids = [cell["id"] for cell in json.loads(first)["cells"]]
+    after = nbformat.read(lessons / "01_try.ipynb", as_version=4)
+    assert [cell.id for cell in after.cells[:3]] == ids
+    assert after.cells[3].outputs[0].text == "more\n"
+    assert after.metadata == notebooks.METADATA
+
+
+def test_what_is_compared_or_committed_never_sees_a_gpu(lessons, monkeypatch):
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "tests/conftest.py hides it"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    shown = 'print(os.environ["CUDA_VISIBLE_DEVICES"], "is visible")'
+    (lessons / "01_try.py").write_text(f"{LESSON}\n# %%\nimport os\n{shown}\n", "utf-8")
+    assert execute.main([]) == 0
+    made = nbformat.read(lessons / "01_try.ipynb", as_version=4)
+    assert made.cells[-1].outputs[0].text == " is visible\n"
+
+
+def test_execute_refuses_an_unknown_lesson(lessons, capsys):
+    assert execute.main(["77"]) == 2
+    assert "LESSON must be one of 01, got '77'" in capsys.readouterr().err
+
+
+def test_failing_cell_is_shown_and_nothing_is_written(lessons, capfd):
+    (lessons / "01_try.py").write_text(LESSON + "\n# %%\nmissing + 1\n", "utf-8")
+    assert execute.main([]) == 1
+    assert not (lessons / "01_try.ipynb").exists()
+    shown = capfd.readouterr().out
+    assert "cell 4 failed" in shown
+    assert "    missing + 1" in shown
+    assert "NameError: name 'missing' is not defined" in shown
+
+
+def test_dead_kernel_and_endless_cell_are_named(lessons, capfd, monkeypatch):
+    monkeypatch.setattr(notebooks, "CELL_TIMEOUT_SECONDS", 3)
+    for cell, message in [
+        ("import os\nos._exit(1)", "the kernel died in this cell"),
+        ("while True:\n    pass", "still running after 3 s"),
+    ]:
+        (lessons / "01_try.py").write_text(LESSON + f"\n# %%\n{cell}\n", "utf-8")
+        assert execute.main([]) == 1
+        assert message in capfd.readouterr().out
+
+
+def test_report_writes_pages_and_a_table(lessons, tmp_path, capfd):
+    (lessons / "glossary.md").write_text("# Glossary\n\nByte: [lesson 1](01_try.ipynb)\n", "utf-8")
+    (lessons / "sheet.md").write_text("# One & only sheet\n", "utf-8")
+    before = {path: path.read_bytes() for path in lessons.iterdir()}
+    assert report.main() == 0
+    assert {path: path.read_bytes() for path in lessons.iterdir()} == before
+    shown = capfd.readouterr().out
+    assert re.search(r"^01_try +[\d.]+ +2  1 \(1 not attempted\)$", shown, re.MULTILINE)
+    page = (tmp_path / "build/lessons/01_try.html").read_text("utf-8")
+    assert "counted" in page
+    assert 'href="02_next.html"' in page
+    assert "prefers-color-scheme: dark" in page
+    assert 'href="01_try.html"' in (tmp_path / "build/lessons/glossary.html").read_text("utf-8")
+    index = (tmp_path / "build/index.html").read_text("utf-8")
+    assert '<a href="lessons/01_try.html">01 · Does it run?</a></td><td>40</td><td>2</td>' in index
+    assert '<a href="lessons/glossary.html">Glossary</a>' in index
+    assert '<a href="lessons/sheet.html">One &amp; only sheet</a>' in index
+
+
+def dead_ends(page: str) -> list[str]:
+    """Links of a built page that lead to no page of the book and to no file of this repository."""
+    links = re.findall(r'href="([^"#]*)', page)
+    pages = [*notebooks.LESSONS.glob("*.py"), *notebooks.LESSONS.glob("*.md")]
+    book = {f"{path.stem}.html" for path in pages}
+    start = stamp.facts().page("")
+    files = [link.removeprefix(start) for link in links if link.startswith(start)]
+    others = {link for link in links if link and not re.match("https?:", link)}
+    return [*(path for path in files if not (ROOT / path).is_file()),
+            *sorted(others - book - {"../index.html"})]
+
+
+def test_links_of_a_page_lead_to_pages_or_to_the_repository():
+    text = ("[a](02_what_if_we_forget_on_purpose.ipynb#x) [b](glossary.md) [c](#here) "
+            "[d](../course_utils/topics/ranks.py) [e](recorded_runs.json) [f](https://pytorch.org/x.md)")
+    page = report._page("x", new_notebook(cells=[new_markdown_cell(text)]))
+    tag = stamp.facts().page("")
+    assert re.findall(r'<a href="([^"]+)"', page)[1:] == [
+        "02_what_if_we_forget_on_purpose.html#x", "glossary.html", "#here",
+        f"{tag}course_utils/topics/ranks.py", f"{tag}course_utils/data/recorded_runs.json",
+        "https://pytorch.org/x.md",
+    ]  # fmt: skip
+    assert dead_ends(page) == []
+    dead = new_markdown_cell("[x](nothing.md) [y](../course_utils/no.py)")
+    assert dead_ends(report._page("x", new_notebook(cells=[dead]))) == [
+        "course_utils/no.py", "nothing.html",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*notebooks.LESSONS.glob("*.ipynb"), *notebooks.LESSONS.glob("*.md")]),
+    ids=lambda path: path.stem,
+)  # fmt: skip
+def test_every_link_of_the_book_leads_somewhere(path):
+    text = path.read_text("utf-8")
+    cells = nbformat.reads(text, as_version=4).cells if path.suffix == ".ipynb" else \
+        [new_markdown_cell(text)]
+    prose = new_notebook(cells=[cell for cell in cells if cell.cell_type == "markdown"])
+    assert dead_ends(report._page(path.stem, prose)) == []
+
+
+def test_report_fails_loudly(lessons, capfd):
+    (lessons / "01_try.py").write_text(LESSON + "\n# %%\nmissing + 1\n", "utf-8")
+    (lessons / "02_next.py").write_text(LESSON, "utf-8")
+    assert report.main() == 1
+    shown = capfd.readouterr()
+    assert re.search(r"^01_try .*FAILED$", shown.out, re.MULTILINE)
+    assert re.search(r"^02_next .*1 not attempted", shown.out, re.MULTILINE)
+    assert "    missing + 1" in shown.err
+
+
+def test_report_without_lessons_fails(lessons, capfd):
+    (lessons / "01_try.py").unlink()
+    assert report.main() == 1
+    assert "no lesson" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [
+        (checks.right("it is."), ["right"]),
+        (checks.not_yet("that is not right."), ["not yet"]),
+        (checks.check_number(...), ["not attempted"]),
+        ("nothing to say", ["silent"]),
+    ],
+)
+def test_verdicts_are_told_apart(verdict, expected):
+    shown = [new_output("execute_result", {"text/plain": str(verdict)})]
+    cell = new_code_cell("check", outputs=shown, metadata={"tags": ["check"]})
+    assert report.check_verdicts(cell) == expected
+    result = report.Result("01_x", "q", "40", 3, Counter(expected * 2), 1.0)
+    assert result.checks == f"2 (2 {expected[0]})"

@@ -1,0 +1,336 @@
+"""Lesson 03's exercises: the reference passes, each named mistake fails in its own words."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Trainer
+
+from course_utils.data import BUNDLED
+from course_utils.exercises import lesson_03
+from course_utils.exercises.checks import not_yet, right
+from course_utils.figures import widgets
+from course_utils.topics import trainer_log
+from fitcast.recipe import TrainRecipe
+from fitcast.training.batching import labelled_tokens
+
+
+def schedule(epoch_steps, warmup_of=None, lines_of=None, ranks_of=lambda ranks: ranks):
+    """A learner's function, from what it takes for the steps of the epochs."""
+    def answer(examples, micro_batch_size, accumulation, ranks, epochs, warmup, logging_steps):
+        micro_batches = math.ceil(examples / (micro_batch_size * ranks_of(ranks)))
+        steps = epoch_steps(micro_batches, accumulation, epochs)
+        seen = epochs * micro_batches
+        return (steps, math.ceil(warmup * steps) if warmup_of is None else
+                warmup_of(warmup, steps, seen),
+                steps // logging_steps if lines_of is None else lines_of(seen, logging_steps))
+    return answer
+
+
+def steps(micro_batches, accumulation, epochs):
+    return epochs * math.ceil(micro_batches / accumulation)
+
+
+def unfinished_schedule(examples, micro_batch_size, accumulation, ranks, epochs, warmup, logging):
+    return ..., ..., ...
+
+
+def by(weight_of):
+    """A learner's accumulation, from the weight that it gives a micro batch's mean."""
+    def answer(model, micro_batches):
+        for micro_batch in micro_batches:
+            (model(**micro_batch).loss * weight_of(micro_batch, micro_batches)).backward()
+    return answer
+
+
+def total(micro_batches):
+    return sum(map(labelled_tokens, micro_batches))
+
+
+def unshifted(micro_batch):
+    return int((micro_batch["labels"] != -100).sum())
+
+
+def backward_at_the_end(model, micro_batches):
+    sum(model(**m).loss * labelled_tokens(m) / total(micro_batches)
+        for m in micro_batches).backward()
+
+
+def all_at_once(model, micro_batches):
+    model(**{name: torch.cat([m[name] for m in micro_batches])
+             for name in micro_batches[0]}).loss.backward()
+
+
+def clears(model, micro_batches):
+    for m in micro_batches:
+        model.zero_grad()
+        (model(**m).loss * labelled_tokens(m) / total(micro_batches)).backward()
+
+
+def only_forward(model, micro_batches):
+    for m in micro_batches:
+        model(**m)
+
+
+def unfinished_accumulation(model, micro_batches):
+    for _ in micro_batches:
+        loss = ...
+        loss.backward()
+
+
+def bisect(train, upper, caught=torch.OutOfMemoryError):
+    good, bad = 0, upper + 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        fits = True
+        try:
+            train(middle)
+        except caught:
+            fits = False
+        good, bad = (middle, bad) if fits else (good, middle)
+    return good
+
+
+def linear(train, upper):
+    for size in range(1, upper + 1):
+        try:
+            train(size)
+        except torch.OutOfMemoryError:
+            return size - 1
+    return upper
+
+
+def powers_of_two(train, upper):
+    size = 1
+    try:
+        while size <= upper:
+            train(size)
+            size *= 2
+    except torch.OutOfMemoryError:
+        pass
+    return size // 2
+
+
+def inside_except(train, upper, good=0, bad=None):
+    bad = upper + 1 if bad is None else bad
+    if bad - good <= 1:
+        return good
+    middle = (good + bad) // 2
+    try:
+        train(middle)
+    except torch.OutOfMemoryError:
+        return inside_except(train, upper, good, middle)
+    return inside_except(train, upper, middle, bad)
+
+
+def hides_errors(train, upper):
+    def quiet(size):
+        try:
+            train(size)
+        except torch.OutOfMemoryError:
+            raise
+        except ValueError:
+            pass
+    return bisect(quiet, upper)
+
+
+def hides_runtime_errors(train, upper):
+    """`torch.OutOfMemoryError` is a RuntimeError, so this finds every limit."""
+    return bisect(train, upper, caught=RuntimeError)
+
+
+def unfinished_search(train, upper):
+    good, bad = 0, upper + 1
+    while bad - good > 1:
+        good, bad = ..., ...
+    return good
+
+
+# exercise: reference, {wrong answer's name: (answer, words of its verdict)}, untouched
+EXERCISES = {
+    "check_schedule": (schedule(steps), {
+        "counts micro batches": (schedule(lambda n, _, epochs: epochs * n),
+                                 "those are micro batches"),
+        "drops the rest": (schedule(lambda n, accumulation, epochs: epochs * (n // accumulation)),
+                           "round up"),
+        "carries the rest over": (
+            schedule(lambda n, accumulation, epochs: math.ceil(epochs * n / accumulation)),
+            "does not run on into the next epoch"),
+        "warm-up in micro batches": (
+            schedule(steps, lambda warmup, _, seen: math.ceil(warmup * seen)),
+            "not of the micro batches"),
+        "warm-up rounded down": (schedule(steps, lambda warmup, n, _: int(warmup * n)),
+                                 "a share of a warm-up step"),
+        "logs micro batches": (schedule(steps, lines_of=lambda seen, every: seen // every),
+                               "`logging_steps` counts optimizer steps"),
+        "forgets the ranks": (schedule(steps, ranks_of=lambda _: 1), "only its share"),
+        "one number": (lambda *_: 4, "should give"),
+        "divides by zero": (lambda *_: 1 / 0, "ZeroDivisionError"),
+        "not a function": (12, "a function is asked for"),
+    }, unfinished_schedule),
+    "check_accumulation": (by(lambda m, all_: labelled_tokens(m) / total(all_)), {
+        "mean of means": (by(lambda _, all_: 1 / len(all_)), "the mean of the micro batches'"),
+        "adds means": (by(lambda *_: 1), "adds the means up"),
+        "counts position 0": (by(lambda m, all_: unshifted(m) / sum(map(unshifted, all_))),
+                              "labels[:, 1:]"),
+        "does not divide": (by(lambda m, _: labelled_tokens(m)), "nothing divides"),
+        "clears in the loop": (clears, "only the last micro batch"),
+        "backward at the end": (backward_at_the_end, "at most"),
+        "all at once": (all_at_once, "let each micro batch's graph go"),
+        "no backward": (only_forward, "backward() was not called"),
+        "half of it": (by(lambda m, all_: labelled_tokens(m) / total(all_) / 2), "error"),
+    }, unfinished_accumulation),
+    "check_search": (bisect, {
+        "linear": (linear, "38 attempts"),
+        "powers of two": (powers_of_two, "32 trains, but so does 37"),
+        "inside except": (inside_except, "began inside `except`"),
+        "first failure": (lambda train, upper: bisect(train, upper) + 1, "38 runs out of memory"),
+        "catches nothing": (lambda train, upper: train(upper), "came through"),
+        "hides other errors": (hides_errors, "a ValueError is no lack of memory"),
+        "hides RuntimeErrors": (hides_runtime_errors, "a RuntimeError is no lack of memory when"),
+        "64 built in": (lambda train, upper: bisect(train, 64), "10 was the largest"),
+        "beyond upper": (lambda train, upper: bisect(train, 2 * upper), "64 was the largest"),
+        "half a sequence": (lambda train, upper: train(upper / 3), "whole number"),
+    }, unfinished_search),
+    "check_rank_loss": (lambda loss_sum, mine, all_, ranks: loss_sum * ranks / all_, {
+        "its own mean": (lambda loss_sum, mine, all_, ranks: loss_sum / mine, "own mean"),
+        "forgets DDP": (lambda loss_sum, mine, all_, ranks: loss_sum / all_, "2 times too small"),
+        "a sum": (lambda loss_sum, mine, all_, ranks: loss_sum, "sum over tokens"),
+        "own mean times ranks": (lambda loss_sum, mine, all_, ranks: loss_sum * ranks / mine,
+                                 "still divided by the rank's own"),
+        "upside down": (lambda loss_sum, mine, all_, ranks: loss_sum * all_ / ranks, "error is"),
+        "detached": (lambda loss_sum, mine, all_, ranks: loss_sum.detach(), "RuntimeError"),
+    }, lambda *_: ...),
+}
+
+
+def complaints(name, check) -> list[str]:
+    """What is wrong with a check, going by answers whose verdict is known."""
+    reference, mistakes, untouched = EXERCISES[name]
+    found = []
+    if not check(reference).passed:
+        found.append(f"refuses the reference: {check(reference)}")
+    said = {mistake: check(answer) for mistake, (answer, _) in mistakes.items()}
+    found += [f"accepts {mistake}" for mistake, verdict in said.items() if verdict.passed]
+    found += [f"does not name {mistake}: {said[mistake]}" for mistake, (_, words)
+              in mistakes.items() if words not in repr(said[mistake])]
+    if len({repr(verdict) for verdict in said.values()}) < len(said):
+        found.append("says the same of different mistakes")
+    for answer in (untouched, ...):
+        verdict = check(answer)
+        if verdict.passed is not None or "not attempted yet" not in repr(verdict).lower():
+            found.append(f"says of an untouched exercise: {verdict}")
+    return found
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_check_knows_right_from_wrong(name):
+    assert complaints(name, getattr(lesson_03, name)) == []
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize(("stub", "complaint"), [
+    (lambda *_, **__: right("well done."), "accepts"),
+    (lambda *_, **__: not_yet("no."), "refuses the reference"),
+], ids=["accepts everything", "refuses everything"])
+def test_check_that_judges_nothing_is_caught(name, stub, complaint):
+    found = complaints(name, stub)
+    assert any(complaint in text for text in found)
+    assert any("untouched" in text for text in found)
+
+
+def test_other_ways_to_accumulate_pass():
+    """What is checked is the gradient and the peak, not how they come about."""
+    def by_num_items(model, micro_batches):
+        for m in micro_batches:
+            model(**m, num_items_in_batch=total(micro_batches)).loss.backward()
+
+    def divides_gradients(model, micro_batches):
+        for m in micro_batches:
+            (model(**m).loss * labelled_tokens(m)).backward()
+        for parameter in model.parameters():
+            parameter.grad /= total(micro_batches)
+
+    for answer in (by_num_items, divides_gradients):
+        assert lesson_03.check_accumulation(answer).passed, answer
+
+
+def test_other_searches_pass():
+    """Doubling first, then halving, from 1 upwards."""
+    def doubling(train, upper):
+        def fits(size):
+            try:
+                train(size)
+            except torch.OutOfMemoryError:
+                return False
+            return True
+
+        good, bad = 0, 1
+        while bad <= upper and fits(bad):
+            good, bad = bad, 2 * bad
+        bad = min(bad, upper + 1)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if fits(middle) else (good, middle)
+        return good
+
+    assert lesson_03.check_search(doubling).passed
+
+
+def test_a_search_may_look_at_other_errors_and_raise_them_again():
+    def careful(train, upper):
+        def passing_on(size):
+            try:
+                train(size)
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                fits = False
+            else:
+                fits = True
+            return fits
+
+        good, bad = 0, upper + 1
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if passing_on(middle) else (good, middle)
+        return good
+
+    assert lesson_03.check_search(careful).passed
+
+
+@pytest.mark.parametrize(("case", "counted"), [
+    ((32, 2, 4, 1, 1, 0.5, 1), (4, 2, 4)),  # 16 micro batches
+    ((20, 2, 4, 1, 2, 0.1, 2), (6, 1, 3)),  # 10 an epoch: two whole updates and a rest, twice
+    ((40, 2, 4, 2, 2, 0.25, 2), (6, 2, 3)),  # the same 10 on each of two ranks
+])
+def test_trainer_counts_as_by_hand(case, counted):
+    assert trainer_log.scheduled(*case) == counted
+
+
+def test_trainer_log_has_trainers_own_lines():
+    rows = [{"input_ids": [1, 2, 3, 4], "attention_mask": [1] * 4, "labels": [-100, 2, 3, 4]}] * 6
+    recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, optimizer="adamw", micro_batch_size=1,
+                         gradient_accumulation_steps=3, max_steps=2, warmup_fraction=0.5)
+    padding = type("Tokenizer", (), {"pad_token_id": 0})
+    log = trainer_log.trainer_log(recipe, rows, padding, logging_steps=1)
+    assert [line["step"] for line in log] == [1, 2]
+    assert [line["learning_rate"] for line in log] == [0.0, recipe.learning_rate]
+
+    class Doubled(Trainer):
+        def compute_loss(self, *args, **options):
+            return 2 * super().compute_loss(*args, **options)
+
+    one = trainer_log.trainer_log(replace(recipe, max_steps=1), rows, padding, Doubled,
+                                  logging_steps=1)
+    assert one[0]["loss"] == pytest.approx(2 * log[0]["loss"], rel=1e-5)
+
+
+def test_the_widget_compares_a_split_with_the_whole():
+    explorer = widgets.split_explorer()
+    assert re.search(r"2 x 16: [\d.]+ GiB, fits .* 32 x 1: [\d.]+ GiB, does not fit",
+                     explorer.figure.alt)
+    explorer.controls["effective_batch"].value = 8
+    assert "2 x 4: " in explorer.picture.value and "8 x 1: " in explorer.picture.value
