@@ -49,18 +49,24 @@ class Gpu:
         for field in (*whole, "matmul_flops", "float32_flops", "bandwidth"):
             value, kinds = getattr(self, field), (int,) if field in whole else (int, float)
             if type(value) not in kinds or not 0 < value < float("inf"):
-                raise ValueError(f"{field} must be a positive {'whole ' * (field in whole)}number, "
-                                 f"got {value!r}; see the data sheet, or take a preset")
+                raise ValueError(
+                    f"{field} must be a positive {'whole ' * (field in whole)}number, "
+                    f"got {value!r}; see the data sheet, or take a preset"
+                )
         for field, kind in (("name", str), ("flash_attention", bool)):
             if type(value := getattr(self, field)) is not kind or value == "":
                 raise ValueError(f"{field} must be a {kind.__name__}, got {value!r}; see `Gpu`")
         if self.context_bytes >= self.total_bytes:
-            raise ValueError(f"context_bytes must be below total_bytes ({self.total_bytes}), got "
-                             f"{self.context_bytes}; both are bytes, not MiB")
+            raise ValueError(
+                f"context_bytes must be below total_bytes ({self.total_bytes}), got "
+                f"{self.context_bytes}; both are bytes, not MiB"
+            )
         pair = self.capability if isinstance(self.capability, tuple) else ()
         if [type(part) for part in pair] != [int, int] or min(pair) < 0:
-            raise ValueError(f"capability must be a pair of whole numbers such as (7, 5), got "
-                             f"{self.capability!r}; see developer.nvidia.com/cuda-gpus")
+            raise ValueError(
+                f"capability must be a pair of whole numbers such as (7, 5), got "
+                f"{self.capability!r}; see developer.nvidia.com/cuda-gpus"
+            )
 
     @property
     def usable_bytes(self) -> int:
@@ -92,9 +98,16 @@ class Gpu:
 # total_bytes: `torch.cuda.mem_get_info()` on T4 and H200; the others by out-of-memory messages, to
 # 1 %. context_bytes: measured on T4 and H200; the others take the H200's. The rest: data sheets.
 T4, L4, A10, A100, H100, H200 = (
-    Gpu(name=name, total_bytes=total * MIB, capability=capability, context_bytes=context * MIB,
-        multiprocessors=sms, matmul_flops=half * 1e12, float32_flops=single * 1e12,
-        bandwidth=gigabytes * 1e9)
+    Gpu(
+        name=name,
+        total_bytes=total * MIB,
+        capability=capability,
+        context_bytes=context * MIB,
+        multiprocessors=sms,
+        matmul_flops=half * 1e12,
+        float32_flops=single * 1e12,
+        bandwidth=gigabytes * 1e9,
+    )
     for name, total, capability, sms, context, half, single, gigabytes in (
         ("T4", 14912, (7, 5), 40, 141, 65, 8.1, 320),
         ("L4", 22563, (8, 9), 58, 685, 121, 30.3, 300),
@@ -102,7 +115,8 @@ T4, L4, A10, A100, H100, H200 = (
         ("A100-40", 40448, (8, 0), 108, 685, 312, 19.5, 1555),
         ("H100", 81003, (9, 0), 132, 685, 989, 67, 3350),
         ("H200", 143166, (9, 0), 132, 685, 989, 67, 4800),
-    ))
+    )
+)
 PRESETS = {gpu.name: gpu for gpu in (T4, L4, A10, A100, H100, H200)}
 
 
@@ -111,13 +125,16 @@ def preset(name: str, asked: str = "gpu") -> Gpu:
     for known, gpu in PRESETS.items():
         if known.lower() == str(name).lower():
             return gpu
-    raise ValueError(f"{asked} must be one of {', '.join(PRESETS)}, got {name!r}; "
-                     "for another card build a gpus.Gpu(...)")
+    raise ValueError(
+        f"{asked} must be one of {', '.join(PRESETS)}, got {name!r}; "
+        "for another card build a gpus.Gpu(...)"
+    )
 
 
 @dataclass(frozen=True)
 class MixedPrecision:
     """The autocast dtype that suits a GPU (`None`: stay in float32) and the reason for it."""
+
     dtype: str | None
     reason: str
 
@@ -129,13 +146,15 @@ def mixed_precision(gpu: Gpu | None) -> MixedPrecision:
     has = "{} has compute capability {}.{}".format(gpu.name, *gpu.capability)
     if gpu.has_bfloat16:
         return MixedPrecision("bfloat16", f"{has} >= 8.0: bfloat16 in hardware, no loss scaling")
-    return MixedPrecision("float16", f"{has} < 8.0: float16 in hardware, with loss scaling; "
-                          "bfloat16 is only emulated")
+    return MixedPrecision(
+        "float16", f"{has} < 8.0: float16 in hardware, with loss scaling; bfloat16 is only emulated"
+    )
 
 
 def device() -> str:
     """Where tensors go: "cuda" when there is a GPU, else "cpu"."""
     import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -154,21 +173,32 @@ def detect() -> Gpu | None:
         return _emulated
     card = torch.cuda.get_device_properties(0)
     words = card.name.lower().replace("-", " ").split()
-    nearest = min(PRESETS.values(), key=lambda gpu: (  # an A100 is no L4, though both have 8.x
-        gpu.name.lower() not in words, abs(10 * gpu.capability[0] + gpu.capability[1]
-                                           - 10 * card.major - card.minor)))
+    nearest = min(
+        PRESETS.values(),
+        key=lambda gpu: (  # an A100 is no L4, though both have 8.x
+            gpu.name.lower() not in words,
+            abs(10 * gpu.capability[0] + gpu.capability[1] - 10 * card.major - card.minor),
+        ),
+    )
     same_size = abs(card.total_memory / nearest.total_bytes - 1) < 0.05  # no slice, no H100 NVL
     if nearest.name.lower() in words and same_size:
         return nearest
-    return replace(nearest, name=card.name, capability=(card.major, card.minor),
-                   total_bytes=card.total_memory, multiprocessors=card.multi_processor_count)
+    return replace(
+        nearest,
+        name=card.name,
+        capability=(card.major, card.minor),
+        total_bytes=card.total_memory,
+        multiprocessors=card.multi_processor_count,
+    )
 
 
 def describe(gpu: Gpu | None) -> str:
     """One line for a set-up cell."""
     if gpu is None:
-        return (f"No GPU here: bytes are counted for the CPU's own kernels, and forecast for a T4 "
-                f"({show_bytes(T4.total_bytes)}).")
+        return (
+            f"No GPU here: bytes are counted for the CPU's own kernels, and forecast for a T4 "
+            f"({show_bytes(T4.total_bytes)})."
+        )
     return f"{gpu.name}, {show_bytes(gpu.total_bytes)}. {mixed_precision(gpu).reason}."
 
 
@@ -187,11 +217,15 @@ def emulate(gpu: Gpu) -> Iterator[Gpu]:
         raise ValueError("emulate needs a CUDA device, got none; forecast(recipe, gpu) needs none")
     total = torch.cuda.get_device_properties(0).total_memory
     if total < gpu.total_bytes:
-        raise ValueError(f"gpu must be no larger than the present card ({show_bytes(total)}), got "
-                         f"{gpu.name} with {show_bytes(gpu.total_bytes)}; pick a smaller preset")
+        raise ValueError(
+            f"gpu must be no larger than the present card ({show_bytes(total)}), got "
+            f"{gpu.name} with {show_bytes(gpu.total_bytes)}; pick a smaller preset"
+        )
     sdp, before = torch.backends.cuda, _emulated
-    kernels = {sdp.enable_flash_sdp: sdp.flash_sdp_enabled(),
-               sdp.enable_cudnn_sdp: sdp.cudnn_sdp_enabled()}
+    kernels = {
+        sdp.enable_flash_sdp: sdp.flash_sdp_enabled(),
+        sdp.enable_cudnn_sdp: sdp.cudnn_sdp_enabled(),
+    }
     if gpu.capability[0] != 9:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     torch.cuda.set_per_process_memory_fraction(gpu.usable_bytes / total)
@@ -210,6 +244,7 @@ def emulate(gpu: Gpu) -> Iterator[Gpu]:
 def use_expandable_segments(wanted: bool) -> None:
     """Let CUDA's allocator grow one segment from now on, or not. Without a GPU: nothing."""
     import torch
+
     if torch.cuda.is_available():
         torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{wanted}")
 
@@ -223,6 +258,7 @@ def reset_peak() -> int | None:
 
 def _on_cuda(measure: str) -> int | None:
     import torch
+
     return getattr(torch.cuda, measure)() if torch.cuda.is_available() else None
 
 

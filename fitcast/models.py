@@ -16,49 +16,122 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _LLAMA3 = dict(
-    model_type="llama", vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5,
-    rope_theta=500000.0, bos_token_id=128000, eos_token_id=128001,
+    model_type="llama",
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    bos_token_id=128000,
+    eos_token_id=128001,
 )
 _QWEN3 = dict(
-    model_type="qwen3", vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6,
-    rope_theta=1000000.0, tie_word_embeddings=True,
+    model_type="qwen3",
+    vocab_size=151936,
+    max_position_embeddings=40960,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000.0,
+    tie_word_embeddings=True,
 )
 # Each from the config.json of the hub id beside it (ungated copies where the original is gated).
 SHAPES: dict[str, dict] = {
-    "llama-3.2-1b": _LLAMA3 | dict(
-        hub_id="unsloth/Llama-3.2-1B-Instruct", hidden_size=2048, intermediate_size=8192,
-        num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
-        tie_word_embeddings=True),
-    "llama-3.2-3b": _LLAMA3 | dict(
-        hub_id="unsloth/Llama-3.2-3B-Instruct", hidden_size=3072, intermediate_size=8192,
-        num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128,
-        tie_word_embeddings=True),
-    "llama-3.1-8b": _LLAMA3 | dict(
-        hub_id="unsloth/Meta-Llama-3.1-8B-Instruct", hidden_size=4096, intermediate_size=14336,
-        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-        tie_word_embeddings=False),
+    "llama-3.2-1b": _LLAMA3
+    | dict(
+        hub_id="unsloth/Llama-3.2-1B-Instruct",
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
+    "llama-3.2-3b": _LLAMA3
+    | dict(
+        hub_id="unsloth/Llama-3.2-3B-Instruct",
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+    "llama-3.1-8b": _LLAMA3
+    | dict(
+        hub_id="unsloth/Meta-Llama-3.1-8B-Instruct",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+    ),
     "llama-2-7b": dict(
-        hub_id="NousResearch/Llama-2-7b-hf", model_type="llama", vocab_size=32000,
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5,
-        tie_word_embeddings=False),
+        hub_id="NousResearch/Llama-2-7b-hf",
+        model_type="llama",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    ),
     "phi-4-mini": dict(
-        hub_id="microsoft/Phi-4-mini-instruct", model_type="phi3", vocab_size=200064,
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=24,
-        num_key_value_heads=8, max_position_embeddings=131072, partial_rotary_factor=0.75,
-        original_max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        bos_token_id=199999, eos_token_id=199999, pad_token_id=199999),
-    "qwen3-0.6b": _QWEN3 | dict(
-        hub_id="Qwen/Qwen3-0.6B", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128),
-    "qwen3-1.7b": _QWEN3 | dict(
-        hub_id="Qwen/Qwen3-1.7B", hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128),
+        hub_id="microsoft/Phi-4-mini-instruct",
+        model_type="phi3",
+        vocab_size=200064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=199999,
+        eos_token_id=199999,
+        pad_token_id=199999,
+    ),
+    "qwen3-0.6b": _QWEN3
+    | dict(
+        hub_id="Qwen/Qwen3-0.6B",
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    "qwen3-1.7b": _QWEN3
+    | dict(
+        hub_id="Qwen/Qwen3-1.7B",
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
     "smollm2-1.7b": dict(
-        hub_id="HuggingFaceTB/SmolLM2-1.7B-Instruct", model_type="llama", vocab_size=49152,
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
-        num_key_value_heads=32, max_position_embeddings=8192, rms_norm_eps=1e-5,
-        rope_theta=130000.0, tie_word_embeddings=True),
+        hub_id="HuggingFaceTB/SmolLM2-1.7B-Instruct",
+        model_type="llama",
+        vocab_size=49152,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_theta=130000.0,
+        tie_word_embeddings=True,
+    ),
 }
 NAMES = tuple(SHAPES)
 
@@ -100,19 +173,25 @@ def config(model: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source)
     except OSError as error:
-        raise ValueError(f"model must be reachable on the hub, got {model!r}; check the spelling "
-                         f"and the network, or use one of {', '.join(NAMES)}") from error
+        raise ValueError(
+            f"model must be reachable on the hub, got {model!r}; check the spelling "
+            f"and the network, or use one of {', '.join(NAMES)}"
+        ) from error
 
 
 def _config_from_file(path: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     if not path.is_file():
-        raise FileNotFoundError(f"model must hold a config.json, got {path} which does not exist; "
-                                "give the folder that `save_pretrained` wrote")
+        raise FileNotFoundError(
+            f"model must hold a config.json, got {path} which does not exist; "
+            "give the folder that `save_pretrained` wrote"
+        )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"model must be a Hugging Face config.json with a known model_type, got "
-                         f"{path} ({error}); save one with config.save_pretrained") from error
+        raise ValueError(
+            f"model must be a Hugging Face config.json with a known model_type, got "
+            f"{path} ({error}); save one with config.save_pretrained"
+        ) from error

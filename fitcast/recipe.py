@@ -18,15 +18,29 @@ if TYPE_CHECKING:
 
 # field: (smallest, largest); the largest catches a slip of the keyboard, not a real run
 WHOLE_NUMBERS = {
-    "micro_batch_size": (1, 4096), "gradient_accumulation_steps": (1, 65536),
-    "world_size": (1, 4096), "sequence_length": (2, 1_048_576), "loss_chunk_tokens": (1, 1_048_576),
-    "lora_alpha": (1, 4096), "max_steps": (1, 10_000_000), "seed": (0, 2**32 - 1),
-    "logging_steps": (1, 1_000_000), "save_steps": (1, 1_000_000),
+    "micro_batch_size": (1, 4096),
+    "gradient_accumulation_steps": (1, 65536),
+    "world_size": (1, 4096),
+    "sequence_length": (2, 1_048_576),
+    "loss_chunk_tokens": (1, 1_048_576),
+    "lora_alpha": (1, 4096),
+    "max_steps": (1, 10_000_000),
+    "seed": (0, 2**32 - 1),
+    "logging_steps": (1, 1_000_000),
+    "save_steps": (1, 1_000_000),
 }
-FRACTIONS = {"lora_dropout": 1.0, "learning_rate": 1.0, "warmup_fraction": 1.0,
-             "weight_decay": 1.0, "max_grad_norm": 1000.0}
-TRAINER_OPTIM = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit",
-                 "paged_adamw_8bit": "paged_adamw_8bit"}
+FRACTIONS = {
+    "lora_dropout": 1.0,
+    "learning_rate": 1.0,
+    "warmup_fraction": 1.0,
+    "weight_decay": 1.0,
+    "max_grad_norm": 1000.0,
+}
+TRAINER_OPTIM = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,21 +131,35 @@ class TrainRecipe:
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for field, choices in CHOICES.items():
             if (value := getattr(self, field)) not in choices:
-                raise ValueError(f"{field} must be one of {', '.join(map(str, choices))}, got "
-                                 f"{value!r}; pick one of these")
+                raise ValueError(
+                    f"{field} must be one of {', '.join(map(str, choices))}, got "
+                    f"{value!r}; pick one of these"
+                )
         for field, (low, high) in WHOLE_NUMBERS.items():
             self._check_whole(field, getattr(self, field), low, high)
         for field, high in FRACTIONS.items():
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) \
-                    or not 0 <= value <= high:
-                raise ValueError(f"{field} must be a number from 0 to {high:g}, got {value!r}; "
-                                 "see TrainRecipe's defaults")
-        for field in ("double_quant", "kbit_upcast", "padded", "offload_checkpoints",
-                      "keep_attention", "expandable_segments"):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not 0 <= value <= high
+            ):
+                raise ValueError(
+                    f"{field} must be a number from 0 to {high:g}, got {value!r}; "
+                    "see TrainRecipe's defaults"
+                )
+        for field in (
+            "double_quant",
+            "kbit_upcast",
+            "padded",
+            "offload_checkpoints",
+            "keep_attention",
+            "expandable_segments",
+        ):
             if not isinstance(value := getattr(self, field), bool):
-                raise ValueError(f"{field} must be True or False, got {value!r}; drop the quotes "
-                                 "or the number")
+                raise ValueError(
+                    f"{field} must be True or False, got {value!r}; drop the quotes or the number"
+                )
         if self.checkpointed_layers != "all":
             self._check_whole("checkpointed_layers", self.checkpointed_layers, 0, 1000)
         if self.lora_rank is not None:
@@ -141,32 +169,49 @@ class TrainRecipe:
     @staticmethod
     def _check_whole(field: str, value: object, low: int, high: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"{field} must be a whole number from {low} to {high}, got {value!r}; "
-                             f"for example {field}={min(max(low, 8), high)}")
+            raise ValueError(
+                f"{field} must be a whole number from {low} to {high}, got {value!r}; "
+                f"for example {field}={min(max(low, 8), high)}"
+            )
 
     def _check_combinations(self) -> None:
-        for field, why in (("lora_dropout", "1 drops every input, use 0.05"),
-                           ("warmup_fraction", "transformers takes 1 for one step, use 0.03")):
+        for field, why in (
+            ("lora_dropout", "1 drops every input, use 0.05"),
+            ("warmup_fraction", "transformers takes 1 for one step, use 0.03"),
+        ):
             if getattr(self, field) == 1:
                 raise ValueError(f"{field} must be below 1, got 1; {why}")
         targets = self.lora_targets
-        if targets != "all-linear" and not (isinstance(targets, tuple) and targets and all(
-                isinstance(name, str) and name for name in targets)):
-            raise ValueError(f"lora_targets must be a tuple of layer names or 'all-linear', got "
-                             f"{targets!r}; for example ('q_proj', 'v_proj')")
+        if targets != "all-linear" and not (
+            isinstance(targets, tuple)
+            and targets
+            and all(isinstance(name, str) and name for name in targets)
+        ):
+            raise ValueError(
+                f"lora_targets must be a tuple of layer names or 'all-linear', got "
+                f"{targets!r}; for example ('q_proj', 'v_proj')"
+            )
         if self.lora_rank is None and self.base == "nf4":
-            raise ValueError("lora_rank must be a number when base is 'nf4', got None; 4-bit "
-                             "weights cannot be trained, set lora_rank=16 or base='float32'")
+            raise ValueError(
+                "lora_rank must be a number when base is 'nf4', got None; 4-bit "
+                "weights cannot be trained, set lora_rank=16 or base='float32'"
+            )
         if self.loss == "lean" and self.lora_rank is None:
-            raise ValueError("loss must be 'full' or 'chunked' when lora_rank is None, got 'lean'; "
-                             "the lean loss gives the head no gradient")
+            raise ValueError(
+                "loss must be 'full' or 'chunked' when lora_rank is None, got 'lean'; "
+                "the lean loss gives the head no gradient"
+            )
         for field in ("offload_checkpoints", "keep_attention"):
             if getattr(self, field) and self.checkpointed_layers == 0:
-                raise ValueError(f"{field} must be False when checkpointed_layers is 0, got True; "
-                                 "no layer forgets, set checkpointed_layers='all'")
+                raise ValueError(
+                    f"{field} must be False when checkpointed_layers is 0, got True; "
+                    "no layer forgets, set checkpointed_layers='all'"
+                )
         if self.keep_attention and self.attention == "eager":
-            raise ValueError("keep_attention must be False when attention is 'eager', got True; no "
-                             "kernel's output is there to keep, set attention='explicit_kv'")
+            raise ValueError(
+                "keep_attention must be False when attention is 'eager', got True; no "
+                "kernel's output is there to keep, set attention='explicit_kv'"
+            )
 
     @property
     def effective_batch_size(self) -> int:
@@ -186,8 +231,10 @@ class TrainRecipe:
         """
         for field in ("amp_dtype", "base"):
             if getattr(self, field) == "bfloat16" and not gpu.has_bfloat16:
-                raise ValueError(f"{field} must be 'float16' on a {gpu.name}, got 'bfloat16'; "
-                                 f"{gpus.mixed_precision(gpu).reason}")
+                raise ValueError(
+                    f"{field} must be 'float16' on a {gpu.name}, got 'bfloat16'; "
+                    f"{gpus.mixed_precision(gpu).reason}"
+                )
 
     def for_gpu(self, gpu: gpus.Gpu | None) -> TrainRecipe:
         """The same recipe in the precision that suits `gpu` (`None`: float32 on a CPU)."""
@@ -208,39 +255,49 @@ class TrainRecipe:
         """
         from transformers import TrainingArguments
 
-        settings: dict[str, Any] = dict(
-            output_dir=output_dir,
-            per_device_train_batch_size=self.micro_batch_size,
-            per_device_eval_batch_size=self.micro_batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            max_steps=self.max_steps,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            warmup_steps=self.warmup_fraction,  # below 1: a fraction of max_steps
-            optim=TRAINER_OPTIM[self.optimizer],
-            fp16=self.amp_dtype == "float16",
-            bf16=self.amp_dtype == "bfloat16",
-            logging_steps=self.logging_steps,
-            logging_nan_inf_filter=False,  # the filter replaces a NaN loss by an older, finite one
-            save_steps=self.save_steps,
-            seed=self.seed,
-            data_seed=self.seed,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=gpus.device() == "cuda",  # elsewhere it only warns
-        ) | overrides
+        settings: dict[str, Any] = (
+            dict(
+                output_dir=output_dir,
+                per_device_train_batch_size=self.micro_batch_size,
+                per_device_eval_batch_size=self.micro_batch_size,
+                gradient_accumulation_steps=self.gradient_accumulation_steps,
+                max_steps=self.max_steps,
+                learning_rate=self.learning_rate,
+                weight_decay=self.weight_decay,
+                max_grad_norm=self.max_grad_norm,
+                warmup_steps=self.warmup_fraction,  # below 1: a fraction of max_steps
+                optim=TRAINER_OPTIM[self.optimizer],
+                fp16=self.amp_dtype == "float16",
+                bf16=self.amp_dtype == "bfloat16",
+                logging_steps=self.logging_steps,
+                logging_nan_inf_filter=False,  # the filter replaces a NaN loss by an older, finite one
+                save_steps=self.save_steps,
+                seed=self.seed,
+                data_seed=self.seed,
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=gpus.device() == "cuda",  # elsewhere it only warns
+            )
+            | overrides
+        )
         accepted = inspect.signature(TrainingArguments).parameters
-        for new, old in (("activation_checkpointing", "gradient_checkpointing"),
-                         ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")):
+        for new, old in (
+            ("activation_checkpointing", "gradient_checkpointing"),
+            ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        ):
             if new in settings and new not in accepted:  # renamed between 5.15 and 5.23
                 settings[old] = settings.pop(new)
         for name in settings:
             if name not in accepted:
-                raise ValueError(f"{name} must be a field of TrainingArguments, got a "
-                                 "name that this version does not have; see its release notes")
+                raise ValueError(
+                    f"{name} must be a field of TrainingArguments, got a "
+                    "name that this version does not have; see its release notes"
+                )
         return TrainingArguments(**settings)
 
 
-CHOICES = {name: get_args(hint) for name, hint in get_type_hints(TrainRecipe).items()
-           if get_origin(hint) is Literal}
+CHOICES = {
+    name: get_args(hint)
+    for name, hint in get_type_hints(TrainRecipe).items()
+    if get_origin(hint) is Literal
+}

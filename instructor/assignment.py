@@ -167,8 +167,9 @@ def load(name: str) -> Assignment:
         ValueError: There is none of that name.
     """
     if name not in names():
-        raise ValueError(f"assignment must be one of {', '.join(names())}, got {name!r}; "
-                         "check the spelling")
+        raise ValueError(
+            f"assignment must be one of {', '.join(names())}, got {name!r}; check the spelling"
+        )
     return importlib.import_module(f"instructor.assignments.{name}").ASSIGNMENT
 
 
@@ -191,11 +192,13 @@ def read_secret(path: str | Path) -> str:
         ValueError: It is no file, or so short that a student could guess it.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--secret-file must be a file, got {str(path)!r}; see step 1 of "
-                         "instructor/README.md")
+        raise ValueError(
+            f"--secret-file must be a file, got {str(path)!r}; see step 1 of instructor/README.md"
+        )
     secret = Path(path).read_text("utf-8").strip()
     if len(secret) < SHORTEST_SECRET:
         raise ValueError(
             f"secret must have at least {SHORTEST_SECRET} characters, got {len(secret)}; write "
-            f"one with: python -c 'import secrets; print(secrets.token_hex(32))' > {path}")
+            f"one with: python -c 'import secrets; print(secrets.token_hex(32))' > {path}"
+        )
     return secret

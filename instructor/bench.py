@@ -36,8 +36,12 @@ def hostile(assignment, number: int, own: str) -> tuple[str, bytes, float | None
         return broken.name.replace("tiny_ID", f"{assignment.name}_{own}"), broken.data, 0.0
     first, *rest = assignment.exercises
     code = attacks.CODE[kind][0].replace("effective_batch", first.function)
-    for word, value in {"CANARY": "'/tmp/canary'", "SECRET": "'/etc/passwd'", "PORT": "9",
-                        "PARENT": "1"}.items():
+    for word, value in {
+        "CANARY": "'/tmp/canary'",
+        "SECRET": "'/etc/passwd'",
+        "PORT": "9",
+        "PARENT": "1",
+    }.items():
         code = code.replace(word, value)
     code = code.replace("(a, b, c)", "(a, b, c, *more)")
     drawn = numbers(assignment.name, own, SECRET)
@@ -73,16 +77,26 @@ def main() -> int:
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     rest = assignment.points - assignment.exercises[0].points
-    wrong = [(r.student_id, r.score, truth[r.student_id]) for r in found.results
-             if (abs(r.score - truth[r.student_id]) > 1e-9 if truth[r.student_id] is not None
-                 else not rest <= r.score <= assignment.points)]
+    wrong = [
+        (r.student_id, r.score, truth[r.student_id])
+        for r in found.results
+        if (
+            abs(r.score - truth[r.student_id]) > 1e-9
+            if truth[r.student_id] is not None
+            else not rest <= r.score <= assignment.points
+        )
+    ]
     print(f"sandbox: {found.sandbox}")
-    print(f"{options.students} submissions, {bad} of them hostile or broken, "
-          f"{len(assignment.exercises)} exercises each, {os.cpu_count()} cores")
-    print(f"{seconds:.1f} s, {seconds / ALLOWED_SECONDS:.2f} of the {ALLOWED_SECONDS} s allowed; "
-          f"the grader's own process: {cpu:.1f} s of CPU, "
-          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB; its children: "
-          f"{children.ru_utime + children.ru_stime:.1f} s of CPU")
+    print(
+        f"{options.students} submissions, {bad} of them hostile or broken, "
+        f"{len(assignment.exercises)} exercises each, {os.cpu_count()} cores"
+    )
+    print(
+        f"{seconds:.1f} s, {seconds / ALLOWED_SECONDS:.2f} of the {ALLOWED_SECONDS} s allowed; "
+        f"the grader's own process: {cpu:.1f} s of CPU, "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB; its children: "
+        f"{children.ru_utime + children.ru_stime:.1f} s of CPU"
+    )
     print(f"load of the machine: {os.getloadavg()[0]:.1f}")
     print(f"{len(wrong)} scores differ from the truth", *wrong[:5])
     return bool(wrong)

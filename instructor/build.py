@@ -95,15 +95,24 @@ def _notebook(assignment: Assignment, own: Numbers | None, *, key: bool) -> Note
         cases = public_cases(exercise, own or EVERYBODY)
         cells[-1].source = _heading(number, exercise, cases) + cells[-1].source
         source = MARKER.sub("", cell.source) if key else SOLUTION.sub(r"\1return ...", cell.source)
-        cells.append(new_code_cell(source.strip(), metadata={
-            "tags": tags, "points": exercise.points, "minutes": exercise.minutes}))
-        cells.append(new_code_cell(f'check("{exercise.function}", PUBLIC, globals())',
-                                   metadata={"tags": ["check"]}))
+        cells.append(
+            new_code_cell(
+                source.strip(),
+                metadata={"tags": tags, "points": exercise.points, "minutes": exercise.minutes},
+            )
+        )
+        cells.append(
+            new_code_cell(
+                f'check("{exercise.function}", PUBLIC, globals())', metadata={"tags": ["check"]}
+            )
+        )
         if key:
             cells.append(new_markdown_cell(_mistakes(exercise)))
     if exercises:
-        raise ValueError(f"{assignment.name}.py must have a cell tagged exercise for each "
-                         f"exercise, got none for {', '.join(exercises)}; add them")
+        raise ValueError(
+            f"{assignment.name}.py must have a cell tagged exercise for each "
+            f"exercise, got none for {', '.join(exercises)}; add them"
+        )
     cells[1:1] = _front(assignment, own)
     if not key:
         cells.append(new_markdown_cell(HAND_IN))
@@ -117,46 +126,75 @@ def _notebook(assignment: Assignment, own: Numbers | None, *, key: bool) -> Note
 def _front(assignment: Assignment, own: Numbers | None) -> list[NotebookNode]:
     """What stands between the title and the first exercise: how to, the id, the self-check."""
     minutes = sum(exercise.minutes for exercise in assignment.exercises)
-    public = {exercise.function: {
-        "mistakes": dict(exercise.mistakes),
-        "cases": public_cases(exercise, own or EVERYBODY),
-    } for exercise in assignment.exercises}
+    public = {
+        exercise.function: {
+            "mistakes": dict(exercise.mistakes),
+            "cases": public_cases(exercise, own or EVERYBODY),
+        }
+        for exercise in assignment.exercises
+    }
     folded = {"tags": ["setup"], "cellView": "form", "jupyter": {"source_hidden": True}}
     return [
-        new_markdown_cell(HOW.format(points=show_points(assignment.points), minutes=minutes,
-                                     id=THEIR_ID if own else YOUR_ID)),
-        new_code_cell("STUDENT_ID = "
-                      + json.dumps(own.student_id if own else "...", ensure_ascii=False),
-                      metadata={"tags": ["setup"]}),
-        new_code_cell("# @title Self-check: run me once, nothing to change here\n"
-                      + self_check_source(), metadata=folded),
-        new_code_cell("# @title The public cases\n"
-                      f"PUBLIC = {json.dumps(public, ensure_ascii=True)!r}", metadata=folded),
+        new_markdown_cell(
+            HOW.format(
+                points=show_points(assignment.points),
+                minutes=minutes,
+                id=THEIR_ID if own else YOUR_ID,
+            )
+        ),
+        new_code_cell(
+            "STUDENT_ID = " + json.dumps(own.student_id if own else "...", ensure_ascii=False),
+            metadata={"tags": ["setup"]},
+        ),
+        new_code_cell(
+            "# @title Self-check: run me once, nothing to change here\n" + self_check_source(),
+            metadata=folded,
+        ),
+        new_code_cell(
+            f"# @title The public cases\nPUBLIC = {json.dumps(public, ensure_ascii=True)!r}",
+            metadata=folded,
+        ),
     ]
 
 
 def self_check_source() -> str:
     """`selfcheck` without its docstring, which speaks to authors."""
     source = inspect.getsource(selfcheck)
-    return source[source.index("import copy"):].strip()
+    return source[source.index("import copy") :].strip()
 
 
 def public_cases(exercise: Exercise, own: Numbers) -> list[dict]:
     """What the self-check gets: the cases whose numbers a student may see, as JSON."""
-    fields = ("name", "arguments", "expected", "rel_tolerance", "mistakes", "oracle",
-              "most_questions", "knows")
-    shown = [{name: getattr(case, name) for name in fields} for case in exercise.cases(own)
-             if not case.hidden]
+    fields = (
+        "name",
+        "arguments",
+        "expected",
+        "rel_tolerance",
+        "mistakes",
+        "oracle",
+        "most_questions",
+        "knows",
+    )
+    shown = [
+        {name: getattr(case, name) for name in fields}
+        for case in exercise.cases(own)
+        if not case.hidden
+    ]
     return json.loads(json.dumps(shown))
 
 
 def _heading(number: int, exercise: Exercise, cases: Sequence[dict]) -> str:
-    lines = [f"## {number} · {exercise.title}",
-             f"*{show_points(exercise.points)} points, {exercise.minutes} minutes. Background: "
-             f"{exercise.reread}.*",
-             f"For example, `{_call(exercise, cases[0])}` gives `{cases[0]['expected']!r}`."]
-    yours = [f"{case['name'][0].upper()}{case['name'][1:]}: `{call}`." for case in cases
-             if case["name"].startswith("your") and len(call := _call(exercise, case)) < 120]
+    lines = [
+        f"## {number} · {exercise.title}",
+        f"*{show_points(exercise.points)} points, {exercise.minutes} minutes. Background: "
+        f"{exercise.reread}.*",
+        f"For example, `{_call(exercise, cases[0])}` gives `{cases[0]['expected']!r}`.",
+    ]
+    yours = [
+        f"{case['name'][0].upper()}{case['name'][1:]}: `{call}`."
+        for case in cases
+        if case["name"].startswith("your") and len(call := _call(exercise, case)) < 120
+    ]
     return "\n".join([*lines, *yours]) + "\n\n"
 
 
@@ -169,8 +207,13 @@ def _mistakes(exercise: Exercise) -> str:
     return f"What goes wrong here:\n\n{rows}"
 
 
-def build(name: str, out: Path, roster: Path | None = None,
-          secret_file: Path | None = None, nbgrader: bool = False) -> list[Path]:
+def build(
+    name: str,
+    out: Path,
+    roster: Path | None = None,
+    secret_file: Path | None = None,
+    nbgrader: bool = False,
+) -> list[Path]:
     """Write everything an instructor needs to hand an assignment out.
 
     Args:
@@ -188,8 +231,10 @@ def build(name: str, out: Path, roster: Path | None = None,
     """
     assignment, secret = load(name), read_secret(secret_file) if secret_file else None
     if secret is None and (roster or nbgrader):
-        raise ValueError("--secret-file must be given with --roster and --nbgrader, got none; "
-                         "students' numbers come from it, and grading needs the same one")
+        raise ValueError(
+            "--secret-file must be given with --roster and --nbgrader, got none; "
+            "students' numbers come from it, and grading needs the same one"
+        )
     files = {f"{name}_answer_key.ipynb": answer_key(assignment)}
     if nbgrader:
         from .nbgrader_source import nbgrader_source
@@ -211,8 +256,9 @@ def build(name: str, out: Path, roster: Path | None = None,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 and a sentence when it cannot do what is asked."""
-    parser = argparse.ArgumentParser(prog="python -m instructor.build",
-                                     description="Build an assignment for your class.")
+    parser = argparse.ArgumentParser(
+        prog="python -m instructor.build", description="Build an assignment for your class."
+    )
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(names())}")
     parser.add_argument("--roster", type=Path, help="CSV with student_id,name: one notebook each")
     parser.add_argument("--secret-file", type=Path, help="your secret; needed with --roster")
@@ -220,13 +266,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     options = parser.parse_args(arguments)
     try:
-        written = build(options.name, options.out, options.roster, options.secret_file,
-                        options.nbgrader)
+        written = build(
+            options.name, options.out, options.roster, options.secret_file, options.nbgrader
+        )
     except (ValueError, OSError) as error:
         print(f"Nothing built: {error}", file=sys.stderr)
         return 2
     students = [path for path in written if path.parent.name == "students"]
-    print(f"{len(students)} student notebook{'s'[:len(students) > 1]} in {options.out}/students")
+    print(f"{len(students)} student notebook{'s'[: len(students) > 1]} in {options.out}/students")
     print(f"answer key and rubric, for you alone, in {options.out}")
     return 0
 

@@ -41,15 +41,38 @@ READ_RIGHTS, FILE_RIGHTS = 0b1100, 0b110  # read file and folder; write and read
 RIGHTS_OF_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # how many bits
 DIE_WITH_PARENT, DROP_BOUND = 1, 24  # prctl
 NO_CAPABILITIES = bytes(24)  # effective, permitted, inheritable, twice
-LIMITS = [(getattr(resource, name), amount) for name, amount in {
-    "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0, "RLIMIT_NOFILE": 64, "RLIMIT_MEMLOCK": 0,
-    "RLIMIT_MSGQUEUE": 0, "RLIMIT_FSIZE": FILE_BYTES}.items() if hasattr(resource, name)]
+LIMITS = [
+    (getattr(resource, name), amount)
+    for name, amount in {
+        "RLIMIT_CORE": 0,
+        "RLIMIT_NPROC": 0,
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_MSGQUEUE": 0,
+        "RLIMIT_FSIZE": FILE_BYTES,
+    }.items()
+    if hasattr(resource, name)
+]
 # What harmless Python does; everything else that Python reports raises.
 HARMLESS = {
-    "import", "compile", "exec", "marshal.loads", "marshal.load", "code.__new__",
-    "object.__getattr__", "object.__setattr__", "object.__delattr__", "function.__new__",
-    "builtins.id", "builtins.input", "builtins.input/result", "array.__new__", "sys._getframe",
-    "sys.excepthook", "sys.unraisablehook", "time.sleep",
+    "import",
+    "compile",
+    "exec",
+    "marshal.loads",
+    "marshal.load",
+    "code.__new__",
+    "object.__getattr__",
+    "object.__setattr__",
+    "object.__delattr__",
+    "function.__new__",
+    "builtins.id",
+    "builtins.input",
+    "builtins.input/result",
+    "array.__new__",
+    "sys._getframe",
+    "sys.excepthook",
+    "sys.unraisablehook",
+    "time.sleep",
 }
 READS = {"open", "os.listdir", "os.scandir"}
 
@@ -86,8 +109,11 @@ def enter_namespaces(readable: Sequence[str]) -> None:
     user, group = os.getuid(), os.getgid()
     _call("unshare", NEW_MOUNTS | NEW_NETWORK | NEW_IPC | NEW_UTS | (NEW_USER if user else 0))
     if user:
-        for name, text in {"setgroups": "deny", "uid_map": f"{NOBODY} {user} 1",
-                           "gid_map": f"{NOBODY} {group} 1"}.items():
+        for name, text in {
+            "setgroups": "deny",
+            "uid_map": f"{NOBODY} {user} 1",
+            "gid_map": f"{NOBODY} {group} 1",
+        }.items():
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     _mount("none", "/", "none", RECURSIVE | PRIVATE)
@@ -144,8 +170,11 @@ def landlock(readable: Sequence[str], writable: str) -> None:
     size = 8 if version < 4 else 16 if version < 6 else 24
     rights = struct.pack("=QQQ", files, 0b11, 0b11)[:size]  # files; bind, connect; sockets, signals
     ruleset = _call("syscall", CREATE_RULESET, rights, size, 0)
-    for path, allowed in [*((path, READ_RIGHTS) for path in readable), (writable, files),
-                          *((path, FILE_RIGHTS) for path in DEVICES)]:
+    for path, allowed in [
+        *((path, READ_RIGHTS) for path in readable),
+        (writable, files),
+        *((path, FILE_RIGHTS) for path in DEVICES),
+    ]:
         descriptor = os.open(path, os.O_PATH)
         _call("syscall", ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, descriptor), 0)
         os.close(descriptor)
@@ -175,8 +204,11 @@ def limit(cpu_seconds: int, memory_bytes: int) -> None:
         cpu_seconds: Then it is killed.
         memory_bytes: More than what the fork server has.
     """
-    for number, amount in [*LIMITS, (resource.RLIMIT_CPU, cpu_seconds),
-                           (resource.RLIMIT_AS, memory_bytes)]:
+    for number, amount in [
+        *LIMITS,
+        (resource.RLIMIT_CPU, cpu_seconds),
+        (resource.RLIMIT_AS, memory_bytes),
+    ]:
         _, most = resource.getrlimit(number)
         amount = amount if most == resource.RLIM_INFINITY else min(amount, most)
         # macOS knows some of them by name only.
@@ -202,14 +234,19 @@ def address_space() -> int:
 
 def hook(readable: Sequence[str], writable: str) -> None:
     """Refuse in Python what the kernel here cannot refuse."""
+
     def refuse(event: str, arguments: tuple) -> None:
         if event in HARMLESS:
             return
         if event in READS and isinstance(arguments[0], str):
             path = os.path.realpath(arguments[0]) + os.sep
             writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if path.startswith(writable + os.sep) or not writes and any(
-                    path.startswith(folder + os.sep) for folder in readable):
+            if (
+                path.startswith(writable + os.sep)
+                or not writes
+                and any(path.startswith(folder + os.sep) for folder in readable)
+            ):
                 return
         raise PermissionError(f"the grader does not allow {event}")
+
     sys.addaudithook(refuse)

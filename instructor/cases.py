@@ -54,9 +54,17 @@ class Oracle:
     most_questions: Callable[..., int]
 
 
-def exercise(solution: Callable, *, title: str, minutes: int, reread: str, ideas: Sequence[Idea],
-             mistakes: Mapping[str, tuple[str, Callable]], rel_tolerance: float = 0.0,
-             ask: Oracle | None = None) -> Exercise:
+def exercise(
+    solution: Callable,
+    *,
+    title: str,
+    minutes: int,
+    reread: str,
+    ideas: Sequence[Idea],
+    mistakes: Mapping[str, tuple[str, Callable]],
+    rel_tolerance: float = 0.0,
+    ask: Oracle | None = None,
+) -> Exercise:
     """An exercise whose cases follow from its solution.
 
     Args:
@@ -69,6 +77,7 @@ def exercise(solution: Callable, *, title: str, minutes: int, reread: str, ideas
         rel_tolerance: Relative error of a number that still passes.
         ask: The oracle, if it has one; then `TOO_MANY` is one of the mistakes.
     """
+
     def cases(numbers: Numbers) -> tuple[Case, ...]:
         found: list[Case] = []
         shown = [] if numbers == EVERYBODY else [case.arguments for case in for_all()]
@@ -84,13 +93,27 @@ def exercise(solution: Callable, *, title: str, minutes: int, reread: str, ideas
     wrong = {name: function for name, (_, function) in mistakes.items()}
     sentences = {name: sentence for name, (sentence, _) in mistakes.items()}
     return Exercise(
-        function=solution.__name__, title=title, minutes=minutes, reread=reread, cases=cases,
+        function=solution.__name__,
+        title=title,
+        minutes=minutes,
+        reread=reread,
+        cases=cases,
         mistakes=sentences,
-        oracles={ask.name: _at_most} if ask else {}, solution=solution, wrong=wrong)
+        oracles={ask.name: _at_most} if ask else {},
+        solution=solution,
+        wrong=wrong,
+    )
 
 
-def _case(idea: Idea, numbers: Numbers, solution: Callable, wrong: Mapping[str, Callable],
-          rel_tolerance: float, ask: Oracle | None, shown: Sequence[tuple]) -> Case:
+def _case(
+    idea: Idea,
+    numbers: Numbers,
+    solution: Callable,
+    wrong: Mapping[str, Callable],
+    rel_tolerance: float,
+    ask: Oracle | None,
+    shown: Sequence[tuple],
+) -> Case:
     """The idea with this student's numbers: the first draw that tells its mistakes.
 
     A hidden case repeats none that is shown to somebody.
@@ -104,19 +127,36 @@ def _case(idea: Idea, numbers: Numbers, solution: Callable, wrong: Mapping[str, 
         drawn = idea.draw(stream) if callable(idea.draw) else idea.draw
         arguments, knows = drawn if ask else (drawn, None)
         most = ask.most_questions(*arguments) if ask else 0
-        case = Case(idea.name, _json(tuple(arguments)), None, idea.points, idea.hidden,
-                    rel_tolerance, {}, ask.name if ask else None, most, knows)
+        case = Case(
+            idea.name,
+            _json(tuple(arguments)),
+            None,
+            idea.points,
+            idea.hidden,
+            rel_tolerance,
+            {},
+            ask.name if ask else None,
+            most,
+            knows,
+        )
         if (expected := _answer(solution, case)) is NO_VALUE:
-            raise ValueError(f"solution must answer, got {solution.__name__}{case.arguments} "
-                             "without an answer; mend it or its draw")
+            raise ValueError(
+                f"solution must answer, got {solution.__name__}{case.arguments} "
+                "without an answer; mend it or its draw"
+            )
         found = {name: _answer(function, case) for name, function in wrong.items()}
-        found = {name: value for name, value in found.items()
-                 if value is not NO_VALUE and not same(value, expected, rel_tolerance)}
+        found = {
+            name: value
+            for name, value in found.items()
+            if value is not NO_VALUE and not same(value, expected, rel_tolerance)
+        }
         repeats = idea.hidden and case.arguments in shown
         if found.keys() >= set(idea.tells) and not repeats:
             return replace(case, expected=expected, mistakes=found)
-    raise ValueError(f"draw must tell {', '.join(idea.tells)} apart, got {solution.__name__} "
-                     f"{idea.name!r} with {case.arguments}; draw from a wider range")
+    raise ValueError(
+        f"draw must tell {', '.join(idea.tells)} apart, got {solution.__name__} "
+        f"{idea.name!r} with {case.arguments}; draw from a wider range"
+    )
 
 
 def _answer(function: Callable, case: Case) -> Any:
@@ -148,7 +188,10 @@ def _at_most(case: Case, *question: Any) -> bool:
     Raises:
         ValueError: It is not one number.
     """
-    if len(question) != 1 or isinstance(question[0], bool) \
-            or not isinstance(question[0], (int, float)):
+    if (
+        len(question) != 1
+        or isinstance(question[0], bool)
+        or not isinstance(question[0], (int, float))
+    ):
         raise ValueError(f"a question must be one number, got {question!r}; ask with a number")
     return question[0] <= case.knows

@@ -54,7 +54,7 @@ class _Lines:
 def _send(message: dict) -> None:
     data = memoryview(json.dumps(message).encode() + b"\n")
     while data:
-        data = data[os.write(CHANNEL, data):]
+        data = data[os.write(CHANNEL, data) :]
 
 
 def converse() -> int:
@@ -115,8 +115,11 @@ def _answer(function: Any, case: dict, lines: _Lines, notes: list[str]) -> dict:
         if isinstance(error, TypeError) and "llipsis" in _say(error):
             return {"unfinished": True}
         standard = type(error).__module__ == "builtins"
-        return {"error": _say(error), "notes": notes,
-                "type": type(error).__name__ if standard else "an exception of its own"}
+        return {
+            "error": _say(error),
+            "notes": notes,
+            "type": type(error).__name__ if standard else "an exception of its own",
+        }
 
 
 def _unfinished(value: Any) -> bool:

@@ -47,8 +47,10 @@ class Alike:
         return f"alike with {' and '.join(them)}, see the class report"
 
 
-def find(marks: Mapping[str, Sequence[Mark]], code: Mapping[str, Mapping[str, Mapping]],
-         ) -> list[Alike]:
+def find(
+    marks: Mapping[str, Sequence[Mark]],
+    code: Mapping[str, Mapping[str, Mapping]],
+) -> list[Alike]:
     """Everything alike, in a fixed order.
 
     Args:
@@ -80,10 +82,13 @@ def _same_code(marks: Mapping, code: Mapping, few: int) -> list[Alike]:
     groups: dict[tuple, list[str]] = defaultdict(list)
     for (name, kind, long, _), students in sorted(shared.items()):
         if kind == "key" or len(students) > 1 and (long or len(students) <= few):
-            groups[tuple(students), kind == "key"].append({
-                "key": f"`{name}` is the published solution but for names and layout",
-                "letter": f"`{name}` is the same to the letter",
-                "shape": f"`{name}` is not right and the same but for names and layout"}[kind])
+            groups[tuple(students), kind == "key"].append(
+                {
+                    "key": f"`{name}` is the published solution but for names and layout",
+                    "letter": f"`{name}` is the same to the letter",
+                    "shape": f"`{name}` is not right and the same but for names and layout",
+                }[kind]
+            )
     return [Alike(students, "; ".join(lines), key) for (students, key), lines in groups.items()]
 
 
@@ -97,8 +102,11 @@ def _of_the_key(marks: Sequence[Mark], code: Mapping[str, Mapping]) -> set[str]:
         name, (form, parts) = mark.exercise.function, _shape_of(mark.exercise.solution)
         if parts >= KEY_PARTS:
             all_parts += parts
-            if code.get(name, {}).get("shape") == form and mark.outcomes \
-                    and all(o.verdict == "right" for o in mark.outcomes):
+            if (
+                code.get(name, {}).get("shape") == form
+                and mark.outcomes
+                and all(o.verdict == "right" for o in mark.outcomes)
+            ):
                 equal_parts[name] = parts
     nearly_all = len(equal_parts) > 1 and sum(equal_parts.values()) >= KEY_SHARE * all_parts
     least = KEY_PARTS if nearly_all else LONG_PARTS
@@ -115,9 +123,12 @@ def _shape_of(solution: Callable | None) -> tuple[str, int]:
 
 def _odd(marks: Sequence[Mark]) -> list[tuple[str, Outcome]]:
     """Wrong answers that no known mistake explains, each with where it was given."""
-    return [(f"{mark.exercise.function}, {outcome.case.name}", outcome)
-            for mark in marks for outcome in mark.outcomes
-            if outcome.verdict == "wrong" and not outcome.mistake and _telling(outcome.answer)]
+    return [
+        (f"{mark.exercise.function}, {outcome.case.name}", outcome)
+        for mark in marks
+        for outcome in mark.outcomes
+        if outcome.verdict == "wrong" and not outcome.mistake and _telling(outcome.answer)
+    ]
 
 
 def _telling(answer: Any) -> bool:
@@ -137,10 +148,13 @@ def _same_answers(marks: Mapping[str, Sequence[Mark]], few: int) -> list[Alike]:
         numbers = {json.dumps(outcome.case.arguments) for _, outcome in given}
         if 1 < len(given) <= few and len(numbers) > 1:
             groups[tuple(student for student, _ in given)].append(
-                f"{place}: {show(given[0][1].answer)}")
-    return [Alike(students, "the same wrong answers though their numbers differ: "
-                  + "; ".join(lines))
-            for students, lines in groups.items() if len(lines) >= FEWEST_ANSWERS]
+                f"{place}: {show(given[0][1].answer)}"
+            )
+    return [
+        Alike(students, "the same wrong answers though their numbers differ: " + "; ".join(lines))
+        for students, lines in groups.items()
+        if len(lines) >= FEWEST_ANSWERS
+    ]
 
 
 def _anothers(marks: Mapping[str, Sequence[Mark]]) -> list[Alike]:
@@ -159,8 +173,13 @@ def _anothers(marks: Mapping[str, Sequence[Mark]]) -> list[Alike]:
             for owner in owners if len(owners) <= FEW else []:
                 if owner != student and not equal(outcome.answer, outcome.case.expected, 0.0):
                     lines[owner].append(f"{place}: {show(outcome.answer)}")
-        found += [Alike(tuple(sorted((student, owner))),
-                        f"answers of {student} that are right with the numbers of {owner}: "
-                        + "; ".join(given))
-                  for owner, given in lines.items() if len(given) >= FEWEST_ANSWERS]
+        found += [
+            Alike(
+                tuple(sorted((student, owner))),
+                f"answers of {student} that are right with the numbers of {owner}: "
+                + "; ".join(given),
+            )
+            for owner, given in lines.items()
+            if len(given) >= FEWEST_ANSWERS
+        ]
     return found

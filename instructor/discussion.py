@@ -42,16 +42,21 @@ def timing(notebook: dict) -> str:
     Raises:
         ValueError: The lesson does not say how long it takes.
     """
-    text = "\n".join("".join(cell["source"]) for cell in notebook["cells"]
-                     if cell["cell_type"] == "markdown")
+    text = "\n".join(
+        "".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown"
+    )
     title = re.search(r"^# (.+)$", text, re.M)[1]
     if not (minutes := re.search(r"\*\*(\d+) min\*\*", text)):
-        raise ValueError(f"lesson {title!r} must say '**45 min**' or so at its top, got no "
-                         "minutes; add them")
-    exercises = re.findall(r"^##+ Exercise (\S+) · (.+)\n+\*(\w+), (\d+) minutes(, at home)?",
-                           text, re.M)
-    listed = "; ".join(f"{number} {name}: {took} ({level.lower()}{home})"
-                       for number, name, level, took, home in exercises)
+        raise ValueError(
+            f"lesson {title!r} must say '**45 min**' or so at its top, got no minutes; add them"
+        )
+    exercises = re.findall(
+        r"^##+ Exercise (\S+) · (.+)\n+\*(\w+), (\d+) minutes(, at home)?", text, re.M
+    )
+    listed = "; ".join(
+        f"{number} {name}: {took} ({level.lower()}{home})"
+        for number, name, level, took, home in exercises
+    )
     return f"| {title} | {minutes[1]} | {listed} |"
 
 
@@ -68,18 +73,31 @@ def page(lessons: Path = LESSONS) -> str:
         title = rows[-1].split(" | ")[0].removeprefix("| ")
         found = list(section(notebook))
         if not found or "```text\n\n```" in found:
-            raise ValueError(f"{path.name} must have a section {SECTION!r} with printed numbers, "
-                             "got none; execute the lesson")
+            raise ValueError(
+                f"{path.name} must have a section {SECTION!r} with printed numbers, "
+                "got none; execute the lesson"
+            )
         parts += [f"## {title}", *found]
     table = ["| lesson | minutes | its exercises, in minutes |", "|---|---|---|", *rows]
-    return "\n\n".join(["# For the meeting", "## Timing", "\n".join(table),
-                        "# Try with AI: prompts and right answers", *parts]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                "# For the meeting",
+                "## Timing",
+                "\n".join(table),
+                "# Try with AI: prompts and right answers",
+                *parts,
+            ]
+        )
+        + "\n"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m instructor.discussion",
-                                     description="Write the page for the meeting.")
+    parser = argparse.ArgumentParser(
+        prog="python -m instructor.discussion", description="Write the page for the meeting."
+    )
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
     out = parser.parse_args(arguments).out
     out.parent.mkdir(parents=True, exist_ok=True)

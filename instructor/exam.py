@@ -25,8 +25,13 @@ class Exam(Questions):
         replies: What was answered so far, one for each case; it is filled in here.
     """
 
-    def __init__(self, exercise: Exercise, cases: Sequence[Case], source: Sequence[Sequence],
-                 replies: list[dict]):
+    def __init__(
+        self,
+        exercise: Exercise,
+        cases: Sequence[Case],
+        source: Sequence[Sequence],
+        replies: list[dict],
+    ):
         super().__init__(source, exercise.function)
         self.exercise, self.cases, self.source, self.replies = exercise, cases, source, replies
         self.cpu_seconds, self.memory_bytes = exercise.cpu_seconds, exercise.memory_bytes
@@ -87,5 +92,8 @@ def _tidy(message: Mapping) -> dict:
         raise ValueError("an answer has a value or an error")
     notes = message.get("notes")
     notes = [str(note)[:300] for note in notes[:3]] if isinstance(notes, list) else []
-    return {"error": str(message["error"])[:300], "type": str(message.get("type"))[:40],
-            "notes": notes}
+    return {
+        "error": str(message["error"])[:300],
+        "type": str(message.get("type"))[:40],
+        "notes": notes,
+    }

@@ -34,13 +34,49 @@ TICK_SECONDS, IDLE_TICKS, IDLE_SECONDS = 0.5, 5, 0.001  # so many ticks with no 
 ALIVE = CHANNEL + 1  # with the channel the child's only descriptors above standard error
 # Loaded once for all: a child then starts with them, and needs no file for them.
 PRELOADED = (
-    "abc", "array", "ast", "bisect", "cmath", "collections", "collections.abc", "copy",
-    "dataclasses", "datetime", "decimal", "encodings.ascii", "encodings.idna",
-    "encodings.latin_1", "encodings.raw_unicode_escape", "encodings.unicode_escape",
-    "encodings.utf_8_sig", "encodings.utf_16", "enum", "fractions", "functools", "heapq", "inspect",
-    "io", "itertools", "json", "math", "mmap", "numbers", "operator", "pprint", "random", "re",
-    "statistics", "string", "struct", "textwrap", "time", "traceback", "types", "typing",
-    "warnings")
+    "abc",
+    "array",
+    "ast",
+    "bisect",
+    "cmath",
+    "collections",
+    "collections.abc",
+    "copy",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "encodings.ascii",
+    "encodings.idna",
+    "encodings.latin_1",
+    "encodings.raw_unicode_escape",
+    "encodings.unicode_escape",
+    "encodings.utf_8_sig",
+    "encodings.utf_16",
+    "enum",
+    "fractions",
+    "functools",
+    "heapq",
+    "inspect",
+    "io",
+    "itertools",
+    "json",
+    "math",
+    "mmap",
+    "numbers",
+    "operator",
+    "pprint",
+    "random",
+    "re",
+    "statistics",
+    "string",
+    "struct",
+    "textwrap",
+    "time",
+    "traceback",
+    "types",
+    "typing",
+    "warnings",
+)
 
 
 def serve(level: str, readable: list[str], folder: str, packages: list[str]) -> None:
@@ -83,8 +119,15 @@ def serve(level: str, readable: list[str], folder: str, packages: list[str]) -> 
                 pass
 
 
-def _warden(level: str, readable: list[str], folder: str, base_bytes: int,
-            limits: tuple[float, float, int], channel: int, status: int) -> None:
+def _warden(
+    level: str,
+    readable: list[str],
+    folder: str,
+    base_bytes: int,
+    limits: tuple[float, float, int],
+    channel: int,
+    status: int,
+) -> None:
     """Start the child, end it in time or when the grader says so, and say how it ended."""
     cage.die_with_parent()
     cpu_seconds, wall_seconds, memory_bytes = limits
@@ -148,8 +191,9 @@ def _filter(level: str) -> cage.syscalls.Program:
     return cage.syscalls.prepared(files=level != "seccomp")
 
 
-def _close_cage(level: str, readable: list[str], temp: str, cpu_seconds: int,
-                memory_bytes: int) -> None:
+def _close_cage(
+    level: str, readable: list[str], temp: str, cpu_seconds: int, memory_bytes: int
+) -> None:
     os.setsid()
     if level == "namespaces":
         temp = cage.private_temp()

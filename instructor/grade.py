@@ -20,8 +20,11 @@ from pathlib import Path
 
 # Before the imports below, which Windows does not have either.
 if __name__ == "__main__" and not importlib.util.find_spec("resource"):
-    print("Nothing graded: grading must run on Linux or macOS, got a system without Unix's limits "
-          "on processes, such as Windows; use WSL or a Linux container", file=sys.stderr)
+    print(
+        "Nothing graded: grading must run on Linux or macOS, got a system without Unix's limits "
+        "on processes, such as Windows; use WSL or a Linux container",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 from .assignment import Assignment, load, names, read_secret
@@ -43,9 +46,16 @@ A hostile notebook could read your secret, the roster and other students' work. 
 container or WSL will do), or read the notebooks first and add --accept-weak-sandbox."""
 
 
-def grade(assignment: Assignment, submissions: Path, roster: Path, secret_file: Path, out: Path,
-          due: datetime | None = None, level: str | None = None,
-          weak: bool = False) -> ClassResult:
+def grade(
+    assignment: Assignment,
+    submissions: Path,
+    roster: Path,
+    secret_file: Path,
+    out: Path,
+    due: datetime | None = None,
+    level: str | None = None,
+    weak: bool = False,
+) -> ClassResult:
     """Grade a class and write everything next to `out`.
 
     Args:
@@ -64,14 +74,19 @@ def grade(assignment: Assignment, submissions: Path, roster: Path, secret_file: 
     rows, secret = read_roster(roster), read_secret(secret_file)
     files = collect(submissions)
     if any(e.needs_torch for e in assignment.exercises) and not importlib.util.find_spec("torch"):
-        raise ValueError(f"torch must be installed to grade {assignment.name}, got none; "
-                         "pip install torch")
+        raise ValueError(
+            f"torch must be installed to grade {assignment.name}, got none; pip install torch"
+        )
     if out.is_dir():
-        raise ValueError(f"--out must be the CSV to write, got the folder {str(out)!r}; name a "
-                         f"file in it: {str(out / 'grades.csv')!r}")
+        raise ValueError(
+            f"--out must be the CSV to write, got the folder {str(out)!r}; name a "
+            f"file in it: {str(out / 'grades.csv')!r}"
+        )
     if out.resolve().is_relative_to(submissions.resolve()):
-        raise ValueError(f"--out must lie outside of the submissions, got {str(out)!r}; the next "
-                         "run would take it for one")
+        raise ValueError(
+            f"--out must lie outside of the submissions, got {str(out)!r}; the next "
+            "run would take it for one"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with Sandbox(level) as sandbox, Journal(out.with_suffix(".journal.jsonl")) as journal:
         if sandbox.level == "hook" and not weak:
@@ -117,31 +132,52 @@ def local_time(text: str) -> datetime:
     try:
         time_ = datetime.fromisoformat(text if re.search("[T ]", text) else "")
     except ValueError:
-        raise argparse.ArgumentTypeError(f"--due must look like 2026-11-30T23:59, got {text!r}; "
-                                         "write the day and the time so") from None
+        raise argparse.ArgumentTypeError(
+            f"--due must look like 2026-11-30T23:59, got {text!r}; write the day and the time so"
+        ) from None
     return time_.astimezone().replace(tzinfo=None) if time_.tzinfo else time_
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 and a sentence when it cannot do what is asked, 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m instructor.grade",
-                                     description="Grade a class's notebooks.")
+    parser = argparse.ArgumentParser(
+        prog="python -m instructor.grade", description="Grade a class's notebooks."
+    )
     parser.add_argument("assignment", metavar="ASSIGNMENT", help=f"one of {', '.join(names())}")
     parser.add_argument("submissions", metavar="SUBMISSIONS", type=Path, help="folder or zip")
     parser.add_argument("--roster", type=Path, required=True, help="CSV with student_id,name")
-    parser.add_argument("--secret-file", type=Path, required=True,
-                        help="the secret that the notebooks were built with")
+    parser.add_argument(
+        "--secret-file",
+        type=Path,
+        required=True,
+        help="the secret that the notebooks were built with",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the CSV to write")
-    parser.add_argument("--due", type=local_time, metavar="TIME",
-                        help="list later files as late, e.g. 2026-11-01T23:59, local time")
+    parser.add_argument(
+        "--due",
+        type=local_time,
+        metavar="TIME",
+        help="list later files as late, e.g. 2026-11-01T23:59, local time",
+    )
     parser.add_argument("--sandbox", choices=LEVELS, help="instead of the strongest that works")
-    parser.add_argument("--accept-weak-sandbox", action="store_true",
-                        help="grade although a hostile notebook could read your files")
+    parser.add_argument(
+        "--accept-weak-sandbox",
+        action="store_true",
+        help="grade although a hostile notebook could read your files",
+    )
     options = parser.parse_args(arguments)
     try:
         assignment = load(options.assignment)
-        found = grade(assignment, options.submissions, options.roster, options.secret_file,
-                      options.out, options.due, options.sandbox, options.accept_weak_sandbox)
+        found = grade(
+            assignment,
+            options.submissions,
+            options.roster,
+            options.secret_file,
+            options.out,
+            options.due,
+            options.sandbox,
+            options.accept_weak_sandbox,
+        )
     except (ValueError, OSError) as error:
         print(f"Nothing graded: {error}", file=sys.stderr)
         return 2
@@ -149,9 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         return 130
     status = [result.status for result in found.results]
-    print(f"{status.count('graded')} graded, {status.count('refused')} refused, "
-          f"{status.count('missing')} missing, {sum(bool(r.flags) for r in found.results)} to look "
-          f"at: {options.out}, {options.out.parent / 'class_report.html'}, feedback/")
+    print(
+        f"{status.count('graded')} graded, {status.count('refused')} refused, "
+        f"{status.count('missing')} missing, {sum(bool(r.flags) for r in found.results)} to look "
+        f"at: {options.out}, {options.out.parent / 'class_report.html'}, feedback/"
+    )
     return 0
 
 

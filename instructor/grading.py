@@ -24,9 +24,19 @@ from .sandbox import Sandbox
 from .submissions import Names, Refused, Submission
 
 # What answers depend on besides the submission: the code that reads and runs it.
-ENGINE = [Path(__file__).with_name(name).read_bytes() for name in (
-    "source.py", "child.py", "forkserver.py", "cage.py", "syscalls.py", "talk.py", "exam.py",
-    "reading.py")]
+ENGINE = [
+    Path(__file__).with_name(name).read_bytes()
+    for name in (
+        "source.py",
+        "child.py",
+        "forkserver.py",
+        "cage.py",
+        "syscalls.py",
+        "talk.py",
+        "exam.py",
+        "reading.py",
+    )
+]
 NOBODYS = "neither its name nor its STUDENT_ID is in the roster"
 
 
@@ -52,9 +62,16 @@ class Grader:
         progress: Called with what is done and what there is to do.
     """
 
-    def __init__(self, assignment: Assignment, rows: Sequence[Mapping[str, str]], secret: str,
-                 sandbox: Sandbox, journal: Journal, due: datetime | None = None,
-                 progress: Callable[[int, int], None] = lambda done, total: None):
+    def __init__(
+        self,
+        assignment: Assignment,
+        rows: Sequence[Mapping[str, str]],
+        secret: str,
+        sandbox: Sandbox,
+        journal: Journal,
+        due: datetime | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ):
         self.assignment, self.rows, self.secret = assignment, rows, secret
         self.sandbox, self.journal, self.due, self._progress = sandbox, journal, due, progress
         self._functions = [exercise.function for exercise in assignment.exercises]
@@ -71,8 +88,10 @@ class Grader:
         cases = self._ask(attempts)
         for student, tried in attempts.items():
             self._judge(results[student], tried, cases[student])
-        alike = copies.find({s: r.marks for s, r in results.items() if r.marks},
-                            {s: r.code for s, r in results.items()})
+        alike = copies.find(
+            {s: r.marks for s, r in results.items() if r.marks},
+            {s: r.code for s, r in results.items()},
+        )
         for group in alike:
             for student in group.students:
                 results[student].flags.append(group.flag(student))
@@ -112,8 +131,12 @@ class Grader:
             self._step()
         return abouts
 
-    def _match(self, submissions: Sequence[Submission], abouts: Sequence[Mapping],
-               results: Mapping[str, Result]) -> tuple[dict[str, list[Attempt]], list]:
+    def _match(
+        self,
+        submissions: Sequence[Submission],
+        abouts: Sequence[Mapping],
+        results: Mapping[str, Result],
+    ) -> tuple[dict[str, list[Attempt]], list]:
         """Whose is what. A file's name, which an LMS makes, goes before what a notebook says."""
         named, claimed = defaultdict(list), defaultdict(list)
         ungraded: list[tuple[str, str]] = []
@@ -132,11 +155,14 @@ class Grader:
                 continue
             flags = results[owner].flags
             if says and known != owner:
-                flags.append(f"the notebook says STUDENT_ID {show(says)}, the file's name says "
-                             f"{owner}; graded as {owner}: {submission.name}")
+                flags.append(
+                    f"the notebook says STUDENT_ID {show(says)}, the file's name says "
+                    f"{owner}; graded as {owner}: {submission.name}"
+                )
             if len(whose) > 1:
-                flags.append(f"the file's name also names {', '.join(whose[1:])}: "
-                             f"{submission.name}")
+                flags.append(
+                    f"the file's name also names {', '.join(whose[1:])}: {submission.name}"
+                )
             (named if whose else claimed)[owner].append(Attempt(submission, about))
         for owner, attempts in claimed.items():
             if owner not in named:
@@ -144,11 +170,15 @@ class Grader:
                 continue
             for attempt in attempts:
                 name = attempt.submission.name
-                results[owner].flags.append(f"another file says STUDENT_ID {owner}, which was not "
-                                            f"graded: {name}")
+                results[owner].flags.append(
+                    f"another file says STUDENT_ID {owner}, which was not graded: {name}"
+                )
                 ungraded.append((name, f"it says STUDENT_ID {owner}, whose file is another one"))
-        return {row["student_id"]: named[row["student_id"]] for row in self.rows
-                if row["student_id"] in named}, sorted(ungraded)
+        return {
+            row["student_id"]: named[row["student_id"]]
+            for row in self.rows
+            if row["student_id"] in named
+        }, sorted(ungraded)
 
     @staticmethod
     def _refuse(result: Result, name: str, problem: str) -> None:
@@ -168,8 +198,13 @@ class Grader:
         self._step(self._total - self._done)
         return cases
 
-    def _run(self, sandbox: Sandbox, attempts: Mapping[str, Sequence[Attempt]],
-             exercises: Sequence[Exercise], cases: dict[str, dict[str, tuple]]) -> None:
+    def _run(
+        self,
+        sandbox: Sandbox,
+        attempts: Mapping[str, Sequence[Attempt]],
+        exercises: Sequence[Exercise],
+        cases: dict[str, dict[str, tuple]],
+    ) -> None:
         keys: dict[int, str] = {}
 
         def jobs() -> Iterator[Exam]:
@@ -195,16 +230,25 @@ class Grader:
             if job.done and (key := keys.pop(id(job.replies), None)):
                 self.journal.put(key, job.replies)
 
-    def _key(self, student: str, exercise: Exercise, cases: Sequence[Case],
-             source: Sequence) -> str:
+    def _key(
+        self, student: str, exercise: Exercise, cases: Sequence[Case], source: Sequence
+    ) -> str:
         """Of the journal: all that the replies depend on."""
-        return key_of(self._base, self.secret, student, exercise.function, source,
-                      [[case.arguments, case.oracle, case.most_questions, case.knows]
-                       for case in cases],
-                      exercise.cpu_seconds, exercise.memory_bytes, exercise.needs_torch)
+        return key_of(
+            self._base,
+            self.secret,
+            student,
+            exercise.function,
+            source,
+            [[case.arguments, case.oracle, case.most_questions, case.knows] for case in cases],
+            exercise.cpu_seconds,
+            exercise.memory_bytes,
+            exercise.needs_torch,
+        )
 
-    def _judge(self, result: Result, attempts: Sequence[Attempt],
-               cases: Mapping[str, Sequence[Case]]) -> None:
+    def _judge(
+        self, result: Result, attempts: Sequence[Attempt], cases: Mapping[str, Sequence[Case]]
+    ) -> None:
         """Judge each attempt; the best one counts, so that nobody can spoil another's."""
         judged = []
         for attempt in attempts:
@@ -214,16 +258,23 @@ class Grader:
                 if "problem" in about:
                     marks.append(Mark(exercise, problem=about["problem"]))
                 else:
-                    marks.append(mark(exercise, cases[exercise.function],
-                                      attempt.replies[exercise.function], about["notes"]))
+                    marks.append(
+                        mark(
+                            exercise,
+                            cases[exercise.function],
+                            attempt.replies[exercise.function],
+                            about["notes"],
+                        )
+                    )
             changed = attempt.submission.modified or datetime.min
             score = sum(m.earned for m in marks)
             judged.append(((score, changed, attempt.submission.name), attempt, marks))
         _, best, result.marks = max(judged, key=lambda entry: entry[0])
         if len(judged) > 1:
             others = ", ".join(a.submission.name for _, a, _ in judged if a is not best)
-            result.flags.append(f"handed in {len(judged)} files, the best one counts; "
-                                f"the others: {others}")
+            result.flags.append(
+                f"handed in {len(judged)} files, the best one counts; the others: {others}"
+            )
         result.status, result.file, result.problem = "graded", best.submission.name, ""
         result.code = best.about["functions"]
         result.late = self._late(best.submission.modified)

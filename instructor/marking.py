@@ -119,8 +119,9 @@ class Mark:
         return "; ".join([*(reasons or ["right"]), *self.notes])
 
 
-def mark(exercise: Exercise, cases: Sequence[Case], replies: Sequence[Mapping],
-         notes: Sequence[str] = ()) -> Mark:
+def mark(
+    exercise: Exercise, cases: Sequence[Case], replies: Sequence[Mapping], notes: Sequence[str] = ()
+) -> Mark:
     """Judge what one student's function answered."""
     named = [_mistakes(case, reply) for case, reply in zip(cases, replies, strict=True)]
     # Of the mistakes that explain a case, the one that explains most cases is named.
@@ -146,8 +147,9 @@ def _mistakes(case: Case, reply: Mapping) -> list[str]:
     if "value" not in reply or equal(reply["value"], case.expected, case.rel_tolerance):
         return []
     tolerance = max(MISTAKE_TOLERANCE, case.rel_tolerance)
-    return [name for name, value in case.mistakes.items()
-            if equal(reply["value"], value, tolerance)]
+    return [
+        name for name, value in case.mistakes.items() if equal(reply["value"], value, tolerance)
+    ]
 
 
 def _outcome(exercise: Exercise, case: Case, reply: Mapping, mistake: str | None) -> Outcome:
@@ -166,8 +168,14 @@ def _outcome(exercise: Exercise, case: Case, reply: Mapping, mistake: str | None
     if "unfinished" in reply:
         return Outcome(case, 0.0, "unfinished", None, "not attempted", "Not attempted yet.")
     if "too_many" in reply:
-        return Outcome(case, 0.0, "wrong", mistake, f"{mistake} (more than {case.most_questions})",
-                       _capital(sentence) or "It asks too many questions.")
+        return Outcome(
+            case,
+            0.0,
+            "wrong",
+            mistake,
+            f"{mistake} (more than {case.most_questions})",
+            _capital(sentence) or "It asks too many questions.",
+        )
     if "refused" in reply:
         text = reply["refused"]
         told = "A question it asked makes no sense." if case.hidden else _capital(text)
@@ -202,7 +210,7 @@ def show(value: Any, longest: int = LONGEST_SHOWN) -> str:
         text = ADDRESS.sub("at 0x...", text.encode("utf-8", "backslashreplace").decode())
     except (ValueError, RecursionError):  # an integer of thousands of digits
         text = "a number of thousands of digits"
-    return text if len(text) <= longest else text[:longest - 4] + " ..." + text[-1:]
+    return text if len(text) <= longest else text[: longest - 4] + " ..." + text[-1:]
 
 
 def points_of(earned: float, out_of: float) -> str:

@@ -42,8 +42,10 @@ def nbgrader_source(assignment: Assignment, secret: str) -> NotebookNode:
         else:
             exercise = exercises[re.search(r"^def (\w+)", cell.source, re.M)[1]]
             cells.append(_cell(cell.source, exercise.function, solution=True))
-            cells += [_test(exercise, case, number)
-                      for number, case in enumerate(exercise.cases(own), start=1)]
+            cells += [
+                _test(exercise, case, number)
+                for number, case in enumerate(exercise.cases(own), start=1)
+            ]
     cells.insert(1, _cell(self_check_source(), "self_check", locked=True))
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number}"
@@ -53,19 +55,39 @@ def nbgrader_source(assignment: Assignment, secret: str) -> NotebookNode:
 
 
 def _test(exercise: Exercise, case: Case, number: int) -> NotebookNode:
-    asks = [f"oracle({dict(knows=case.knows, most_questions=case.most_questions)!r})"] \
-        if case.oracle else []
+    asks = (
+        [f"oracle({dict(knows=case.knows, most_questions=case.most_questions)!r})"]
+        if case.oracle
+        else []
+    )
     call = f"{exercise.function}({', '.join([*map(repr, case.arguments), *asks])})"
     lines = [f"assert same({call}, {case.expected!r}, {case.rel_tolerance!r})"]
     if case.hidden:
         lines = ["### BEGIN HIDDEN TESTS", *lines, "### END HIDDEN TESTS"]
-    return _cell("\n".join([f"# {case.name}", *lines]), f"{exercise.function}_{number}",
-                 points=case.points, locked=True)
+    return _cell(
+        "\n".join([f"# {case.name}", *lines]),
+        f"{exercise.function}_{number}",
+        points=case.points,
+        locked=True,
+    )
 
 
-def _cell(source: str, grade_id: str, *, points: float | None = None, solution: bool = False,
-          locked: bool = False) -> NotebookNode:
-    marks = {"grade": points is not None, "grade_id": grade_id, "locked": locked,
-             "schema_version": 3, "solution": solution, "task": False}
-    return new_code_cell(source, metadata={
-        "nbgrader": marks if points is None else marks | {"points": points}})
+def _cell(
+    source: str,
+    grade_id: str,
+    *,
+    points: float | None = None,
+    solution: bool = False,
+    locked: bool = False,
+) -> NotebookNode:
+    marks = {
+        "grade": points is not None,
+        "grade_id": grade_id,
+        "locked": locked,
+        "schema_version": 3,
+        "solution": solution,
+        "task": False,
+    }
+    return new_code_cell(
+        source, metadata={"nbgrader": marks if points is None else marks | {"points": points}}
+    )

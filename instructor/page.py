@@ -38,8 +38,7 @@ def escape(text: object) -> str:
 
 def code(text: object, kind: str = "") -> str:
     """Text as code; of the kind `name` it stays in one line."""
-    return f"<code class='{kind}'>{escape(text)}</code>" if kind \
-        else f"<code>{escape(text)}</code>"
+    return f"<code class='{kind}'>{escape(text)}</code>" if kind else f"<code>{escape(text)}</code>"
 
 
 def sentence(text: str) -> str:
@@ -47,16 +46,21 @@ def sentence(text: str) -> str:
     parts = escape(text).split("`")
     if len(parts) % 2 == 0:  # one is left over
         return escape(text)
-    return "".join(f"<code>{part}</code>" if index % 2
-                   else re.sub(r"(?<![\w*])\*(\w[^*`]*?)\*(?![\w*])", r"<em>\1</em>", part)
-                   for index, part in enumerate(parts))
+    return "".join(
+        f"<code>{part}</code>"
+        if index % 2
+        else re.sub(r"(?<![\w*])\*(\w[^*`]*?)\*(?![\w*])", r"<em>\1</em>", part)
+        for index, part in enumerate(parts)
+    )
 
 
 def page(title: str, body: str) -> str:
     """A whole page. Nothing in it is loaded from elsewhere, and no script may run."""
-    return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            '<meta http-equiv="Content-Security-Policy" '
-            "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-            f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-            f"{body}\n</main>\n</body>\n</html>\n")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"{body}\n</main>\n</body>\n</html>\n"
+    )

@@ -8,9 +8,11 @@ from typing import Any
 from .talk import End, Job, line
 
 LONGEST = 1 << 22  # bytes of what the child finds
-NOT_READ = {"time": "reading it took too long: its code is too large or nested too deep",
-            "idle": "it could not be read",
-            "memory": "it is too large to be read"}
+NOT_READ = {
+    "time": "reading it took too long: its code is too large or nested too deep",
+    "idle": "it could not be read",
+    "memory": "it is too large to be read",
+}
 TOO_DEEP = "its code is too large or nested too deep to be read"
 
 

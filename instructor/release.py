@@ -52,8 +52,10 @@ def state(root: Path = ROOT) -> str:
     count = len(_git(root, "status", "--porcelain", "--untracked-files=all").splitlines())
     if not count:
         return f"of commit {commit}"
-    return (f"of commit {commit}; {count} changed file{'s are' if count > 1 else ' is'} not in it, "
-            "commit first if they should be")
+    return (
+        f"of commit {commit}; {count} changed file{'s are' if count > 1 else ' is'} not in it, "
+        "commit first if they should be"
+    )
 
 
 def _git(root: Path, *arguments: str) -> bytes:
@@ -63,8 +65,10 @@ def _git(root: Path, *arguments: str) -> bytes:
     except FileNotFoundError:
         problem = "git is not installed"
     if problem:
-        raise OSError(f"the folder must be a git repository with a commit, got {root} ({problem}); "
-                      "clone the course with git and run this there")
+        raise OSError(
+            f"the folder must be a git repository with a commit, got {root} ({problem}); "
+            "clone the course with git and run this there"
+        )
     return done.stdout
 
 
@@ -83,8 +87,9 @@ def write_zip(files: dict[str, tuple[bytes, bool]], out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 and a sentence when there is nothing to pack."""
-    parser = argparse.ArgumentParser(prog="python -m instructor.release",
-                                     description="Pack the course for students.")
+    parser = argparse.ArgumentParser(
+        prog="python -m instructor.release", description="Pack the course for students."
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "course-students.zip")
     options = parser.parse_args(arguments)
     try:

@@ -57,8 +57,10 @@ class Sandbox:
 
     def __init__(self, level: str | None = None, torch: bool = False):
         if level not in (None, *cage.LEVELS):
-            raise ValueError(f"sandbox must be one of {', '.join(cage.LEVELS)}, got {level!r}; "
-                             "leave it out for the strongest")
+            raise ValueError(
+                f"sandbox must be one of {', '.join(cage.LEVELS)}, got {level!r}; "
+                "leave it out for the strongest"
+            )
         self.torch, self.passed_over, self._server = torch, {}, None
         self._folder = tempfile.TemporaryDirectory(prefix="grading-")
         os.chmod(self._folder.name, 0o711)
@@ -70,8 +72,10 @@ class Sandbox:
             self.passed_over[candidate] = problem
             self._stop()
         self._folder.cleanup()
-        raise ValueError(f"sandbox must hold on this machine, got {self.passed_over}; "
-                         "grade on another one, e.g. a container of Linux 5.13 or newer")
+        raise ValueError(
+            f"sandbox must hold on this machine, got {self.passed_over}; "
+            "grade on another one, e.g. a container of Linux 5.13 or newer"
+        )
 
     @property
     def says(self) -> str:
@@ -90,18 +94,29 @@ class Sandbox:
         if self.torch:
             folders += [paths["purelib"], paths["platlib"]]
         readable = sorted({*folders, *map(os.path.realpath, folders)})
-        order = {"level": level, "readable": readable, "folder": self._folder.name,
-                 "packages": sorted({paths["purelib"], paths["platlib"]}) if self.torch else []}
+        order = {
+            "level": level,
+            "readable": readable,
+            "folder": self._folder.name,
+            "packages": sorted({paths["purelib"], paths["platlib"]}) if self.torch else [],
+        }
         self._orders, theirs = socket.socketpair()
         threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-        start = START.format(descriptor=theirs.fileno(), channel=CHANNEL,
-                             root=str(Path(__file__).resolve().parent.parent))
+        start = START.format(
+            descriptor=theirs.fileno(),
+            channel=CHANNEL,
+            root=str(Path(__file__).resolve().parent.parent),
+        )
         with theirs:
             self._server = subprocess.Popen(
                 # Not -I: it would ignore the hash seed, and a set's order would change with it.
                 [sys.executable, "-P", "-s", "-S", "-c", start, json.dumps(order)],
-                env={"PYTHONHASHSEED": "0", **threads}, cwd="/", stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()], start_new_session=True)
+                env={"PYTHONHASHSEED": "0", **threads},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
         said = self._orders.recv(4096).decode().strip()
         return None if said == "ready" else said or "the fork server did not start"
 
@@ -116,8 +131,7 @@ class Sandbox:
         path = Path(self._folder.name, "secret")
         path.write_text("of the grader")
         path.chmod(0o644)
-        probe = Probe(reading.about["functions"]["escapes"]["source"], str(path),
-                       self._folder.name)
+        probe = Probe(reading.about["functions"]["escapes"]["source"], str(path), self._folder.name)
         for _ in self.run([probe]):
             pass
         if probe.found == []:
@@ -135,13 +149,15 @@ class Sandbox:
         with selectors.DefaultSelector() as selector:
             while True:
                 while len(talks) < MOST_WAITING * at_once and at_once > sum(
-                        seen - talk.started < YOUNG_SECONDS for talk in talks):
+                    seen - talk.started < YOUNG_SECONDS for talk in talks
+                ):
                     job = waiting.pop(0) if waiting else next(source, None)
                     if job is None:
                         break
                     talk = Talk(job, self._orders)
-                    selector.register(talk.channel, selectors.EVENT_READ | selectors.EVENT_WRITE,
-                                      talk)
+                    selector.register(
+                        talk.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, talk
+                    )
                     selector.register(talk.status, selectors.EVENT_READ, talk)
                     talks.add(talk)
                 if not talks:

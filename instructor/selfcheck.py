@@ -26,10 +26,12 @@ def same(answer, expected, rel_tolerance=0.0):
             return False
     if isinstance(answer, (list, tuple)) and isinstance(expected, (list, tuple)):
         return len(answer) == len(expected) and all(
-            same(a, e, rel_tolerance) for a, e in zip(answer, expected, strict=True))
+            same(a, e, rel_tolerance) for a, e in zip(answer, expected, strict=True)
+        )
     if isinstance(answer, dict) and isinstance(expected, dict):
         return answer.keys() == expected.keys() and all(
-            same(answer[key], expected[key], rel_tolerance) for key in expected)
+            same(answer[key], expected[key], rel_tolerance) for key in expected
+        )
     return type(answer) is type(expected) and answer == expected
 
 
@@ -76,21 +78,27 @@ def judge(name, function, cases, mistakes):
             return f"Not yet: {show_call(name, case)} raised {type(error).__name__}: {error}"
         if unfinished(answers[-1]):
             return NOT_ATTEMPTED
-    fits = [same(a, case["expected"], case["rel_tolerance"])
-            for a, case in zip(answers, cases, strict=True)]
+    fits = [
+        same(a, case["expected"], case["rel_tolerance"])
+        for a, case in zip(answers, cases, strict=True)
+    ]
     if all(fits):
         return f"Right: all {len(cases)} public cases. Grading adds cases with other numbers."
     for mistake, sentence in mistakes.items():
-        explained = [same(a, case["mistakes"].get(mistake, case["expected"]), 1e-9)
-                     for a, case in zip(answers, cases, strict=True)]
+        explained = [
+            same(a, case["mistakes"].get(mistake, case["expected"]), 1e-9)
+            for a, case in zip(answers, cases, strict=True)
+        ]
         if all(explained):
             return f"Not yet: {sentence}"
     answer, case = answers[fits.index(False)], cases[fits.index(False)]
     if answer is None:
         return f"Not yet: {show_call(name, case)} returns nothing; is a `return` missing?"
     kind = "" if type(answer) is type(case["expected"]) else f" ({type(answer).__name__})"
-    return (f"Not yet: {show_call(name, case)} should give {case['expected']!r}, "
-            f"got {str(answer)[:80]}{kind}.")
+    return (
+        f"Not yet: {show_call(name, case)} should give {case['expected']!r}, "
+        f"got {str(answer)[:80]}{kind}."
+    )
 
 
 def check(name, public, namespace):
@@ -103,5 +111,7 @@ def check(name, public, namespace):
     try:
         print(judge(name, function, exercise["cases"], exercise["mistakes"]))
     except Exception as error:  # an answer can be anything, and print or compare as it likes
-        print(f"Not yet: your answer cannot be looked at ({type(error).__name__}); return numbers, "
-              "words, lists or dictionaries.")
+        print(
+            f"Not yet: your answer cannot be looked at ({type(error).__name__}); return numbers, "
+            "words, lists or dictionaries."
+        )

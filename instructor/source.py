@@ -52,8 +52,9 @@ def code_cells(data: bytes) -> list[str]:
     try:
         notebook = json.loads(text)
     except (ValueError, RecursionError, MemoryError):
-        raise Unreadable("it is not JSON, as every notebook is; download it again as "
-                         ".ipynb") from None
+        raise Unreadable(
+            "it is not JSON, as every notebook is; download it again as .ipynb"
+        ) from None
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     if not isinstance(cells, list):
         raise Unreadable("it has no list of cells; open it in Jupyter or Colab, save it again")
@@ -98,7 +99,7 @@ def _statement(cell: int, node: ast.stmt, text: str, lines: Sequence[str]) -> St
     decorators = getattr(node, "decorator_list", [])
     if decorators:
         start = min(decorator.lineno for decorator in decorators)
-        segment = "\n".join(lines[start - 1:node.end_lineno])
+        segment = "\n".join(lines[start - 1 : node.end_lineno])
     else:
         start, segment = node.lineno, ast.get_source_segment(text, node) or ""
     table = symtable.symtable(ast.unparse(_without_annotations(node)), "cell", "exec")
@@ -109,10 +110,12 @@ def _statement(cell: int, node: ast.stmt, text: str, lines: Sequence[str]) -> St
     while waiting:
         inner = waiting.pop()
         waiting += inner.get_children()
-        needs |= {s.get_name() for s in inner.get_symbols()
-                  if s.is_global() and s.is_referenced()}
-        binds |= {s.get_name() for s in inner.get_symbols()
-                  if s.is_declared_global() and s.is_assigned() and not _defines(node)}
+        needs |= {s.get_name() for s in inner.get_symbols() if s.is_global() and s.is_referenced()}
+        binds |= {
+            s.get_name()
+            for s in inner.get_symbols()
+            if s.is_declared_global() and s.is_assigned() and not _defines(node)
+        }
     return Statement(cell, "\n" * (start - 1) + segment, node, frozenset(binds), frozenset(needs))
 
 
@@ -145,9 +148,12 @@ def needed(function: str, statements: Sequence[Statement]) -> list[Statement]:
     while waiting:
         name = waiting.pop()
         # Only a name that nothing binds and Python does not know can come from a star import.
-        unbound = name not in by_name and name not in dir(__builtins__) \
+        unbound = (
+            name not in by_name
+            and name not in dir(__builtins__)
             and name not in (__builtins__ if isinstance(__builtins__, dict) else ())
-        for index in (stars if unbound else by_name.get(name, [])):
+        )
+        for index in stars if unbound else by_name.get(name, []):
             taken.add(index)
             fresh = statements[index].needs - known
             known |= fresh
@@ -163,13 +169,19 @@ def shape(node: ast.stmt) -> tuple[str, int]:
     copy = _without_annotations(node)
     for part in ast.walk(copy):
         body = getattr(part, "body", None)
-        if _defines(part) and isinstance(body[0], ast.Expr) \
-                and isinstance(getattr(body[0].value, "value", None), str):
+        if (
+            _defines(part)
+            and isinstance(body[0], ast.Expr)
+            and isinstance(getattr(body[0].value, "value", None), str)
+        ):
             part.body = body[1:] or [ast.Pass()]
     names: dict[str, str] = {}
     own = {part.arg for part in ast.walk(copy) if isinstance(part, ast.arg)}
-    own |= {part.id for part in ast.walk(copy)
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    own |= {
+        part.id
+        for part in ast.walk(copy)
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+    }
     count = 0
     for part in ast.walk(copy):
         count += not isinstance(part, ast.expr_context)
@@ -202,40 +214,64 @@ def read(data: bytes, functions: Sequence[str]) -> dict:
     student_id = None
     for statement in statements:
         value = getattr(statement.node, "value", None)
-        if "STUDENT_ID" in statement.binds and isinstance(value, ast.Constant) \
-                and value.value != PLACEHOLDER and isinstance(value.value, str | int):
+        if (
+            "STUDENT_ID" in statement.binds
+            and isinstance(value, ast.Constant)
+            and value.value != PLACEHOLDER
+            and isinstance(value.value, str | int)
+        ):
             student_id = str(value.value).strip() or None
-    return {"student_id": student_id,
-            "functions": {name: _function(name, statements, broken) for name in functions}}
+    return {
+        "student_id": student_id,
+        "functions": {name: _function(name, statements, broken) for name in functions},
+    }
 
 
-def _function(name: str, statements: Sequence[Statement],
-              broken: Sequence[tuple[int, str, SyntaxError]]) -> dict:
+def _function(
+    name: str, statements: Sequence[Statement], broken: Sequence[tuple[int, str, SyntaxError]]
+) -> dict:
     own = [s for s in statements if name in s.binds]
-    unread = [(cell, error) for cell, text, error in broken
-              if re.search(rf"^(async\s+)?def\s+{name}\b", text, re.M)]
+    unread = [
+        (cell, error)
+        for cell, text, error in broken
+        if re.search(rf"^(async\s+)?def\s+{name}\b", text, re.M)
+    ]
     if not own:
         return {"problem": _why_missing(name, statements, unread)}
-    notes = [f"a cell with `{name}` (code cell {cell}) does not parse, an earlier one was graded"
-             for cell, _ in unread]
+    notes = [
+        f"a cell with `{name}` (code cell {cell}) does not parse, an earlier one was graded"
+        for cell, _ in unread
+    ]
     texts = {s.text.strip() for s in own}
     if len(own) > 1:
-        notes.append(f"`{name}` is defined {len(own)} times, "
-                     + ("each time the same" if len(texts) == 1 else "the last one was graded"))
+        notes.append(
+            f"`{name}` is defined {len(own)} times, "
+            + ("each time the same" if len(texts) == 1 else "the last one was graded")
+        )
     form, parts = shape(own[-1].node)
     letter = hashlib.sha256(own[-1].text.strip().encode("utf-8", "replace")).hexdigest()[:24]
-    return {"source": [[s.cell, s.text] for s in needed(name, statements)], "shape": form,
-            "parts": parts, "letter": letter, "definitions": len(own), "notes": notes}
+    return {
+        "source": [[s.cell, s.text] for s in needed(name, statements)],
+        "shape": form,
+        "parts": parts,
+        "letter": letter,
+        "definitions": len(own),
+        "notes": notes,
+    }
 
 
-def _why_missing(name: str, statements: Sequence[Statement],
-                 unread: Sequence[tuple[int, SyntaxError]]) -> str:
+def _why_missing(
+    name: str, statements: Sequence[Statement], unread: Sequence[tuple[int, SyntaxError]]
+) -> str:
     if unread:
         cell, error = unread[-1]
         where = f" in its line {error.lineno}" if error.lineno else ""
         return f"the cell with `{name}` (code cell {cell}) does not parse: {error.msg}{where}"
-    inner = any(isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) and part.name == name
-                for s in statements for part in ast.walk(s.node))
+    inner = any(
+        isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) and part.name == name
+        for s in statements
+        for part in ast.walk(s.node)
+    )
     if inner:
         return f"`{name}` stands inside something else; move it to the left margin"
     others = [getattr(s.node, "name", "") for s in statements if _defines(s.node)]

@@ -25,8 +25,10 @@ MOST_FILES = 20_000
 MOST_RATIO = 200  # of a zip entry's size to what it takes in the zip
 RATIO_FROM = 1024 * 1024  # bytes; small files may compress as they like
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz", ".bz2", ".xz")
-SYSTEM = re.compile(r"(^|/)(__MACOSX|\.ipynb_checkpoints|\.DS_Store|Thumbs\.db|desktop\.ini"
-                    r"|\._[^/]*)(/|$)")
+SYSTEM = re.compile(
+    r"(^|/)(__MACOSX|\.ipynb_checkpoints|\.DS_Store|Thumbs\.db|desktop\.ini"
+    r"|\._[^/]*)(/|$)"
+)
 SHORTEST_TOKEN = 3  # characters of an id that may be part of a file's name
 
 
@@ -64,8 +66,10 @@ def collect(path: Path) -> list[Submission]:
     elif path.is_file():
         found = _of_zip(path)
     else:
-        raise ValueError(f"submissions must be a folder or a zip, got {str(path)!r}, which is "
-                         "not there; check the path")
+        raise ValueError(
+            f"submissions must be a folder or a zip, got {str(path)!r}, which is "
+            "not there; check the path"
+        )
     return sorted((s for s in found if not SYSTEM.search(s.name)), key=lambda s: s.name)
 
 
@@ -75,8 +79,10 @@ def _of_folder(folder: Path) -> list[Submission]:
         here = Path(place)
         # os.walk does not enter a link to a folder; it has to be told of as well.
         links = [name for name in folders if (here / name).is_symlink()]
-        found += [_file(here / name, (here / name).relative_to(folder).as_posix())
-                  for name in [*files, *links]]
+        found += [
+            _file(here / name, (here / name).relative_to(folder).as_posix())
+            for name in [*files, *links]
+        ]
         _count(found)
     return found
 
@@ -107,8 +113,9 @@ def _of_zip(path: Path) -> list[Submission]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ValueError(f"submissions must be a folder or a zip, got {str(path)!r} ({error}); "
-                         "download it again") from None
+        raise ValueError(
+            f"submissions must be a folder or a zip, got {str(path)!r} ({error}); download it again"
+        ) from None
     found, seen = [], set()
     for entry in archive.infolist():
         if entry.is_dir():
@@ -121,8 +128,11 @@ def _of_zip(path: Path) -> list[Submission]:
             modified = datetime(*entry.date_time) if entry.date_time[0] > 1980 else None
         except ValueError:
             modified = None
-        found.append(Submission(_shown(entry.filename), modified,
-                                partial(_read_entry, archive, entry), problem))
+        found.append(
+            Submission(
+                _shown(entry.filename), modified, partial(_read_entry, archive, entry), problem
+            )
+        )
         _count(found)
     return found
 
@@ -146,8 +156,14 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     try:
         with archive.open(entry) as file:
             return _bounded(file.read(MOST_BYTES + 1))
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError,
-            EOFError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+        OSError,
+        EOFError,
+    ) as error:
         raise Refused(f"it is damaged ({type(error).__name__}); ask for it again") from None
 
 
@@ -158,8 +174,10 @@ def _bounded(data: bytes) -> bytes:
 
 
 def _too_large(count: int) -> str:
-    return (f"it is larger than {MOST_BYTES >> 20} MiB ({count >> 20} MiB); clear its outputs "
-            "and hand it in again")
+    return (
+        f"it is larger than {MOST_BYTES >> 20} MiB ({count >> 20} MiB); clear its outputs "
+        "and hand it in again"
+    )
 
 
 def _name_problem(name: str) -> str:
@@ -174,8 +192,9 @@ def _name_problem(name: str) -> str:
 
 def _count(found: Sequence[Submission]) -> None:
     if len(found) > MOST_FILES:
-        raise ValueError(f"submissions must be at most {MOST_FILES} files, got more; is this the "
-                         "right folder?")
+        raise ValueError(
+            f"submissions must be at most {MOST_FILES} files, got more; is this the right folder?"
+        )
 
 
 def _shown(name: str) -> str:

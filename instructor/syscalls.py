@@ -13,31 +13,88 @@ import struct
 
 # name: number on x86-64, number on arm64 (0 stands for none there; read has its own line)
 ALLOWED = {
-    "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62), "mmap": (9, 222),
-    "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "rt_sigaction": (13, 134),
-    "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "ioctl": (16, 29),
-    "pread64": (17, 67), "pwrite64": (18, 68), "readv": (19, 65), "writev": (20, 66),
-    "sched_yield": (24, 124), "mremap": (25, 216), "madvise": (28, 233), "dup": (32, 23),
-    "nanosleep": (35, 101), "getpid": (39, 172), "exit": (60, 93), "uname": (63, 160),
-    "fcntl": (72, 25), "fsync": (74, 82), "ftruncate": (77, 46), "getcwd": (79, 17),
-    "gettimeofday": (96, 169), "getrusage": (98, 165), "sysinfo": (99, 179), "times": (100, 153),
-    "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177),
-    "getppid": (110, 173), "sigaltstack": (131, 132), "gettid": (186, 178), "futex": (202, 98),
-    "sched_getaffinity": (204, 123), "getdents64": (217, 61), "restart_syscall": (219, 128),
-    "clock_gettime": (228, 113), "clock_getres": (229, 114), "clock_nanosleep": (230, 115),
-    "exit_group": (231, 94), "get_mempolicy": (239, 236), "newfstatat": (262, 79),
-    "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73),
-    "dup3": (292, 24), "getrandom": (318, 278), "membarrier": (324, 283), "statx": (332, 291),
-    "rseq": (334, 293), "faccessat2": (439, 439),
+    "write": (1, 64),
+    "close": (3, 57),
+    "fstat": (5, 80),
+    "lseek": (8, 62),
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "munmap": (11, 215),
+    "brk": (12, 214),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "ioctl": (16, 29),
+    "pread64": (17, 67),
+    "pwrite64": (18, 68),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "sched_yield": (24, 124),
+    "mremap": (25, 216),
+    "madvise": (28, 233),
+    "dup": (32, 23),
+    "nanosleep": (35, 101),
+    "getpid": (39, 172),
+    "exit": (60, 93),
+    "uname": (63, 160),
+    "fcntl": (72, 25),
+    "fsync": (74, 82),
+    "ftruncate": (77, 46),
+    "getcwd": (79, 17),
+    "gettimeofday": (96, 169),
+    "getrusage": (98, 165),
+    "sysinfo": (99, 179),
+    "times": (100, 153),
+    "getuid": (102, 174),
+    "getgid": (104, 176),
+    "geteuid": (107, 175),
+    "getegid": (108, 177),
+    "getppid": (110, 173),
+    "sigaltstack": (131, 132),
+    "gettid": (186, 178),
+    "futex": (202, 98),
+    "sched_getaffinity": (204, 123),
+    "getdents64": (217, 61),
+    "restart_syscall": (219, 128),
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115),
+    "exit_group": (231, 94),
+    "get_mempolicy": (239, 236),
+    "newfstatat": (262, 79),
+    "readlinkat": (267, 78),
+    "faccessat": (269, 48),
+    "pselect6": (270, 72),
+    "ppoll": (271, 73),
+    "dup3": (292, 24),
+    "getrandom": (318, 278),
+    "membarrier": (324, 283),
+    "statx": (332, 291),
+    "rseq": (334, 293),
+    "faccessat2": (439, 439),
     # x86-64 alone has these older forms
-    "stat": (4, 0), "lstat": (6, 0), "poll": (7, 0), "access": (21, 0), "select": (23, 0),
-    "dup2": (33, 0), "readlink": (89, 0), "arch_prctl": (158, 0), "time": (201, 0),
+    "stat": (4, 0),
+    "lstat": (6, 0),
+    "poll": (7, 0),
+    "access": (21, 0),
+    "select": (23, 0),
+    "dup2": (33, 0),
+    "readlink": (89, 0),
+    "arch_prctl": (158, 0),
+    "time": (201, 0),
 }
 READ = (0, 63)
 # Only where something else decides which files they reach: a mount namespace or Landlock.
 FILES = {
-    "openat": (257, 56), "mkdirat": (258, 34), "unlinkat": (263, 35), "renameat2": (316, 276),
-    "renameat": (264, 38), "open": (2, 0), "rename": (82, 0), "mkdir": (83, 0), "rmdir": (84, 0),
+    "openat": (257, 56),
+    "mkdirat": (258, 34),
+    "unlinkat": (263, 35),
+    "renameat2": (316, 276),
+    "renameat": (264, 38),
+    "open": (2, 0),
+    "rename": (82, 0),
+    "mkdir": (83, 0),
+    "rmdir": (84, 0),
     "unlink": (87, 0),
 }
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_*
@@ -67,8 +124,9 @@ def program(files: bool) -> bytes:
     rows = [*ALLOWED.values(), *(FILES.values() if files else ())]
     numbers = [READ[column], *(row[column] for row in rows if row[column])]
     steps = [(LOAD, 0, 0, 4), (JUMP_IF_EQUAL, 1, 0, machine), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-    steps += [(JUMP_IF_EQUAL, len(numbers) - index, 0, number)
-              for index, number in enumerate(numbers)]
+    steps += [
+        (JUMP_IF_EQUAL, len(numbers) - index, 0, number) for index, number in enumerate(numbers)
+    ]
     steps += [(RETURN, 0, 0, REFUSE), (RETURN, 0, 0, PASS)]
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
@@ -86,5 +144,6 @@ def restrict(libc: ctypes.CDLL, wanted: Program) -> None:
         OSError: The kernel has no seccomp filters.
     """
     if libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0) or libc.prctl(
-            SET_SECCOMP, FILTER, ctypes.byref(wanted), 0, 0):
+        SET_SECCOMP, FILTER, ctypes.byref(wanted), 0, 0
+    ):
         raise OSError(ctypes.get_errno(), "seccomp is not available")

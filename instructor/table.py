@@ -36,15 +36,35 @@ def table(assignment: Assignment, results: Sequence[Result]) -> str:
     names = [exercise.function for exercise in assignment.exercises]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
-    writer.writerow(["student_id", "name", *map(safe, extra), "score", "out_of", "percent",
-                     "status", "file", "late", "flags",
-                     *(column for name in names for column in (name, f"{name}: why"))])
+    writer.writerow(
+        [
+            "student_id",
+            "name",
+            *map(safe, extra),
+            "score",
+            "out_of",
+            "percent",
+            "status",
+            "file",
+            "late",
+            "flags",
+            *(column for name in names for column in (name, f"{name}: why")),
+        ]
+    )
     for result in results:
         cells = [safe(result.row.get(name, "")) for name in ("student_id", "name", *extra)]
         marks = [(show_points(mark.earned), safe(mark.reason)) for mark in result.marks]
-        writer.writerow([
-            *cells, show_points(result.score), show_points(assignment.points),
-            f"{100 * result.score / assignment.points:.1f}", result.status, safe(result.file),
-            safe(result.late), safe("; ".join(result.flags)),
-            *(cell for pair in marks or [("0", "")] * len(names) for cell in pair)])
+        writer.writerow(
+            [
+                *cells,
+                show_points(result.score),
+                show_points(assignment.points),
+                f"{100 * result.score / assignment.points:.1f}",
+                result.status,
+                safe(result.file),
+                safe(result.late),
+                safe("; ".join(result.flags)),
+                *(cell for pair in marks or [("0", "")] * len(names) for cell in pair),
+            ]
+        )
     return out.getvalue()

@@ -96,7 +96,7 @@ class Talk:
 
     def write(self) -> None:
         try:
-            self.out = self.out[self.channel.send(self.out):]
+            self.out = self.out[self.channel.send(self.out) :]
         except BlockingIOError:
             return
         except OSError:  # the child is gone; its warden says how
@@ -113,7 +113,7 @@ class Talk:
         self.into += part
         while self.end is None and (end := self.into.find(b"\n")) >= 0:
             line = bytes(self.into[:end])
-            del self.into[:end + 1]
+            del self.into[: end + 1]
             self._message(line)
         if self.end is None and len(self.into) > self.job.longest:
             self.stop(End("flood"))

@@ -17,8 +17,11 @@ LONGEST = (
 )  # fmt: skip
 os.environ.update({name: value for name, value in ENVIRONMENT.items() if "PYTEST" not in name})
 # For what the tests start, kernels included: a proxy that is not there. Only this machine answers.
-os.environ.update(HTTP_PROXY="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9",
-                  NO_PROXY="127.0.0.1,localhost")
+os.environ.update(
+    HTTP_PROXY="http://127.0.0.1:9",
+    HTTPS_PROXY="http://127.0.0.1:9",
+    NO_PROXY="127.0.0.1,localhost",
+)
 # What is compared was made on a CPU: committed outputs, tensors beside a model that would be on the
 # GPU. Tests that need one run without this file: tools/record_gpu_run.py --groups tests.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -19,8 +19,9 @@ def _rows(count: int = 50) -> Dataset:
     for _ in range(count):
         length = int(torch.randint(8, 24, (1,), generator=random))
         ids = torch.randint(1, 128, (length,), generator=random).tolist()
-        rows.append({"input_ids": ids, "attention_mask": [1] * length,
-                     "labels": [-100] * 4 + ids[4:]})
+        rows.append(
+            {"input_ids": ids, "attention_mask": [1] * length, "labels": [-100] * 4 + ids[4:]}
+        )
     return Dataset.from_list(rows)
 
 
@@ -34,11 +35,30 @@ def tiny_recipe(folder: Path, **changes) -> TrainRecipe:
     """
     if not folder.exists():
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(
-            vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-            max_position_embeddings=128, pad_token_id=0)).save_pretrained(folder)
-    return TrainRecipe(**dict(
-        model=str(folder), micro_batch_size=4, gradient_accumulation_steps=2, max_steps=12,
-        save_steps=4, sequence_length=64, learning_rate=1e-2, warmup_fraction=0.25,
-        optimizer="adamw") | changes)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=128,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+                max_position_embeddings=128,
+                pad_token_id=0,
+            )
+        ).save_pretrained(folder)
+    return TrainRecipe(
+        **dict(
+            model=str(folder),
+            micro_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_steps=12,
+            save_steps=4,
+            sequence_length=64,
+            learning_rate=1e-2,
+            warmup_fraction=0.25,
+            optimizer="adamw",
+        )
+        | changes
+    )

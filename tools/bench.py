@@ -53,10 +53,15 @@ def recipe_of(row: dict, folder: Path) -> TrainRecipe:
         config.tie_word_embeddings = False
         config.save_pretrained(path)
     return TrainRecipe(
-        model=str(path), amp_dtype="float16", loss=row["loss"], lora_dropout=row["lora_dropout"],
-        micro_batch_size=row["micro_batch_size"], sequence_length=row["sequence_length"],
+        model=str(path),
+        amp_dtype="float16",
+        loss=row["loss"],
+        lora_dropout=row["lora_dropout"],
+        micro_batch_size=row["micro_batch_size"],
+        sequence_length=row["sequence_length"],
         checkpointed_layers=row["checkpointed_layers"],
-        attention={"efficient": "explicit_kv"}.get(row["attention"], row["attention"]))
+        attention={"efficient": "explicit_kv"}.get(row["attention"], row["attention"]),
+    )
 
 
 def errors(path: Path, folder: Path) -> None:
@@ -75,12 +80,19 @@ def errors(path: Path, folder: Path) -> None:
         inside += low <= reserved <= high
         widths.append((high - low) / reserved)
         default = TrainRecipe(model=BUNDLED)
-        words = [f"{name}={value}" for name, value in dataclasses.asdict(recipe).items()
-                 if value != getattr(default, name) and name not in ("model", "amp_dtype")]
-        print(f"  {error:+8.4%}  {(reserved - low) / (high - low):5.0%} of "
-              f"{widths[-1]:3.0%}  {Path(recipe.model).name} {' '.join(words)}")
-    print(f"  peak: median {statistics.median(found):.4%}, worst {max(found):.4%}; reserved: "
-          f"{inside} of {len(rows)} inside, widest {max(widths):.1%}")
+        words = [
+            f"{name}={value}"
+            for name, value in dataclasses.asdict(recipe).items()
+            if value != getattr(default, name) and name not in ("model", "amp_dtype")
+        ]
+        print(
+            f"  {error:+8.4%}  {(reserved - low) / (high - low):5.0%} of "
+            f"{widths[-1]:3.0%}  {Path(recipe.model).name} {' '.join(words)}"
+        )
+    print(
+        f"  peak: median {statistics.median(found):.4%}, worst {max(found):.4%}; reserved: "
+        f"{inside} of {len(rows)} inside, widest {max(widths):.1%}"
+    )
 
 
 def yardstick() -> float:
@@ -92,15 +104,18 @@ def yardstick() -> float:
 
 def latency() -> None:
     """Print how long a forecast takes that is not in the cache, libraries loaded."""
-    forecasts.forecast(TrainRecipe(model=BUNDLED, amp_dtype="float16", sequence_length=64))  # loads libraries
+    forecasts.forecast(
+        TrainRecipe(model=BUNDLED, amp_dtype="float16", sequence_length=64)
+    )  # loads libraries
     print("\nlatency of a new forecast (best of 3)")
     unit = min(yardstick() for _ in range(3))
     for model in ("llama-3.2-1b", "llama-3.1-8b"):
         times = []
         for sequence in (1001, 1002, 1003):
             start = time.process_time()
-            forecasts.forecast(TrainRecipe(model=model, amp_dtype="float16",
-                                           sequence_length=sequence))
+            forecasts.forecast(
+                TrainRecipe(model=model, amp_dtype="float16", sequence_length=sequence)
+            )
             times.append(time.process_time() - start)
         print(f"  {model}: {min(times):.2f} s of one core, {min(times) / unit:.1f} yardsticks")
     recipe = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=1003)
@@ -114,9 +129,10 @@ async def slider() -> None:
     """Print how long a move takes: to a new setting, and on from there after a look at it."""
     explorer = widgets.levers_explorer()
     for move, name, value, look in (
-            ("first move", "micro_batch_size", 1, 5),
-            ("the next one, after a look of 5 s", "micro_batch_size", 2, 15),
-            ("another control's, after a look of 15 s", "lora_rank", 8, 0)):
+        ("first move", "micro_batch_size", 1, 5),
+        ("the next one, after a look of 5 s", "micro_batch_size", 2, 15),
+        ("another control's, after a look of 15 s", "lora_rank", 8, 0),
+    ):
         shown, start = explorer.picture.value, time.process_time()
         explorer.controls[name].value = value
         while explorer.picture.value == shown:
@@ -146,8 +162,12 @@ def ledger_overhead() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=Path, nargs="*",
-                        default=[DATA / f"h200_{name}.json" for name in ("steps", "rules", "held")])
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        nargs="*",
+        default=[DATA / f"h200_{name}.json" for name in ("steps", "rules", "held")],
+    )
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB

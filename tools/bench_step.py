@@ -37,8 +37,15 @@ from fitcast.training import trainer as training
 from fitcast.units import show_bytes
 
 STEPS = 5
-OURS = {"attention": "explicit_kv", "loss": "lean", "norm": "native", "mlp": "lean",
-        "adapters": "lean", "rotary": "lean", "lora_dropout": 0.0}
+OURS = {
+    "attention": "explicit_kv",
+    "loss": "lean",
+    "norm": "native",
+    "mlp": "lean",
+    "adapters": "lean",
+    "rotary": "lean",
+    "lora_dropout": 0.0,
+}
 
 
 def of_this_machine(gpu: gpus.Gpu | None, folder: str) -> TrainRecipe:
@@ -53,8 +60,9 @@ def of_this_machine(gpu: gpus.Gpu | None, folder: str) -> TrainRecipe:
 def measured(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> tuple[float, int]:
     """Tokens per second, and the peak: the GPU's own, or the ledger's on a CPU."""
     found = measurement.measure_step(recipe, training.build_model(recipe), STEPS)
-    return found.tokens_per_second, (found.report.peak_bytes if gpu is None
-                                     else found.peak_allocated_bytes)
+    return found.tokens_per_second, (
+        found.report.peak_bytes if gpu is None else found.peak_allocated_bytes
+    )
 
 
 def measured_trl(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> tuple[float, int]:
@@ -80,18 +88,32 @@ def measured_trl(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> tuple[float, int]
     rows = measurement.random_batches(recipe, "cpu")[0]["input_ids"].tolist() * (STEPS + 3)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
-            model=model, callbacks=[clock],
+            model=model,
+            callbacks=[clock],
             train_dataset=Dataset.from_dict({"input_ids": rows}),
             processing_class=AutoTokenizer.from_pretrained(data.bundled_model_dir()),
-            peft_config=LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha,
-                                   lora_dropout=recipe.lora_dropout, task_type="CAUSAL_LM",
-                                   target_modules=list(recipe.lora_targets)),
-            args=SFTConfig(folder, per_device_train_batch_size=recipe.micro_batch_size,
-                           max_steps=STEPS + 2, fp16=recipe.amp_dtype == "float16",
-                           bf16=recipe.amp_dtype == "bfloat16", optim="paged_adamw_8bit",
-                           max_length=recipe.sequence_length, report_to="none", save_strategy="no",
-                           disable_tqdm=True,
-                           dataset_kwargs={"skip_prepare_dataset": True}, use_cpu=gpu is None))
+            peft_config=LoraConfig(
+                r=recipe.lora_rank,
+                lora_alpha=recipe.lora_alpha,
+                lora_dropout=recipe.lora_dropout,
+                task_type="CAUSAL_LM",
+                target_modules=list(recipe.lora_targets),
+            ),
+            args=SFTConfig(
+                folder,
+                per_device_train_batch_size=recipe.micro_batch_size,
+                max_steps=STEPS + 2,
+                fp16=recipe.amp_dtype == "float16",
+                bf16=recipe.amp_dtype == "bfloat16",
+                optim="paged_adamw_8bit",
+                max_length=recipe.sequence_length,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                use_cpu=gpu is None,
+            ),
+        )
         gpus.reset_peak()
         trainer.train()
         peak = gpus.peak_allocated_bytes()
@@ -99,7 +121,7 @@ def measured_trl(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> tuple[float, int]
             with MemoryLedger(trainer.model) as ledger:
                 trainer.train()
             peak = ledger.report().peak_bytes
-    return recipe.tokens_per_step / statistics.median(clock.seconds[2:STEPS + 2]), peak
+    return recipe.tokens_per_step / statistics.median(clock.seconds[2 : STEPS + 2]), peak
 
 
 def main() -> None:
@@ -116,10 +138,15 @@ def main() -> None:
             gc.collect()
             runs["TRL's SFTTrainer"] = (*measured_trl(usual, gpu), None)
         for name, (speed, peak, recipe) in runs.items():
-            said = f"forecast {show_bytes(forecast(recipe, gpu or gpus.T4).peak_bytes)}" \
-                if recipe and gpu else ""
-            print(f"  {name:18} {speed:9,.0f} tokens/s {speed / first_speed:5.2f}x   peak "
-                  f"{show_bytes(peak):>10} {peak / first_peak:5.0%}   {said}")
+            said = (
+                f"forecast {show_bytes(forecast(recipe, gpu or gpus.T4).peak_bytes)}"
+                if recipe and gpu
+                else ""
+            )
+            print(
+                f"  {name:18} {speed:9,.0f} tokens/s {speed / first_speed:5.2f}x   peak "
+                f"{show_bytes(peak):>10} {peak / first_peak:5.0%}   {said}"
+            )
 
 
 if __name__ == "__main__":

@@ -20,13 +20,18 @@ from tools.notebooks import LESSONS
 PAGE = LESSONS / "cheat_sheet.md"
 # Levers in the order to try them, and words for those whose name says too little: first what costs
 # nothing, last what changes what is learnt.
-CHANGES = {"lean loss": "only the loss in chunks",
-           "explicit K/V attention": "only explicit K/V attention",
-           "native RMSNorm": None, "micro batch 2, accumulated": None,
-           "checkpoints in host memory": None, "rank 8": None,
-           "sequence 1024": "sequence 1024 (the model sees less)"}
-USUAL = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", sequence_length=2048,
-                    micro_batch_size=4)
+CHANGES = {
+    "lean loss": "only the loss in chunks",
+    "explicit K/V attention": "only explicit K/V attention",
+    "native RMSNorm": None,
+    "micro batch 2, accumulated": None,
+    "checkpoints in host memory": None,
+    "rank 8": None,
+    "sequence 1024": "sequence 1024 (the model sees less)",
+}
+USUAL = TrainRecipe(
+    model="llama-3.1-8b", amp_dtype="float16", sequence_length=2048, micro_batch_size=4
+)
 
 TEMPLATE = """\
 # Cheat sheet · make it fit
@@ -93,51 +98,77 @@ def page() -> str:
     config, usual = models.config(USUAL.model), forecast(USUAL, T4)
     tokens = USUAL.micro_batch_size * USUAL.sequence_length
     chunked = dataclasses.replace(USUAL, loss="chunked", attention="explicit_kv")
-    every, none = (forecast(dataclasses.replace(chunked, checkpointed_layers=k), T4)
-                   for k in ("all", 0))
+    every, none = (
+        forecast(dataclasses.replace(chunked, checkpointed_layers=k), T4) for k in ("all", 0)
+    )
     upcast = forecast(dataclasses.replace(USUAL, kbit_upcast=True), T4)
     at_peak = usual.composition
     single = {lever.change: lever for lever in levers(USUAL, T4)}
     both = dataclasses.replace(USUAL, loss="lean", attention="explicit_kv")
     low = forecast(both, T4)
-    ranked = [("change", "bytes saved", "speed"), (
-        "loss in chunks and explicit K/V attention",
-        show_bytes(usual.peak_allocated_bytes - low.peak_allocated_bytes),
-        f"{tokens_per_second(both, low) / tokens_per_second(USUAL, usual):.1f}x")]
+    ranked = [
+        ("change", "bytes saved", "speed"),
+        (
+            "loss in chunks and explicit K/V attention",
+            show_bytes(usual.peak_allocated_bytes - low.peak_allocated_bytes),
+            f"{tokens_per_second(both, low) / tokens_per_second(USUAL, usual):.1f}x",
+        ),
+    ]
     for name, words in CHANGES.items():
         lever = single[name]
         ranked.append((words or name, show_bytes(lever.saved_bytes), f"{lever.speedup:.1f}x"))
     return TEMPLATE.format(
         example=f"Llama-3.1-8B, {USUAL.micro_batch_size} x {USUAL.sequence_length} tokens, rank "
-                f"{USUAL.lora_rank} on q, k, v, o", t4=show_bytes(T4.total_bytes),
+        f"{USUAL.lora_rank} on q, k, v, o",
+        t4=show_bytes(T4.total_bytes),
         weights=show_bytes(at_peak["weights"]),
-        trainable=show_bytes(sum(max(usual.timeline[holder]) for holder in
-                                 ("adapters", "gradients", "optimizer state"))),
+        trainable=show_bytes(
+            sum(
+                max(usual.timeline[holder])
+                for holder in ("adapters", "gradients", "optimizer state")
+            )
+        ),
         boundary=show_bytes(tokens * config.hidden_size * 2),
-        checkpointed=holders(every), kept=holders(none),
+        checkpointed=holders(every),
+        kept=holders(none),
         logits=show_bytes(tokens * config.vocab_size * 12),
-        scores=show_bytes(USUAL.micro_batch_size * config.num_attention_heads
-                          * USUAL.sequence_length**2 * 4) + " each",
-        ids=show_bytes(tokens * 8), levers=table(ranked),
+        scores=show_bytes(
+            USUAL.micro_batch_size * config.num_attention_heads * USUAL.sequence_length**2 * 4
+        )
+        + " each",
+        ids=show_bytes(tokens * 8),
+        levers=table(ranked),
         upcast=show_bytes(upcast.peak_allocated_bytes - usual.peak_allocated_bytes),
-        bought=bought())
+        bought=bought(),
+    )
 
 
 def bought() -> str:
     """The recorded usual recipe beside the recorded best ones."""
-    names = (("ladder", "the usual recipe", "the usual recipe"),
-             ("ladder", "lean rotary embedding", "with the levers, every layer checkpointed"),
-             ("ladder", "checkpoints on the host", "... and checkpoints in host memory"),
-             ("fit", "what fit picks", "what `fit` picks"))
-    rows = {(row["group"], row["name"]): row for group in ("ladder", "fit")
-            for row in recorded.rows(group)}
+    names = (
+        ("ladder", "the usual recipe", "the usual recipe"),
+        ("ladder", "lean rotary embedding", "with the levers, every layer checkpointed"),
+        ("ladder", "checkpoints on the host", "... and checkpoints in host memory"),
+        ("fit", "what fit picks", "what `fit` picks"),
+    )
+    rows = {
+        (row["group"], row["name"]): row
+        for group in ("ladder", "fit")
+        for row in recorded.rows(group)
+    }
     first = rows[names[0][:2]]["tokens_per_second"]
     lines = [("8B, 2048 tokens a sequence", "peak", "tokens/s", "")]
     for group, name, words in names:
         row = rows[group, name]
         speed = row["tokens_per_second"]
-        lines.append((words, show_bytes(row["peak_allocated_bytes"]), f"{speed:,.0f}",
-                      f"{speed / first:.2f}x"))
+        lines.append(
+            (
+                words,
+                show_bytes(row["peak_allocated_bytes"]),
+                f"{speed:,.0f}",
+                f"{speed / first:.2f}x",
+            )
+        )
     return f"{table(lines)}\n\nMeasured: {recorded.stamp(rows[n[:2]] for n in names)}."
 
 

@@ -32,97 +32,169 @@ toolbox; ladder; carpet; blanket; pillow; fan; heater; scale""".replace("\n", " 
 
 # Issue -> (what the company does next, ways a customer tells it).
 ISSUES = {
-    "damaged": ("send a replacement", [
-        "The {product} arrived with a crack down the side.",
-        "When I opened the box, the {product} was in pieces.",
-        "My {product} came badly dented.",
-        "The {product} was scratched all over when I unpacked it.",
-        "The parcel had been crushed and the {product} inside is bent.",
-        "One corner of the {product} was broken off on arrival.",
-        "The courier must have dropped it: the {product} is cracked.",
-        "I unpacked the {product} and found it torn and dented."]),
-    "late": ("trace the parcel", [
-        "The {product} was due last week and is still not here.",
-        "I am still waiting for my {product}.",
-        "The tracking page for the {product} has not moved for days.",
-        "My {product} has not been delivered yet.",
-        "You promised the {product} for Monday and nothing came.",
-        "Where is my {product}? It should have been here by now.",
-        "There is no sign of the {product} and delivery is overdue.",
-        "The {product} seems to be lost somewhere on the way."]),
-    "wrong item": ("swap the item", [
-        "I ordered the {product} and got something else.",
-        "The box did not hold the {product} that I chose.",
-        "You sent a different model instead of the {product}.",
-        "The {product} is blue, and I asked for the green one.",
-        "I opened the parcel for the {product} and it was somebody else's order.",
-        "This is not the {product} from the picture.",
-        "The {product} came in the wrong size.",
-        "Somebody packed the wrong thing in place of my {product}."]),
-    "missing part": ("send the part", [
-        "The screws for the {product} were not in the box.",
-        "The {product} came without its cable.",
-        "There is no manual and no cover with the {product}.",
-        "I unpacked the {product} and a piece is missing.",
-        "The {product} is fine, but the bag of small parts was left out.",
-        "Half of the accessories for the {product} are missing.",
-        "I cannot find the handle that belongs to the {product}.",
-        "The {product} was packed without its adapter."]),
-    "billing": ("refund the charge", [
-        "I was charged twice for the {product}.",
-        "My card shows two payments for one {product}.",
-        "The invoice for the {product} is higher than the price on your site.",
-        "You took the money for the {product} a second time.",
-        "The discount for the {product} was not applied to my bill.",
-        "I paid for the {product}, and the amount on my statement is wrong.",
-        "There is an extra fee on the bill for the {product}.",
-        "The bank says that you billed the {product} two times."]),
-    "return": ("send a return label", [
-        "I changed my mind about the {product} and want to send it back.",
-        "I would like to return the {product}.",
-        "The {product} does not suit us, so it should go back to you.",
-        "How do I give back the {product}? It is unused.",
-        "I no longer need the {product} and would like to return it.",
-        "We were given another {product}, so this one can go back.",
-        "Please take back the {product}, I have not opened it.",
-        "I want to send the {product} back within the return period."]),
-    "faulty": ("book a repair", [
-        "The {product} stopped working after two days.",
-        "My {product} worked once and then never again.",
-        "After a month of use the {product} gave up.",
-        "The {product} makes a loud noise and then fails.",
-        "Since yesterday the {product} does nothing at all.",
-        "The {product} worked well until this week, now it has a defect.",
-        "A part inside the {product} has worn out far too early.",
-        "The {product} keeps failing whenever I use it."]),
+    "damaged": (
+        "send a replacement",
+        [
+            "The {product} arrived with a crack down the side.",
+            "When I opened the box, the {product} was in pieces.",
+            "My {product} came badly dented.",
+            "The {product} was scratched all over when I unpacked it.",
+            "The parcel had been crushed and the {product} inside is bent.",
+            "One corner of the {product} was broken off on arrival.",
+            "The courier must have dropped it: the {product} is cracked.",
+            "I unpacked the {product} and found it torn and dented.",
+        ],
+    ),
+    "late": (
+        "trace the parcel",
+        [
+            "The {product} was due last week and is still not here.",
+            "I am still waiting for my {product}.",
+            "The tracking page for the {product} has not moved for days.",
+            "My {product} has not been delivered yet.",
+            "You promised the {product} for Monday and nothing came.",
+            "Where is my {product}? It should have been here by now.",
+            "There is no sign of the {product} and delivery is overdue.",
+            "The {product} seems to be lost somewhere on the way.",
+        ],
+    ),
+    "wrong item": (
+        "swap the item",
+        [
+            "I ordered the {product} and got something else.",
+            "The box did not hold the {product} that I chose.",
+            "You sent a different model instead of the {product}.",
+            "The {product} is blue, and I asked for the green one.",
+            "I opened the parcel for the {product} and it was somebody else's order.",
+            "This is not the {product} from the picture.",
+            "The {product} came in the wrong size.",
+            "Somebody packed the wrong thing in place of my {product}.",
+        ],
+    ),
+    "missing part": (
+        "send the part",
+        [
+            "The screws for the {product} were not in the box.",
+            "The {product} came without its cable.",
+            "There is no manual and no cover with the {product}.",
+            "I unpacked the {product} and a piece is missing.",
+            "The {product} is fine, but the bag of small parts was left out.",
+            "Half of the accessories for the {product} are missing.",
+            "I cannot find the handle that belongs to the {product}.",
+            "The {product} was packed without its adapter.",
+        ],
+    ),
+    "billing": (
+        "refund the charge",
+        [
+            "I was charged twice for the {product}.",
+            "My card shows two payments for one {product}.",
+            "The invoice for the {product} is higher than the price on your site.",
+            "You took the money for the {product} a second time.",
+            "The discount for the {product} was not applied to my bill.",
+            "I paid for the {product}, and the amount on my statement is wrong.",
+            "There is an extra fee on the bill for the {product}.",
+            "The bank says that you billed the {product} two times.",
+        ],
+    ),
+    "return": (
+        "send a return label",
+        [
+            "I changed my mind about the {product} and want to send it back.",
+            "I would like to return the {product}.",
+            "The {product} does not suit us, so it should go back to you.",
+            "How do I give back the {product}? It is unused.",
+            "I no longer need the {product} and would like to return it.",
+            "We were given another {product}, so this one can go back.",
+            "Please take back the {product}, I have not opened it.",
+            "I want to send the {product} back within the return period.",
+        ],
+    ),
+    "faulty": (
+        "book a repair",
+        [
+            "The {product} stopped working after two days.",
+            "My {product} worked once and then never again.",
+            "After a month of use the {product} gave up.",
+            "The {product} makes a loud noise and then fails.",
+            "Since yesterday the {product} does nothing at all.",
+            "The {product} worked well until this week, now it has a defect.",
+            "A part inside the {product} has worn out far too early.",
+            "The {product} keeps failing whenever I use it.",
+        ],
+    ),
 }
 
 # Priority -> what the customer says about time; a normal message says nothing about it.
 PRIORITIES = {
-    "high": ["This is urgent.", "I need it sorted out today.", "Please hurry.",
-             "I leave on a trip tomorrow.", "It cannot wait.", "I need this by Friday.",
-             "We have guests tonight, so please be quick.", "Please act at once.",
-             "I need an answer right away.", "Time is short on our side."],
+    "high": [
+        "This is urgent.",
+        "I need it sorted out today.",
+        "Please hurry.",
+        "I leave on a trip tomorrow.",
+        "It cannot wait.",
+        "I need this by Friday.",
+        "We have guests tonight, so please be quick.",
+        "Please act at once.",
+        "I need an answer right away.",
+        "Time is short on our side.",
+    ],
     "normal": [""],
-    "low": ["There is no hurry.", "Take your time.", "It is not urgent.",
-            "Whenever you have a moment.", "This can wait.", "Any time this month is fine.",
-            "No rush at all.", "I am in no hurry with this.", "Next month is early enough.",
-            "Please deal with the urgent cases first."],
+    "low": [
+        "There is no hurry.",
+        "Take your time.",
+        "It is not urgent.",
+        "Whenever you have a moment.",
+        "This can wait.",
+        "Any time this month is fine.",
+        "No rush at all.",
+        "I am in no hurry with this.",
+        "Next month is early enough.",
+        "Please deal with the urgent cases first.",
+    ],
 }
 
 GREETINGS = ["Hello,", "Hi,", "Good morning,", "Dear team,", "Hello there,", "Good evening,", ""]
-WHO = ["My name is {customer}.", "This is {customer}.", "{customer} here.", "I am {customer}.",
-       "{customer} speaking."]
-SIGN_OFFS = ["Thanks, {customer}", "Best wishes, {customer}", "Regards, {customer}", "{customer}",
-             "Thank you, {customer}", "Kind regards, {customer}"]
-ORDERS = ["My order number is {order}.", "It is order {order}.", "Order {order}.",
-          "This is about order {order}.", "The order number is {order}.", "See order {order}.",
-          "I am writing about order {order}.", "You will find it under order {order}."]
-EXTRAS = ["", "", "I have been a customer for {years} years.", "I paid {price} dollars.",
-          "I live at {years} Mill Road.", "I have photos.", "The rest of the order was fine.",
-          "I already wrote to you on the {years}th.", "What can you do?", "Please help.",
-          "I bought it for my sister.", "Your site was easy to use.",
-          "The parcel weighed {years} kilos."]
+WHO = [
+    "My name is {customer}.",
+    "This is {customer}.",
+    "{customer} here.",
+    "I am {customer}.",
+    "{customer} speaking.",
+]
+SIGN_OFFS = [
+    "Thanks, {customer}",
+    "Best wishes, {customer}",
+    "Regards, {customer}",
+    "{customer}",
+    "Thank you, {customer}",
+    "Kind regards, {customer}",
+]
+ORDERS = [
+    "My order number is {order}.",
+    "It is order {order}.",
+    "Order {order}.",
+    "This is about order {order}.",
+    "The order number is {order}.",
+    "See order {order}.",
+    "I am writing about order {order}.",
+    "You will find it under order {order}.",
+]
+EXTRAS = [
+    "",
+    "",
+    "I have been a customer for {years} years.",
+    "I paid {price} dollars.",
+    "I live at {years} Mill Road.",
+    "I have photos.",
+    "The rest of the order was fine.",
+    "I already wrote to you on the {years}th.",
+    "What can you do?",
+    "Please help.",
+    "I bought it for my sister.",
+    "Your site was easy to use.",
+    "The parcel weighed {years} kilos.",
+]
 
 
 def message(rng: random.Random, facts: dict) -> str:
@@ -141,16 +213,22 @@ def message(rng: random.Random, facts: dict) -> str:
 
 def draw_facts(rng: random.Random) -> dict:
     """Random facts of one request; the order number has four digits."""
-    return {"customer": rng.choice(NAMES), "order": rng.randint(1000, 9999),
-            "product": rng.choice(PRODUCTS), "issue": rng.choice(list(ISSUES)),
-            "priority": rng.choice(list(PRIORITIES))}
+    return {
+        "customer": rng.choice(NAMES),
+        "order": rng.randint(1000, 9999),
+        "product": rng.choice(PRODUCTS),
+        "issue": rng.choice(list(ISSUES)),
+        "priority": rng.choice(list(PRIORITIES)),
+    }
 
 
 def ticket(facts: dict) -> str:
     """The answer to a message: six lines, one field each."""
-    return (f"Customer: {facts['customer']}\nOrder: {facts['order']}\n"
-            f"Product: {facts['product']}\nIssue: {facts['issue']}\n"
-            f"Priority: {facts['priority']}\nNext step: {ISSUES[facts['issue']][0]}")
+    return (
+        f"Customer: {facts['customer']}\nOrder: {facts['order']}\n"
+        f"Product: {facts['product']}\nIssue: {facts['issue']}\n"
+        f"Priority: {facts['priority']}\nNext step: {ISSUES[facts['issue']][0]}"
+    )
 
 
 def wording(text: str, facts: dict) -> str:

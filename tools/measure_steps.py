@@ -52,18 +52,39 @@ LOOK = [
     row(LLAMA1, trace=True, sequence_length=512, attention="explicit_kv", loss="chunked"),
     row(LLAMA1, trace=True, sequence_length=1024, micro_batch_size=2, padded=True),
     row(LLAMA1, trace=True, sequence_length=512, attention="eager", optimizer="adamw"),
-    row(LLAMA1, trace=True, sequence_length=512, norm="native", lora_dropout=0.0,
-        checkpointed_layers=10, attention="explicit_kv"),
+    row(
+        LLAMA1,
+        trace=True,
+        sequence_length=512,
+        norm="native",
+        lora_dropout=0.0,
+        checkpointed_layers=10,
+        attention="explicit_kv",
+    ),
     row(LLAMA1, trace=True, sequence_length=512, base="float16", amp_dtype=None),
-    row(LLAMA1, trace=True, sequence_length=512, lora_rank=None, base="float32",
-        optimizer="adamw"),
+    row(LLAMA1, trace=True, sequence_length=512, lora_rank=None, base="float32", optimizer="adamw"),
     row(LLAMA1, trace=True, kernels="own", sequence_length=1024),
-    row(LLAMA1, trace=True, sequence_length=512, kbit_upcast=True,
-        gradient_accumulation_steps=2),
-    row(LLAMA1, trace=True, kernels="own", sequence_length=1024, padded=True, base="bfloat16",
-        amp_dtype="bfloat16", micro_batch_size=2, optimizer="adamw_8bit"),
-    row(LLAMA1, trace=True, sequence_length=512, micro_batch_size=4, attention="explicit_kv",
-        offload_checkpoints=True, loss="chunked"),
+    row(LLAMA1, trace=True, sequence_length=512, kbit_upcast=True, gradient_accumulation_steps=2),
+    row(
+        LLAMA1,
+        trace=True,
+        kernels="own",
+        sequence_length=1024,
+        padded=True,
+        base="bfloat16",
+        amp_dtype="bfloat16",
+        micro_batch_size=2,
+        optimizer="adamw_8bit",
+    ),
+    row(
+        LLAMA1,
+        trace=True,
+        sequence_length=512,
+        micro_batch_size=4,
+        attention="explicit_kv",
+        offload_checkpoints=True,
+        loss="chunked",
+    ),
     row(LLAMA1, trace=True, sequence_length=512, amp_dtype=None, base="nf4"),
 ]
 
@@ -72,8 +93,14 @@ HELD = [
     row(PHI, lora_targets=FUSED, sequence_length=512, micro_batch_size=2),
     row(PHI, lora_targets=FUSED, sequence_length=1024, attention="explicit_kv", loss="chunked"),
     row(PHI, lora_targets=FUSED, sequence_length=2048, kbit_upcast=True),
-    row(PHI, lora_targets="all-linear", sequence_length=1024, checkpointed_layers=20,
-        attention="explicit_kv", norm="native"),
+    row(
+        PHI,
+        lora_targets="all-linear",
+        sequence_length=1024,
+        checkpointed_layers=20,
+        attention="explicit_kv",
+        norm="native",
+    ),
     row(QWEN17, sequence_length=1024, micro_batch_size=2),
     row(QWEN17, sequence_length=2048, micro_batch_size=4, attention="explicit_kv", loss="chunked"),
     row(QWEN17, sequence_length=512, micro_batch_size=12, norm="native", attention="explicit_kv"),
@@ -81,35 +108,89 @@ HELD = [
     row(QWEN06, sequence_length=4096, attention="explicit_kv", loss="chunked"),
     row(QWEN06, sequence_length=512, micro_batch_size=8, amp_dtype=None, base="float16"),
     row(QWEN06, sequence_length=512, lora_rank=None, base="float32", optimizer="adamw_8bit"),
-    row(QWEN06, sequence_length=512, micro_batch_size=3, lora_rank=None, base="float32",
-        optimizer="adamw", amp_dtype="float16", gradient_accumulation_steps=2),
-    row(QWEN06, kernels="own", sequence_length=2048, micro_batch_size=2, base="bfloat16",
-        amp_dtype="bfloat16"),
+    row(
+        QWEN06,
+        sequence_length=512,
+        micro_batch_size=3,
+        lora_rank=None,
+        base="float32",
+        optimizer="adamw",
+        amp_dtype="float16",
+        gradient_accumulation_steps=2,
+    ),
+    row(
+        QWEN06,
+        kernels="own",
+        sequence_length=2048,
+        micro_batch_size=2,
+        base="bfloat16",
+        amp_dtype="bfloat16",
+    ),
     row(SMOL, sequence_length=1024, micro_batch_size=2, double_quant=False),
     row(SMOL, sequence_length=2048, loss="chunked", optimizer="adamw", lora_rank=64),
     row(SMOL, sequence_length=1024, micro_batch_size=4, padded=True, optimizer="adamw_8bit"),
-    row(SMOL, sequence_length=512, kbit_upcast=True, checkpointed_layers=0, amp_dtype=None,
-        base="float16"),
+    row(
+        SMOL,
+        sequence_length=512,
+        kbit_upcast=True,
+        checkpointed_layers=0,
+        amp_dtype=None,
+        base="float16",
+    ),
     row(LLAMA1, sequence_length=4096, attention="explicit_kv", loss="chunked"),
     row(LLAMA1, sequence_length=512, micro_batch_size=12, lora_targets="all-linear"),
     row(LLAMA1, sequence_length=2048, attention="eager", micro_batch_size=2, loss="chunked"),
-    row(LLAMA1, sequence_length=1024, micro_batch_size=3, padded=True, attention="explicit_kv",
-        gradient_accumulation_steps=4),
+    row(
+        LLAMA1,
+        sequence_length=1024,
+        micro_batch_size=3,
+        padded=True,
+        attention="explicit_kv",
+        gradient_accumulation_steps=4,
+    ),
     row(LLAMA1, sequence_length=2048, kbit_upcast=True, checkpointed_layers=6),
     row(LLAMA1, kernels="own", sequence_length=4096, micro_batch_size=2),
-    row(LLAMA3, sequence_length=1024, micro_batch_size=2, checkpointed_layers=14,
-        attention="explicit_kv"),
+    row(
+        LLAMA3,
+        sequence_length=1024,
+        micro_batch_size=2,
+        checkpointed_layers=14,
+        attention="explicit_kv",
+    ),
     row(LLAMA3, sequence_length=2048, attention="stock", loss="chunked", double_quant=False),
     row(LLAMA3, sequence_length=512, base="float16", micro_batch_size=2),
-    row(LLAMA8, sequence_length=2048, micro_batch_size=4, attention="explicit_kv", loss="chunked",
-        norm="native", lora_dropout=0.0),
-    row(LLAMA8, sequence_length=2048, attention="explicit_kv", loss="chunked",
-        checkpointed_layers=16),
-    row(LLAMA8, sequence_length=2048, micro_batch_size=4, attention="explicit_kv", loss="chunked",
-        offload_checkpoints=True),
+    row(
+        LLAMA8,
+        sequence_length=2048,
+        micro_batch_size=4,
+        attention="explicit_kv",
+        loss="chunked",
+        norm="native",
+        lora_dropout=0.0,
+    ),
+    row(
+        LLAMA8,
+        sequence_length=2048,
+        attention="explicit_kv",
+        loss="chunked",
+        checkpointed_layers=16,
+    ),
+    row(
+        LLAMA8,
+        sequence_length=2048,
+        micro_batch_size=4,
+        attention="explicit_kv",
+        loss="chunked",
+        offload_checkpoints=True,
+    ),
     row(LLAMA8, sequence_length=2048, kbit_upcast=True),
-    row(LLAMA8, sequence_length=1024, micro_batch_size=2, lora_targets="all-linear",
-        gradient_accumulation_steps=2),
+    row(
+        LLAMA8,
+        sequence_length=1024,
+        micro_batch_size=2,
+        lora_targets="all-linear",
+        gradient_accumulation_steps=2,
+    ),
     row(LLAMA8, sequence_length=1024, micro_batch_size=2, padded=True),
 ]
 
@@ -131,7 +212,7 @@ def make_batch(recipe: TrainRecipe, vocab_size: int) -> dict:
     batch = {"input_ids": ids, "labels": ids.clone()}
     if recipe.padded:
         mask = torch.ones_like(ids)
-        mask[0, -recipe.sequence_length // 4:] = 0
+        mask[0, -recipe.sequence_length // 4 :] = 0
         batch |= {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     return batch
 
@@ -148,8 +229,9 @@ def measure(spec: dict, source: str, trace_path: str) -> dict:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if spec["trace"]:
-        torch.cuda.memory._record_memory_history("all", context=None, stacks="python",
-                                                 max_entries=2_000_000)
+        torch.cuda.memory._record_memory_history(
+            "all", context=None, stacks="python", max_entries=2_000_000
+        )
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     marks, result = [], {}
@@ -176,10 +258,13 @@ def measure(spec: dict, source: str, trace_path: str) -> dict:
     model.train()
     mark("adapters")
     optimizer = qlora.build_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler("cuda", init_scale=256.0) if recipe.amp_dtype == "float16" \
-        else None
-    batches = [make_batch(recipe, model.config.vocab_size)
-               for _ in range(recipe.gradient_accumulation_steps)]
+    scaler = (
+        torch.amp.GradScaler("cuda", init_scale=256.0) if recipe.amp_dtype == "float16" else None
+    )
+    batches = [
+        make_batch(recipe, model.config.vocab_size)
+        for _ in range(recipe.gradient_accumulation_steps)
+    ]
     losses = []
     for step in (1, 2, 3):
         losses.append(qlora.training_step(model, optimizer, batches, recipe, scaler))
@@ -204,8 +289,9 @@ def child(spec: dict, source: str, trace_path: str, pipe) -> None:
     try:
         pipe.send(measure(spec, source, trace_path))
     except BaseException as error:  # the row's own record of what went wrong
-        pipe.send({"error": f"{type(error).__name__}: {error}",
-                   "where": traceback.format_exc()[-2000:]})
+        pipe.send(
+            {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
+        )
 
 
 def versions() -> dict:
@@ -221,9 +307,16 @@ def ask_gpu(pipe) -> None:
     properties = torch.cuda.get_device_properties(0)
     torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
-    pipe.send({"name": properties.name, "capability": [properties.major, properties.minor],
-               "multiprocessors": properties.multi_processor_count, "total_bytes": total,
-               "used_by_first_tensor_bytes": total - free, "cuda": torch.version.cuda})
+    pipe.send(
+        {
+            "name": properties.name,
+            "capability": [properties.major, properties.minor],
+            "multiprocessors": properties.multi_processor_count,
+            "total_bytes": total,
+            "used_by_first_tensor_bytes": total - free,
+            "cuda": torch.version.cuda,
+        }
+    )
 
 
 def in_child(context, function, *arguments):
@@ -266,10 +359,16 @@ def main() -> None:
     torch.set_num_threads(1)  # a forked child of a parent with OpenMP threads would hang
     context = multiprocessing.get_context("fork")
     specs = HELD if options.rows == "held" else LOOK
-    record = {"gpu": answer(*in_child(context, ask_gpu)), "versions": versions(),
-              "date": datetime.date.today().isoformat(), "protocol": __doc__, "rows": []}
-    specs = [spec | {"row": i} for i, spec in enumerate(specs)
-             if not options.only or i in options.only]
+    record = {
+        "gpu": answer(*in_child(context, ask_gpu)),
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "protocol": __doc__,
+        "rows": [],
+    }
+    specs = [
+        spec | {"row": i} for i, spec in enumerate(specs) if not options.only or i in options.only
+    ]
     # rows of one checkpoint follow each other, so that a checkpoint can go when they are done
     waiting = sorted(specs, key=lambda spec: (spec["recipe"]["model"], storage(spec)))
     running: list[tuple] = []
@@ -299,10 +398,15 @@ def main() -> None:
                 peak = found.get("peak_allocated_bytes")
                 text = found.get("error") or f"{peak / 2**30:.2f} GiB, losses {found['losses']}"
                 changes = {k: v for k, v in spec["recipe"].items() if k != "model"}
-                print(f"{len(record['rows'])}/{len(specs)} {spec['recipe']['model']} {changes} "
-                      f"{spec['kernels']}: {text}", flush=True)
-            needed = {f"{s['recipe']['model']}-random-{storage(s)}"
-                      for s in waiting + [item[0] for item in running]}
+                print(
+                    f"{len(record['rows'])}/{len(specs)} {spec['recipe']['model']} {changes} "
+                    f"{spec['kernels']}: {text}",
+                    flush=True,
+                )
+            needed = {
+                f"{s['recipe']['model']}-random-{storage(s)}"
+                for s in waiting + [item[0] for item in running]
+            }
             for done in Path(folder).iterdir():
                 if done.name not in needed:
                     shutil.rmtree(done)

@@ -46,8 +46,15 @@ from tools.measure_steps import answer, in_child, storage, versions, write_check
 
 LLAMA8, LLAMA1, PHI, QWEN = "llama-3.1-8b", "llama-3.2-1b", "phi-4-mini", "qwen3-1.7b"
 FUSED = ("qkv_proj", "o_proj")
-USUAL = TrainRecipe(model=LLAMA8, amp_dtype="float16", sequence_length=2048, micro_batch_size=4,
-                    max_steps=6, warmup_fraction=0.0, seed=0)
+USUAL = TrainRecipe(
+    model=LLAMA8,
+    amp_dtype="float16",
+    sequence_length=2048,
+    micro_batch_size=4,
+    max_steps=6,
+    warmup_fraction=0.0,
+    seed=0,
+)
 LADDER = (  # each rung keeps the ones before it
     ("the usual recipe", {}),
     ("explicit key/value heads", {"attention": "explicit_kv"}),
@@ -68,8 +75,12 @@ NEEDS_CUDA = "skipif(not torch.cuda.is_available()"
 
 
 def row(group: str, name: str, limited: bool = True, **changes) -> dict:
-    return {"group": group, "name": name, "limited": limited,
-            "recipe": dataclasses.asdict(dataclasses.replace(USUAL, **changes))}
+    return {
+        "group": group,
+        "name": name,
+        "limited": limited,
+        "recipe": dataclasses.asdict(dataclasses.replace(USUAL, **changes)),
+    }
 
 
 def ladder() -> list[dict]:
@@ -77,16 +88,23 @@ def ladder() -> list[dict]:
     for name, change in LADDER:
         changes |= change
         rows.append(row("ladder", name, limited=False, **changes))
-    return [row("ladder", "the usual recipe on a T4"), row("ladder", "the last rung on a T4",
-                                                           **changes), *rows]
+    return [
+        row("ladder", "the usual recipe on a T4"),
+        row("ladder", "the last rung on a T4", **changes),
+        *rows,
+    ]
 
 
 def card():
     """This card's speed, a T4's memory and kernels: what `fit` is asked about."""
     from fitcast import gpus as hardware
 
-    return dataclasses.replace(hardware.detect(), total_bytes=T4.total_bytes,
-                               context_bytes=T4.context_bytes, flash_attention=False)
+    return dataclasses.replace(
+        hardware.detect(),
+        total_bytes=T4.total_bytes,
+        context_bytes=T4.context_bytes,
+        flash_attention=False,
+    )
 
 
 def picked(group: str, name: str, max_steps: int = USUAL.max_steps, **changes) -> dict:
@@ -94,18 +112,27 @@ def picked(group: str, name: str, max_steps: int = USUAL.max_steps, **changes) -
     from fitcast.forecasting.search import fit
 
     start = dataclasses.replace(USUAL, gradient_accumulation_steps=2, **LEAN | changes)
-    return row(group, name, **dataclasses.asdict(fit(start, card()).recipe)
-               | {"max_steps": max_steps})
+    return row(
+        group, name, **dataclasses.asdict(fit(start, card()).recipe) | {"max_steps": max_steps}
+    )
 
 
 def fitted() -> list[dict]:
     """Effective batch 8 on a T4: what `fit` picks, for 50 steps, and its neighbours."""
     return [
         row("fit", "the usual recipe", limited=False, gradient_accumulation_steps=2),
-        picked("fit", "what fit picks", max_steps=50)] + [
-        row("fit", f"micro batch {size}, {k} layers checkpointed", micro_batch_size=size,
-            gradient_accumulation_steps=8 // size, checkpointed_layers=k, **LEAN)
-        for size, k in ((1, 0), (2, 18), (4, 26), (4, "all"))]
+        picked("fit", "what fit picks", max_steps=50),
+    ] + [
+        row(
+            "fit",
+            f"micro batch {size}, {k} layers checkpointed",
+            micro_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            checkpointed_layers=k,
+            **LEAN,
+        )
+        for size, k in ((1, 0), (2, 18), (4, 26), (4, "all"))
+    ]
 
 
 def menu() -> list[dict]:
@@ -114,13 +141,28 @@ def menu() -> list[dict]:
         which = {"model": model, "lora_targets": targets}
         rows.append(row("menu", f"{model}, usual", limited=False, **which))
         for size in (4, 8, 16):
-            rows.append(row("menu", f"{model}, ours, micro batch {size}",
-                            **which | OURS | {"micro_batch_size": size}))
+            rows.append(
+                row(
+                    "menu",
+                    f"{model}, ours, micro batch {size}",
+                    **which | OURS | {"micro_batch_size": size},
+                )
+            )
         size = largest_micro_batch(dataclasses.replace(USUAL, **which | OURS))
-        rows.append(row("menu", f"{model}, ours, largest micro batch",
-                        **which | OURS | {"micro_batch_size": size}))
-        rows.append(row("menu", f"{model}, lean, checkpoints on the host",
-                        **which | LEAN | {"offload_checkpoints": True}))
+        rows.append(
+            row(
+                "menu",
+                f"{model}, ours, largest micro batch",
+                **which | OURS | {"micro_batch_size": size},
+            )
+        )
+        rows.append(
+            row(
+                "menu",
+                f"{model}, lean, checkpoints on the host",
+                **which | LEAN | {"offload_checkpoints": True},
+            )
+        )
         rows.append(picked("menu", f"{model}, what fit picks", **which))
     return rows
 
@@ -130,16 +172,29 @@ def largest_micro_batch(recipe: TrainRecipe) -> int:
     from fitcast.forecasting.forecast import forecast
 
     sizes = range(1, 128)
-    return bisect.bisect_left(sizes, True, key=lambda size: not forecast(
-        dataclasses.replace(recipe, micro_batch_size=size), T4).fits)
+    return bisect.bisect_left(
+        sizes,
+        True,
+        key=lambda size: not forecast(dataclasses.replace(recipe, micro_batch_size=size), T4).fits,
+    )
 
 
 def checkpointing() -> list[dict]:
     """What forgetting costs: Llama-3.2-1B with adapters, and with all weights trained."""
     ways = {"LoRA": {}, "all weights": {"lora_rank": None, "base": "float32"}}
-    return [row("checkpointing", f"{way}, {k} of 16 layers", limited=False, model=LLAMA1,
-                sequence_length=1024, checkpointed_layers=k, **changes)
-            for way, changes in ways.items() for k in (0, 8, 16)]
+    return [
+        row(
+            "checkpointing",
+            f"{way}, {k} of 16 layers",
+            limited=False,
+            model=LLAMA1,
+            sequence_length=1024,
+            checkpointed_layers=k,
+            **changes,
+        )
+        for way, changes in ways.items()
+        for k in (0, 8, 16)
+    ]
 
 
 def matmul() -> list[dict]:
@@ -148,61 +203,102 @@ def matmul() -> list[dict]:
 
 def launch() -> list[dict]:
     """A step so small that Python's pace of launching operations is the only thing to see."""
-    return [row("launch", "8B, 1 x 64 tokens", model=LLAMA8, micro_batch_size=1, max_steps=20,
-                **LEAN | {"sequence_length": 64, "checkpointed_layers": 0})]
+    return [
+        row(
+            "launch",
+            "8B, 1 x 64 tokens",
+            model=LLAMA8,
+            micro_batch_size=1,
+            max_steps=20,
+            **LEAN | {"sequence_length": 64, "checkpointed_layers": 0},
+        )
+    ]
 
 
 def lessons() -> list[dict]:
-    return [{"group": "lessons", "name": script.stem} for script in sorted(
-        (ROOT / "lessons").glob("[0-9][0-9]_*.py"))]
+    return [
+        {"group": "lessons", "name": script.stem}
+        for script in sorted((ROOT / "lessons").glob("[0-9][0-9]_*.py"))
+    ]
 
 
 def gpus() -> list[dict]:
     """Lesson 06's run with its 32 sequences a step shared by processes, one GPU each."""
     import torch
 
-    return [{"group": "gpus", "name": f"{n} GPU{'s' * (n > 1)}", "processes": n, "steps": 12}
-            for n in (1, 2, 4) if n <= torch.cuda.device_count()]
+    return [
+        {"group": "gpus", "name": f"{n} GPU{'s' * (n > 1)}", "processes": n, "steps": 12}
+        for n in (1, 2, 4)
+        if n <= torch.cuda.device_count()
+    ]
 
 
 def ranks() -> list[dict]:
     """Lesson 03's update by two processes that talk through NCCL."""
     import torch
 
-    return [{"group": "ranks", "name": "2 ranks, a GPU each", "ranks": 2}
-            for _ in range(torch.cuda.device_count() > 1)]
+    return [
+        {"group": "ranks", "name": "2 ranks, a GPU each", "ranks": 2}
+        for _ in range(torch.cuda.device_count() > 1)
+    ]
 
 
 def tests() -> list[dict]:
     """A row for each module with tests that are skipped where there is no GPU."""
-    return [{"group": "tests", "name": path.name} for path in sorted(
-        (ROOT / "tests").rglob("test_*.py")) if needing_cuda(path)]
+    return [
+        {"group": "tests", "name": path.name}
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if needing_cuda(path)
+    ]
 
 
 def needing_cuda(path: Path) -> list[str]:
     """The tests of a module whose mark says that they are skipped where there is no GPU."""
-    return [node.name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.FunctionDef)
-            and any(NEEDS_CUDA in ast.unparse(mark) for mark in node.decorator_list)]
+    return [
+        node.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and any(NEEDS_CUDA in ast.unparse(mark) for mark in node.decorator_list)
+    ]
 
 
 def budgets() -> list[dict]:
     """The models for which budgets circulate, trained by the usual recipe: who holds what."""
-    return [row("budgets", model, limited=False, model=model, lora_targets=targets)
-            for model, targets in ((LLAMA8, USUAL.lora_targets), (PHI, FUSED))]
+    return [
+        row("budgets", model, limited=False, model=model, lora_targets=targets)
+        for model, targets in ((LLAMA8, USUAL.lora_targets), (PHI, FUSED))
+    ]
 
 
 def curves() -> list[dict]:
     """The same data and seed, 50 steps: the levers change the memory, not the training."""
-    common = {"micro_batch_size": 1, "max_steps": 50, "lora_dropout": 0.0, "limited": False,
-              "learning_rate": 2e-3}
-    return [row("curves", "usual", **common),
-            row("curves", "ours", **common | {k: v for k, v in LEAN.items() if k not in common})]
+    common = {
+        "micro_batch_size": 1,
+        "max_steps": 50,
+        "lora_dropout": 0.0,
+        "limited": False,
+        "learning_rate": 2e-3,
+    }
+    return [
+        row("curves", "usual", **common),
+        row("curves", "ours", **common | {k: v for k, v in LEAN.items() if k not in common}),
+    ]
 
 
-GROUPS = {"ladder": ladder, "fit": fitted, "curves": curves, "checkpointing": checkpointing,
-          "matmul": matmul, "menu": menu, "launch": launch, "budgets": budgets, "gpus": gpus,
-          "ranks": ranks, "tests": tests, "lessons": lessons}
+GROUPS = {
+    "ladder": ladder,
+    "fit": fitted,
+    "curves": curves,
+    "checkpointing": checkpointing,
+    "matmul": matmul,
+    "menu": menu,
+    "launch": launch,
+    "budgets": budgets,
+    "gpus": gpus,
+    "ranks": ranks,
+    "tests": tests,
+    "lessons": lessons,
+}
 
 
 def list_rows(group: str, pipe) -> None:
@@ -241,9 +337,15 @@ def train_row(spec: dict, source: str, pipe) -> None:
         with emulated(spec), tempfile.TemporaryDirectory() as folder:
             model = training.build_model(recipe, source)
             trainer = training.QLoRATrainer(
-                recipe, model, sequences(recipe, model.config.vocab_size),
-                SimpleNamespace(pad_token_id=0), Path(folder), on_step=steps.append,
-                save_strategy="no", remove_unused_columns=False)
+                recipe,
+                model,
+                sequences(recipe, model.config.vocab_size),
+                SimpleNamespace(pad_token_id=0),
+                Path(folder),
+                on_step=steps.append,
+                save_strategy="no",
+                remove_unused_columns=False,
+            )
             trainer.data_collator = default_data_collator
             trainer.train()
         outcome = "trained"
@@ -254,13 +356,20 @@ def train_row(spec: dict, source: str, pipe) -> None:
         return
     measured = steps[2:] or [{}]
     speeds = [step["tokens_per_second"] for step in measured if step]
-    pipe.send({
-        "outcome": outcome, "steps": len(steps),
-        "peak_allocated_bytes": max((s["peak_allocated_bytes"] for s in measured if s),
-                                    default=None),
-        "peak_reserved_bytes": max((s["peak_reserved_bytes"] for s in measured if s), default=None),
-        "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
-        "losses": [round(step["loss"], 5) for step in steps]})
+    pipe.send(
+        {
+            "outcome": outcome,
+            "steps": len(steps),
+            "peak_allocated_bytes": max(
+                (s["peak_allocated_bytes"] for s in measured if s), default=None
+            ),
+            "peak_reserved_bytes": max(
+                (s["peak_reserved_bytes"] for s in measured if s), default=None
+            ),
+            "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
+            "losses": [round(step["loss"], 5) for step in steps],
+        }
+    )
 
 
 def count_row(spec: dict, source: str, pipe) -> None:
@@ -271,26 +380,45 @@ def count_row(spec: dict, source: str, pipe) -> None:
     recipe = TrainRecipe(**spec["recipe"])
     with emulated(spec):
         found = measurement.measure_step(recipe, training.build_model(recipe, source))
-    pipe.send({"outcome": "trained", "composition": found.report.composition,
-               "peak_allocated_bytes": found.peak_allocated_bytes,
-               "peak_reserved_bytes": found.peak_reserved_bytes,
-               "tokens_per_second": round(found.tokens_per_second, 1)})
+    pipe.send(
+        {
+            "outcome": "trained",
+            "composition": found.report.composition,
+            "peak_allocated_bytes": found.peak_allocated_bytes,
+            "peak_reserved_bytes": found.peak_reserved_bytes,
+            "tokens_per_second": round(found.tokens_per_second, 1),
+        }
+    )
 
 
 def run_on_gpus(spec: dict) -> dict:
     """Run tools/train_many_gpus.py under torchrun; losses and speeds are what it prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
-               str(spec["processes"]), str(ROOT / "tools" / "train_many_gpus.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(spec["processes"]),
+        str(ROOT / "tools" / "train_many_gpus.py"),
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, "--out", folder, "--steps", str(spec["steps"])], text=True,
-                              capture_output=True, env=os.environ | {EMULATE_VARIABLE: "T4"})
+        done = subprocess.run(
+            [*command, "--out", folder, "--steps", str(spec["steps"])],
+            text=True,
+            capture_output=True,
+            env=os.environ | {EMULATE_VARIABLE: "T4"},
+        )
     shared = re.search(r"^.* sequences of .*$", done.stdout, re.M)
     steps = re.findall(r"^step \d+: loss ([\d.]+), ([\d,]+) tokens/s", done.stdout, re.M)
     if done.returncode or len(steps) != spec["steps"]:
         return {"error": done.stderr[-1000:]}
     speeds = [int(speed.replace(",", "")) for _, speed in steps[2:]]
-    return {"outcome": "trained", "shared": shared[0], "losses": [float(loss) for loss, _ in steps],
-            "tokens_per_second": statistics.median(speeds)}
+    return {
+        "outcome": "trained",
+        "shared": shared[0],
+        "losses": [float(loss) for loss, _ in steps],
+        "tokens_per_second": statistics.median(speeds),
+    }
 
 
 def run_tests(spec: dict) -> dict:
@@ -299,17 +427,37 @@ def run_tests(spec: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider",
-             "-c", os.devnull, f"--rootdir={ROOT}", f"--junitxml={report}",
-             *(f"{path}::{name}" for name in needing_cuda(path))],
-            cwd=ROOT, text=True, capture_output=True,
-            env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "--noconftest",
+                "-p",
+                "no:cacheprovider",
+                "-c",
+                os.devnull,
+                f"--rootdir={ROOT}",
+                f"--junitxml={report}",
+                *(f"{path}::{name}" for name in needing_cuda(path)),
+            ],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        )
         if not report.exists():
             return {"error": (done.stdout + done.stderr)[-1000:]}
         cases = list(ElementTree.parse(report).iter("testcase"))
-    return {"outcome": "ran", "tests": {
-        case.get("name"): next((part.tag for part in case if part.tag in
-                                ("failure", "error", "skipped")), "passed") for case in cases}}
+    return {
+        "outcome": "ran",
+        "tests": {
+            case.get("name"): next(
+                (part.tag for part in case if part.tag in ("failure", "error", "skipped")), "passed"
+            )
+            for case in cases
+        },
+    }
 
 
 def share_update(spec: dict, pipe) -> None:
@@ -322,24 +470,39 @@ def share_update(spec: dict, pipe) -> None:
     from fitcast.training.data import collate, encode
     from fitcast.units import IGNORED
 
-    recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0.0, checkpointed_layers=0,
-                         optimizer="adamw", micro_batch_size=2, gradient_accumulation_steps=16,
-                         sequence_length=128)
+    recipe = TrainRecipe(
+        model=BUNDLED,
+        base="float32",
+        lora_rank=None,
+        lora_dropout=0.0,
+        checkpointed_layers=0,
+        optimizer="adamw",
+        micro_batch_size=2,
+        gradient_accumulation_steps=16,
+        sequence_length=128,
+    )
     tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir())
     rows = list(encode(data.load_instructions(), tokenizer, recipe.sequence_length))
-    rows = [dict(row) for row in rows[:recipe.effective_batch_size]]
+    rows = [dict(row) for row in rows[: recipe.effective_batch_size]]
     for row in rows[:28]:  # one labelled token is left
         first = next(at for at, label in enumerate(row["labels"]) if label != IGNORED)
-        row["labels"] = [label if at <= first else IGNORED
-                         for at, label in enumerate(row["labels"])]
-    batch = {name: tensor.cuda() for name, tensor in
-             collate(rows, tokenizer.pad_token_id).items()}
+        row["labels"] = [
+            label if at <= first else IGNORED for at, label in enumerate(row["labels"])
+        ]
+    batch = {name: tensor.cuda() for name, tensor in collate(rows, tokenizer.pad_token_id).items()}
     alone = processes.update(recipe, batch)
-    shared = dataclasses.replace(recipe, world_size=spec["ranks"],
-                                 gradient_accumulation_steps=16 // spec["ranks"])
+    shared = dataclasses.replace(
+        recipe, world_size=spec["ranks"], gradient_accumulation_steps=16 // spec["ranks"]
+    )
     found = processes.launch(shared, batch)
-    pipe.send({"outcome": "trained", "relative_errors": {
-        weigh: gradients.relative_error(update, alone) for weigh, update in found.items()}})
+    pipe.send(
+        {
+            "outcome": "trained",
+            "relative_errors": {
+                weigh: gradients.relative_error(update, alone) for weigh, update in found.items()
+            },
+        }
+    )
 
 
 def run_lesson(spec: dict) -> dict:
@@ -354,11 +517,18 @@ def run_lesson(spec: dict) -> dict:
     except LessonError as error:
         return {"error": str(error)[-1000:]}
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    printed = [{"cell": sha(cell.source), "printed": output.text.strip()}
-               for cell in cells for output in cell.outputs
-               if re.search(MEASURED, output.get("text", ""), re.M)]
-    return {"outcome": "executed", "seconds": round(time.monotonic() - start, 1),
-            "cells": len(cells), "measured": printed}
+    printed = [
+        {"cell": sha(cell.source), "printed": output.text.strip()}
+        for cell in cells
+        for output in cell.outputs
+        if re.search(MEASURED, output.get("text", ""), re.M)
+    ]
+    return {
+        "outcome": "executed",
+        "seconds": round(time.monotonic() - start, 1),
+        "cells": len(cells),
+        "measured": printed,
+    }
 
 
 def sha(source: str) -> str:
@@ -373,9 +543,11 @@ def add_forecasts(rows: list[dict]) -> None:
     for spec in rows:
         if "recipe" in spec:
             said = forecast(TrainRecipe(**spec["recipe"]), T4)
-            spec["forecast"] = {"peak_allocated_bytes": said.peak_allocated_bytes,
-                                "peak_reserved_bytes": said.peak_reserved_bytes,
-                                "fits": said.fits}
+            spec["forecast"] = {
+                "peak_allocated_bytes": said.peak_allocated_bytes,
+                "peak_reserved_bytes": said.peak_reserved_bytes,
+                "fits": said.fits,
+            }
 
 
 def time_product(spec: dict, pipe) -> None:
@@ -394,8 +566,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "lessons" / "recorded_runs.json")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--forecasts", action="store_true",
-                        help="only forecast the recorded rows again; needs no GPU")
+    parser.add_argument(
+        "--forecasts",
+        action="store_true",
+        help="only forecast the recorded rows again; needs no GPU",
+    )
     options = parser.parse_args()
     if options.forecasts:
         record = json.loads(options.out.read_text(encoding="utf-8"))
@@ -408,13 +583,19 @@ def main() -> None:
     context = multiprocessing.get_context("fork")
     old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     gpu = answer(*in_child(context, describe_gpu))["name"]
-    stamp = {"gpu": gpu, "emulated": None if "T4" in gpu.split() else "T4",
-             "versions": versions(), "date": datetime.date.today().isoformat()}
+    stamp = {
+        "gpu": gpu,
+        "emulated": None if "T4" in gpu.split() else "T4",
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+    }
     record = {
         "protocol": " ".join(__doc__.split("\n\n", 2)[2].split()),
-        "rows": [r for r in old if r["group"] not in options.groups]}
-    specs = [spec for group in options.groups
-             for spec in answer(*in_child(context, list_rows, group))]
+        "rows": [r for r in old if r["group"] not in options.groups],
+    }
+    specs = [
+        spec for group in options.groups for spec in answer(*in_child(context, list_rows, group))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         for number, spec in enumerate(specs, 1):
@@ -436,8 +617,13 @@ def main() -> None:
                 run = count_row if spec["group"] == "budgets" else train_row
                 found = answer(*in_child(context, run, spec, str(source)))
             peak = found.get("peak_allocated_bytes")
-            print(title, f"{peak / GIB:.2f} GiB, {found['tokens_per_second']:.0f} tok/s"
-                  if peak else {k: v for k, v in found.items() if k != "losses"}, flush=True)
+            print(
+                title,
+                f"{peak / GIB:.2f} GiB, {found['tokens_per_second']:.0f} tok/s"
+                if peak
+                else {k: v for k, v in found.items() if k != "losses"},
+                flush=True,
+            )
             record["rows"].append(spec | found | stamp)
             save(record, options.out)
     add_forecasts(record["rows"])

@@ -46,7 +46,11 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
-VERDICTS = ("Right", "Not yet", "Not attempted")  # how `course_utils.exercises.checks` begins a verdict
+VERDICTS = (
+    "Right",
+    "Not yet",
+    "Not attempted",
+)  # how `course_utils.exercises.checks` begins a verdict
 
 
 @dataclass(frozen=True)

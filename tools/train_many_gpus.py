@@ -31,11 +31,25 @@ from fitcast.training import data, export, trainer
 def lesson_recipe(source: sources.Source) -> TrainRecipe:
     """The recipe of lesson 06, for one process (a test holds the two together)."""
     return TrainRecipe(
-        model=source.model, base="nf4", double_quant=True, lora_rank=16, lora_alpha=32,
-        lora_dropout=0.0, micro_batch_size=8, gradient_accumulation_steps=4,
-        attention="explicit_kv", loss="lean", norm="native", adapters="lean",
-        optimizer="paged_adamw_8bit", warmup_fraction=0.05, max_steps=56, save_steps=28, seed=1,
-        **source.settings)
+        model=source.model,
+        base="nf4",
+        double_quant=True,
+        lora_rank=16,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        micro_batch_size=8,
+        gradient_accumulation_steps=4,
+        attention="explicit_kv",
+        loss="lean",
+        norm="native",
+        adapters="lean",
+        optimizer="paged_adamw_8bit",
+        warmup_fraction=0.05,
+        max_steps=56,
+        save_steps=28,
+        seed=1,
+        **source.settings,
+    )
 
 
 def shared(recipe: TrainRecipe, world_size: int) -> TrainRecipe:
@@ -46,11 +60,14 @@ def shared(recipe: TrainRecipe, world_size: int) -> TrainRecipe:
     """
     steps = recipe.gradient_accumulation_steps
     if world_size < 1 or steps % world_size:
-        raise ValueError(f"world_size must divide gradient_accumulation_steps ({steps}), got "
-                         f"{world_size}; start 1, 2 or {steps} processes, or halve "
-                         "micro_batch_size and double the accumulation")
-    return dataclasses.replace(recipe, world_size=world_size,
-                               gradient_accumulation_steps=steps // world_size)
+        raise ValueError(
+            f"world_size must divide gradient_accumulation_steps ({steps}), got "
+            f"{world_size}; start 1, 2 or {steps} processes, or halve "
+            "micro_batch_size and double the accumulation"
+        )
+    return dataclasses.replace(
+        recipe, world_size=world_size, gradient_accumulation_steps=steps // world_size
+    )
 
 
 def main() -> None:
@@ -60,8 +77,10 @@ def main() -> None:
     parser.add_argument("--drive", type=Path, help="a mounted folder for copies of checkpoints")
     parser.add_argument("--steps", type=int, help="end after this optimizer step")
     options = parser.parse_args()
-    world_size, rank, local_rank = (int(os.environ.get(name, default)) for name, default in (
-        ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    world_size, rank, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
     on_gpus = gpus.device() != "cpu"
     if on_gpus:
         torch.accelerator.set_device_index(local_rank)  # before anything lands on a GPU
@@ -73,19 +92,35 @@ def main() -> None:
 
     def say(row: dict) -> None:
         if rank == 0:
-            print(f"step {row['step']}: loss {row['loss']:.4f}, "
-                  f"{world_size * row['tokens_per_second']:,.0f} tokens/s", flush=True)
+            print(
+                f"step {row['step']}: loss {row['loss']:.4f}, "
+                f"{world_size * row['tokens_per_second']:,.0f} tokens/s",
+                flush=True,
+            )
 
     if rank == 0:
-        print(source, f"{world_size} x {recipe.micro_batch_size} x "
-              f"{recipe.gradient_accumulation_steps} = {recipe.effective_batch_size} sequences of "
-              f"{recipe.sequence_length} tokens a step", flush=True)
+        print(
+            source,
+            f"{world_size} x {recipe.micro_batch_size} x "
+            f"{recipe.gradient_accumulation_steps} = {recipe.effective_batch_size} sequences of "
+            f"{recipe.sequence_length} tokens a step",
+            flush=True,
+        )
     extra = {"ddp_find_unused_parameters": False} if world_size > 1 else {}
     if world_size > 1 and not on_gpus:
         extra |= {"use_cpu": True, "ddp_backend": "gloo"}
     model = trainer.build_model(recipe)
-    trainer.train(recipe, model, rows, tokenizer, options.out, stop_at=options.steps,
-                   drive=options.drive, on_step=say, **extra)
+    trainer.train(
+        recipe,
+        model,
+        rows,
+        tokenizer,
+        options.out,
+        stop_at=options.steps,
+        drive=options.drive,
+        on_step=say,
+        **extra,
+    )
     if rank == 0:
         export.save_adapter(model, options.out / "adapter")
     if torch.distributed.is_initialized():

@@ -48,8 +48,10 @@ def bundled_model_dir() -> Path:
         path = DATA / name
         _require(path)
         if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
-            raise ValueError(f"{path} must have sha256 {sha256[:12]}…, got {found[:12]}… "
-                             f"({path.stat().st_size} bytes): the file is damaged; {REMEDY}")
+            raise ValueError(
+                f"{path} must have sha256 {sha256[:12]}…, got {found[:12]}… "
+                f"({path.stat().st_size} bytes): the file is damaged; {REMEDY}"
+            )
     return Path(BUNDLED)
 
 
@@ -66,16 +68,24 @@ def load_instructions(source: str = "bundled", split: str = "train") -> Dataset:
 
     for field, value, known in (("source", source, SOURCES), ("split", split, SPLITS)):
         if value not in known:
-            raise ValueError(f"{field} must be one of {', '.join(known)}, got {value!r}; "
-                             "choose one of them")
+            raise ValueError(
+                f"{field} must be one of {', '.join(known)}, got {value!r}; choose one of them"
+            )
     if source == "bundled":
         rows = _read_examples(DATA / "instructions.jsonl")
     else:
         hub = load_dataset(DOLLY, split="train")
-        rows = [{"prompt": f"{row['instruction']}\n\n{row['context']}".strip(),
-                 "answer": row["response"].strip()} for row in hub if row["response"].strip()]
-    return Dataset.from_list([row for row in rows
-                              if is_heldout(row["prompt"]) == (split == "heldout")])
+        rows = [
+            {
+                "prompt": f"{row['instruction']}\n\n{row['context']}".strip(),
+                "answer": row["response"].strip(),
+            }
+            for row in hub
+            if row["response"].strip()
+        ]
+    return Dataset.from_list(
+        [row for row in rows if is_heldout(row["prompt"]) == (split == "heldout")]
+    )
 
 
 def parse_answer(text: str) -> dict[str, str] | None:
@@ -100,12 +110,19 @@ def _read_examples(path: Path) -> list[dict[str, str]]:
         try:
             row = json.loads(line)  # bytes that are not UTF-8 raise a ValueError here, too
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} must be one JSON object, got {line[:60]!r} "
-                             f"({error}); {REMEDY}") from error
-        if not (isinstance(row, dict) and set(row) == {"prompt", "answer"}
-                and all(isinstance(text, str) and text.strip() for text in row.values())):
-            raise ValueError(f"{path}, line {number} must hold a prompt and an answer, both "
-                             f"text, got {line[:60]!r}; {REMEDY}")
+            raise ValueError(
+                f"{path}, line {number} must be one JSON object, got {line[:60]!r} "
+                f"({error}); {REMEDY}"
+            ) from error
+        if not (
+            isinstance(row, dict)
+            and set(row) == {"prompt", "answer"}
+            and all(isinstance(text, str) and text.strip() for text in row.values())
+        ):
+            raise ValueError(
+                f"{path}, line {number} must hold a prompt and an answer, both "
+                f"text, got {line[:60]!r}; {REMEDY}"
+            )
         rows.append(row)
     if len(rows) != EXAMPLES:
         raise ValueError(f"{path} must hold {EXAMPLES} examples, got {len(rows)}; {REMEDY}")

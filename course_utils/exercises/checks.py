@@ -50,6 +50,7 @@ def not_yet(message: str) -> Verdict:
 
 def check(judge: Callable[..., Verdict]) -> Callable[..., Verdict]:
     """Decorator: `...` is not attempted yet, and whatever the answer raises becomes a sentence."""
+
     def safely(answer: Any = ..., *args: Any, **kwargs: Any) -> Verdict:
         if unfinished(answer):
             return Verdict(None, NOT_ATTEMPTED)
@@ -79,8 +80,13 @@ class NoAnswer(TypeError):
 
 def unfinished(answer: object) -> bool:
     """Whether an answer is nothing, or it or a part of it is still `...`."""
-    parts = answer.values() if isinstance(answer, Mapping) else \
-        answer if isinstance(answer, (tuple, list)) else ()
+    parts = (
+        answer.values()
+        if isinstance(answer, Mapping)
+        else answer
+        if isinstance(answer, (tuple, list))
+        else ()
+    )
     return answer is None or any(part is ... for part in (answer, *parts))
 
 
@@ -104,13 +110,19 @@ def call(answer: Callable, *args: Any) -> Any:
 
 def is_number(answer: object) -> bool:
     """Whether it is a finite int or float, NumPy's too (a bool is neither)."""
-    return isinstance(answer, numbers.Real) and not isinstance(answer, bool) \
-        and math.isfinite(answer)
+    return (
+        isinstance(answer, numbers.Real) and not isinstance(answer, bool) and math.isfinite(answer)
+    )
 
 
 @check
-def check_number(answer: object, target: float, *, mistakes: Mapping[str, float] | None = None,
-                 takeaway: str = "that is the number.") -> Verdict:
+def check_number(
+    answer: object,
+    target: float,
+    *,
+    mistakes: Mapping[str, float] | None = None,
+    takeaway: str = "that is the number.",
+) -> Verdict:
     """Whether a number is the target.
 
     Args:
@@ -132,14 +144,20 @@ def check_number(answer: object, target: float, *, mistakes: Mapping[str, float]
     for slip, sentence in UNIT_SLIPS.items():
         if math.isclose(ratio, slip, rel_tol=5e-3):
             return not_yet(f"{sentence}.")
-    return not_yet(f"{answer:,} is {ratio:.3g} times too "
-                   f"{'large' if answer > target else 'small'}.")
+    return not_yet(
+        f"{answer:,} is {ratio:.3g} times too {'large' if answer > target else 'small'}."
+    )
 
 
 @check
-def check_function(answer: Callable, cases: Sequence[tuple], expected: Sequence, *,
-                   mistakes: Mapping[str, Callable] | None = None,
-                   takeaway: str = "on every case.") -> Verdict:
+def check_function(
+    answer: Callable,
+    cases: Sequence[tuple],
+    expected: Sequence,
+    *,
+    mistakes: Mapping[str, Callable] | None = None,
+    takeaway: str = "on every case.",
+) -> Verdict:
     """Whether a function returns what is expected on every case.
 
     Args:
@@ -155,8 +173,9 @@ def check_function(answer: Callable, cases: Sequence[tuple], expected: Sequence,
             for sentence, mistaken in (mistakes or {}).items():
                 if equal(result, mistaken(*case)):
                     return not_yet(sentence)
-            return not_yet(f"{describe(case)} should give {describe(wanted)}, got "
-                           f"{describe(result)}.")
+            return not_yet(
+                f"{describe(case)} should give {describe(wanted)}, got {describe(result)}."
+            )
     return right(takeaway)
 
 
@@ -177,8 +196,9 @@ def describe(value: Any) -> str:
     return f"a tensor of shape {tuple(shape)}" if shape is not None else f"{value!r}"
 
 
-def show_prediction(predicted: object, *, show: Callable[[Any], str] = show_bytes,
-                    **values: float | None) -> None:
+def show_prediction(
+    predicted: object, *, show: Callable[[Any], str] = show_bytes, **values: float | None
+) -> None:
     """Print a prediction above what forecast and instruments say, one a line.
 
     Args:
@@ -187,12 +207,18 @@ def show_prediction(predicted: object, *, show: Callable[[Any], str] = show_byte
         values: Name to number; `None` is a quantity that nobody measured here.
     """
     number = is_number(predicted)
-    said = "no prediction yet" if predicted is ... or predicted is None else \
-        show(predicted) if number else f"{predicted!r}, which is not a number"
+    said = (
+        "no prediction yet"
+        if predicted is ... or predicted is None
+        else show(predicted)
+        if number
+        else f"{predicted!r}, which is not a number"
+    )
     known = next((value for value in values.values() if value), None)
     if number and predicted > 0 and known:
         said += f" ({predicted / known:.2f} times the {next(n for n in values if values[n])})"
-    rows = {"predicted": said} | {name: show_bytes(None) if value is None else show(value)
-                                  for name, value in values.items()}
+    rows = {"predicted": said} | {
+        name: show_bytes(None) if value is None else show(value) for name, value in values.items()
+    }
     width = max(map(len, rows))
     print("\n".join(f"{name.replace('_', ' '):{width}}  {text}" for name, text in rows.items()))

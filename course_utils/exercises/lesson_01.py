@@ -23,8 +23,16 @@ from fitcast.memory.report import MemoryReport
 from fitcast.recipe import TrainRecipe
 from fitcast.units import GB, MIB
 
-FULL = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0.0, checkpointed_layers=0,
-                   optimizer="adamw", micro_batch_size=4, sequence_length=128)
+FULL = TrainRecipe(
+    model=BUNDLED,
+    base="float32",
+    lora_rank=None,
+    lora_dropout=0.0,
+    checkpointed_layers=0,
+    optimizer="adamw",
+    micro_batch_size=4,
+    sequence_length=128,
+)
 MODELS = (BUNDLED, "llama-2-7b", "llama-3.2-1b")
 
 
@@ -39,29 +47,44 @@ def widths(model: str) -> tuple[int, int, int, int]:
 def check_saved_numbers(answer: Callable) -> Verdict:
     """Exercise 01.1: numbers per token that a float32 layer with SDPA keeps, to the byte."""
     number_bytes = 4 * FULL.micro_batch_size * FULL.sequence_length  # one float32 for each token
-    counted = {widths(model): count_block(replace(FULL, model=model)).saved_activation_bytes
-               // number_bytes for model in MODELS}
+    counted = {
+        widths(model): count_block(replace(FULL, model=model)).saved_activation_bytes
+        // number_bytes
+        for model in MODELS
+    }
 
     def without(missing: Callable) -> Callable:
         return lambda *case: counted[case] - missing(*case)
 
-    return check_function(answer, list(counted), list(counted.values()), mistakes={
-        "that counts bytes; count numbers, float32 makes 4 bytes of each.":
-            lambda *case: 4 * counted[case],
-        "key and value are kv numbers wide each, not hidden (grouped-query attention).":
-            without(lambda hidden, kv, intermediate, heads: 2 * (kv - hidden)),
-        "attention also keeps one number for each head, its log-sum-exp.":
-            without(lambda hidden, kv, intermediate, heads: heads),
-        "attention keeps its output too: o_proj needs it.":
-            without(lambda hidden, kv, intermediate, heads: hidden),
-        "the MLP keeps 4 tensors: gate's output, silu's, up's, and the product that down reads.":
-            without(lambda hidden, kv, intermediate, heads: intermediate),
-    }, takeaway=f"to the byte, for {', '.join(map(named, MODELS))}. Nothing in it is sequence x sequence.")
+    return check_function(
+        answer,
+        list(counted),
+        list(counted.values()),
+        mistakes={
+            "that counts bytes; count numbers, float32 makes 4 bytes of each.": lambda *case: (
+                4 * counted[case]
+            ),
+            "key and value are kv numbers wide each, not hidden (grouped-query attention).": without(
+                lambda hidden, kv, intermediate, heads: 2 * (kv - hidden)
+            ),
+            "attention also keeps one number for each head, its log-sum-exp.": without(
+                lambda hidden, kv, intermediate, heads: heads
+            ),
+            "attention keeps its output too: o_proj needs it.": without(
+                lambda hidden, kv, intermediate, heads: hidden
+            ),
+            "the MLP keeps 4 tensors: gate's output, silu's, up's, and the product that down reads.": without(
+                lambda hidden, kv, intermediate, heads: intermediate
+            ),
+        },
+        takeaway=f"to the byte, for {', '.join(map(named, MODELS))}. Nothing in it is sequence x sequence.",
+    )
 
 
 @check
-def check_largest_batch(answer: int, two_steps: Callable, recipe: TrainRecipe,
-                        budget_bytes: int) -> Verdict:
+def check_largest_batch(
+    answer: int, two_steps: Callable, recipe: TrainRecipe, budget_bytes: int
+) -> Verdict:
     """Exercise 01.2: the largest micro batch whose two steps stay within a budget.
 
     Args:
@@ -94,12 +117,12 @@ def check_largest_batch(answer: int, two_steps: Callable, recipe: TrainRecipe,
     megabytes = budget_bytes // MIB * (GB // 1000)  # the same number of MB, 10**6 bytes each
     mistakes = {
         budget_bytes // each: "that many fit on an empty card; weights and optimizer state are "
-                              "there whatever the batch, subtract them first",
+        "there whatever the batch, subtract them first",
         (budget_bytes - one.composition["weights"]) // each: "the optimizer state stays from step "
-                                                             "to step, subtract it too",
+        "to step, subtract it too",
         (megabytes - fixed) // each: "you used MB (10**6) where the budget is in MiB (2**20)",
         budget_bytes // one.peak_bytes: "you scaled the whole peak; only activations and "
-                                        "temporaries grow with the batch",
+        "temporaries grow with the batch",
     }
     default = f"{answer + 1} fits as well" if fit else "that runs out of memory"
     return not_yet(f"{answer} is not the largest: {mistakes.get(answer, default)}.")
@@ -110,11 +133,18 @@ def check_logits_at_peak(answer: float, report: MemoryReport, vocab_size: int) -
     """Exercise 01.3: bytes of logits-shaped tensors alive at the peak of a ledger's report."""
     logits = [block for block in report.largest if block.shape[-1:] == (vocab_size,)]
     held = sum(block.n_bytes for block in logits)
-    return check_number(answer, held, mistakes={
-        "that is one copy of the logits; more than one is alive at the peak.": logits[0].n_bytes,
-        "that has the embedding matrix in it: (vocabulary, hidden), so its last dimension is "
-        "hidden.": sum(b.n_bytes for b in report.largest if vocab_size in b.shape),
-        "that is everything at the peak; pick the tensors whose last dimension is the "
-        "vocabulary.": report.peak_bytes,
-    }, takeaway=f"{len(logits)} copies, {held / report.peak_bytes:.0%} of the peak of a model with "
-                f"a vocabulary of only {vocab_size:,}.")
+    return check_number(
+        answer,
+        held,
+        mistakes={
+            "that is one copy of the logits; more than one is alive at the peak.": logits[
+                0
+            ].n_bytes,
+            "that has the embedding matrix in it: (vocabulary, hidden), so its last dimension is "
+            "hidden.": sum(b.n_bytes for b in report.largest if vocab_size in b.shape),
+            "that is everything at the peak; pick the tensors whose last dimension is the "
+            "vocabulary.": report.peak_bytes,
+        },
+        takeaway=f"{len(logits)} copies, {held / report.peak_bytes:.0%} of the peak of a model with "
+        f"a vocabulary of only {vocab_size:,}.",
+    )

@@ -21,11 +21,11 @@ STEPS = 6
 # What autograd says when a checkpoint is wrong, and what it means.
 AUTOGRAD_SAYS = {
     "does not require grad": "there is no graph to run backward through: inside backward autograd "
-                             "is off, run the function under `torch.enable_grad()`.",
+    "is off, run the function under `torch.enable_grad()`.",
     "only for scalar outputs": "the second backward starts from the gradient that came in: "
-                               "`output.backward(grad)`.",
+    "`output.backward(grad)`.",
     "the graph a second time": "cut the recomputation off from what came before, with "
-                               "`detach()`, and let its input require a gradient.",
+    "`detach()`, and let its input require a gradient.",
 }
 
 
@@ -37,8 +37,10 @@ def check_traces(answer: Mapping[str, Any]) -> Verdict:
         answer: Two lists of six counts, under "keep_all" and "keep_135".
     """
     for name, kept in {"keep_all": range(1, STEPS + 1), "keep_135": (1, 3, 5)}.items():
-        counts, moments = answer[name], {moment.action: moment.held for moment in
-                                         trace_chain(STEPS, kept)}
+        counts, moments = (
+            answer[name],
+            {moment.action: moment.held for moment in trace_chain(STEPS, kept)},
+        )
         held = [moments[f"backward {step}"] for step in range(STEPS, 0, -1)]
         verdict = _judge_trace(name, counts, held, set(kept))
         if verdict:
@@ -46,30 +48,38 @@ def check_traces(answer: Mapping[str, Any]) -> Verdict:
     return right("6 against 4 at the most, and the price is a few steps of forward.")
 
 
-def _judge_trace(name: str, counts: Any, held: list[tuple[int, ...]],
-                 kept: set[int]) -> Verdict | None:
+def _judge_trace(
+    name: str, counts: Any, held: list[tuple[int, ...]], kept: set[int]
+) -> Verdict | None:
     target = [len(inputs) for inputs in held]
     if not isinstance(counts, (list, tuple)) or len(counts) != STEPS:
-        return not_yet(f"{name} is a list of {STEPS} counts, for backward of step 6, 5, 4, 3, 2, "
-                       f"1; got {counts!r}.")
+        return not_yet(
+            f"{name} is a list of {STEPS} counts, for backward of step 6, 5, 4, 3, 2, "
+            f"1; got {counts!r}."
+        )
     if list(counts) == target:
         return None
     mistakes = {
-        "count during each backward step, before its own input is freed.":
-            [count - 1 for count in target],
+        "count during each backward step, before its own input is freed.": [
+            count - 1 for count in target
+        ],
         "what backward has used is freed: the counts fall.": [len(kept)] * STEPS,
-        "the recomputed input takes room as well, while its step needs it.":
-            [len(set(inputs) & kept) for inputs in held],
-        "one segment at a time is computed again, not the whole chain at once.":
-            list(range(STEPS, 0, -1)),
+        "the recomputed input takes room as well, while its step needs it.": [
+            len(set(inputs) & kept) for inputs in held
+        ],
+        "one segment at a time is computed again, not the whole chain at once.": list(
+            range(STEPS, 0, -1)
+        ),
     }
     for sentence, mistaken in mistakes.items():
         if list(counts) == mistaken:
             return not_yet(f"{name}: {sentence}")
     first = next(i for i in range(STEPS) if counts[i] != target[i])
     names = ", ".join(f"a{number}" for number in held[first])
-    return not_yet(f"{name}: while backward runs step {STEPS - first}, memory holds {names}; you "
-                   f"count {counts[first]}.")
+    return not_yet(
+        f"{name}: while backward runs step {STEPS - first}, memory holds {names}; you "
+        f"count {counts[first]}."
+    )
 
 
 @check
@@ -89,17 +99,25 @@ def check_forget(answer: Callable) -> Verdict:
     if not torch.equal(yours["output"], plain["output"]):
         return not_yet("the output is not function(x).")
     if yours["kept_bytes"] > plain["boundary_bytes"]:
-        return not_yet(f"{show_bytes(yours['kept_bytes'])} wait for backward; the target is at "
-                       f"most {show_bytes(plain['boundary_bytes'])}, the input of each block.")
+        return not_yet(
+            f"{show_bytes(yours['kept_bytes'])} wait for backward; the target is at "
+            f"most {show_bytes(plain['boundary_bytes'])}, the input of each block."
+        )
     if any(gradient is None for gradient in yours["weights"]):
-        return not_yet("the weights got no gradient: let `output.backward(...)` run through the "
-                       "function, it reaches them too.")
+        return not_yet(
+            "the weights got no gradient: let `output.backward(...)` run through the "
+            "function, it reaches them too."
+        )
     if not _equal(yours["input"], plain["input"]):
-        return not_yet("the gradient of the input is not the plain one: backward returns what "
-                       "arrived at `x`, and starts from `grad`.")
+        return not_yet(
+            "the gradient of the input is not the plain one: backward returns what "
+            "arrived at `x`, and starts from `grad`."
+        )
     if not _equal(yours["weights"], plain["weights"]):
-        return not_yet("the gradients of the weights are not the plain ones: start the second "
-                       "backward from `grad`, once.")
+        return not_yet(
+            "the gradients of the weights are not the plain ones: start the second "
+            "backward from `grad`, once."
+        )
     kept = plain["kept_bytes"] / yours["kept_bytes"]
     return right(f"gradients equal to the bit, and {kept:.0f} times less waits for backward.")
 
@@ -110,8 +128,9 @@ def _train_blocks(through: Callable, blocks: int = 3) -> dict[str, Any]:
     x = torch.randn(64, 32, generator=random).requires_grad_()
     stack = []
     for _ in range(blocks):
-        block = torch.nn.Sequential(torch.nn.Linear(32, 128), torch.nn.GELU(),
-                                    torch.nn.Linear(128, 32), torch.nn.Tanh())
+        block = torch.nn.Sequential(
+            torch.nn.Linear(32, 128), torch.nn.GELU(), torch.nn.Linear(128, 32), torch.nn.Tanh()
+        )
         for weight in block.parameters():
             weight.data = 0.1 * torch.randn(weight.shape, generator=random)
         stack.append(block)
@@ -122,9 +141,13 @@ def _train_blocks(through: Callable, blocks: int = 3) -> dict[str, Any]:
             output = call(through, block, output)
         kept_bytes = ledger.live_bytes - before
     output.backward(upstream)
-    return {"output": output.detach(), "kept_bytes": kept_bytes, "input": [x.grad],
-            "boundary_bytes": blocks * x.nbytes,
-            "weights": [weight.grad for block in stack for weight in block.parameters()]}
+    return {
+        "output": output.detach(),
+        "kept_bytes": kept_bytes,
+        "input": [x.grad],
+        "boundary_bytes": blocks * x.nbytes,
+        "weights": [weight.grad for block in stack for weight in block.parameters()],
+    }
 
 
 def _equal(left: list, right: list) -> bool:
@@ -143,8 +166,7 @@ def check_smallest_k(answer: int, recipe: TrainRecipe, gpu: Gpu, budget_bytes: i
     """
     layers = models.config(recipe.model).num_hidden_layers
     if not is_number(answer) or answer != int(answer) or not 0 <= answer <= layers:
-        return not_yet(f"a whole number of layers from 0 to {layers} is asked for, got "
-                       f"{answer!r}.")
+        return not_yet(f"a whole number of layers from 0 to {layers} is asked for, got {answer!r}.")
 
     def peak(k: int) -> int:
         return forecast(replace(recipe, checkpointed_layers=k), gpu).peak_allocated_bytes
@@ -152,8 +174,10 @@ def check_smallest_k(answer: int, recipe: TrainRecipe, gpu: Gpu, budget_bytes: i
     answer = int(answer)
     here = peak(answer)
     if here <= budget_bytes and (answer == 0 or peak(answer - 1) > budget_bytes):
-        return right(f"{answer} of {layers} fit, with {show_bytes(here)}; one less does not. The "
-                     f"other {layers - answer} run forward only once.")
+        return right(
+            f"{answer} of {layers} fit, with {show_bytes(here)}; one less does not. The "
+            f"other {layers - answer} run forward only once."
+        )
     least, most = peak(layers), peak(0)
     each = (most - least) / layers
     remember = int((budget_bytes - least) // each)
@@ -161,11 +185,13 @@ def check_smallest_k(answer: int, recipe: TrainRecipe, gpu: Gpu, budget_bytes: i
     mistakes = {
         remember: "that is how many layers may *remember*; the other ones forget",
         layers - int(budget_bytes // each): "the weights and everything else are there as well: "
-                                            "start from the peak with every layer forgetting",
+        "start from the peak with every layer forgetting",
         layers - int((gigabytes - least) // each): "you used GB (10**9) where the budget is in "
-                                                   "GiB (2**30)",
+        "GiB (2**30)",
         layers: "that fits, as does much less: each layer that remembers saves time",
     }
     default = "that runs out of memory" if here > budget_bytes else f"{answer - 1} fit as well"
-    return not_yet(f"{answer} is not the smallest: {mistakes.get(answer, default)}. Its peak is "
-                   f"{show_bytes(here)}, the budget {show_bytes(budget_bytes)}.")
+    return not_yet(
+        f"{answer} is not the smallest: {mistakes.get(answer, default)}. Its peak is "
+        f"{show_bytes(here)}, the budget {show_bytes(budget_bytes)}."
+    )

@@ -34,9 +34,15 @@ SEARCHES = ((37, 64), (1, 64), (0, 64), (64, 64), (5, 64), (6, 10))
 @check
 def check_schedule(answer: Callable) -> Verdict:
     """Exercise 03.1: what Trainer counts, for runs with rests, epochs and two ranks."""
-    def mistaken(steps: Callable = lambda batches, accumulation: math.ceil(batches / accumulation),
-                 runs_on: bool = False, one_rank: bool = False, floors: bool = False,
-                 warms_batches: bool = False, logs_batches: bool = False) -> Callable:
+
+    def mistaken(
+        steps: Callable = lambda batches, accumulation: math.ceil(batches / accumulation),
+        runs_on: bool = False,
+        one_rank: bool = False,
+        floors: bool = False,
+        warms_batches: bool = False,
+        logs_batches: bool = False,
+    ) -> Callable:
         def schedule(examples, micro, accumulation, ranks, epochs, warmup, logging):
             batches = math.ceil(examples / (micro * (1 if one_rank else ranks)))
             every = epochs * batches
@@ -44,23 +50,34 @@ def check_schedule(answer: Callable) -> Verdict:
             warm = warmup * (every if warms_batches else n)
             lines = (every if logs_batches else n) // logging
             return n, math.floor(warm) if floors else math.ceil(warm), lines
+
         return schedule
 
     cases = [*RUNS, TWO_RANKS]
     call(answer, *cases[0])  # unfinished? then Trainer need not run
-    return check_function(answer, cases, [scheduled(*case) for case in cases], mistakes={
-        "those are micro batches; an optimizer step comes after `accumulation` of them.":
-            mistaken(lambda batches, accumulation: batches),
-        "the last micro batches of an epoch make a step too, even if fewer than `accumulation` are "
-        "left: round up.": mistaken(lambda batches, accumulation: batches // accumulation),
-        "accumulation does not run on into the next epoch: round up for each epoch, then "
-        "multiply.": mistaken(runs_on=True),
-        "warm-up is a share of the optimizer steps, not of the micro batches.":
-            mistaken(warms_batches=True),
-        "a share of a warm-up step is rounded up.": mistaken(floors=True),
-        "`logging_steps` counts optimizer steps, not micro batches.": mistaken(logs_batches=True),
-        "each of the ranks has only its share of the examples.": mistaken(one_rank=True),
-    }, takeaway="as transformers' Trainer counted, in four runs.")
+    return check_function(
+        answer,
+        cases,
+        [scheduled(*case) for case in cases],
+        mistakes={
+            "those are micro batches; an optimizer step comes after `accumulation` of them.": mistaken(
+                lambda batches, accumulation: batches
+            ),
+            "the last micro batches of an epoch make a step too, even if fewer than `accumulation` are "
+            "left: round up.": mistaken(lambda batches, accumulation: batches // accumulation),
+            "accumulation does not run on into the next epoch: round up for each epoch, then "
+            "multiply.": mistaken(runs_on=True),
+            "warm-up is a share of the optimizer steps, not of the micro batches.": mistaken(
+                warms_batches=True
+            ),
+            "a share of a warm-up step is rounded up.": mistaken(floors=True),
+            "`logging_steps` counts optimizer steps, not micro batches.": mistaken(
+                logs_batches=True
+            ),
+            "each of the ranks has only its share of the examples.": mistaken(one_rank=True),
+        },
+        takeaway="as transformers' Trainer counted, in four runs.",
+    )
 
 
 def small_model() -> torch.nn.Module:
@@ -69,9 +86,19 @@ def small_model() -> torch.nn.Module:
 
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        return in_float64(LlamaForCausalLM(LlamaConfig(
-            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, use_cache=False)))
+        return in_float64(
+            LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=512,
+                    hidden_size=64,
+                    intermediate_size=128,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    use_cache=False,
+                )
+            )
+        )
 
 
 def uneven_batch(rows: int = 8, tokens: int = 64) -> dict[str, torch.Tensor]:
@@ -103,6 +130,7 @@ def check_accumulation(answer: Callable) -> Verdict:
         def function(model: torch.nn.Module) -> None:
             for weight, micro_batch in zip(weights, micro_batches, strict=True):
                 (weight * model(**micro_batch).loss).backward()
+
         return function
 
     exact, whole_peak = run(accumulate, [batch])
@@ -113,27 +141,37 @@ def check_accumulation(answer: Callable) -> Verdict:
         number = len(micro_batches)
         labelled = [int((m["labels"] != IGNORED).sum()) for m in micro_batches]
         for sentence, weights in {
-            "that is the mean of the micro batches' means: weigh each by its labelled tokens.":
-                [1 / number] * number,
-            "that adds the means up; divide, or more micro batches make longer steps.":
-                [1] * number,
-            "a label at position 0 is nobody's target: count labels[:, 1:].":
-                [n / sum(labelled) for n in labelled],
-            "only the last micro batch is left: clear gradients before the loop, not in it.":
-                [0] * (number - 1) + [labelled_tokens(micro_batches[-1]) / labelled_tokens(batch)],
-            "each mean is multiplied by its tokens, but nothing divides by all of them.":
-                [labelled_tokens(m) for m in micro_batches],
+            "that is the mean of the micro batches' means: weigh each by its labelled tokens.": [
+                1 / number
+            ]
+            * number,
+            "that adds the means up; divide, or more micro batches make longer steps.": [1]
+            * number,
+            "a label at position 0 is nobody's target: count labels[:, 1:].": [
+                n / sum(labelled) for n in labelled
+            ],
+            "only the last micro batch is left: clear gradients before the loop, not in it.": [0]
+            * (number - 1)
+            + [labelled_tokens(micro_batches[-1]) / labelled_tokens(batch)],
+            "each mean is multiplied by its tokens, but nothing divides by all of them.": [
+                labelled_tokens(m) for m in micro_batches
+            ],
         }.items():
             if relative_error(found, run(weighted(weights))[0]) < 1e-9:
                 return not_yet(sentence)
-        return not_yet(f"the relative error of the gradient is {error:.2g}; at most 1e-12 is due "
-                       "to rounding.")
+        return not_yet(
+            f"the relative error of the gradient is {error:.2g}; at most 1e-12 is due to rounding."
+        )
     if peak_bytes > budget_bytes:
-        return not_yet(f"the gradient is equal, but the peak is {show_bytes(peak_bytes)}; at most "
-                       f"{show_bytes(budget_bytes)}: let each micro batch's graph go (backward) "
-                       "before the next one is built.")
-    return right(f"equal to the full batch's gradient to 1e-12, at {peak_bytes / whole_peak:.0%} "
-                 "of its peak.")
+        return not_yet(
+            f"the gradient is equal, but the peak is {show_bytes(peak_bytes)}; at most "
+            f"{show_bytes(budget_bytes)}: let each micro batch's graph go (backward) "
+            "before the next one is built."
+        )
+    return right(
+        f"equal to the full batch's gradient to 1e-12, at {peak_bytes / whole_peak:.0%} "
+        "of its peak."
+    )
 
 
 class Endless(BaseException):
@@ -149,8 +187,14 @@ def check_search(answer: Callable) -> Verdict:
         leftovers: list[weakref.ref] = []  # what each attempt had in memory
         leaks: list[weakref.ref] = []  # what the next one still found there
 
-        def train(size: int, limit: int = limit, most: int = most, attempts: list = attempts,
-                  leftovers: list = leftovers, leaks: list = leaks) -> None:
+        def train(
+            size: int,
+            limit: int = limit,
+            most: int = most,
+            attempts: list = attempts,
+            leftovers: list = leftovers,
+            leaks: list = leaks,
+        ) -> None:
             if not is_number(size) or size != int(size) or size < 1:
                 raise ValueError(f"a micro batch is a whole number from 1, got {size!r}")
             leaks.extend(tensor for tensor in leftovers if tensor() is not None)
@@ -167,24 +211,34 @@ def check_search(answer: Callable) -> Verdict:
         except torch.OutOfMemoryError:
             return not_yet("an out-of-memory error came through: catch it.")
         except Endless:
-            return not_yet(f"{len(attempts)} attempts, the last one with {attempts[-1]}, and no "
-                           "end: after each, one end of the interval has to move past the size "
-                           "that was tried.")
+            return not_yet(
+                f"{len(attempts)} attempts, the last one with {attempts[-1]}, and no "
+                "end: after each, one end of the interval has to move past the size "
+                "that was tried."
+            )
         if leaks:
-            return not_yet("an attempt began inside `except`, while the failed one's tensors were "
-                           "still alive: note what happened, leave `except`, then go on.")
+            return not_yet(
+                "an attempt began inside `except`, while the failed one's tensors were "
+                "still alive: note what happened, leave `except`, then go on."
+            )
         if len(attempts) > most:
-            return not_yet(f"{len(attempts)} attempts to find {limit} in 0 to {upper}; halving the "
-                           f"interval needs at most {most}.")
+            return not_yet(
+                f"{len(attempts)} attempts to find {limit} in 0 to {upper}; halving the "
+                f"interval needs at most {most}."
+            )
         if max(attempts, default=0) > upper:
             return not_yet(f"it tried {max(attempts)}, and {upper} was the largest allowed.")
         if found == limit:
             continue
         if not is_number(found) or found > limit:
-            return not_yet(f"{found} runs out of memory where {limit} is the largest that trains: "
-                           "return the last one that did.")
-        return not_yet(f"{found} trains, but so does {limit}: sizes between the last success and "
-                       "the first failure are left.")
+            return not_yet(
+                f"{found} runs out of memory where {limit} is the largest that trains: "
+                "return the last one that did."
+            )
+        return not_yet(
+            f"{found} trains, but so does {limit}: sizes between the last success and "
+            "the first failure are left."
+        )
     return _only_memory(answer)
 
 
@@ -194,10 +248,14 @@ def _only_memory(answer: Callable) -> Verdict:
             answer(Mock(side_effect=error), 64)
         except type(error):
             continue
-        return not_yet(f"a {type(error).__name__} is no lack of memory when it says {str(error)!r},"
-                       " and your search hides it: catch torch.OutOfMemoryError alone.")
-    return right("every limit found, in at most 14 attempts out of 64 sizes, and each failure was "
-                 "gone before the next attempt.")
+        return not_yet(
+            f"a {type(error).__name__} is no lack of memory when it says {str(error)!r},"
+            " and your search hides it: catch torch.OutOfMemoryError alone."
+        )
+    return right(
+        "every limit found, in at most 14 attempts out of 64 sizes, and each failure was "
+        "gone before the next attempt."
+    )
 
 
 @check
@@ -223,17 +281,22 @@ def check_rank_loss(answer: Callable) -> Verdict:
         if relative_error(found, exact) < 1e-12:
             continue
         for sentence, mistaken in {
-            "that is each rank's own mean: a rank with 3 tokens counts as much as one with 45.":
-                lambda loss_sum, mine, total, ranks: loss_sum / mine,
+            "that is each rank's own mean: a rank with 3 tokens counts as much as one with 45.": lambda loss_sum, mine, total, ranks: (
+                loss_sum / mine
+            ),
             "DDP divides by the number of ranks once more: the update is "
             f"{ranks} times too small.": lambda loss_sum, mine, total, ranks: loss_sum / total,
-            "that is a sum over tokens: it grows with the batch.":
-                lambda loss_sum, mine, total, ranks: loss_sum,
-            "multiplied by the ranks, but still divided by the rank's own tokens.":
-                lambda loss_sum, mine, total, ranks: loss_sum * ranks / mine,
+            "that is a sum over tokens: it grows with the batch.": lambda loss_sum, mine, total, ranks: (
+                loss_sum
+            ),
+            "multiplied by the ranks, but still divided by the rank's own tokens.": lambda loss_sum, mine, total, ranks: (
+                loss_sum * ranks / mine
+            ),
         }.items():
             if relative_error(found, averaged(mistaken)) < 1e-9:
                 return not_yet(sentence)
-        return not_yet(f"with {ranks} ranks the gradient's relative error is "
-                       f"{relative_error(found, exact):.2g}.")
+        return not_yet(
+            f"with {ranks} ranks the gradient's relative error is "
+            f"{relative_error(found, exact):.2g}."
+        )
     return right("the mean of the ranks' gradients is the gradient of the whole batch, to 1e-12.")

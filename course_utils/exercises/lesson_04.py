@@ -32,10 +32,17 @@ NUMBERS = (1.0, 1.5, 2.0, 0.75, 100.0, 1024.0, 3e-3, 2e-4)
 COPIED = (BUNDLED, "llama-3.2-1b", "llama-2-7b")  # two with a tied head, one without
 # What people publish for a T4, in the names that the libraries use.
 PUBLISHED = {
-    "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-    "bnb_4bit_compute_dtype": "bfloat16", "fp16": True, "bf16": False,
-    "optim": "paged_adamw_8bit", "learning_rate": 2e-4, "num_train_epochs": 3,
-    "logging_steps": 10, "save_strategy": "epoch",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "fp16": True,
+    "bf16": False,
+    "optim": "paged_adamw_8bit",
+    "learning_rate": 2e-4,
+    "num_train_epochs": 3,
+    "logging_steps": 10,
+    "save_strategy": "epoch",
 }
 
 
@@ -53,17 +60,26 @@ def check_spacing(answer: Callable) -> Verdict:
     def eps(dtype: torch.dtype) -> float:
         return torch.finfo(dtype).eps
 
-    return check_function(answer, cases, [next_up(*case) for case in cases], mistakes={
-        "that is the distance at 1.0; it grows with the number.": lambda x, dtype: eps(dtype),
-        "that scales smoothly with the number; the distance is the same from one power of two to "
-        "the next.": lambda x, dtype: x * eps(dtype),
-        "round the power down, not to the nearest: 1.5 lies between 2**0 and 2**1.":
-            lambda x, dtype: 2.0 ** round(math.log2(x)) * eps(dtype),
-        "you divided by the power of two where the distance grows with it.":
-            lambda x, dtype: eps(dtype) / 2.0 ** math.floor(math.log2(x)),
-        "that is half of it: the update that just fails to move the number.":
-            lambda x, dtype: next_up(x, dtype) / 2,
-    }, takeaway="equal to the next pattern of bits, for every number and format.")
+    return check_function(
+        answer,
+        cases,
+        [next_up(*case) for case in cases],
+        mistakes={
+            "that is the distance at 1.0; it grows with the number.": lambda x, dtype: eps(dtype),
+            "that scales smoothly with the number; the distance is the same from one power of two to "
+            "the next.": lambda x, dtype: x * eps(dtype),
+            "round the power down, not to the nearest: 1.5 lies between 2**0 and 2**1.": lambda x, dtype: (
+                2.0 ** round(math.log2(x)) * eps(dtype)
+            ),
+            "you divided by the power of two where the distance grows with it.": lambda x, dtype: (
+                eps(dtype) / 2.0 ** math.floor(math.log2(x))
+            ),
+            "that is half of it: the update that just fails to move the number.": lambda x, dtype: (
+                next_up(x, dtype) / 2
+            ),
+        },
+        takeaway="equal to the next pattern of bits, for every number and format.",
+    )
 
 
 def copies(model: torch.nn.Module) -> int:
@@ -75,9 +91,13 @@ def copies(model: torch.nn.Module) -> int:
             logits = model(input_ids=ids).logits
         report = ledger.report()
     del logits
-    return sum(block.n_bytes for block in report.saved if block.dtype == torch.float16
-               and block.operation.startswith("_to_copy")
-               and (block.shape in shapes_of_weights or block.shape[::-1] in shapes_of_weights))
+    return sum(
+        block.n_bytes
+        for block in report.saved
+        if block.dtype == torch.float16
+        and block.operation.startswith("_to_copy")
+        and (block.shape in shapes_of_weights or block.shape[::-1] in shapes_of_weights)
+    )
 
 
 @check
@@ -87,15 +107,18 @@ def check_copies(answer: Callable) -> Verdict:
         model = fake_model(name)
         result, wanted = call(answer, model), copies(model)
         every = sum(p.numel() for p in model.parameters())
-        inner = sum(m.weight.numel() for n, m in model.named_modules()
-                    if isinstance(m, torch.nn.Linear) and n != "lm_head")
+        inner = sum(
+            m.weight.numel()
+            for n, m in model.named_modules()
+            if isinstance(m, torch.nn.Linear) and n != "lm_head"
+        )
         mistakes = {
             2 * wanted: "that counts 4 bytes each; the copies have 16 bits.",
             wanted // 2: "that counts numbers; each copy takes 2 bytes.",
             2 * every: "that counts every weight; autocast copies what matrix products read, not "
-                       "norms and not an embedding that is only looked up.",
+            "norms and not an embedding that is only looked up.",
             2 * inner: "the head is a linear layer too, also where it shares its matrix with the "
-                       "embedding.",
+            "embedding.",
         }
         if result != wanted:
             said = f"for {named(name)} it should be {show_bytes(wanted)}, got "
@@ -109,10 +132,16 @@ def run_published(settings: Mapping[str, Any]) -> OperationLog:
     from transformers import BitsAndBytesConfig
 
     amp_dtype = "float16" if settings["fp16"] else "bfloat16" if settings["bf16"] else None
-    recipe = TrainRecipe(model=BUNDLED, amp_dtype=amp_dtype, sequence_length=16, checkpointed_layers=0,
-                         lora_dropout=0.0)
+    recipe = TrainRecipe(
+        model=BUNDLED,
+        amp_dtype=amp_dtype,
+        sequence_length=16,
+        checkpointed_layers=0,
+        lora_dropout=0.0,
+    )
     quantization = BitsAndBytesConfig(
-        **{name: value for name, value in settings.items() if name.startswith(("load", "bnb"))})
+        **{name: value for name, value in settings.items() if name.startswith(("load", "bnb"))}
+    )
     base = qlora.load_base(recipe, quantization_config=quantization)
     model = qlora.add_adapters(base, recipe)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
@@ -129,8 +158,10 @@ def check_published(answer: Mapping[str, Any]) -> Verdict:
         return not_yet(f"the settings as a dict are asked for, got {type(answer).__name__}.")
     changed = {name: value for name, value in answer.items() if PUBLISHED.get(name) != value}
     if set(answer) != set(PUBLISHED):
-        return not_yet(f"the names must stay those of the published settings; look at "
-                       f"{', '.join(sorted(set(answer) ^ set(PUBLISHED)))}.")
+        return not_yet(
+            f"the names must stay those of the published settings; look at "
+            f"{', '.join(sorted(set(answer) ^ set(PUBLISHED)))}."
+        )
     amp_dtype = "float16" if answer["fp16"] else "bfloat16" if answer["bf16"] else None
     if amp_dtype is None:
         return not_yet("without fp16 the products leave the T4's tensor cores; keep it on.")

@@ -19,8 +19,14 @@ from fitcast.units import show_bytes
 
 MODELS = (BUNDLED, "llama-3.2-1b", "llama-2-7b")
 # What exercise 06.3 starts from: the usual recipe, too large for a T4.
-PHI = TrainRecipe(model="phi-4-mini", lora_targets=("qkv_proj", "o_proj"), amp_dtype="float16",
-                  micro_batch_size=4, gradient_accumulation_steps=8, sequence_length=2048)
+PHI = TrainRecipe(
+    model="phi-4-mini",
+    lora_targets=("qkv_proj", "o_proj"),
+    amp_dtype="float16",
+    micro_batch_size=4,
+    gradient_accumulation_steps=8,
+    sequence_length=2048,
+)
 
 
 @check
@@ -29,21 +35,37 @@ def check_trainable(answer: Callable) -> Verdict:
     cases, counted = [], []
     for model, rank in zip(MODELS, (16, 16, 8), strict=True):
         config = models.config(model)
-        cases.append((config.num_hidden_layers, config.hidden_size,
-                      config.num_key_value_heads * config.head_dim, rank))
+        cases.append(
+            (
+                config.num_hidden_layers,
+                config.hidden_size,
+                config.num_key_value_heads * config.head_dim,
+                rank,
+            )
+        )
         recipe = TrainRecipe(model=model, base="float32", lora_rank=rank)
         counted.append(qlora.count_parameters(blueprint(recipe, config))[0])
     truth = dict(zip(cases, counted, strict=True))
-    return check_function(answer, cases, counted, mistakes={
-        "that is one layer; every layer has its own adapters.":
-            lambda layers, hidden, kv, rank: truth[layers, hidden, kv, rank] // layers,
-        "key and value come out kv wide, not hidden (grouped-query attention).":
-            lambda layers, hidden, kv, rank: layers * rank * 8 * hidden,
-        "an adapter is two matrices, A (rank x in) and B (out x rank); you counted A only.":
-            lambda layers, hidden, kv, rank: layers * rank * 4 * hidden,
-        "that is the size of the weights beside the adapters.":
-            lambda layers, hidden, kv, rank: layers * 2 * (hidden * hidden + hidden * kv),
-    }, takeaway=f"{counted[1]:,} for Llama-3.2-1B, the number that everybody quotes.")
+    return check_function(
+        answer,
+        cases,
+        counted,
+        mistakes={
+            "that is one layer; every layer has its own adapters.": lambda layers, hidden, kv, rank: (
+                truth[layers, hidden, kv, rank] // layers
+            ),
+            "key and value come out kv wide, not hidden (grouped-query attention).": lambda layers, hidden, kv, rank: (
+                layers * rank * 8 * hidden
+            ),
+            "an adapter is two matrices, A (rank x in) and B (out x rank); you counted A only.": lambda layers, hidden, kv, rank: (
+                layers * rank * 4 * hidden
+            ),
+            "that is the size of the weights beside the adapters.": lambda layers, hidden, kv, rank: (
+                layers * 2 * (hidden * hidden + hidden * kv)
+            ),
+        },
+        takeaway=f"{counted[1]:,} for Llama-3.2-1B, the number that everybody quotes.",
+    )
 
 
 @check
@@ -58,23 +80,34 @@ def check_labels(answer: Callable, rows: Sequence[dict], prompt_lengths: Sequenc
     rows = list(rows)[:3]
     cases = [(list(row["input_ids"]), n) for row, n in zip(rows, prompt_lengths, strict=False)]
     ignored = data.IGNORED
-    return check_function(answer, cases, [list(row["labels"]) for row in rows], mistakes={
-        "the prompt's tokens are learned, the answer's are not: swap the two.":
-            lambda ids, n: ids[:n] + [ignored] * (len(ids) - n),
-        "labels are not shifted here: the model compares position i with label i + 1 itself.":
-            lambda ids, n: [ignored] * (n - 1) + ids[n:] + [ignored],
-        "0 is a token, and would be learned; -100 is what cross entropy skips.":
-            lambda ids, n: [0] * n + ids[n:],
-        "the answer's last token is missing: it says stop, and without it generation never ends.":
-            lambda ids, n: [ignored] * n + ids[n:-1] + [ignored],
-        "every token has a label: nothing is masked.": lambda ids, n: list(ids),
-        "labels must be as many as tokens.": lambda ids, n: ids[n:],
-    }, takeaway="the loss sees the answer and its end, nothing else.")
+    return check_function(
+        answer,
+        cases,
+        [list(row["labels"]) for row in rows],
+        mistakes={
+            "the prompt's tokens are learned, the answer's are not: swap the two.": lambda ids, n: (
+                ids[:n] + [ignored] * (len(ids) - n)
+            ),
+            "labels are not shifted here: the model compares position i with label i + 1 itself.": lambda ids, n: (
+                [ignored] * (n - 1) + ids[n:] + [ignored]
+            ),
+            "0 is a token, and would be learned; -100 is what cross entropy skips.": lambda ids, n: (
+                [0] * n + ids[n:]
+            ),
+            "the answer's last token is missing: it says stop, and without it generation never ends.": lambda ids, n: (
+                [ignored] * n + ids[n:-1] + [ignored]
+            ),
+            "every token has a label: nothing is masked.": lambda ids, n: list(ids),
+            "labels must be as many as tokens.": lambda ids, n: ids[n:],
+        },
+        takeaway="the loss sees the answer and its end, nothing else.",
+    )
 
 
 @check
-def check_budget(answer: TrainRecipe, recipe: TrainRecipe, budget_bytes: int,
-                 speedup: float) -> Verdict:
+def check_budget(
+    answer: TrainRecipe, recipe: TrainRecipe, budget_bytes: int, speedup: float
+) -> Verdict:
     """Exercise 06.3: a recipe that learns the same, in fewer bytes and less time.
 
     Args:
@@ -87,7 +120,7 @@ def check_budget(answer: TrainRecipe, recipe: TrainRecipe, budget_bytes: int,
         return not_yet(f"a TrainRecipe is asked for, got {type(answer).__name__}.")
     same: dict[str, Any] = {
         "effective_batch_size": "the optimizer would see another batch; raise "
-                                "gradient_accumulation_steps as micro_batch_size falls",
+        "gradient_accumulation_steps as micro_batch_size falls",
         "world_size": "there is one T4",
         "sequence_length": "shorter sequences lose the ends of the answers",
         "lora_rank": "a lower rank can learn less, and saves almost nothing here",
@@ -108,12 +141,18 @@ def check_budget(answer: TrainRecipe, recipe: TrainRecipe, budget_bytes: int,
             return not_yet(f"{field} must stay {getattr(recipe, field)}: {why}.")
     planned, before = (forecast(one, T4) for one in (answer, recipe))
     if planned.peak_allocated_bytes > budget_bytes:
-        return not_yet(f"the peak is {show_bytes(planned.peak_allocated_bytes)}; the target is at "
-                       f"most {show_bytes(budget_bytes)}. It stands in {planned.peak_phase}, at "
-                       f"{planned.peak_operation}.")
+        return not_yet(
+            f"the peak is {show_bytes(planned.peak_allocated_bytes)}; the target is at "
+            f"most {show_bytes(budget_bytes)}. It stands in {planned.peak_phase}, at "
+            f"{planned.peak_operation}."
+        )
     ratio = tokens_per_second(answer, planned) / tokens_per_second(recipe, before)
     if ratio < speedup:
-        return not_yet(f"it fits, but trains {ratio:.1f} times as fast as before; the target is at "
-                       f"least {speedup:g}. Which kernel does attention take on a T4?")
-    return right(f"{show_bytes(planned.peak_allocated_bytes)} at the peak, {ratio:.1f} times as "
-                 f"fast, and every step still sees {answer.effective_batch_size} sequences.")
+        return not_yet(
+            f"it fits, but trains {ratio:.1f} times as fast as before; the target is at "
+            f"least {speedup:g}. Which kernel does attention take on a T4?"
+        )
+    return right(
+        f"{show_bytes(planned.peak_allocated_bytes)} at the peak, {ratio:.1f} times as "
+        f"fast, and every step still sees {answer.effective_batch_size} sequences."
+    )

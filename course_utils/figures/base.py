@@ -25,18 +25,33 @@ from fitcast.gpus import Gpu
 from fitcast.units import GIB, MIB, show_bytes, with_article
 
 COLOURS = {
-    "weights": "#0072B2", "adapters": "#56B4E9", "gradients": "#D55E00",
-    "optimizer state": "#E69F00", "activations": "#009E73", "temporaries": "#CC79A7",
+    "weights": "#0072B2",
+    "adapters": "#56B4E9",
+    "gradients": "#D55E00",
+    "optimizer state": "#E69F00",
+    "activations": "#009E73",
+    "temporaries": "#CC79A7",
     "inputs": "#F0E442",
 }
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 INK, GRID = "#222222", "#DDDDDD"
 SHADES = {"forward": "#EFEFEF", "backward": "#FFFFFF", "optimizer": "#DFDFDF"}
 STYLE = {
-    "figure.facecolor": "white", "savefig.facecolor": "white", "axes.facecolor": "white",
-    "font.family": "DejaVu Sans", "font.size": 13.5, "text.color": INK, "axes.labelcolor": INK,
-    "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.axisbelow": True, "grid.color": GRID, "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "axes.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": 13.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "legend.frameon": False,
 }
 styled = matplotlib.rc_context(STYLE)  # decorates a function that draws
 
@@ -91,31 +106,60 @@ def memory_over_time(report: Any, title: str = "") -> Figure:
     moment = totals.index(peak)
     unit, size = _unit(peak)
     canvas, ax = _canvas()
-    spans = [(phase, [index for index, _ in run]) for phase, run in
-             itertools.groupby(enumerate(report.phases), key=lambda pair: pair[1])]
+    spans = [
+        (phase, [index for index, _ in run])
+        for phase, run in itertools.groupby(enumerate(report.phases), key=lambda pair: pair[1])
+    ]
     for phase, events in spans:
-        ax.axvspan(events[0], events[-1] + 1, color=SHADES.get(phase, "#F7F7F7"), linewidth=0,
-                   zorder=0)
+        ax.axvspan(
+            events[0], events[-1] + 1, color=SHADES.get(phase, "#F7F7F7"), linewidth=0, zorder=0
+        )
         if len(events) > 0.06 * len(totals):
-            ax.text((events[0] + events[-1]) / 2, 1.36 * peak / size, phase, ha="center", va="top",
-                    fontsize=12)
-    ax.stackplot(range(len(totals)), [[n / size for n in line] for line in series.values()],
-                 colors=[COLOURS[name] for name in series], labels=series, step="post")
+            ax.text(
+                (events[0] + events[-1]) / 2,
+                1.36 * peak / size,
+                phase,
+                ha="center",
+                va="top",
+                fontsize=12,
+            )
+    ax.stackplot(
+        range(len(totals)),
+        [[n / size for n in line] for line in series.values()],
+        colors=[COLOURS[name] for name in series],
+        labels=series,
+        step="post",
+    )
     cause = report.peak_operation.removesuffix(".default")
     cause += f" in {report.peak_module}" if report.peak_module else ""
     ax.plot(moment, peak / size, "o", color=INK)
-    ax.annotate(f"peak {show_bytes(peak)}\n{cause}", (moment, peak / size), xytext=(0, 9),
-                textcoords="offset points", fontsize=12,
-                ha=("left", "center", "right")[min(2, 3 * moment // len(totals))])
-    ax.set(title=title, xlim=(0, len(totals) - 1), ylim=(0, 1.38 * peak / size), ylabel=unit,
-           xlabel="allocations and frees, in order", xticks=[])
+    ax.annotate(
+        f"peak {show_bytes(peak)}\n{cause}",
+        (moment, peak / size),
+        xytext=(0, 9),
+        textcoords="offset points",
+        fontsize=12,
+        ha=("left", "center", "right")[min(2, 3 * moment // len(totals))],
+    )
+    ax.set(
+        title=title,
+        xlim=(0, len(totals) - 1),
+        ylim=(0, 1.38 * peak / size),
+        ylabel=unit,
+        xlabel="allocations and frees, in order",
+        xticks=[],
+    )
     handles, names = ax.get_legend_handles_labels()
     canvas.legend(handles, names, loc="outside lower center", ncols=4, fontsize=12)
     at_peak = _parts({name: line[moment] for name, line in series.items()})
-    return _finish(canvas, "memory over time", title,
-                   f"From {show_bytes(totals[0])} up to a peak of {show_bytes(peak)}, reached in "
-                   f"{report.peak_phase} by {cause}, and down to {show_bytes(totals[-1])}. At the "
-                   f"peak: {at_peak}.")
+    return _finish(
+        canvas,
+        "memory over time",
+        title,
+        f"From {show_bytes(totals[0])} up to a peak of {show_bytes(peak)}, reached in "
+        f"{report.peak_phase} by {cause}, and down to {show_bytes(totals[-1])}. At the "
+        f"peak: {at_peak}.",
+    )
 
 
 @styled
@@ -135,16 +179,29 @@ def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") ->
     ends = dict.fromkeys(rows, 0)
     for holder in sorted({h for row in rows.values() for h in row if row[h]}, key=_rank):
         widths = [row.get(holder, 0) / size for row in rows.values()]
-        ax.barh(list(rows), widths, left=[end / size for end in ends.values()], label=holder,
-                color=COLOURS.get(holder, INK), height=0.62)
+        ax.barh(
+            list(rows),
+            widths,
+            left=[end / size for end in ends.values()],
+            label=holder,
+            color=COLOURS.get(holder, INK),
+            height=0.62,
+        )
         ends = {name: end + rows[name].get(holder, 0) for name, end in ends.items()}
     said = {}
     for name, total in totals.items():
         verdict = "" if not gpu else ", fits" if total <= limit else ", does not fit"
         said[name] = show_bytes(total) + verdict
-        ax.annotate(said[name], (total / size, name), xytext=(7, 0), va="center", fontsize=12,
-                    textcoords="offset points", zorder=4,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 2})
+        ax.annotate(
+            said[name],
+            (total / size, name),
+            xytext=(7, 0),
+            va="center",
+            fontsize=12,
+            textcoords="offset points",
+            zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
+        )
     if gpu:
         ax.axvline(limit / size, color=INK, linestyle="--", zorder=3)
         unit += f" (dashed: the {show_bytes(limit)} that {with_article(gpu.name)} has for tensors)"
@@ -161,8 +218,13 @@ def _rank(holder: str) -> int:
 
 
 @styled
-def curves(x: Sequence[float], lines: Mapping[str, Sequence[int]], xlabel: str, title: str = "",
-           gpu: Gpu | None = None) -> Figure:
+def curves(
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[int]],
+    xlabel: str,
+    title: str = "",
+    gpu: Gpu | None = None,
+) -> Figure:
     """Bytes as a function of one number, a line for each name: linear or quadratic, by eye.
 
     Args:
@@ -175,22 +237,40 @@ def curves(x: Sequence[float], lines: Mapping[str, Sequence[int]], xlabel: str, 
     highest = max(max(line) for line in lines.values())
     unit, size = _unit(highest)
     canvas, ax = _canvas()
-    for (name, line), colour, mark in zip(lines.items(), itertools.cycle(LINES),
-                                          itertools.cycle("osD^v"), strict=False):
+    for (name, line), colour, mark in zip(
+        lines.items(), itertools.cycle(LINES), itertools.cycle("osD^v"), strict=False
+    ):
         ax.plot(x, [n / size for n in line], color=colour, marker=mark, linewidth=2.5)
-        ax.annotate(name, (x[-1], line[-1] / size), xytext=(8, 0), textcoords="offset points",
-                    color=colour, va="center")
+        ax.annotate(
+            name,
+            (x[-1], line[-1] / size),
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+        )
     if gpu and gpu.usable_bytes < 1.2 * highest:
         ax.axhline(gpu.usable_bytes / size, color=INK, linestyle="--")
         falls = any(line[0] > gpu.usable_bytes for line in lines.values())
-        ax.annotate(f"{gpu.name}: {show_bytes(gpu.usable_bytes)} usable", xytext=(0, 5),
-                    xy=(x[len(x) // 2 if falls else 0], gpu.usable_bytes / size),
-                    textcoords="offset points")
-    ax.set(title=title, xlabel=xlabel, ylabel=unit, ylim=(0, None), xticks=x,
-           xlim=(None, x[-1] + 0.3 * (x[-1] - x[0])))
+        ax.annotate(
+            f"{gpu.name}: {show_bytes(gpu.usable_bytes)} usable",
+            xytext=(0, 5),
+            xy=(x[len(x) // 2 if falls else 0], gpu.usable_bytes / size),
+            textcoords="offset points",
+        )
+    ax.set(
+        title=title,
+        xlabel=xlabel,
+        ylabel=unit,
+        ylim=(0, None),
+        xticks=x,
+        xlim=(None, x[-1] + 0.3 * (x[-1] - x[0])),
+    )
     ax.grid(axis="y")
-    ends = "; ".join(f"{name}: {show_bytes(line[0])} at {x[0]:,}, {show_bytes(line[-1])} at "
-                     f"{x[-1]:,}" for name, line in lines.items())
+    ends = "; ".join(
+        f"{name}: {show_bytes(line[0])} at {x[0]:,}, {show_bytes(line[-1])} at {x[-1]:,}"
+        for name, line in lines.items()
+    )
     return _finish(canvas, f"lines over {xlabel}", title, f"{ends}.")
 
 
@@ -203,46 +283,82 @@ def forward_backward(layers: int = 4) -> Figure:
     for row, (y, colour) in rows.items():
         ax.text(-0.75, y, row, ha="right", va="center", weight="bold", color=colour)
         for layer in range(layers):
-            ax.add_patch(FancyBboxPatch((layer - 0.3, y - 0.22), 0.6, 0.44, facecolor=colour,
-                                        edgecolor="none", boxstyle="round,pad=0.03"))
-            ax.text(layer, y, f"layer {layer + 1}", ha="center", va="center", color="white",
-                    fontsize=12)
+            ax.add_patch(
+                FancyBboxPatch(
+                    (layer - 0.3, y - 0.22),
+                    0.6,
+                    0.44,
+                    facecolor=colour,
+                    edgecolor="none",
+                    boxstyle="round,pad=0.03",
+                )
+            )
+            ax.text(
+                layer, y, f"layer {layer + 1}", ha="center", va="center", color="white", fontsize=12
+            )
         for edge in range(layers + 1):
             start, end = (edge - 0.67, y), (edge - 0.34, y)
-            ax.add_patch(FancyArrowPatch(*((start, end) if y else (end, start)), color=colour,
-                                         **arrow))
+            ax.add_patch(
+                FancyArrowPatch(*((start, end) if y else (end, start)), color=colour, **arrow)
+            )
     for layer in range(layers):
-        ax.text(layer, 1.0, f"$a_{layer + 1}$", ha="center", va="center", fontsize=15,
-                bbox={"boxstyle": "circle", "facecolor": COLOURS["activations"], "alpha": 0.35,
-                      "edgecolor": COLOURS["activations"]})
+        ax.text(
+            layer,
+            1.0,
+            f"$a_{layer + 1}$",
+            ha="center",
+            va="center",
+            fontsize=15,
+            bbox={
+                "boxstyle": "circle",
+                "facecolor": COLOURS["activations"],
+                "alpha": 0.35,
+                "edgecolor": COLOURS["activations"],
+            },
+        )
         for start, end in ((1.75, 1.27), (0.73, 0.27)):
             ax.add_patch(FancyArrowPatch((layer, start), (layer, end), color=INK, **arrow))
-    ax.text(-0.75, 1.0, "kept", ha="right", va="center", weight="bold",
-            color=COLOURS["activations"])
+    ax.text(
+        -0.75, 1.0, "kept", ha="right", va="center", weight="bold", color=COLOURS["activations"]
+    )
     ax.text(layers + 0.14, 1.0, "loss", ha="left", va="center", weight="bold")
-    ax.add_patch(FancyArrowPatch((layers - 0.33, 2.0), (layers - 0.33, 0.0), color=INK,
-                                 connectionstyle="arc3,rad=-0.35", **arrow))
+    ax.add_patch(
+        FancyArrowPatch(
+            (layers - 0.33, 2.0),
+            (layers - 0.33, 0.0),
+            color=INK,
+            connectionstyle="arc3,rad=-0.35",
+            **arrow,
+        )
+    )
     ax.set(xlim=(-1.6, layers + 0.6), ylim=(-0.45, 2.45))
     ax.axis("off")
     names = ", ".join(f"a{layer + 1}" for layer in range(layers))
-    return _finish(canvas, f"the forward pass runs through layers 1 to {layers} and keeps {names}, "
-                           "one set of activations a layer, up to the loss; the backward pass "
-                           f"runs from layer {layers} to 1 and needs each layer's activations "
-                           "again. The first one kept is the last one used")
+    return _finish(
+        canvas,
+        f"the forward pass runs through layers 1 to {layers} and keeps {names}, "
+        "one set of activations a layer, up to the loss; the backward pass "
+        f"runs from layer {layers} to 1 and needs each layer's activations "
+        "again. The first one kept is the last one used",
+    )
 
 
 @styled
 def losses(runs: Mapping[str, Sequence[float]], title: str = "") -> Figure:
     """Training loss of each run, in nats per labelled token, over its optimizer steps."""
     canvas, ax = _canvas(4.0)
-    for (name, line), colour, dashes in zip(runs.items(), itertools.cycle(LINES),
-                                            itertools.cycle(("-", "--", ":", "-.")), strict=False):
+    for (name, line), colour, dashes in zip(
+        runs.items(), itertools.cycle(LINES), itertools.cycle(("-", "--", ":", "-.")), strict=False
+    ):
         ax.plot(range(1, len(line) + 1), line, dashes, color=colour, linewidth=2.5, label=name)
     ax.set(title=title, xlabel="optimizer steps", ylabel="loss, nats per token", ylim=(0, None))
     ax.grid(axis="y")
     ax.legend()
-    ends = {name: f"{line[-1]:.1f}" if line[-1] >= 0.1 else "below 0.1"
-            for name, line in runs.items()}
-    said = "; ".join(f"{name}: {len(line)} steps, from {line[0]:.0f} to {ends[name]}"
-                     for name, line in runs.items())
+    ends = {
+        name: f"{line[-1]:.1f}" if line[-1] >= 0.1 else "below 0.1" for name, line in runs.items()
+    }
+    said = "; ".join(
+        f"{name}: {len(line)} steps, from {line[0]:.0f} to {ends[name]}"
+        for name, line in runs.items()
+    )
     return _finish(canvas, "training loss", title, f"{said}.")

@@ -27,26 +27,54 @@ def updates(events: Sequence[tuple[str, float]], title: str = "") -> Figure:
     micro_batches = optimizer_steps = 0
     said = []
     for x, (event, length) in enumerate(events):
-        ax.bar(x, length, color=EVENTS[event], width=0.8,
-               hatch="//" if event == "update" else None, edgecolor="white")
+        ax.bar(
+            x,
+            length,
+            color=EVENTS[event],
+            width=0.8,
+            hatch="//" if event == "update" else None,
+            edgecolor="white",
+        )
         micro_batches += event == "accumulate"
         optimizer_steps += event == "update"
         label = f"micro\nbatch\n{micro_batches}" if event == "accumulate" else event
-        ax.text(x, -0.04 * highest, label, ha="center", va="top", fontsize=10.5,
-                color=EVENTS[event], weight="normal" if event == "accumulate" else "bold")
+        ax.text(
+            x,
+            -0.04 * highest,
+            label,
+            ha="center",
+            va="top",
+            fontsize=10.5,
+            color=EVENTS[event],
+            weight="normal" if event == "accumulate" else "bold",
+        )
         if event == "update":
-            ax.annotate(f"optimizer step {optimizer_steps}:\nlog, warm-up and\nschedule count it",
-                        (x, length), xytext=(0, 6), textcoords="offset points", ha="center",
-                        fontsize=10.5)
+            ax.annotate(
+                f"optimizer step {optimizer_steps}:\nlog, warm-up and\nschedule count it",
+                (x, length),
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=10.5,
+            )
         said.append(f"{event} {length / highest:.1f}")
     ax.axhline(0, color=INK, linewidth=1)
-    ax.set(title=title, ylabel="length of .grad", ylim=(-0.24 * highest, 1.42 * highest),
-           yticks=[0], xticks=[])
+    ax.set(
+        title=title,
+        ylabel="length of .grad",
+        ylim=(-0.24 * highest, 1.42 * highest),
+        yticks=[0],
+        xticks=[],
+    )
     ax.spines[["bottom"]].set_visible(False)
-    return _finish(canvas, f"the summed gradient over {micro_batches} micro batches and "
-                           f"{optimizer_steps} optimizer steps", title,
-                   "It grows with each micro batch, is used by the update and then cleared. "
-                   f"Lengths in parts of the highest: {', '.join(said)}.")
+    return _finish(
+        canvas,
+        f"the summed gradient over {micro_batches} micro batches and "
+        f"{optimizer_steps} optimizer steps",
+        title,
+        "It grows with each micro batch, is used by the update and then cleared. "
+        f"Lengths in parts of the highest: {', '.join(said)}.",
+    )
 
 
 @styled
@@ -60,22 +88,49 @@ def token_shares(counts: Sequence[int], title: str = "") -> Figure:
     total, number = sum(counts), len(counts)
     shares = [total / (number * count) for count in counts]
     canvas, ax = _canvas(3.9)
-    ax.bar(range(1, number + 1), shares, width=0.8,
-           color=[COLOURS["gradients" if share > 1 else "adapters"] for share in shares])
+    ax.bar(
+        range(1, number + 1),
+        shares,
+        width=0.8,
+        color=[COLOURS["gradients" if share > 1 else "adapters"] for share in shares],
+    )
     for x, (share, count) in enumerate(zip(shares, counts, strict=True), start=1):
-        ax.annotate(f"{share:.2g}", (x, share), xytext=(0, 3), textcoords="offset points",
-                    ha="center", fontsize=10.5)
-        ax.annotate(f"{count}", (x, 0), xytext=(0, -6), textcoords="offset points", ha="center",
-                    va="top", fontsize=10.5)
+        ax.annotate(
+            f"{share:.2g}",
+            (x, share),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=10.5,
+        )
+        ax.annotate(
+            f"{count}",
+            (x, 0),
+            xytext=(0, -6),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=10.5,
+        )
     ax.axhline(1, color=INK, linestyle="--")
-    ax.set(title=title, ylabel="what one token counts\n(dashed: its fair share)",
-           ylim=(0, 1.15 * max(max(shares), 1.2)),
-           xlabel="labelled tokens of each micro batch", xlim=(0.4, number + 0.6), xticks=[])
+    ax.set(
+        title=title,
+        ylabel="what one token counts\n(dashed: its fair share)",
+        ylim=(0, 1.15 * max(max(shares), 1.2)),
+        xlabel="labelled tokens of each micro batch",
+        xlim=(0.4, number + 0.6),
+        xticks=[],
+    )
     ax.xaxis.labelpad = 18
-    said = ", ".join(f"{count} tokens: {share:.2g}"
-                     for share, count in zip(shares, counts, strict=True))
-    return _finish(canvas, "bars: what one token counts in a mean of micro batches' means", title,
-                   f"{said}. The fair share, 1, is dashed.")
+    said = ", ".join(
+        f"{count} tokens: {share:.2g}" for share, count in zip(shares, counts, strict=True)
+    )
+    return _finish(
+        canvas,
+        "bars: what one token counts in a mean of micro batches' means",
+        title,
+        f"{said}. The fair share, 1, is dashed.",
+    )
 
 
 @styled
@@ -85,16 +140,35 @@ def attempts(search: Search, budget_bytes: int, title: str = "") -> Figure:
     limit = budget_bytes / MIB
     for x, probe in enumerate(search.probes):
         height = probe.peak_bytes / MIB if probe.fits else limit
-        ax.bar(x, height, width=0.7, edgecolor="#888888" if not probe.fits else "none",
-               color=COLOURS["activations"] if probe.fits else GRID,
-               hatch=None if probe.fits else "xx")
-        ax.annotate(show_bytes(probe.peak_bytes) if probe.fits else "out of\nmemory",
-                    (x, height), xytext=(0, 4), textcoords="offset points", ha="center",
-                    fontsize=11.5)
+        ax.bar(
+            x,
+            height,
+            width=0.7,
+            edgecolor="#888888" if not probe.fits else "none",
+            color=COLOURS["activations"] if probe.fits else GRID,
+            hatch=None if probe.fits else "xx",
+        )
+        ax.annotate(
+            show_bytes(probe.peak_bytes) if probe.fits else "out of\nmemory",
+            (x, height),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=11.5,
+        )
     ax.axhline(limit, color=INK, linestyle="--")
-    ax.set(title=title, ylabel="peak, MiB", ylim=(0, 1.3 * limit), xlabel="micro batch tried",
-           xlim=(-0.6, len(search.probes) - 0.4))
+    ax.set(
+        title=title,
+        ylabel="peak, MiB",
+        ylim=(0, 1.3 * limit),
+        xlabel="micro batch tried",
+        xlim=(-0.6, len(search.probes) - 0.4),
+    )
     ax.set_xticks(range(len(search.probes)), [p.micro_batch_size for p in search.probes])
     said = "; ".join(map(repr, search.probes))
-    return _finish(canvas, f"attempts against a budget of {show_bytes(budget_bytes)}", title,
-                   f"{said}. Largest that fits: {search.micro_batch_size}.")
+    return _finish(
+        canvas,
+        f"attempts against a budget of {show_bytes(budget_bytes)}",
+        title,
+        f"{said}. Largest that fits: {search.micro_batch_size}.",
+    )

@@ -31,11 +31,16 @@ def chains(traces: Mapping[str, Sequence[Moment]], steps: int) -> Figure:
         most, runs = max(len(moment.held) for moment in trace), _forward_steps(trace)
         ax.set_title(f"{name}: at most {most} held, {runs} forward steps", loc="left", fontsize=13)
         counts = ", ".join(f"{moment.action} {len(moment.held)}" for moment in trace)
-        said.append(f"{name}: at most {most} inputs held, {runs} forward steps; held during each "
-                    f"action: {counts}")
+        said.append(
+            f"{name}: at most {most} inputs held, {runs} forward steps; held during each "
+            f"action: {counts}"
+        )
     canvas.supxlabel("f: a forward step; b: a backward step; hatched: computed again", fontsize=12)
-    return _finish(canvas, f"training steps of a chain of {steps}, action by action",
-                   words=f"{'. '.join(said)}.")
+    return _finish(
+        canvas,
+        f"training steps of a chain of {steps}, action by action",
+        words=f"{'. '.join(said)}.",
+    )
 
 
 def _forward_steps(trace: Sequence[Moment]) -> int:
@@ -46,18 +51,37 @@ def _draw(ax, trace: Sequence[Moment], steps: int, longest: int) -> None:
     kept = {moment.held[-1] for moment in trace[:steps] if moment.held}
     for x, moment in enumerate(trace):
         kind, step, *again = moment.action.split()
-        ax.axvspan(x - 0.5, x + 0.5, linewidth=0, zorder=0,
-                   color=SHADES["forward" if kind == "forward" else "backward"])
+        ax.axvspan(
+            x - 0.5,
+            x + 0.5,
+            linewidth=0,
+            zorder=0,
+            color=SHADES["forward" if kind == "forward" else "backward"],
+        )
         for y, number in enumerate(moment.held):
             again_now = number not in kept
             look = {"facecolor": "white", "hatch": "////"} if again_now else {"facecolor": GREEN}
             ax.bar(x, 0.86, bottom=y + 0.07, width=0.84, edgecolor=GREEN, **look)
-            ax.text(x, y + 0.48, f"$a_{number}$", ha="center", va="center", fontsize=12.5,
-                    color=INK if again_now else "white", bbox={
-                        "facecolor": "white" if again_now else GREEN, "edgecolor": "none",
-                        "pad": 1})
-        ax.text(x, -0.15, f"{kind[0]}{step}", ha="center", va="top", fontsize=12,
-                weight="bold" if again else "normal", color=INK)
+            ax.text(
+                x,
+                y + 0.48,
+                f"$a_{number}$",
+                ha="center",
+                va="center",
+                fontsize=12.5,
+                color=INK if again_now else "white",
+                bbox={"facecolor": "white" if again_now else GREEN, "edgecolor": "none", "pad": 1},
+            )
+        ax.text(
+            x,
+            -0.15,
+            f"{kind[0]}{step}",
+            ha="center",
+            va="top",
+            fontsize=12,
+            weight="bold" if again else "normal",
+            color=INK,
+        )
     ax.set(xlim=(-0.6, longest - 0.4), ylim=(-0.75, steps + 0.1), xticks=[], yticks=[])
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)

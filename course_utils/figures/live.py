@@ -51,8 +51,12 @@ class Watcher:
             self._drawn = now
 
     def _publish(self, data: dict, name: str, metadata: dict | None = None) -> None:
-        self._display.publish(data=data, metadata=metadata or {}, update=self._drawn > 0,
-                              transient={"display_id": f"{name}-{self._id}"})
+        self._display.publish(
+            data=data,
+            metadata=metadata or {},
+            update=self._drawn > 0,
+            transient={"display_id": f"{name}-{self._id}"},
+        )
 
     def line(self) -> str:
         """One line: how far, how fast, how much memory, how long it will take."""
@@ -62,9 +66,11 @@ class Watcher:
         done = row["step"] / self.total
         bar = "█" * round(BAR * done) + "░" * (BAR - round(BAR * done))
         left = (time.monotonic() - self._start) * (self.total - row["step"]) / len(self.rows)
-        return (f"{bar} step {row['step']} of {self.total}, loss {row['loss']:.2f}, "
-                f"{row['tokens_per_second']:,.0f} tokens/s, peak "
-                f"{show_bytes(row['peak_allocated_bytes'])}, {left / 60:.0f} min left")
+        return (
+            f"{bar} step {row['step']} of {self.total}, loss {row['loss']:.2f}, "
+            f"{row['tokens_per_second']:,.0f} tokens/s, peak "
+            f"{show_bytes(row['peak_allocated_bytes'])}, {left / 60:.0f} min left"
+        )
 
 
 def _publisher() -> Any | None:

@@ -46,8 +46,15 @@ def bit_fields(names: Sequence[str] = tuple(FORMATS), value: float = 0.1) -> Fig
                 left += 1
         ax.text(-0.6, -row, name, ha="right", va="center", weight="bold")
     for label, x, shade in zip(("sign", "exponent", "fraction"), (0, 5, 14), shades, strict=True):
-        ax.text(x, 0.62, label, color=INK, ha="left", va="center",
-                bbox={"facecolor": shade, "alpha": 0.35, "edgecolor": "none", "pad": 2})
+        ax.text(
+            x,
+            0.62,
+            label,
+            color=INK,
+            ha="left",
+            va="center",
+            bbox={"facecolor": shade, "alpha": 0.35, "edgecolor": "none", "pad": 2},
+        )
     ax.set(xlim=(-6, 32.2), ylim=(0.4 - len(names), 0.9))
     ax.axis("off")
     said = "; ".join(f"{name} {bits(value, name)}" for name in names)
@@ -55,9 +62,13 @@ def bit_fields(names: Sequence[str] = tuple(FORMATS), value: float = 0.1) -> Fig
 
 
 @styled
-def magnitudes(groups: Mapping[str, Sequence[torch.Tensor]],
-               names: Sequence[str] = ("float32", "bfloat16", "float16"), scale: float = 1.0,
-               title: str = "", say_landing: bool = True) -> Figure:
+def magnitudes(
+    groups: Mapping[str, Sequence[torch.Tensor]],
+    names: Sequence[str] = ("float32", "bfloat16", "float16"),
+    scale: float = 1.0,
+    title: str = "",
+    say_landing: bool = True,
+) -> Figure:
     """Histograms of magnitudes over the range of each format; `scale` multiplies the numbers.
 
     Args:
@@ -84,29 +95,47 @@ def magnitudes(groups: Mapping[str, Sequence[torch.Tensor]],
         powers = (numbers[numbers > 0] * scale).log2().clamp(LOWEST, HIGHEST)
         counts = torch.histc(powers, HIGHEST - LOWEST, LOWEST, HIGHEST)
         colour = GROUPS.get(name.split()[-1], LINES[row])
-        ax.bar(range(LOWEST, HIGHEST), (0.8 * counts / counts.max()).tolist(), bottom=row, width=1,
-               align="edge", color=colour)
+        ax.bar(
+            range(LOWEST, HIGHEST),
+            (0.8 * counts / counts.max()).tolist(),
+            bottom=row,
+            width=1,
+            align="edge",
+            color=colour,
+        )
         ax.text(LOWEST - 1, row + 0.2, name, ha="right", va="center", color=colour, fontsize=12)
         if say_landing:
             landing = land(tensors, "float16", scale)
-            words = (f"{name}: {landing.zero:.0%} become zero, {landing.subnormal:.0%} are "
-                     f"subnormal, {landing.normal:.0%} normal, {landing.infinite:.0%} infinite")
+            words = (
+                f"{name}: {landing.zero:.0%} become zero, {landing.subnormal:.0%} are "
+                f"subnormal, {landing.normal:.0%} normal, {landing.infinite:.0%} infinite"
+            )
         else:
             power = LOWEST + int(counts.argmax())
             words = f"{name} are most often between 2**{power} and 2**{power + 1}"
         said.insert(0, words)
-    ax.set(title=title, xlim=(LOWEST, HIGHEST), ylim=(0, len(groups) + 0.42 * len(names) + 0.1),
-           yticks=[], xlabel="magnitude (dotted: float16's smallest, smallest normal, largest)",
-           **_powers(LOWEST, HIGHEST, 8))
+    ax.set(
+        title=title,
+        xlim=(LOWEST, HIGHEST),
+        ylim=(0, len(groups) + 0.42 * len(names) + 0.1),
+        yticks=[],
+        xlabel="magnitude (dotted: float16's smallest, smallest normal, largest)",
+        **_powers(LOWEST, HIGHEST, 8),
+    )
     ax.spines["left"].set_visible(False)
     at = f", times {scale:,.0f}" if scale != 1 else ""
-    return _finish(canvas, f"histograms of magnitudes{at}", title,
-                   f"{'In float16, ' * say_landing}{'; '.join(said)}.")
+    return _finish(
+        canvas,
+        f"histograms of magnitudes{at}",
+        title,
+        f"{'In float16, ' * say_landing}{'; '.join(said)}.",
+    )
 
 
 @styled
-def smallest_updates(learning_rate: float, weights: Sequence[torch.Tensor],
-                     title: str = "") -> Figure:
+def smallest_updates(
+    learning_rate: float, weights: Sequence[torch.Tensor], title: str = ""
+) -> Figure:
     """The update that a weight of each magnitude needs to move at all, by format, and who moves.
 
     Args:
@@ -121,23 +150,49 @@ def smallest_updates(learning_rate: float, weights: Sequence[torch.Tensor],
         line = [2.0**power * torch.finfo(dtype).eps / 2 for power in powers]
         share = moved_share(weights, learning_rate, name)
         ax.plot(powers, line, color=colour, linewidth=2.5, drawstyle="steps-post")
-        ax.annotate(f"{name}: {share:.0%} move", (powers[-1], line[-1]), xytext=(8, 0),
-                    textcoords="offset points", color=colour, va="center")
+        ax.annotate(
+            f"{name}: {share:.0%} move",
+            (powers[-1], line[-1]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+        )
         said.append(f"{name} {share:.0%}")
     ax.axhline(learning_rate, color=INK, linestyle="--")
-    ax.annotate(f"update {learning_rate:g}", (powers[0], learning_rate), xytext=(2, 5),
-                textcoords="offset points")
-    ax.set(title=title, yscale="log", ylim=(1e-13, 1e-1), xlim=(powers[0], powers[-1] + 8),
-           xlabel="magnitude of the weight (below: how many there are)",
-           ylabel="smallest update that moves it", **_powers(-16, 2, 2))
+    ax.annotate(
+        f"update {learning_rate:g}",
+        (powers[0], learning_rate),
+        xytext=(2, 5),
+        textcoords="offset points",
+    )
+    ax.set(
+        title=title,
+        yscale="log",
+        ylim=(1e-13, 1e-1),
+        xlim=(powers[0], powers[-1] + 8),
+        xlabel="magnitude of the weight (below: how many there are)",
+        ylabel="smallest update that moves it",
+        **_powers(-16, 2, 2),
+    )
     below = ax.twinx()
     numbers = torch.cat([w.detach().flatten().abs().double().cpu() for w in weights])
     counts = torch.histc(numbers[numbers > 0].log2(), len(powers) - 1, powers[0], powers[-1])
-    below.bar(powers[:-1], (counts / counts.max()).tolist(), width=1, align="edge",
-              color=COLOURS["weights"], alpha=0.35)
+    below.bar(
+        powers[:-1],
+        (counts / counts.max()).tolist(),
+        width=1,
+        align="edge",
+        color=COLOURS["weights"],
+        alpha=0.35,
+    )
     below.set(ylim=(0, 5), yticks=[])
-    return _finish(canvas, "smallest update that moves a weight, over the weight's magnitude",
-                   title, f"With an update of {learning_rate:g} move: {', '.join(said)}.")
+    return _finish(
+        canvas,
+        "smallest update that moves a weight, over the weight's magnitude",
+        title,
+        f"With an update of {learning_rate:g} move: {', '.join(said)}.",
+    )
 
 
 @styled
@@ -148,20 +203,35 @@ def loss_scale(trace: Sequence[ScalerStep], title: str = "") -> Figure:
     scales = [step.scale for step in trace]
     skipped = [number for number, step in zip(steps, trace, strict=True) if step.skipped]
     ax.plot(steps, scales, drawstyle="steps-mid", color=COLOURS["weights"], linewidth=2.5)
-    ax.plot(skipped, [scales[number - 1] for number in skipped], "X", markersize=11,
-            color=COLOURS["gradients"], label="overflow: step skipped, scale halved")
+    ax.plot(
+        skipped,
+        [scales[number - 1] for number in skipped],
+        "X",
+        markersize=11,
+        color=COLOURS["gradients"],
+        label="overflow: step skipped, scale halved",
+    )
     low, high = (int(torch.tensor(edge).log2()) for edge in (min(scales), max(scales)))
     ticks = list(range(low - 1, high + 3))
-    ax.set(title=title, yscale="log", ylim=(2.0**ticks[0], 2.0**ticks[-1]), xlabel="step",
-           ylabel="scale")
+    ax.set(
+        title=title,
+        yscale="log",
+        ylim=(2.0 ** ticks[0], 2.0 ** ticks[-1]),
+        xlabel="step",
+        ylabel="scale",
+    )
     ax.set_yticks([2.0**tick for tick in ticks], [f"$2^{{{tick}}}$" for tick in ticks])
     ax.minorticks_off()
     ax.grid(axis="y")
     if skipped:
         ax.legend(loc="upper right")
-    return _finish(canvas, f"loss scale over {len(trace)} steps", title,
-                   f"From {scales[0]:,.0f} to {scales[-1]:,.0f}, at most {max(scales):,.0f}; "
-                   f"steps skipped: {', '.join(map(str, skipped)) or 'none'}.")
+    return _finish(
+        canvas,
+        f"loss scale over {len(trace)} steps",
+        title,
+        f"From {scales[0]:,.0f} to {scales[-1]:,.0f}, at most {max(scales):,.0f}; "
+        f"steps skipped: {', '.join(map(str, skipped)) or 'none'}.",
+    )
 
 
 @styled
@@ -178,15 +248,31 @@ def scale_window(errors: Mapping[int, float], title: str = "", limit: float = 0.
     lost = [power for power in errors if power not in finite]
     good = [power for power, error in finite.items() if error <= limit]
     ax.axvspan(good[0], good[-1], color=GRID, alpha=0.6, linewidth=0)
-    ax.plot(*zip(*finite.items(), strict=True), color=COLOURS["gradients"], marker="o",
-            linewidth=2.5)
+    ax.plot(
+        *zip(*finite.items(), strict=True), color=COLOURS["gradients"], marker="o", linewidth=2.5
+    )
     ax.plot(lost, [1.0] * len(lost), "X", color=INK, markersize=11)
-    ax.set(title=title, yscale="log", ylim=(1e-3, 10), xlabel="scale (grey: the good ones)",
-           ylabel="error of the gradient", **_powers(min(errors), max(errors), 4))
+    ax.set(
+        title=title,
+        yscale="log",
+        ylim=(1e-3, 10),
+        xlabel="scale (grey: the good ones)",
+        ylabel="error of the gradient",
+        **_powers(min(errors), max(errors), 4),
+    )
     ax.grid(axis="y")
     if lost:
-        ax.annotate("overflow: infinite", (lost[-1], 1.0), xytext=(8, 12), ha="right",
-                    textcoords="offset points")
+        ax.annotate(
+            "overflow: infinite",
+            (lost[-1], 1.0),
+            xytext=(8, 12),
+            ha="right",
+            textcoords="offset points",
+        )
     over = f", infinite from 2**{lost[0]}" if lost else ""
-    return _finish(canvas, "error of a float16 gradient over the loss scale", title,
-                   f"At most {limit:.0%} from 2**{good[0]} to 2**{good[-1]}, more below{over}.")
+    return _finish(
+        canvas,
+        "error of a float16 gradient over the loss scale",
+        title,
+        f"At most {limit:.0%} from 2**{good[0]} to 2**{good[-1]}, more below{over}.",
+    )

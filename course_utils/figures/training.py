@@ -25,8 +25,12 @@ SPEED = "#6B6B6B"  # no holder's colour
 
 
 @styled
-def progress(rows: Sequence[Mapping[str, Any]], total: int, forecast_bytes: int | None = None,
-             title: str = "") -> Figure:
+def progress(
+    rows: Sequence[Mapping[str, Any]],
+    total: int,
+    forecast_bytes: int | None = None,
+    title: str = "",
+) -> Figure:
     """Loss and memory peak of each step so far, on an axis that has room for all steps.
 
     Args:
@@ -39,8 +43,13 @@ def progress(rows: Sequence[Mapping[str, Any]], total: int, forecast_bytes: int 
     left, right = canvas.subplots(1, 2)
     steps = [row["step"] for row in rows]
     left.plot(steps, [row["loss"] for row in rows], color=LINES[0], linewidth=2.5)
-    left.set(title=title, xlabel="optimizer steps", ylabel="loss, nats per token", ylim=(0, None),
-             xlim=(0, total))
+    left.set(
+        title=title,
+        xlabel="optimizer steps",
+        ylabel="loss, nats per token",
+        ylim=(0, None),
+        xlim=(0, total),
+    )
     peaks = [row["peak_allocated_bytes"] for row in rows]
     highest = max([n for n in (*peaks, forecast_bytes) if n], default=0)
     size, unit = (GIB, "GiB") if highest >= GIB else (MIB, "MiB")
@@ -50,17 +59,30 @@ def progress(rows: Sequence[Mapping[str, Any]], total: int, forecast_bytes: int 
         right.text(0.5, 0.4, "not measured on cpu", ha="center", transform=right.transAxes)
     if forecast_bytes:
         right.axhline(forecast_bytes / size, color=INK, linestyle="--")
-        right.annotate(f"forecast {show_bytes(forecast_bytes)}", (total, forecast_bytes / size),
-                       xytext=(0, 4), textcoords="offset points", ha="right", fontsize=12)
-    right.set(xlabel="optimizer steps", ylabel=f"peak memory, {unit}", xlim=(0, total),
-              ylim=(0, 1.25 * highest / size or 1))
+        right.annotate(
+            f"forecast {show_bytes(forecast_bytes)}",
+            (total, forecast_bytes / size),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=12,
+        )
+    right.set(
+        xlabel="optimizer steps",
+        ylabel=f"peak memory, {unit}",
+        xlim=(0, total),
+        ylim=(0, 1.25 * highest / size or 1),
+    )
     for ax in (left, right):
         ax.grid(axis="y")
     measured = show_bytes(max((n for n in peaks if n), default=None))
-    return _finish(canvas, f"a run{': ' * bool(title)}{title} at step {steps[-1]} of {total}. Loss "
-                           f"from {rows[0]['loss']:.1f} to {rows[-1]['loss']:.1f}; peak memory "
-                           f"{measured}, forecast "
-                           f"{show_bytes(forecast_bytes) if forecast_bytes else 'none'}")
+    return _finish(
+        canvas,
+        f"a run{': ' * bool(title)}{title} at step {steps[-1]} of {total}. Loss "
+        f"from {rows[0]['loss']:.1f} to {rows[-1]['loss']:.1f}; peak memory "
+        f"{measured}, forecast "
+        f"{show_bytes(forecast_bytes) if forecast_bytes else 'none'}",
+    )
 
 
 @styled
@@ -75,21 +97,35 @@ def lengths(tokens: Sequence[int], learned: Sequence[int], limit: int) -> Figure
     canvas = Canvas(figsize=(8, 3.2), layout="constrained")
     ax = canvas.add_subplot()
     bins = range(0, limit + 1, max(1, limit // 32))
-    for name, numbers, colour in (("prompt and answer", tokens, LINES[0]),
-                                  ("answer, learned", learned, LINES[1])):
+    for name, numbers, colour in (
+        ("prompt and answer", tokens, LINES[0]),
+        ("answer, learned", learned, LINES[1]),
+    ):
         ax.hist(numbers, bins=bins, color=colour, alpha=0.75, label=name)
-    ax.set(title=f"examples, cut at {limit:,} tokens", xlabel="tokens in an example",
-           ylabel="examples", xlim=(0, limit))
+    ax.set(
+        title=f"examples, cut at {limit:,} tokens",
+        xlabel="tokens in an example",
+        ylabel="examples",
+        xlim=(0, limit),
+    )
     ax.legend()
     padding = 1 - sum(tokens) / (limit * len(tokens))
-    return _finish(canvas, f"histogram of {len(tokens)} examples: {min(tokens)} to {max(tokens)} "
-                           f"tokens are read, {min(learned)} to {max(learned)} of them learned. "
-                           f"Padded to {limit}, {padding:.0%} of each batch would be padding")
+    return _finish(
+        canvas,
+        f"histogram of {len(tokens)} examples: {min(tokens)} to {max(tokens)} "
+        f"tokens are read, {min(learned)} to {max(learned)} of them learned. "
+        f"Padded to {limit}, {padding:.0%} of each batch would be padding",
+    )
 
 
 @styled
-def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | None], gpu: Gpu,
-           title: str = "", measured_on: str = "") -> Figure:
+def ladder(
+    rungs: Mapping[str, Mapping[str, int]],
+    speeds: Mapping[str, float | None],
+    gpu: Gpu,
+    title: str = "",
+    measured_on: str = "",
+) -> Figure:
     """Stacked bytes of each rung against a GPU's memory, and beside it how fast it trains.
 
     Args:
@@ -107,15 +143,28 @@ def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | 
     seen = max(totals.values()) / 1000  # less is too thin to see, and not worth a legend
     for holder in sorted({h for row in rungs.values() for h in row if row[h] > seen}, key=_rank):
         widths = [row.get(holder, 0) / GIB for row in rungs.values()]
-        left.barh(names, widths, left=list(ends.values()), label=holder, height=0.66,
-                  color=COLOURS.get(holder, INK))
+        left.barh(
+            names,
+            widths,
+            left=list(ends.values()),
+            label=holder,
+            height=0.66,
+            color=COLOURS.get(holder, INK),
+        )
         ends = {name: end + width for (name, end), width in zip(ends.items(), widths, strict=True)}
     for name, total in totals.items():
         fits = total <= gpu.usable_bytes
-        left.annotate(f"{total / GIB:.2f}", (total / GIB, name), xytext=(5, 0),
-                      textcoords="offset points", va="center", fontsize=12, zorder=4,
-                      weight="bold" if fits else "normal",
-                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+        left.annotate(
+            f"{total / GIB:.2f}",
+            (total / GIB, name),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=12,
+            zorder=4,
+            weight="bold" if fits else "normal",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
     highest = max([*ends.values(), limit])
     left.axvline(limit, color=INK, linestyle="--", zorder=3)
     left.axvspan(limit, 1.15 * highest, color="#D55E00", alpha=0.09, linewidth=0, zorder=0)
@@ -126,16 +175,21 @@ def ladder(rungs: Mapping[str, Mapping[str, int]], speeds: Mapping[str, float | 
     right.barh(names, pace, color=SPEED, height=0.66)
     for name, speed in zip(names, pace, strict=True):
         said = f"{speed:,.0f}  ({speed / pace[0]:.1f}x)" if speed else "not measured"
-        right.annotate(said, (speed, name), xytext=(5, 0), textcoords="offset points",
-                       va="center", fontsize=12)
+        right.annotate(
+            said, (speed, name), xytext=(5, 0), textcoords="offset points", va="center", fontsize=12
+        )
     right.set(xlabel=f"tokens a second\n{measured_on}", xlim=(0, 1.75 * max(pace)))
     right.locator_params(axis="x", nbins=3)
     canvas.suptitle(title)
-    canvas.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6,
-                  fontsize=11)
-    said = "; ".join(f"{name}: {show_bytes(totals[name])}, "
-                     f"{'fits' if totals[name] <= gpu.usable_bytes else 'does not fit'}, "
-                     f"{f'{speeds[name]:,.0f} tokens a second' if speeds[name] else 'not measured'}"
-                     for name in names)
-    return _finish(canvas, f"bars against the {show_bytes(gpu.usable_bytes)} of {card}", title,
-                   f"{said}.")
+    canvas.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=11
+    )
+    said = "; ".join(
+        f"{name}: {show_bytes(totals[name])}, "
+        f"{'fits' if totals[name] <= gpu.usable_bytes else 'does not fit'}, "
+        f"{f'{speeds[name]:,.0f} tokens a second' if speeds[name] else 'not measured'}"
+        for name in names
+    )
+    return _finish(
+        canvas, f"bars against the {show_bytes(gpu.usable_bytes)} of {card}", title, f"{said}."
+    )

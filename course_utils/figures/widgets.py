@@ -34,14 +34,18 @@ def control(name: str, choices: Any) -> ipywidgets.Widget:
         choices: True or False for a tick box, else a sequence whose first item is the default; the
             slider orders numbers itself and leaves words in their order.
     """
-    look = {"description": name.replace("_", " "), "style": {"description_width": "11em"},
-            "layout": {"width": "34em", "max_width": "95%"}}
+    look = {
+        "description": name.replace("_", " "),
+        "style": {"description_width": "11em"},
+        "layout": {"width": "34em", "max_width": "95%"},
+    }
     if isinstance(choices, bool):
         return ipywidgets.Checkbox(value=choices, **look)
     # No menu over words: JupyterLab takes the arrow keys from it, to move to the next cell.
     options = list(choices) if isinstance(choices[0], str) else sorted(choices)
-    slider = ipywidgets.SelectionSlider(options=options, value=choices[0],
-                                        continuous_update=False, **look)
+    slider = ipywidgets.SelectionSlider(
+        options=options, value=choices[0], continuous_update=False, **look
+    )
     if slider.style.has_trait("handle_color"):  # not in ipywidgets 7; white on white otherwise
         slider.style.handle_color = LINES[0]
     return slider
@@ -122,10 +126,15 @@ class Explorer:
         here, found = self.settings, []
         for name, widget in self.controls.items():
             options = list(getattr(widget, "options", (False, True)))
-            steps = [(abs(options.index(option) - options.index(here[name])), option)
-                     for option in options]
-            found += [(widget is not moved, step, here | {name: option})
-                      for step, option in steps if step == 1 or (step and widget is moved)]
+            steps = [
+                (abs(options.index(option) - options.index(here[name])), option)
+                for option in options
+            ]
+            found += [
+                (widget is not moved, step, here | {name: option})
+                for step, option in steps
+                if step == 1 or (step and widget is moved)
+            ]
         return [settings for *_, settings in sorted(found, key=lambda one: one[:2])]
 
     def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:
@@ -136,24 +145,43 @@ class Explorer:
 
 def layers_explorer() -> Explorer:
     """A 16-bit model's weights and what its layers keep, by the usual estimate and counted."""
+
     def draw(attention: str, trained: str, **settings: Any) -> Figure:
         gpu = preset(settings.pop("gpu"))
-        recipe = TrainRecipe(base="float16", amp_dtype="float16", checkpointed_layers=0,
-                             lora_rank=16 if trained == "LoRA" else None, lora_dropout=0.0,
-                             attention="eager" if attention == "eager" else "stock", **settings)
+        recipe = TrainRecipe(
+            base="float16",
+            amp_dtype="float16",
+            checkpointed_layers=0,
+            lora_rank=16 if trained == "LoRA" else None,
+            lora_dropout=0.0,
+            attention="eager" if attention == "eager" else "stock",
+            **settings,
+        )
         layers = models.config(recipe.model).num_hidden_layers
-        rows = {"usual estimate": boundary_bytes(recipe),
-                "what layers keep": count_block(recipe).saved_activation_bytes}
+        rows = {
+            "usual estimate": boundary_bytes(recipe),
+            "what layers keep": count_block(recipe).saved_activation_bytes,
+        }
         weights = weight_bytes(recipe)
-        return compare({name: {"weights": weights, "activations": layers * n_bytes}
-                        for name, n_bytes in rows.items()}, gpu,
-                       f"{recipe.model}, {attention}, {trained}: {recipe.micro_batch_size} x "
-                       f"{recipe.sequence_length:,} tokens")
+        return compare(
+            {
+                name: {"weights": weights, "activations": layers * n_bytes}
+                for name, n_bytes in rows.items()
+            },
+            gpu,
+            f"{recipe.model}, {attention}, {trained}: {recipe.micro_batch_size} x "
+            f"{recipe.sequence_length:,} tokens",
+        )
 
-    return Explorer(draw, model=("llama-2-7b", "llama-3.1-8b", "llama-3.2-3b", "llama-3.2-1b"),
-                    micro_batch_size=(1, 2, 4, 8), sequence_length=(2048, 256, 512, 1024, 4096),
-                    attention=("SDPA", "eager"), trained=("all weights", "LoRA"),
-                    gpu=tuple(PRESETS))
+    return Explorer(
+        draw,
+        model=("llama-2-7b", "llama-3.1-8b", "llama-3.2-3b", "llama-3.2-1b"),
+        micro_batch_size=(1, 2, 4, 8),
+        sequence_length=(2048, 256, 512, 1024, 4096),
+        attention=("SDPA", "eager"),
+        trained=("all weights", "LoRA"),
+        gpu=tuple(PRESETS),
+    )
 
 
 def levers_explorer() -> Explorer:
@@ -167,20 +195,30 @@ def levers_explorer() -> Explorer:
         layers = models.config(usual.model).num_hidden_layers
         pulled = replace(usual, **levers, checkpointed_layers=_share(layers, layers_that_forget))
         rows = {"the usual recipe": usual, "with these levers": pulled}
-        return compare({name: forecast(one, preset(gpu)) for name, one in rows.items()},
-                       preset(gpu), f"{usual.model}, QLoRA: {usual.micro_batch_size} x "
-                       f"{usual.sequence_length:,} tokens")
+        return compare(
+            {name: forecast(one, preset(gpu)) for name, one in rows.items()},
+            preset(gpu),
+            f"{usual.model}, QLoRA: {usual.micro_batch_size} x {usual.sequence_length:,} tokens",
+        )
 
-    return Explorer(draw, model=("llama-3.1-8b", "phi-4-mini", "llama-3.2-1b"),
-                    micro_batch_size=(4, 1, 2, 8), sequence_length=(2048, 512, 1024, 4096),
-                    attention=("explicit_kv", "stock"), loss=("chunked", "full"),
-                    norm=("native", "stock"), lora_dropout=(0.0, 0.05), lora_rank=(16, 4, 8, 64),
-                    layers_that_forget=("100 %", "75 %", "50 %", "25 %", "0 %"),
-                    gpu=tuple(PRESETS))
+    return Explorer(
+        draw,
+        model=("llama-3.1-8b", "phi-4-mini", "llama-3.2-1b"),
+        micro_batch_size=(4, 1, 2, 8),
+        sequence_length=(2048, 512, 1024, 4096),
+        attention=("explicit_kv", "stock"),
+        loss=("chunked", "full"),
+        norm=("native", "stock"),
+        lora_dropout=(0.0, 0.05),
+        lora_rank=(16, 4, 8, 64),
+        layers_that_forget=("100 %", "75 %", "50 %", "25 %", "0 %"),
+        gpu=tuple(PRESETS),
+    )
 
 
 def updates_explorer(weights: dict[str, Sequence]) -> Explorer:
     """Which weights an update of a learning rate's size moves, in each format."""
+
     def draw(learning_rate: float, of: str) -> Figure:
         return smallest_updates(learning_rate, weights[of], of)
 
@@ -189,6 +227,7 @@ def updates_explorer(weights: dict[str, Sequence]) -> Explorer:
 
 def scale_explorer(groups: dict[str, Sequence]) -> Explorer:
     """Where gradients land in float16 when their loss is scaled."""
+
     def draw(scale: int) -> Figure:
         return magnitudes(groups, ("float16",), scale, f"scale {scale:,}")
 
@@ -203,14 +242,25 @@ def forgetting_explorer() -> Explorer:
         recipe = TrainRecipe(amp_dtype="float16", **settings)
         layers = models.config(recipe.model).num_hidden_layers
         some = _share(layers, layers_that_forget)
-        rows = {f"{k} of {layers} layers": forecast(replace(recipe, checkpointed_layers=k),
-                                                    preset(gpu)) for k in (0, some, layers)}
-        return compare(rows, preset(gpu), f"{recipe.model}, {recipe.micro_batch_size} x "
-                       f"{recipe.sequence_length:,}: layers that forget")
+        rows = {
+            f"{k} of {layers} layers": forecast(replace(recipe, checkpointed_layers=k), preset(gpu))
+            for k in (0, some, layers)
+        }
+        return compare(
+            rows,
+            preset(gpu),
+            f"{recipe.model}, {recipe.micro_batch_size} x "
+            f"{recipe.sequence_length:,}: layers that forget",
+        )
 
-    return Explorer(draw, model=("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"),
-                    micro_batch_size=(1, 2, 4, 8), sequence_length=(2048, 256, 512, 1024, 4096),
-                    layers_that_forget=("50 %", "25 %", "75 %"), gpu=tuple(PRESETS))
+    return Explorer(
+        draw,
+        model=("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"),
+        micro_batch_size=(1, 2, 4, 8),
+        sequence_length=(2048, 256, 512, 1024, 4096),
+        layers_that_forget=("50 %", "25 %", "75 %"),
+        gpu=tuple(PRESETS),
+    )
 
 
 def split_explorer() -> Explorer:
@@ -221,18 +271,30 @@ def split_explorer() -> Explorer:
         card, rows = preset(gpu), {}
         for size in (micro_batch, effective_batch):
             steps = effective_batch // size
-            recipe = TrainRecipe(micro_batch_size=size, gradient_accumulation_steps=steps,
-                                 **settings).for_gpu(card)
+            recipe = TrainRecipe(
+                micro_batch_size=size, gradient_accumulation_steps=steps, **settings
+            ).for_gpu(card)
             # Two micro batches need as much as any larger number of them.
             rows[f"{size} x {steps}"] = forecast(
-                replace(recipe, gradient_accumulation_steps=min(steps, 2)), card)
-        return compare(rows, card, f"{recipe.model}: {effective_batch} sequences of "
-                       f"{recipe.sequence_length:,} tokens behind an update")
+                replace(recipe, gradient_accumulation_steps=min(steps, 2)), card
+            )
+        return compare(
+            rows,
+            card,
+            f"{recipe.model}: {effective_batch} sequences of "
+            f"{recipe.sequence_length:,} tokens behind an update",
+        )
 
-    return Explorer(draw, model=("llama-3.2-3b", "llama-3.2-1b", "llama-3.1-8b"),
-                    effective_batch=(32, 8, 16, 64), micro_batch=(2, 1, 4, 8),
-                    sequence_length=(2048, 256, 512, 1024), loss=("chunked", "full"),
-                    attention=("explicit_kv", "stock"), gpu=tuple(PRESETS))
+    return Explorer(
+        draw,
+        model=("llama-3.2-3b", "llama-3.2-1b", "llama-3.1-8b"),
+        effective_batch=(32, 8, 16, 64),
+        micro_batch=(2, 1, 4, 8),
+        sequence_length=(2048, 256, 512, 1024),
+        loss=("chunked", "full"),
+        attention=("explicit_kv", "stock"),
+        gpu=tuple(PRESETS),
+    )
 
 
 def _share(layers: int, percent: str) -> int:
@@ -241,5 +303,7 @@ def _share(layers: int, percent: str) -> int:
 
 def _img(figure: Figure) -> str:
     png = base64.b64encode(figure.png).decode()
-    return (f"<img alt='{html.escape(figure.alt, quote=True)}' style='max-width: 100%' "
-            f"src='data:image/png;base64,{png}'>")
+    return (
+        f"<img alt='{html.escape(figure.alt, quote=True)}' style='max-width: 100%' "
+        f"src='data:image/png;base64,{png}'>"
+    )

@@ -24,13 +24,22 @@ LOGIT_BYTES = 12  # three float32 copies of each: lesson 01, section 6
 # Rows of a quoted budget: holder -> (formula or remark, smallest and largest GB).
 CIRCULATING: dict[str, dict[str, tuple[str, float, float]]] = {
     "llama-3.1-8b": {
-        "weights": ("parameters x 0.5", 5, 5), "adapters": ("a few MB a layer", 0.1, 0.1),
-        "gradients": ("trainable x 4", 0.1, 0.1), "optimizer state": ("trainable x 8", 0.2, 0.2),
-        "activations": ("batch x seq x hidden x layers", 4, 8), "total": ("", 10, 14)},
+        "weights": ("parameters x 0.5", 5, 5),
+        "adapters": ("a few MB a layer", 0.1, 0.1),
+        "gradients": ("trainable x 4", 0.1, 0.1),
+        "optimizer state": ("trainable x 8", 0.2, 0.2),
+        "activations": ("batch x seq x hidden x layers", 4, 8),
+        "total": ("", 10, 14),
+    },
     "phi-4-mini": {
-        "weights": ("16 bits less 75 %", 3.5, 3.5), "adapters": ("r = 16", 0.05, 0.05),
-        "gradients": ("as the adapters", 0.05, 0.05), "optimizer state": ("twice that", 0.1, 0.1),
-        "activations": ("", 1, 2), "inputs": ("a batch of 4", 0.5, 1), "total": ("", 6, 7)},
+        "weights": ("16 bits less 75 %", 3.5, 3.5),
+        "adapters": ("r = 16", 0.05, 0.05),
+        "gradients": ("as the adapters", 0.05, 0.05),
+        "optimizer state": ("twice that", 0.1, 0.1),
+        "activations": ("", 1, 2),
+        "inputs": ("a batch of 4", 0.5, 1),
+        "total": ("", 6, 7),
+    },
 }
 
 
@@ -53,8 +62,9 @@ class Row:
     counted_bytes: int
 
 
-def checklist(recipe: TrainRecipe, model: torch.nn.Module, planned: Forecast,
-              counted: Any) -> list[Row]:
+def checklist(
+    recipe: TrainRecipe, model: torch.nn.Module, planned: Forecast, counted: Any
+) -> list[Row]:
     """The budget of a QLoRA step, a row for each holder.
 
     Args:
@@ -74,17 +84,26 @@ def checklist(recipe: TrainRecipe, model: torch.nn.Module, planned: Forecast,
         "adapters": ("4 x trainable", 4 * trainable),
         "gradients": ("4 x trainable", 4 * trainable),
         "optimizer state": ("2.03 x trainable", 2.03 * trainable),
-        "activations": ("layers x tokens x hidden x 2",
-                        config.num_hidden_layers * tokens * config.hidden_size * 2),
-        "temporaries": (f"logits: {LOGIT_BYTES} x tokens x vocab",
-                        LOGIT_BYTES * tokens * config.vocab_size),
-        "inputs": ("ids and labels: 16 x tokens",
-                   16 * tokens * recipe.gradient_accumulation_steps),
+        "activations": (
+            "layers x tokens x hidden x 2",
+            config.num_hidden_layers * tokens * config.hidden_size * 2,
+        ),
+        "temporaries": (
+            f"logits: {LOGIT_BYTES} x tokens x vocab",
+            LOGIT_BYTES * tokens * config.vocab_size,
+        ),
+        "inputs": ("ids and labels: 16 x tokens", 16 * tokens * recipe.gradient_accumulation_steps),
     }
-    return [Row(holder=holder, formula=formulas[holder][0],
-                formula_bytes=int(formulas[holder][1]),
-                forecast_bytes=max(planned.timeline[holder]),
-                counted_bytes=max(counted.timeline[holder])) for holder in CATEGORIES]
+    return [
+        Row(
+            holder=holder,
+            formula=formulas[holder][0],
+            formula_bytes=int(formulas[holder][1]),
+            forecast_bytes=max(planned.timeline[holder]),
+            counted_bytes=max(counted.timeline[holder]),
+        )
+        for holder in CATEGORIES
+    ]
 
 
 def show_share(model: str) -> None:
@@ -92,17 +111,21 @@ def show_share(model: str) -> None:
     recipe = TrainRecipe(model=model, base="float16", amp_dtype="float16", sequence_length=64)
     trainable, total = qlora.count_parameters(blueprint(recipe, models.config(model)))
     loaded, whole = forecast(replace(recipe, base="nf4")).loaded_bytes, weight_bytes(recipe)
-    print(f"{model}, rank {recipe.lora_rank} on q, k, v, o: {trainable:,} of {total:,} parameters, "
-          f"{trainable / total:.3%}\nits weights: {show_bytes(whole)} in 16 bits, "
-          f"{show_bytes(loaded)} loaded in 4 bits ({1 - loaded / whole:.0%} less)")
+    print(
+        f"{model}, rank {recipe.lora_rank} on q, k, v, o: {trainable:,} of {total:,} parameters, "
+        f"{trainable / total:.3%}\nits weights: {show_bytes(whole)} in 16 bits, "
+        f"{show_bytes(loaded)} loaded in 4 bits ({1 - loaded / whole:.0%} less)"
+    )
 
 
 def show(rows: list[Row]) -> None:
     """Print a checklist."""
     print(f"{'':17}{'formula':32}{'gives':>11}{'forecast, T4':>14}{'counted here':>14}")
     for row in rows:
-        print(f"{row.holder:17}{row.formula:32}{show_bytes(row.formula_bytes):>11}"
-              f"{show_bytes(row.forecast_bytes):>14}{show_bytes(row.counted_bytes):>14}")
+        print(
+            f"{row.holder:17}{row.formula:32}{show_bytes(row.formula_bytes):>11}"
+            f"{show_bytes(row.forecast_bytes):>14}{show_bytes(row.counted_bytes):>14}"
+        )
 
 
 def compare(model: str, planned: Forecast, measured: dict[str, Any]) -> None:
@@ -118,10 +141,15 @@ def compare(model: str, planned: Forecast, measured: dict[str, Any]) -> None:
     for holder in (*CATEGORIES, "total"):
         formula, low, high = claims.get(holder, ("", None, None))
         said = "-" if low is None else f"{low:g} GB" if low == high else f"{low:g}-{high:g} GB"
-        real, seen = (planned.peak_bytes, measured["peak_allocated_bytes"]) \
-            if holder == "total" else (planned.composition[holder], measured["composition"][holder])
-        print(f"{holder:17}{formula:29}{said:>8}{show_bytes(real):>12}{show_bytes(seen):>12}"
-              f"{_verdict(low, high, real)}")
+        real, seen = (
+            (planned.peak_bytes, measured["peak_allocated_bytes"])
+            if holder == "total"
+            else (planned.composition[holder], measured["composition"][holder])
+        )
+        print(
+            f"{holder:17}{formula:29}{said:>8}{show_bytes(real):>12}{show_bytes(seen):>12}"
+            f"{_verdict(low, high, real)}"
+        )
 
 
 def _verdict(low: float | None, high: float | None, real: int) -> str:

@@ -51,8 +51,10 @@ def trace_chain(steps: int, kept: Collection[int]) -> list[Moment]:
         4
     """
     if not set(kept) <= set(range(1, steps + 1)) or 1 not in kept:
-        raise ValueError(f"kept must be numbers from 1 to {steps} with 1 among them, got "
-                         f"{sorted(kept)}; a1 is the chain's own input")
+        raise ValueError(
+            f"kept must be numbers from 1 to {steps} with 1 among them, got "
+            f"{sorted(kept)}; a1 is the chain's own input"
+        )
     held: set[int] = set()
     moments = []
 
@@ -71,8 +73,9 @@ def trace_chain(steps: int, kept: Collection[int]) -> list[Moment]:
     return moments
 
 
-def in_segments(layers: Sequence[torch.nn.Module], x: torch.Tensor, size: int,
-                **kwargs: object) -> torch.Tensor:
+def in_segments(
+    layers: Sequence[torch.nn.Module], x: torch.Tensor, size: int, **kwargs: object
+) -> torch.Tensor:
     """Run the layers, `size` at a time as one checkpoint; 0 keeps everything.
 
     Args:
@@ -81,6 +84,7 @@ def in_segments(layers: Sequence[torch.nn.Module], x: torch.Tensor, size: int,
         size: Layers in a segment. 1 is a checkpoint a layer.
         kwargs: Passed to every layer.
     """
+
     def run(segment: Sequence[torch.nn.Module], x: torch.Tensor) -> torch.Tensor:
         for layer in segment:
             x = layer(x, **kwargs)
@@ -89,7 +93,7 @@ def in_segments(layers: Sequence[torch.nn.Module], x: torch.Tensor, size: int,
     if size == 0:
         return run(layers, x)
     for start in range(0, len(layers), size):
-        segment = layers[start:start + size]
+        segment = layers[start : start + size]
         x = checkpoint(functools.partial(run, segment), x, use_reentrant=False)
     return x
 
@@ -138,8 +142,11 @@ def build_stack(recipe: TrainRecipe, num_layers: int) -> torch.nn.Module:
     config = models.config(recipe.model)
     config.num_hidden_layers = num_layers
     torch.manual_seed(recipe.seed)
-    return AutoModel.from_config(config, attn_implementation="sdpa",
-                                 dtype=torch.float32).to(gpus.device()).train()
+    return (
+        AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        .to(gpus.device())
+        .train()
+    )
 
 
 def step_stack(model: torch.nn.Module, recipe: TrainRecipe, segment_layers: int) -> StackStep:
@@ -160,6 +167,8 @@ def step_stack(model: torch.nn.Module, recipe: TrainRecipe, segment_layers: int)
         loss = in_segments(model.layers, x, segment_layers, position_embeddings=rotary).sum()
         loss.backward()
     weights = [weight for layer in model.layers for weight in layer.parameters()]
-    return StackStep(activation_bytes=max(ledger.report().timeline["activations"]),
-                     flops=work.flops,
-                     gradients=[weight.grad.clone() for weight in weights])
+    return StackStep(
+        activation_bytes=max(ledger.report().timeline["activations"]),
+        flops=work.flops,
+        gradients=[weight.grad.clone() for weight in weights],
+    )

@@ -68,8 +68,9 @@ def rungs(group: str = "ladder", names: Sequence[str] = ()) -> list[Rung]:
     for row in recorded.rows(group):
         if row["outcome"] == TRAINED and (not names or row["name"] in names):
             recipe = TrainRecipe(**row["recipe"])
-            found.append(Rung(name=row["name"], recipe=recipe, forecast=forecast(recipe, T4),
-                              measured=row))
+            found.append(
+                Rung(name=row["name"], recipe=recipe, forecast=forecast(recipe, T4), measured=row)
+            )
     return found
 
 
@@ -90,9 +91,16 @@ def usual(model: str) -> Rung:
 def held_to_a_t4() -> str:
     """How the ladder's two ends did when they had a T4's memory and no more, a line each."""
     ends = [row for row in recorded.rows("ladder") if row["limited"]]
-    return "\n".join(f"{row['name']}: {row['outcome']}" + (
-        f", {show_bytes(row['peak_allocated_bytes'])}, {row['tokens_per_second']:,.0f} tokens a "
-        "second" if row["outcome"] == TRAINED else "") for row in ends)
+    return "\n".join(
+        f"{row['name']}: {row['outcome']}"
+        + (
+            f", {show_bytes(row['peak_allocated_bytes'])}, {row['tokens_per_second']:,.0f} tokens a "
+            "second"
+            if row["outcome"] == TRAINED
+            else ""
+        )
+        for row in ends
+    )
 
 
 def fastest(group: str, count: int) -> list[Rung]:
@@ -112,17 +120,21 @@ def table(rows: Sequence[Rung]) -> str:
     for row in rows:
         speed = row.measured["tokens_per_second"]
         verdict = "fits" if row.forecast.fits else "no"
-        lines.append(f"{row.name:{width}}  {show_bytes(row.forecast.peak_allocated_bytes):>9}"
-                     f" {show_bytes(row.measured['peak_allocated_bytes']):>10}  {verdict:7}"
-                     f"{speed:>9,.0f}  {speed / first:.2f}x")
+        lines.append(
+            f"{row.name:{width}}  {show_bytes(row.forecast.peak_allocated_bytes):>9}"
+            f" {show_bytes(row.measured['peak_allocated_bytes']):>10}  {verdict:7}"
+            f"{speed:>9,.0f}  {speed / first:.2f}x"
+        )
     return "\n".join((*lines, f"[measured: {recorded.stamp(row.measured for row in rows)}]"))
 
 
 def largest_micro_batches() -> str:
     """The menu: for each model the usual recipe's peak, and the largest recorded micro batch."""
     rows = [row for row in recorded.rows("menu") if row["outcome"] == TRAINED]
-    lines = [f"{'':14}{'usual, micro batch 4':>20}  a T4?{'largest, with the levers':>27}"
-             f"{'tokens/s':>12}"]
+    lines = [
+        f"{'':14}{'usual, micro batch 4':>20}  a T4?{'largest, with the levers':>27}"
+        f"{'tokens/s':>12}"
+    ]
     for model in dict.fromkeys(row["recipe"]["model"] for row in rows):
         base, *ours = [r for r in rows if r["recipe"]["model"] == model]
         best = max(ours, key=lambda row: row["recipe"]["micro_batch_size"])
@@ -131,19 +143,24 @@ def largest_micro_batches() -> str:
             f"{'fits' if base['forecast']['fits'] else 'no':5}"
             f"{best['recipe']['micro_batch_size']:>12} in "
             f"{show_bytes(best['peak_allocated_bytes']):>11}{best['tokens_per_second']:>10,.0f}"
-            f"  {best['tokens_per_second'] / base['tokens_per_second']:.1f}x")
+            f"  {best['tokens_per_second'] / base['tokens_per_second']:.1f}x"
+        )
     return "\n".join((*lines, f"[measured: {recorded.stamp(rows)}]"))
 
 
 def _sequences(recipe: TrainRecipe) -> list[dict[str, list[int]]]:
     """Full-length sequences of random tokens, all labelled; no mask: nothing is padded."""
-    ids = torch.randint(models.config(recipe.model).vocab_size, (SEQUENCES, recipe.sequence_length),
-                        generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    ids = torch.randint(
+        models.config(recipe.model).vocab_size,
+        (SEQUENCES, recipe.sequence_length),
+        generator=torch.Generator().manual_seed(recipe.seed),
+    ).tolist()
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def train_here(recipe: TrainRecipe, gpu: Gpu | None,
-               weights: Literal["random", "hub"] = "random") -> str:
+def train_here(
+    recipe: TrainRecipe, gpu: Gpu | None, weights: Literal["random", "hub"] = "random"
+) -> str:
     """Train a few steps of `recipe` on this machine's GPU; says so when there is none.
 
     Args:
@@ -159,18 +176,29 @@ def train_here(recipe: TrainRecipe, gpu: Gpu | None,
     with tempfile.TemporaryDirectory() as folder:
         here = replace(recipe, max_steps=WARM_UP_STEPS + MEASURED_STEPS)
         if weights == "random":
-            here = replace(here, model=str(random_weights.write(
-                recipe.model, folder, qlora.storage_dtype(recipe))))
+            here = replace(
+                here,
+                model=str(random_weights.write(recipe.model, folder, qlora.storage_dtype(recipe))),
+            )
         trainer = training.QLoRATrainer(
-            here, training.build_model(here), _sequences(here), SimpleNamespace(pad_token_id=0),
-            Path(folder), on_step=steps.append, save_strategy="no", remove_unused_columns=False)
+            here,
+            training.build_model(here),
+            _sequences(here),
+            SimpleNamespace(pad_token_id=0),
+            Path(folder),
+            on_step=steps.append,
+            save_strategy="no",
+            remove_unused_columns=False,
+        )
         trainer.data_collator = default_data_collator
         trainer.train()
     peak = max(step["peak_allocated_bytes"] for step in steps[WARM_UP_STEPS:])
     speed = statistics.median(step["tokens_per_second"] for step in steps[WARM_UP_STEPS:])
-    return (f"{recipe.model}, {len(steps)} steps on {gpu.name}: forecast "
-            f"{show_bytes(planned.peak_allocated_bytes)}, measured {show_bytes(peak)}, "
-            f"{speed:,.0f} tokens a second")
+    return (
+        f"{recipe.model}, {len(steps)} steps on {gpu.name}: forecast "
+        f"{show_bytes(planned.peak_allocated_bytes)}, measured {show_bytes(peak)}, "
+        f"{speed:,.0f} tokens a second"
+    )
 
 
 def release() -> None:

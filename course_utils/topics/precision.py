@@ -82,9 +82,12 @@ def land(tensors: Iterable[torch.Tensor], name: str = "float16", scale: float = 
         number = tensor.detach()[tensor.detach() != 0]
         landed = (number.double() * scale).to(FORMATS[name]).double().abs()
         finite = landed.isfinite()
-        count += Counter(all=number.numel(), zero=int((landed == 0).sum()),
-                         normal=int((finite & (landed >= tiny)).sum()),
-                         infinite=int((~finite).sum()))
+        count += Counter(
+            all=number.numel(),
+            zero=int((landed == 0).sum()),
+            normal=int((finite & (landed >= tiny)).sum()),
+            infinite=int((~finite).sum()),
+        )
     if not count["all"]:
         raise ValueError("tensors must hold a non-zero number, got none; run a backward pass first")
     zero, normal, infinite = (count[k] / count["all"] for k in ("zero", "normal", "infinite"))
@@ -128,8 +131,11 @@ def watch_linears(model: torch.nn.Module) -> Iterator[Watched]:
         if output.requires_grad:
             output.register_hook(lambda gradient: watched.gradients.append(gradient.clone()))
 
-    hooks = [module.register_forward_hook(watch) for module in model.modules()
-             if isinstance(module, torch.nn.Linear)]
+    hooks = [
+        module.register_forward_hook(watch)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
     try:
         yield watched
     finally:
@@ -154,8 +160,11 @@ class TracedScaler(torch.amp.GradScaler):
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """As in `torch.amp.GradScaler`, written down."""
-        found = [flag.item() for state in self._per_optimizer_states.values()
-                 for flag in state["found_inf_per_device"].values()]
+        found = [
+            flag.item()
+            for state in self._per_optimizer_states.values()
+            for flag in state["found_inf_per_device"].values()
+        ]
         scale = self.get_scale()
         super().update(new_scale)
         self.trace.append(ScalerStep(scale, any(found)))
@@ -179,12 +188,18 @@ def _operations(x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
     """Operations of a transformer on a square matrix."""
     index = torch.zeros(len(x), dtype=torch.long, device=x.device)
     return {
-        "linear": lambda: F.linear(x, x), "matmul": lambda: x @ x, "softmax": lambda: x.softmax(-1),
+        "linear": lambda: F.linear(x, x),
+        "matmul": lambda: x @ x,
+        "softmax": lambda: x.softmax(-1),
         "layer_norm": lambda: F.layer_norm(x, x.shape[-1:]),
         "rms_norm": lambda: F.rms_norm(x, x.shape[-1:]),
-        "cross_entropy": lambda: F.cross_entropy(x, index), "sum": lambda: x.sum(),
-        "pow": lambda: x.pow(2), "exp": lambda: x.exp(), "silu": lambda: F.silu(x),
-        "embedding": lambda: F.embedding(index, x), "add to float32": lambda: x + x.float(),
+        "cross_entropy": lambda: F.cross_entropy(x, index),
+        "sum": lambda: x.sum(),
+        "pow": lambda: x.pow(2),
+        "exp": lambda: x.exp(),
+        "silu": lambda: F.silu(x),
+        "embedding": lambda: F.embedding(index, x),
+        "add to float32": lambda: x + x.float(),
     }
 
 
@@ -201,10 +216,14 @@ def autocast_table(device_type: str, name: str = "float16") -> dict[str, tuple[s
     torch.set_autocast_dtype(device_type, dtype_of(name))
     try:
         with torch.no_grad(), FakeTensorMode():  # a fake graph on "cuda" would abort the process
-            given = [torch.empty(4, 4, device=device_type, dtype=d)
-                     for d in (torch.float32, FORMATS[name])]
-            return {operation: tuple(name_of(_operations(x)[operation]().dtype) for x in given)
-                    for operation in _operations(given[0])}
+            given = [
+                torch.empty(4, 4, device=device_type, dtype=d)
+                for d in (torch.float32, FORMATS[name])
+            ]
+            return {
+                operation: tuple(name_of(_operations(x)[operation]().dtype) for x in given)
+                for operation in _operations(given[0])
+            }
     finally:
         torch.set_autocast_enabled(device_type, was_enabled)
         torch.set_autocast_dtype(device_type, was)

@@ -60,12 +60,14 @@ def update(recipe: TrainRecipe, batch: Batch, weigh: str = "tokens", rank: int =
     """
     rows, world_size = len(batch["labels"]), recipe.world_size
     if rows != recipe.effective_batch_size:
-        raise ValueError(f"batch must have {recipe.effective_batch_size} rows (micro batch x "
-                         f"accumulation x world size), got {rows}; cut it, or change the recipe")
+        raise ValueError(
+            f"batch must have {recipe.effective_batch_size} rows (micro batch x "
+            f"accumulation x world size), got {rows}; cut it, or change the recipe"
+        )
     if weigh not in WEIGHINGS:
         raise ValueError(f"weigh must be one of {', '.join(WEIGHINGS)}, got {weigh!r}; pick one")
     device, share = batch["labels"].device, rows // world_size
-    mine = {name: tensor[rank * share:(rank + 1) * share] for name, tensor in batch.items()}
+    mine = {name: tensor[rank * share : (rank + 1) * share] for name, tensor in batch.items()}
     model = qlora.load_base(dataclasses.replace(recipe, base="float32", lora_rank=None))
     model = in_float64(model).to(device).train()
     before = _flat(model)
@@ -104,26 +106,54 @@ def launch(recipe: TrainRecipe, batch: Batch, timeout_s: float = 120) -> dict[st
     """
     on_gpus = batch["labels"].device.type != "cpu"
     if on_gpus and (n_gpus := torch.accelerator.device_count()) < recipe.world_size:
-        raise ValueError(f"world_size must be at most {n_gpus}, the GPUs of this machine, got "
-                         f"{recipe.world_size}; NCCL wants one each, a batch on the CPU wants none")
+        raise ValueError(
+            f"world_size must be at most {n_gpus}, the GPUs of this machine, got "
+            f"{recipe.world_size}; NCCL wants one each, a batch on the CPU wants none"
+        )
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder, "job.pt"), Path(folder, "result.pt")
-        torch.save({"recipe": dataclasses.asdict(recipe),
-                    "batch": {name: tensor.cpu() for name, tensor in batch.items()}}, job)
-        command = [sys.executable, "-m", "torch.distributed.run",  # what `torchrun` runs
-                   "--nproc-per-node", str(recipe.world_size), "--local-addr", LOOPBACK,
-                   "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{LOOPBACK}:0",  # any free port
-                   "-m", __name__, str(job), str(result)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                              env=_environment(on_gpus), start_new_session=True) as agent:
+        torch.save(
+            {
+                "recipe": dataclasses.asdict(recipe),
+                "batch": {name: tensor.cpu() for name, tensor in batch.items()},
+            },
+            job,
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",  # what `torchrun` runs
+            "--nproc-per-node",
+            str(recipe.world_size),
+            "--local-addr",
+            LOOPBACK,
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            f"{LOOPBACK}:0",  # any free port
+            "-m",
+            __name__,
+            str(job),
+            str(result),
+        ]
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_environment(on_gpus),
+            start_new_session=True,
+        ) as agent:
             try:
                 _, errors = agent.communicate(timeout=timeout_s)
             except BaseException as reason:  # an interrupted cell must not leave ranks behind
                 _end(agent)
                 if not isinstance(reason, subprocess.TimeoutExpired):
                     raise
-                raise TimeoutError(f"{recipe.world_size} ranks did not finish in {timeout_s:g} s "
-                                   "and were ended; give a larger timeout_s") from None
+                raise TimeoutError(
+                    f"{recipe.world_size} ranks did not finish in {timeout_s:g} s "
+                    "and were ended; give a larger timeout_s"
+                ) from None
         if agent.returncode:
             raise RuntimeError(f"a rank failed: {_last_word(errors)}")
         return torch.load(result)

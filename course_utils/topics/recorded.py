@@ -21,13 +21,17 @@ def recording() -> dict[str, Any]:
         ValueError: The file is damaged.
     """
     if not PATH.exists():
-        raise FileNotFoundError(f"recorded_runs must be a file, got {PATH} which does not exist; "
-                                "work in a clone, or run tools/record_gpu_run.py on a GPU")
+        raise FileNotFoundError(
+            f"recorded_runs must be a file, got {PATH} which does not exist; "
+            "work in a clone, or run tools/record_gpu_run.py on a GPU"
+        )
     try:
         return json.loads(PATH.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"recorded_runs must be JSON, got {PATH} ({error}); restore it with "
-                         "`git checkout -- course_utils/data/recorded_runs.json`") from error
+        raise ValueError(
+            f"recorded_runs must be JSON, got {PATH} ({error}); restore it with "
+            "`git checkout -- course_utils/data/recorded_runs.json`"
+        ) from error
 
 
 def rows(group: str) -> list[dict[str, Any]]:
@@ -47,12 +51,15 @@ def rows(group: str) -> list[dict[str, Any]]:
 def stamp(measured: Iterable[dict[str, Any]]) -> str:
     """Where and when these rows were measured, in one line."""
     found = list(measured)
-    cards = {f"{row['gpu']} as a {row['emulated']}" if row["emulated"] else row["gpu"]
-             for row in found}
+    cards = {
+        f"{row['gpu']} as a {row['emulated']}" if row["emulated"] else row["gpu"] for row in found
+    }
     versions = {row["versions"]["torch"] for row in found}
     dates = {choose(row["date"] for row in found) for choose in (min, max)}
-    return (f"{' and '.join(sorted(cards))}, torch {' and '.join(sorted(versions))}, "
-            f"{' to '.join(sorted(dates))}")
+    return (
+        f"{' and '.join(sorted(cards))}, torch {' and '.join(sorted(versions))}, "
+        f"{' to '.join(sorted(dates))}"
+    )
 
 
 def show(group: str, line: Callable[[dict[str, Any]], str]) -> None:

@@ -26,12 +26,21 @@ AUTO, BUNDLED_NAME = "auto", "bundled"
 MODELS = ("llama-3.2-1b", "qwen3-1.7b", "phi-4-mini")  # the first is the default
 HELDOUT_EXAMPLES = 200  # enough for an interval, and a minute on a T4
 SETTINGS = {  # what a recipe needs to know about its model, beyond the name
-    BUNDLED_NAME: {"lora_targets": "all-linear", "sequence_length": 104,
-                     "checkpointed_layers": 1, "learning_rate": 7e-3, "max_grad_norm": 0.3},
+    BUNDLED_NAME: {
+        "lora_targets": "all-linear",
+        "sequence_length": 104,
+        "checkpointed_layers": 1,
+        "learning_rate": 7e-3,
+        "max_grad_norm": 0.3,
+    },
     "phi-4-mini": {"lora_targets": ("qkv_proj", "o_proj")},  # its projections are fused
 }
-DEFAULTS = {"lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj"), "sequence_length": 1024,
-            "checkpointed_layers": "all", "learning_rate": 2e-4}
+DEFAULTS = {
+    "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "sequence_length": 1024,
+    "checkpointed_layers": "all",
+    "learning_rate": 2e-4,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,26 +94,47 @@ def choose(gpu: Gpu | None, model: str = AUTO, folder: str | Path = ".") -> Sour
         model = BUNDLED_NAME if gpu is None else MODELS[0]
     if model == BUNDLED_NAME:
         folder = str(corpus.bundled_model_dir())
-        return Source(model=folder, weights="bundled", data="bundled", settings=SETTINGS[model],
-                      tokenizer_from=folder,
-                      said="Model and data of the course: no download, runs anywhere.")
+        return Source(
+            model=folder,
+            weights="bundled",
+            data="bundled",
+            settings=SETTINGS[model],
+            tokenizer_from=folder,
+            said="Model and data of the course: no download, runs anywhere.",
+        )
     if model not in MODELS:
-        raise ValueError(f"model must be one of {', '.join((AUTO, BUNDLED_NAME, *MODELS))}, got "
-                         f"{model!r}; pick one of these")
+        raise ValueError(
+            f"model must be one of {', '.join((AUTO, BUNDLED_NAME, *MODELS))}, got "
+            f"{model!r}; pick one of these"
+        )
     if gpu is None:
-        raise ValueError(f"model must be 'bundled' or 'auto' without a GPU, got {model!r}; switch "
-                         "Runtime > Change runtime type to T4")
+        raise ValueError(
+            f"model must be 'bundled' or 'auto' without a GPU, got {model!r}; switch "
+            "Runtime > Change runtime type to T4"
+        )
     settings, repository = DEFAULTS | SETTINGS.get(model, {}), models.hub_id(model)
     answer = ask_hub(repository)
     if answer in ("gated", "unknown"):
-        raise ValueError(f"model must be open to you on the hub, got {repository}, which is "
-                         f"{answer}; pick another of {', '.join(MODELS)}, or log in")
+        raise ValueError(
+            f"model must be open to you on the hub, got {repository}, which is "
+            f"{answer}; pick another of {', '.join(MODELS)}, or log in"
+        )
     if answer == "silent":
         return Source(
-            model=str(random_weights.write(model, folder)), weights="random", data="bundled",
-            settings=settings, tokenizer_from=str(corpus.bundled_model_dir()),
+            model=str(random_weights.write(model, folder)),
+            weights="random",
+            data="bundled",
+            settings=settings,
+            tokenizer_from=str(corpus.bundled_model_dir()),
             said=f"The hub does not answer: random weights in the shape of {model}, and the "
-                 "bundled data. Memory and speed hold, words and losses do not.")
+            "bundled data. Memory and speed hold, words and losses do not.",
+        )
     data = "dolly" if ask_hub(corpus.DOLLY, "dataset") == "open" else "bundled"
-    return Source(model=model, weights="hub", data=data, settings=settings,
-                  tokenizer_from=repository, said=f"{repository} from the hub; data: {data}.")
+    return Source(
+        model=model,
+        weights="hub",
+        data=data,
+        settings=settings,
+        tokenizer_from=repository,
+        said=f"{repository} from the hub; data: {data}.",
+    )

@@ -25,8 +25,10 @@ from course_utils.topics import ranks
 from fitcast.recipe import TrainRecipe
 from fitcast.training import checkpoints, trainer
 
-ACCIDENTS = (torch.OutOfMemoryError("CUDA out of memory, in the middle of a save"),
-             OSError(errno.ENOSPC, "No space left on device"))
+ACCIDENTS = (
+    torch.OutOfMemoryError("CUDA out of memory, in the middle of a save"),
+    OSError(errno.ENOSPC, "No space left on device"),
+)
 HALF_A_SAVE = """
 import sys, time
 from pathlib import Path
@@ -38,8 +40,9 @@ with checkpoints.written_whole(Path(sys.argv[1]), {}) as folder:
 """
 
 
-def train_and_kill(recipe: TrainRecipe, rows: Any, tokenizer: Any, output_dir: str | Path,
-                   at_step: int) -> int:
+def train_and_kill(
+    recipe: TrainRecipe, rows: Any, tokenizer: Any, output_dir: str | Path, at_step: int
+) -> int:
     """Train in another process, and SIGKILL it once it has done `at_step` steps.
 
     Args:
@@ -55,20 +58,30 @@ def train_and_kill(recipe: TrainRecipe, rows: Any, tokenizer: Any, output_dir: s
     data = Path(output_dir) / "rows.json"
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps([dict(row) for row in rows]), encoding="utf-8")
-    job = {"recipe": dataclasses.asdict(recipe), "rows": str(data), "output_dir": str(output_dir),
-           "pad_token_id": tokenizer.pad_token_id}
+    job = {
+        "recipe": dataclasses.asdict(recipe),
+        "rows": str(data),
+        "output_dir": str(output_dir),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     said, lived = "", False
-    with subprocess.Popen([sys.executable, "-m", __name__, json.dumps(job)], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=ranks.with_this_package()) as child:
+    with subprocess.Popen(
+        [sys.executable, "-m", __name__, json.dumps(job)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=ranks.with_this_package(),
+    ) as child:
         for line in child.stdout:
             said = line.strip() or said
             if line.startswith(f"step {at_step}:"):
                 lived = True
                 child.kill()
     if not lived or child.returncode >= 0:
-        raise RuntimeError(f"the run must live for {at_step} steps, got exit status "
-                           f"{child.returncode}; its last line: {said}")
+        raise RuntimeError(
+            f"the run must live for {at_step} steps, got exit status "
+            f"{child.returncode}; its last line: {said}"
+        )
     return child.returncode
 
 
@@ -79,10 +92,14 @@ def main(job: str) -> None:
     asked = json.loads(job)
     recipe = TrainRecipe(**asked["recipe"])
     rows = Dataset.from_list(json.loads(Path(asked["rows"]).read_text("utf-8")))
-    trainer.train(recipe, trainer.build_model(recipe), rows,
-                   SimpleNamespace(pad_token_id=asked["pad_token_id"]), asked["output_dir"],
-                   on_step=lambda row: print(f"step {row['step']}: loss {row['loss']:.4f}",
-                                             flush=True))
+    trainer.train(
+        recipe,
+        trainer.build_model(recipe),
+        rows,
+        SimpleNamespace(pad_token_id=asked["pad_token_id"]),
+        asked["output_dir"],
+        on_step=lambda row: print(f"step {row['step']}: loss {row['loss']:.4f}", flush=True),
+    )
 
 
 @contextlib.contextmanager
@@ -105,8 +122,12 @@ def kill_in_a_save(target: Path) -> int:
     Raises:
         RuntimeError: It ended before it was in the middle.
     """
-    with subprocess.Popen([sys.executable, "-c", HALF_A_SAVE, str(target)], text=True,
-                          stdout=subprocess.PIPE, env=ranks.with_this_package()) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", HALF_A_SAVE, str(target)],
+        text=True,
+        stdout=subprocess.PIPE,
+        env=ranks.with_this_package(),
+    ) as child:
         halfway = child.stdout.readline()
         child.kill()
     if not halfway:

@@ -44,8 +44,10 @@ def score(answers: Sequence[str], expected: Sequence[str]) -> Score | Overlap:
     Source of the F1: Rajpurkar et al. 2016, "SQuAD", section 6.1.
     """
     if len(answers) != len(expected) or not answers:
-        raise ValueError(f"answers must be as many as expected ({len(expected)}, at least 1), got "
-                         f"{len(answers)}; generate one answer for each example")
+        raise ValueError(
+            f"answers must be as many as expected ({len(expected)}, at least 1), got "
+            f"{len(answers)}; generate one answer for each example"
+        )
     wanted, found = ([parse_answer(text) for text in texts] for texts in (expected, answers))
     if None in wanted:
         return Overlap(sum(map(_f1, answers, expected)) / len(answers))

@@ -18,12 +18,20 @@ from fitcast.recipe import TrainRecipe
 from fitcast.units import show_bytes
 
 ARGUMENTS: dict[str, Any] = {  # of TrainingArguments, as they are copied from page to page
-    "learning_rate": 2e-4, "num_train_epochs": 3, "warmup_ratio": 0.03, "optim": "paged_adamw_8bit",
-    "logging_steps": 10, "save_strategy": "epoch", "evaluation_strategy": "epoch",
-    "group_by_length": True, "gradient_checkpointing": True, "fp16_full_eval": True,
+    "learning_rate": 2e-4,
+    "num_train_epochs": 3,
+    "warmup_ratio": 0.03,
+    "optim": "paged_adamw_8bit",
+    "logging_steps": 10,
+    "save_strategy": "epoch",
+    "evaluation_strategy": "epoch",
+    "group_by_length": True,
+    "gradient_checkpointing": True,
+    "fp16_full_eval": True,
 }
 REMEDIES = {  # for what today's versions refuse or rename
-    "warmup_ratio": "warmup_steps=0.03", "evaluation_strategy": "eval_strategy='epoch'",
+    "warmup_ratio": "warmup_steps=0.03",
+    "evaluation_strategy": "eval_strategy='epoch'",
     "group_by_length": "train_sampling_strategy='group_by_length'",
     "gradient_checkpointing": "activation_checkpointing=True",
 }
@@ -51,8 +59,11 @@ def judge(usual: TrainRecipe, gpu: Gpu = T4) -> list[Line]:
         usual: The run whose memory is forecast.
         gpu: Where it should run.
     """
-    return [_compute_dtype(usual, gpu), *_waste(usual, gpu),
-            *(_argument(name, value) for name, value in ARGUMENTS.items())]
+    return [
+        _compute_dtype(usual, gpu),
+        *_waste(usual, gpu),
+        *(_argument(name, value) for name, value in ARGUMENTS.items()),
+    ]
 
 
 def _compute_dtype(usual: TrainRecipe, gpu: Gpu) -> Line:
@@ -66,6 +77,7 @@ def _compute_dtype(usual: TrainRecipe, gpu: Gpu) -> Line:
 
 def _waste(usual: TrainRecipe, gpu: Gpu) -> list[Line]:
     """What two habits add to the peak, by forecast."""
+
     def step(**changes: Any) -> Forecast:
         return forecast(replace(usual, **changes), gpu)
 
@@ -74,11 +86,21 @@ def _waste(usual: TrainRecipe, gpu: Gpu) -> list[Line]:
 
     plain, upcast, other = step(), step(kbit_upcast=True), {"attention": "explicit_kv"}
     weights = upcast.composition["weights"] - plain.composition["weights"]
-    return [Line("prepare_model_for_kbit_training(model)", "wastes", f"{less(upcast, plain)}: "
-                 f"{show_bytes(weights)} of weights made float32, then what is computed from them"),
-            Line("the loss that the model returns", "wastes", f"{less(plain, step(loss='chunked'))}"
-                 f", {less(step(**other), step(**other, loss='chunked'))} once attention is mended:"
-                 " all logits at once")]
+    return [
+        Line(
+            "prepare_model_for_kbit_training(model)",
+            "wastes",
+            f"{less(upcast, plain)}: "
+            f"{show_bytes(weights)} of weights made float32, then what is computed from them",
+        ),
+        Line(
+            "the loss that the model returns",
+            "wastes",
+            f"{less(plain, step(loss='chunked'))}"
+            f", {less(step(**other), step(**other, loss='chunked'))} once attention is mended:"
+            " all logits at once",
+        ),
+    ]
 
 
 def _argument(name: str, value: Any) -> Line:
@@ -86,8 +108,7 @@ def _argument(name: str, value: Any) -> Line:
     from transformers import TrainingArguments
 
     line = f"{name}={value!r}"
-    with warnings.catch_warnings(record=True) as heard, \
-            tempfile.TemporaryDirectory() as folder:
+    with warnings.catch_warnings(record=True) as heard, tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("always")
         try:
             TrainingArguments(output_dir=folder, report_to="none", **{name: value})

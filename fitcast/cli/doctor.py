@@ -26,8 +26,11 @@ def doctor() -> list[Finding]:
 
 def _python() -> Finding:
     old = sys.version_info < (3, 11)
-    return Finding("python", f"{platform.python_version()} on {platform.machine()}",
-                   "install Python 3.11 or newer" if old else None)
+    return Finding(
+        "python",
+        f"{platform.python_version()} on {platform.machine()}",
+        "install Python 3.11 or newer" if old else None,
+    )
 
 
 def _package(name: str) -> Finding:
@@ -35,8 +38,13 @@ def _package(name: str) -> Finding:
     version = installed(name)
     if version is None:
         return Finding(name, "not installed", f"pip install '{name}>={floor}'")
-    return Finding(name, version, None if numbers(version) >= FLOORS[name] else
-                   f"pip install '{name}>={floor}', then restart")
+    return Finding(
+        name,
+        version,
+        None
+        if numbers(version) >= FLOORS[name]
+        else f"pip install '{name}>={floor}', then restart",
+    )
 
 
 def _torchao() -> Finding:
@@ -45,15 +53,19 @@ def _torchao() -> Finding:
     if version is None:
         return Finding("torchao", "not installed, not needed")
     old = numbers(version) < TORCHAO_FLOOR
-    return Finding("torchao", f"{version}, too old for PEFT: the course looks past it" if old
-                   else version)
+    return Finding(
+        "torchao", f"{version}, too old for PEFT: the course looks past it" if old else version
+    )
 
 
 def _drift() -> Finding:
     """Newer than verified is a remark, not a fault: most new versions work."""
     newer = drifted()
-    return Finding("verified", f"{record()['date']}, " + (
-        f"newer here: {', '.join(newer)}" if newer else "nothing here is newer"))
+    return Finding(
+        "verified",
+        f"{record()['date']}, "
+        + (f"newer here: {', '.join(newer)}" if newer else "nothing here is newer"),
+    )
 
 
 def _gpu() -> Finding:
@@ -63,8 +75,13 @@ def _gpu() -> Finding:
     free = gpus.free_bytes() or 0
     found = f"{gpu.name}, {show_bytes(gpu.total_bytes)}, {show_bytes(free)} free"
     busy = free < gpu.total_bytes // 2
-    return Finding("GPU", found, "another program or notebook holds most of it: see nvidia-smi, "
-                   "restart that kernel" if busy else None)
+    return Finding(
+        "GPU",
+        found,
+        "another program or notebook holds most of it: see nvidia-smi, restart that kernel"
+        if busy
+        else None,
+    )
 
 
 def _precision() -> Finding:
@@ -74,12 +91,21 @@ def _precision() -> Finding:
 
 def _disk() -> Finding:
     free = shutil.disk_usage(".").free
-    return Finding("disk", f"{show_bytes(free)} free", None if free >= DISK_BYTES else
-                   f"free {show_bytes(DISK_BYTES - free)}, or work in another folder")
+    return Finding(
+        "disk",
+        f"{show_bytes(free)} free",
+        None
+        if free >= DISK_BYTES
+        else f"free {show_bytes(DISK_BYTES - free)}, or work in another folder",
+    )
 
 
 def _hub() -> Finding:
     from huggingface_hub import constants
 
-    return Finding("hub", "switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE: bundled and "
-                   "local models only" if constants.HF_HUB_OFFLINE else "allowed")
+    return Finding(
+        "hub",
+        "switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE: bundled and local models only"
+        if constants.HF_HUB_OFFLINE
+        else "allowed",
+    )

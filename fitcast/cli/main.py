@@ -24,8 +24,16 @@ from fitcast.units import show_bytes
 
 FITS, BAD_INPUT, DOES_NOT_FIT = 0, 2, 3
 PATIENCE_SECONDS = 1.0  # before progress is shown
-NOT_ASKED = ("max_steps", "logging_steps", "save_steps", "seed", "warmup_fraction",
-             "learning_rate", "weight_decay", "max_grad_norm")
+NOT_ASKED = (
+    "max_steps",
+    "logging_steps",
+    "save_steps",
+    "seed",
+    "warmup_fraction",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+)
 
 
 class Progress:
@@ -51,19 +59,26 @@ class Progress:
 
 def parser() -> argparse.ArgumentParser:
     """All commands; every field of `TrainRecipe` that decides memory is an option."""
-    top = argparse.ArgumentParser(prog="fitcast", description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="fitcast", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = top.add_subparsers(dest="command", required=True)
-    for name, help_text in (("forecast", "what one training step needs"),
-                            ("fit", "the fastest settings that fit, and what each change saves")):
+    for name, help_text in (
+        ("forecast", "what one training step needs"),
+        ("fit", "the fastest settings that fit, and what each change saves"),
+    ):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("--gpu", default="T4", help=f"one of {', '.join(gpus.PRESETS)}")
         command.add_argument("--json", action="store_true", help="for programs")
         _add_recipe(command)
         if name == "fit":
             command.add_argument("--target-effective-batch", type=int)
-            command.add_argument("--utilisation", type=float, default=0.6,
-                                 help="part of the GPU's peak that is reached, for times only")
+            command.add_argument(
+                "--utilisation",
+                type=float,
+                default=0.6,
+                help="part of the GPU's peak that is reached, for times only",
+            )
     doctor = commands.add_parser("doctor", help="what is this machine, what would break on it")
     doctor.add_argument("--json", action="store_true", help="for programs")
     return top
@@ -76,8 +91,10 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         if field.name in NOT_ASKED:
             continue
         if field.name == "model":
-            options |= {"help": f"{', '.join(models.NAMES)}, a folder or a hub id",
-                        "default": "llama-3.2-1b"}
+            options |= {
+                "help": f"{', '.join(models.NAMES)}, a folder or a hub id",
+                "default": "llama-3.2-1b",
+            }
         elif field.name == "lora_targets":
             options |= {"type": _targets, "help": "all-linear, or names with commas"}
         elif hints[field.name] is bool:
@@ -101,8 +118,11 @@ def _targets(text: str) -> str | tuple[str, ...]:
 
 def recipe_of(options: argparse.Namespace) -> TrainRecipe:
     """The recipe that was asked for; mixed precision as it suits the GPU unless it was named."""
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainRecipe)
-             if hasattr(options, field.name)}
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(TrainRecipe)
+        if hasattr(options, field.name)
+    }
     recipe = TrainRecipe(**given)
     return recipe if "amp_dtype" in given else recipe.for_gpu(gpus.preset(options.gpu))
 
@@ -116,40 +136,80 @@ def forecast_command(options: argparse.Namespace, progress: Progress) -> int:
         print(json.dumps(_as_json(recipe, f), indent=1))
     else:
         print(f)
-        for name, n_bytes in (*f.composition.items(), *(
-                (f"peak in {phase}", n_bytes) for phase, n_bytes in f.phase_peaks.items())):
+        for name, n_bytes in (
+            *f.composition.items(),
+            *((f"peak in {phase}", n_bytes) for phase, n_bytes in f.phase_peaks.items()),
+        ):
             print(f"  {name:18}{show_bytes(n_bytes):>12}")
     return FITS if f.fits else DOES_NOT_FIT
 
 
 def _as_json(recipe: TrainRecipe, f) -> dict:
-    names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "margin_bytes", "fits",
-             "composition", "phase_peaks", "peak_phase", "peak_operation", "peak_module",
-             "loaded_bytes", "resident_bytes", "saved_activation_bytes", "flops", "ideal_seconds")
+    names = (
+        "peak_allocated_bytes",
+        "peak_reserved_bytes",
+        "device_bytes",
+        "margin_bytes",
+        "fits",
+        "composition",
+        "phase_peaks",
+        "peak_phase",
+        "peak_operation",
+        "peak_module",
+        "loaded_bytes",
+        "resident_bytes",
+        "saved_activation_bytes",
+        "flops",
+        "ideal_seconds",
+    )
     return {"recipe": dataclasses.asdict(recipe), "gpu": f.gpu.name} | {
-        name: getattr(f, name) for name in names}
+        name: getattr(f, name) for name in names
+    }
 
 
 def fit_command(options: argparse.Namespace, progress: Progress) -> int:
     gpu, recipe = gpus.preset(options.gpu), recipe_of(options)
     from fitcast.forecasting.search import fit, levers
 
-    best = fit(recipe, gpu, options.target_effective_batch, utilisation=options.utilisation,
-               progress=progress)
+    best = fit(
+        recipe,
+        gpu,
+        options.target_effective_batch,
+        utilisation=options.utilisation,
+        progress=progress,
+    )
     single = levers(best.recipe, gpu, progress)
     if options.json:
-        print(json.dumps(_as_json(best.recipe, best.forecast) | {
-            "tokens_per_second": best.tokens_per_second, "utilisation": best.utilisation,
-            "levers": [{"change": lever.change, "saved_bytes": lever.saved_bytes,
-                        "speedup": lever.speedup} for lever in single]}, indent=1))
+        print(
+            json.dumps(
+                _as_json(best.recipe, best.forecast)
+                | {
+                    "tokens_per_second": best.tokens_per_second,
+                    "utilisation": best.utilisation,
+                    "levers": [
+                        {
+                            "change": lever.change,
+                            "saved_bytes": lever.saved_bytes,
+                            "speedup": lever.speedup,
+                        }
+                        for lever in single
+                    ],
+                },
+                indent=1,
+            )
+        )
         return FITS
     r = best.recipe
     print(best.forecast)
-    print(f"  micro batch {r.micro_batch_size} x {r.gradient_accumulation_steps} accumulated x "
-          f"{r.world_size} GPUs, {r.checkpointed_layers} layers checkpointed, {r.loss} loss, "
-          f"{r.attention} attention{', checkpoints on the host' * r.offload_checkpoints}")
-    print(f"  about {best.tokens_per_second:.0f} tokens/s a GPU at {best.utilisation:.0%} of its "
-          "peak\nfrom there, one change at a time:")
+    print(
+        f"  micro batch {r.micro_batch_size} x {r.gradient_accumulation_steps} accumulated x "
+        f"{r.world_size} GPUs, {r.checkpointed_layers} layers checkpointed, {r.loss} loss, "
+        f"{r.attention} attention{', checkpoints on the host' * r.offload_checkpoints}"
+    )
+    print(
+        f"  about {best.tokens_per_second:.0f} tokens/s a GPU at {best.utilisation:.0%} of its "
+        "peak\nfrom there, one change at a time:"
+    )
     for lever in single:
         print(f"  {lever}")
     return FITS
@@ -163,8 +223,10 @@ def doctor_command(options: argparse.Namespace, progress: Progress) -> int:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
-            print(f"{'mend' if finding.fix else 'ok':5}{finding.name:14}{finding.found}"
-                  + f"\n{'':19}-> {finding.fix}" * bool(finding.fix))
+            print(
+                f"{'mend' if finding.fix else 'ok':5}{finding.name:14}{finding.found}"
+                + f"\n{'':19}-> {finding.fix}" * bool(finding.fix)
+            )
     return DOES_NOT_FIT if any(finding.fix for finding in findings) else FITS
 
 

@@ -64,8 +64,9 @@ class CachingAllocator:
             most so far. As in `torch.cuda.memory_stats`.
     """
 
-    def __init__(self, limit_bytes: int | None = None, descending: bool = False,
-                 expandable: bool = False):
+    def __init__(
+        self, limit_bytes: int | None = None, descending: bool = False, expandable: bool = False
+    ):
         self.limit_bytes, self.descending, self.expandable = limit_bytes, descending, expandable
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.reserved_bytes = self.peak_reserved_bytes = 0

@@ -104,8 +104,8 @@ def efficient_attention(query, key, value, mask, dropout, is_causal, scale):
             mask = F.pad(mask, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]
         mask = mask.expand(*query.shape[:-1], key.shape[-2])
     return aten._scaled_dot_product_efficient_attention(
-        query, key, value, mask, _needs_grad(query, key, value), dropout, is_causal,
-        scale=scale)[0]
+        query, key, value, mask, _needs_grad(query, key, value), dropout, is_causal, scale=scale
+    )[0]
 
 
 def efficient_attention_backward(gpu, func, *args, **kwargs):
@@ -136,7 +136,8 @@ def flash_attention(query, key, value, mask, dropout, is_causal, scale):
     if head_dim % 8:
         query, key, value = (F.pad(t, (0, -head_dim % 8)) for t in (query, key, value))
     return aten._scaled_dot_product_flash_attention(
-        query, key, value, dropout, is_causal, scale=scale or head_dim ** -0.5)[0][..., :head_dim]
+        query, key, value, dropout, is_causal, scale=scale or head_dim**-0.5
+    )[0][..., :head_dim]
 
 
 def flash_attention_backward(gpu, func, *args, **kwargs):
@@ -157,8 +158,15 @@ def cudnn_attention(query, key, value, mask, dropout, is_causal, scale):
     Source: attention.cpp, case `SDPBackend::cudnn_attention`.
     """
     return aten._scaled_dot_product_cudnn_attention(
-        query, key, value, additive_mask(mask, query.dtype), _needs_grad(query, key, value),
-        dropout, is_causal, scale=scale)[0]
+        query,
+        key,
+        value,
+        additive_mask(mask, query.dtype),
+        _needs_grad(query, key, value),
+        dropout,
+        is_causal,
+        scale=scale,
+    )[0]
 
 
 def cudnn_attention_backward(gpu, func, *args, **kwargs):

@@ -26,16 +26,31 @@ def scales_before_weight(gpu, func, weight, blocksize, quant_type, quant_storage
     return torch.empty(n_packed, 1, dtype=quant_storage), absmax
 
 
-def gemm_4bit(gpu, func, x, weight, shape, absmax, blocksize, quant_type, bias=None,
-              absmax_8bit=None, absmax_code=None, absmax_offset=None):
+def gemm_4bit(
+    gpu,
+    func,
+    x,
+    weight,
+    shape,
+    absmax,
+    blocksize,
+    quant_type,
+    bias=None,
+    absmax_8bit=None,
+    absmax_code=None,
+    absmax_offset=None,
+):
     """A fused kernel for few rows; else the whole weight is dequantized for this product.
 
     Source: backends/cuda/ops.py, `gemm_4bit` and `_dequant_linear_fallback`.
     """
     rows, columns = x.numel() // x.shape[-1], shape[1]
     most_rows, use_fused_kernel = bitsandbytes_choice(gpu)
-    if rows <= most_rows and columns % blocksize == 0 \
-            and use_fused_kernel(0, x.dtype, rows, shape[0], columns):
+    if (
+        rows <= most_rows
+        and columns % blocksize == 0
+        and use_fused_kernel(0, x.dtype, rows, shape[0], columns)
+    ):
         return torch.empty(*x.shape[:-1], shape[0], dtype=x.dtype)
     unscaled = None
     if absmax_8bit is not None:
@@ -55,14 +70,20 @@ def bitsandbytes_choice(gpu: Gpu) -> tuple[int, Callable]:
     """
     folder = Path(importlib.util.find_spec("bitsandbytes").origin).parent
     tree = ast.parse((folder / "backends" / "cuda" / "ops.py").read_text("utf-8"))
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef)
-                    and node.name == "_gemm_4bit_use_custom_cuda")
+    function = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name == "_gemm_4bit_use_custom_cuda"
+    )
     numbers: dict[str, int] = {}
     for node in ast.walk(tree):  # the first one is CUDA's, a second one ROCm's
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
             numbers.setdefault(ast.unparse(node.targets[0]), node.value.value)
-    names = numbers | {"functools": functools, "torch": torch,
-                       "_gpu_dispatch_props": lambda _: (gpu.multiprocessors, *gpu.capability)}
+    names = numbers | {
+        "functools": functools,
+        "torch": torch,
+        "_gpu_dispatch_props": lambda _: (gpu.multiprocessors, *gpu.capability),
+    }
     exec(compile(ast.Module([function], []), "bitsandbytes", "exec"), names)
     return numbers["_gemm_4bit_custom_max_m"], names[function.name]
 

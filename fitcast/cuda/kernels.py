@@ -38,13 +38,24 @@ def cuda_functions(gpu: Gpu) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for rule in (scaled_dot_product_attention, dropout, softmax, rms_norm):
             original = getattr(F, rule.__name__)
-            stack.enter_context(mock.patch.object(
-                F, rule.__name__, functools.partial(rule, gpu, original)))
+            stack.enter_context(
+                mock.patch.object(F, rule.__name__, functools.partial(rule, gpu, original))
+            )
         yield
 
 
-def scaled_dot_product_attention(gpu, func, query, key, value, attn_mask=None, dropout_p=0.0,
-                                 is_causal=False, scale=None, enable_gqa=False):
+def scaled_dot_product_attention(
+    gpu,
+    func,
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
     """Autocast casts attention's inputs, last one first, then the GPU's kernel runs.
 
     Source: aten/src/ATen/autocast_mode.h, whose argument list is evaluated from its end.
@@ -145,10 +156,14 @@ def accumulates(old: torch.Tensor, new: torch.Tensor) -> bool:
     It then adds in place, but never with tensor subclasses, of which a fake tensor is one. Source:
     torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`.
     """
-    return (torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
-            and isinstance(new, torch.Tensor) and old.shape == new.shape
-            and torch._prims_common.is_non_overlapping_and_dense_or_false(old)
-            and holders(old) == holders_of_one())
+    return (
+        torch._C._current_graph_task_id() != -1
+        and not torch.is_grad_enabled()
+        and isinstance(new, torch.Tensor)
+        and old.shape == new.shape
+        and torch._prims_common.is_non_overlapping_and_dense_or_false(old)
+        and holders(old) == holders_of_one()
+    )
 
 
 def holders(tensor: torch.Tensor) -> tuple[int, int]:
@@ -205,17 +220,28 @@ def foreach_norm(gpu, func, tensors, *args, **kwargs):
     return result
 
 
-MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm",
-                   "bitsandbytes::gemm_4bit"}
-NO_WORK = {"aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::empty",
-           "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
+MATRIX_PRODUCTS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "bitsandbytes::gemm_4bit",
+}
+NO_WORK = {
+    "aten::_unsafe_view",
+    "aten::detach",
+    "aten::lift_fresh",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+}
 KERNEL_RULES = {
     "aten::_softmax_backward_data": softmax_backward,
     "aten::logsumexp": logsumexp,
     "aten::native_dropout": mask_before_output,
     "aten::_foreach_norm": foreach_norm,
-    "aten::_scaled_dot_product_efficient_attention_backward":
-        attention.efficient_attention_backward,
+    "aten::_scaled_dot_product_efficient_attention_backward": attention.efficient_attention_backward,
     "aten::_scaled_dot_product_flash_attention_backward": attention.flash_attention_backward,
     "aten::_scaled_dot_product_cudnn_attention_backward": attention.cudnn_attention_backward,
     "bitsandbytes::quantize_4bit": bitsandbytes.scales_before_weight,

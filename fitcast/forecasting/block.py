@@ -51,8 +51,10 @@ def count_block(recipe: TrainRecipe) -> MemoryReport:
         ValueError: A 4-bit base, or a layer that is not called like a Llama's.
     """
     if recipe.base == "nf4":
-        raise ValueError("base must be float16, bfloat16 or float32 here, got 'nf4'; a frozen "
-                         "weight's bits do not change what a layer keeps")
+        raise ValueError(
+            "base must be float16, bfloat16 or float32 here, got 'nf4'; a frozen "
+            "weight's bits do not change what a layer keeps"
+        )
     config = models.config(recipe.model)
     config.num_hidden_layers = 1
     model = on_fake_tensors(apply_levers(blueprint(recipe, config), recipe))

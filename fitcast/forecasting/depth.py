@@ -80,8 +80,9 @@ def deepen(stream: Stream, counts: list[int]) -> Stream:
 def _segments(stream: Stream, n_layers: int) -> list[Segment]:
     """Cut the events where the layer changes; number the passes over the layers."""
     home: dict[int, int | None] = {}  # block -> layer of the segment that allocated it
-    layers = [int(found[1]) if (found := LAYER.search(block.module)) else None
-              for block in stream.blocks]
+    layers = [
+        int(found[1]) if (found := LAYER.search(block.module)) else None for block in stream.blocks
+    ]
     starts: dict[int, tuple[str, ...]] = {}
     for name, position in stream.marks.items():
         starts[position] = (*starts.get(position, ()), name)
@@ -111,12 +112,19 @@ def _segments(stream: Stream, n_layers: int) -> list[Segment]:
             position += 1
             continue
         end = position
-        while end < len(events) and events[end][0] < 0 and events[end][2] == phase \
-                and (end == position or end not in starts):
+        while (
+            end < len(events)
+            and events[end][0] < 0
+            and events[end][2] == phase
+            and (end == position or end not in starts)
+        ):
             end += 1
         freed = events[position:end]
-        far = {home[b] for _, b, _ in freed if home[b] is not None
-               and (layer is None or abs(home[b] - layer) > 1)}
+        far = {
+            home[b]
+            for _, b, _ in freed
+            if home[b] is not None and (layer is None or abs(home[b] - layer) > 1)
+        }
         if far:  # all layers at once, in an order of its own: theirs will do
             freed = sorted(freed, key=lambda e: (-1 if home[e[1]] is None else home[e[1]], e[1]))
         for event in freed:
@@ -135,8 +143,11 @@ def _number_passes(segments: list[Segment], n_layers: int) -> None:
     sweep, step, before = 0, 0, None
     for segment in segments:
         if segment.layer is not None:
-            if before is None or segment.layer - before not in (1, -1) \
-                    or step not in (0, segment.layer - before):
+            if (
+                before is None
+                or segment.layer - before not in (1, -1)
+                or step not in (0, segment.layer - before)
+            ):
                 sweep, step = sweep + 1, 0
             else:
                 step = segment.layer - before
@@ -173,12 +184,12 @@ def _check(segments: list[Segment], stream: Stream, repeated: list[int]) -> None
             away = None if layer is None else layer - segment.layer
             b = stream.blocks[block]
             yield (sign, sweep, away, which, phase) + (
-                (b.n_bytes, b.category, b.saved) if sign > 0 else ())
+                (b.n_bytes, b.category, b.saved) if sign > 0 else ()
+            )
 
     for segment in segments:
         if segment.layer is not None:
-            seen.setdefault(segment.sweep, {}).setdefault(segment.layer, []).extend(
-                story(segment))
+            seen.setdefault(segment.sweep, {}).setdefault(segment.layer, []).extend(story(segment))
     for sweep, layers in seen.items():
         for layer in repeated:
             met = layers.keys() & range(layer - 2, layer + 2)
@@ -210,14 +221,16 @@ def _expand(segments: list[Segment], stream: Stream, places: list[list[int]]) ->
             elif name not in made:
                 raise NotRepeating(f"{name} is freed before it is allocated")
             deep.events.append((sign, made[name], phase))
-        deep.work.append((len(deep.events), segment.operations, segment.flops,
-                          segment.seconds))
+        deep.work.append((len(deep.events), segment.operations, segment.flops, segment.seconds))
 
     position = 0
     while position < len(segments):
         end = position + 1
-        while end < len(segments) and segments[position].layer is not None \
-                and segments[end].layer == segments[position].layer:
+        while (
+            end < len(segments)
+            and segments[position].layer is not None
+            and segments[end].layer == segments[position].layer
+        ):
             end += 1
         for segment in segments[position:end]:
             deep.marks |= dict.fromkeys(segment.marks, len(deep.events))
@@ -226,8 +239,11 @@ def _expand(segments: list[Segment], stream: Stream, places: list[list[int]]) ->
         before = segments[position - 1].layer if position else None
         after = segments[end].layer if end < len(segments) else None
         falling = segment.layer is not None and (
-            before is not None and before > segment.layer
-            or after is not None and after < segment.layer)
+            before is not None
+            and before > segment.layer
+            or after is not None
+            and after < segment.layer
+        )
         for at in reversed(wanted) if falling else wanted:
             for part in segments[position:end]:
                 emit(part, at)
@@ -240,5 +256,13 @@ def _expand(segments: list[Segment], stream: Stream, places: list[list[int]]) ->
 
 def _copy(block: Block, layer: int | None) -> Block:
     module = block.module if layer is None else LAYER.sub(f"layers.{layer}", block.module)
-    return Block(block.n_bytes, block.category, block.operation, module, block.phase, block.shape,
-                 block.dtype, block.saved)
+    return Block(
+        block.n_bytes,
+        block.category,
+        block.operation,
+        module,
+        block.phase,
+        block.shape,
+        block.dtype,
+        block.saved,
+    )

@@ -51,8 +51,9 @@ def fake_tensors() -> Iterator[FastFakeMode]:
         yield _mode()
 
 
-def fake_model(what: str | PretrainedConfig, dtype: torch.dtype = torch.float32,
-               attention: str = "sdpa") -> torch.nn.Module:
+def fake_model(
+    what: str | PretrainedConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> torch.nn.Module:
     """A Hugging Face causal language model on fake tensors, all weights trainable, no cache.
 
     Args:
@@ -67,18 +68,22 @@ def fake_model(what: str | PretrainedConfig, dtype: torch.dtype = torch.float32,
     return on_fake_tensors(model)
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32,
-               attention: str = "sdpa") -> torch.nn.Module:
+def meta_model(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> torch.nn.Module:
     """The model's modules on the meta device, weights tied where the config says so."""
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype,
-                                                     attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
     except ValueError as error:
-        raise ValueError(f"model must be a causal language model of transformers, got a config of "
-                         f"kind {config.model_type!r}; see models.NAMES ({error})") from error
+        raise ValueError(
+            f"model must be a causal language model of transformers, got a config of "
+            f"kind {config.model_type!r}; see models.NAMES ({error})"
+        ) from error
     model.config.use_cache = False
     return model.train()
 

@@ -67,8 +67,11 @@ class FastFakeMode(FakeTensorMode):
             home = homes.get(storage)
             note = home, None if home is not None and tensors[home] is tensor else layout
             self._attributes = self._attributes or dict(vars(tensor) if note[1] else ())
-            if home is not None and (ambiguous or home < 0) \
-                    or _layout(self._make(tensors, *note)) != layout:
+            if (
+                home is not None
+                and (ambiguous or home < 0)
+                or _layout(self._make(tensors, *note)) != layout
+            ):
                 return
             homes.setdefault(storage, -1)  # new; a second result in it would be one too many
             notes.append(note)
@@ -85,8 +88,9 @@ class FastFakeMode(FakeTensorMode):
         else:
             plain = torch.empty(0, dtype=dtype, device="meta")
             plain.set_(tensors[home].untyped_storage(), offset, size, stride)
-        made = torch.Tensor._make_subclass(FakeTensor, plain, False, dispatch_device=True,
-                                           device_for_backend_keys=CPU)
+        made = torch.Tensor._make_subclass(
+            FakeTensor, plain, False, dispatch_device=True, device_for_backend_keys=CPU
+        )
         torch._C._set_throw_on_mutable_data_ptr(made)  # as in FakeTensor.__new__
         vars(made).update(self._attributes)
         return made
@@ -107,14 +111,23 @@ def _described(value: object, tensors: list[FakeTensor]) -> tuple:
 
 def _is_plain(tensor: object) -> bool:
     """Whether this is a dense fake tensor on the CPU whose number nobody knows."""
-    return isinstance(tensor, FakeTensor) and tensor.constant is None \
-        and tensor.fake_device == CPU and tensor.layout is torch.strided
+    return (
+        isinstance(tensor, FakeTensor)
+        and tensor.constant is None
+        and tensor.fake_device == CPU
+        and tensor.layout is torch.strided
+    )
 
 
 def _described_tensor(tensor: torch.Tensor) -> tuple:
     """Its layout; conjugates, zero tensors and inference tensors differ in their dispatch keys."""
-    return (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype,
-            torch._C._dispatch_keys(tensor).raw_repr())
+    return (
+        tensor.shape,
+        tensor.stride(),
+        tensor.storage_offset(),
+        tensor.dtype,
+        torch._C._dispatch_keys(tensor).raw_repr(),
+    )
 
 
 def _layout(tensor: torch.Tensor) -> tuple:

@@ -38,8 +38,17 @@ from fitcast.units import show_bytes, with_article
 SLACK = 3 * LARGE_SEGMENT
 SHARES_A_SEGMENT = 0.1
 # What a recipe may change without changing a byte.
-NO_MEMORY = {"learning_rate": 2e-4, "weight_decay": 0.0, "max_grad_norm": 1.0, "world_size": 1,
-             "warmup_fraction": 0.0, "max_steps": 1, "logging_steps": 1, "save_steps": 1, "seed": 0}
+NO_MEMORY = {
+    "learning_rate": 2e-4,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "world_size": 1,
+    "warmup_fraction": 0.0,
+    "max_steps": 1,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "seed": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +100,11 @@ class Forecast(MemoryReport):
         low, high = (show_bytes(n, "GiB") for n in self.device_bytes)
         verdict = "fits" if self.fits else "does not fit"
         card = f"{with_article(self.gpu.name)} ({show_bytes(self.gpu.total_bytes)})"
-        return (f"{verdict} {card}: peak {show_bytes(self.peak_allocated_bytes)} in tensors, {low} "
-                f"to {high} of the device; highest in {self.peak_phase} at {self.peak_operation} "
-                f"in {self.peak_module or 'no module'}")
+        return (
+            f"{verdict} {card}: peak {show_bytes(self.peak_allocated_bytes)} in tensors, {low} "
+            f"to {high} of the device; highest in {self.peak_phase} at {self.peak_operation} "
+            f"in {self.peak_module or 'no module'}"
+        )
 
 
 def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
@@ -115,8 +126,12 @@ def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
 @functools.lru_cache(maxsize=48)
 def _forecast(recipe: TrainRecipe, gpu: Gpu) -> Forecast:
     micro_batches = recipe.gradient_accumulation_steps
-    return _report(run_stream(recipe, gpu), gpu, max(1, micro_batches / MICRO_BATCHES),
-                   recipe.expandable_segments)
+    return _report(
+        run_stream(recipe, gpu),
+        gpu,
+        max(1, micro_batches / MICRO_BATCHES),
+        recipe.expandable_segments,
+    )
 
 
 def run_stream(recipe: TrainRecipe, gpu: Gpu, *, whole: bool = False) -> Stream:
@@ -125,8 +140,10 @@ def run_stream(recipe: TrainRecipe, gpu: Gpu, *, whole: bool = False) -> Stream:
     total = config.num_hidden_layers
     k = total if recipe.checkpointed_layers == "all" else recipe.checkpointed_layers
     if k > total:
-        raise ValueError(f"checkpointed_layers must be from 0 to {total}, the layers of "
-                         f"{recipe.model}, got {k}; use 'all' for every layer")
+        raise ValueError(
+            f"checkpointed_layers must be from 0 to {total}, the layers of "
+            f"{recipe.model}, got {k}; use 'all' for every layer"
+        )
     counts = depth.kinds(total, k)
     alike = len(set(getattr(config, "layer_types", None) or ["one"])) == 1
     if not whole and alike:
@@ -156,21 +173,28 @@ def checked_config(recipe: TrainRecipe):
     """
     config = models.config(recipe.model)
     if not getattr(config, "num_hidden_layers", None) or getattr(config, "is_encoder_decoder", 0):
-        raise ValueError(f"model must be a decoder-only language model, got {recipe.model} of kind "
-                         f"{config.model_type!r}; see models.NAMES")
+        raise ValueError(
+            f"model must be a decoder-only language model, got {recipe.model} of kind "
+            f"{config.model_type!r}; see models.NAMES"
+        )
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if getattr(config, name, None):
-            raise ValueError(f"model must not be a mixture of experts, got {recipe.model} with "
-                             f"{name}={getattr(config, name)}; what its kernels need is not known")
+            raise ValueError(
+                f"model must not be a mixture of experts, got {recipe.model} with "
+                f"{name}={getattr(config, name)}; what its kernels need is not known"
+            )
     limit = getattr(config, "max_position_embeddings", None)
     if limit and recipe.sequence_length > limit:
-        raise ValueError(f"sequence_length must be at most {limit} for {recipe.model}, got "
-                         f"{recipe.sequence_length}; shorten the sequences")
+        raise ValueError(
+            f"sequence_length must be at most {limit} for {recipe.model}, got "
+            f"{recipe.sequence_length}; shorten the sequences"
+        )
     return config
 
 
-def forecast_step(model: torch.nn.Module, step: Callable[[torch.nn.Module], object],
-                  gpu: Gpu = T4) -> Forecast:
+def forecast_step(
+    model: torch.nn.Module, step: Callable[[torch.nn.Module], object], gpu: Gpu = T4
+) -> Forecast:
     """What `step(model)` will need on `gpu`, for any step that you write.
 
     Args:
@@ -190,13 +214,19 @@ def forecast_step(model: torch.nn.Module, step: Callable[[torch.nn.Module], obje
         ledger.mark("ready")
         try:
             step(model)
-        except (fake_tensor.DataDependentOutputException,
-                fake_tensor.DynamicOutputShapeException) as error:
-            raise ValueError(f"step must not ask a tensor for its numbers, got {error.func}; drop "
-                             ".item(), float(...), print and `if` on tensors") from error
+        except (
+            fake_tensor.DataDependentOutputException,
+            fake_tensor.DynamicOutputShapeException,
+        ) as error:
+            raise ValueError(
+                f"step must not ask a tensor for its numbers, got {error.func}; drop "
+                ".item(), float(...), print and `if` on tensors"
+            ) from error
         except fake_tensor.UnsupportedFakeTensorException as error:
-            raise ValueError(f"step must use operations with a fake version, got {error}; write "
-                             "it with PyTorch's own") from error
+            raise ValueError(
+                f"step must use operations with a fake version, got {error}; write "
+                "it with PyTorch's own"
+            ) from error
         ledger.mark("step")
     return _report(ledger.stream(), gpu)
 
@@ -217,15 +247,19 @@ def _report(stream: Stream, gpu: Gpu, repeats: float = 1, expandable: bool = Fal
     if loading:
         device.play(step)
         kept = {block for _, block, _ in step} - {block for _, block, _ in later}
-        early = [event for event in step if event[1] in kept
-                 and stream.blocks[event[1]].n_bytes == gpu.workspace_bytes][:1]
+        early = [
+            event
+            for event in step
+            if event[1] in kept and stream.blocks[event[1]].n_bytes == gpu.workspace_bytes
+        ][:1]
         other.play(early + [event for event in step if event not in early])
     initial = list(device.chunks)
     peak = device.play(later)
     other.play(later)
     simulated = [d.allocator.peak_reserved_bytes for d in (device, other)]
-    largest = max((segment_bytes(stream.blocks[b].n_bytes) for sign, b, _ in step if sign > 0),
-                  default=0)
+    largest = max(
+        (segment_bytes(stream.blocks[b].n_bytes) for sign, b, _ in step if sign > 0), default=0
+    )
     miss = 0 if expandable else min(largest, int(SHARES_A_SEGMENT * max(simulated)))
     low, high = max(peak, min(simulated) - SLACK), max(*simulated, min(simulated) + miss) + SLACK
     blocks = [block.resized(device.sizes.get(i, 0)) for i, block in enumerate(stream.blocks)]
@@ -233,12 +267,19 @@ def _report(stream: Stream, gpu: Gpu, repeats: float = 1, expandable: bool = Fal
     peaks = {phase: n for phase, n in device.phase_peaks.items() if phase != "start"}
     after = [work[1:] for work in stream.work if work[0] > first]
     operations, flops, seconds = (
-        repeats * sum(column) for column in zip((0, 0, 0.0), *after, strict=True))
+        repeats * sum(column) for column in zip((0, 0, 0.0), *after, strict=True)
+    )
     return Forecast(
-        **vars(report) | {"phase_peaks": peaks}, gpu=gpu, peak_reserved_bytes=(low, high),
+        **vars(report) | {"phase_peaks": peaks},
+        gpu=gpu,
+        peak_reserved_bytes=(low, high),
         fits=_fits(stream, gpu, peak, high, expandable),
-        loaded_bytes=loaded if loading else None, resident_bytes=resident,
-        operations=int(operations), flops=int(flops), ideal_seconds=seconds)
+        loaded_bytes=loaded if loading else None,
+        resident_bytes=resident,
+        operations=int(operations),
+        flops=int(flops),
+        ideal_seconds=seconds,
+    )
 
 
 def _fits(stream: Stream, gpu: Gpu, peak: int, reserved: int, expandable: bool) -> bool:

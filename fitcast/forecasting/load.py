@@ -21,9 +21,11 @@ def blueprint(recipe: TrainRecipe, config) -> torch.nn.Module:
     """
     model = fake.meta_model(config, qlora.storage_dtype(recipe))
     if not hasattr(getattr(model, "model", None), "layers"):
-        raise ValueError(f"model must be a decoder built like Llama, with its layers in "
-                         f"model.layers, got one of kind {config.model_type!r}; for another write "
-                         "a step of your own and use forecast_step")
+        raise ValueError(
+            f"model must be a decoder built like Llama, with its layers in "
+            f"model.layers, got one of kind {config.model_type!r}; for another write "
+            "a step of your own and use forecast_step"
+        )
     if recipe.base == "nf4":
         from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -54,8 +56,10 @@ def place_weights(model: torch.nn.Module, recipe: TrainRecipe, ledger: DeviceLed
             module._parameters[name] = new
 
     with ledger.phase("load"):
-        sizes = {name: p.numel() // 2 if hasattr(p, "quant_type") else p.numel() * dtype.itemsize
-                 for name, p in base.items()}
+        sizes = {
+            name: p.numel() // 2 if hasattr(p, "quant_type") else p.numel() * dtype.itemsize
+            for name, p in base.items()
+        }
         torch.empty(sum(sizes.values()), dtype=torch.uint8)  # warms the allocator up
         ledger.growing[0] = sum(n for name, n in sizes.items() if "layers.1." in name)
         for name in sorted(base, key=_natural):
@@ -69,9 +73,13 @@ def place_weights(model: torch.nn.Module, recipe: TrainRecipe, ledger: DeviceLed
             if parameter.dtype != dtype and not hasattr(parameter, "quant_type"):
                 module, place = places[id(parameter)][0]  # `prepare_base` upcast it
                 with ledger.inside(name.rpartition(".")[0]):
-                    put(parameter, torch.nn.Parameter(
-                        module._parameters[place].detach().to(parameter.dtype),
-                        requires_grad=parameter.requires_grad))
+                    put(
+                        parameter,
+                        torch.nn.Parameter(
+                            module._parameters[place].detach().to(parameter.dtype),
+                            requires_grad=parameter.requires_grad,
+                        ),
+                    )
     ledger.mark("load")
     with ledger.phase("adapters"):
         made = {}
@@ -97,7 +105,8 @@ def _load(parameter: torch.Tensor, dtype: torch.dtype, module: torch.nn.Module):
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
-        weight, compress_statistics=parameter.compress_statistics, quant_type=parameter.quant_type)
+        weight, compress_statistics=parameter.compress_statistics, quant_type=parameter.quant_type
+    )
     new = torch.nn.Parameter(packed, requires_grad=False)  # Params4bit cannot hold a fake tensor
     new.quant_type, new.compress_statistics = parameter.quant_type, parameter.compress_statistics
     new.quant_state = module.quant_state = state

@@ -54,8 +54,13 @@ class Lever:
 
     def __str__(self) -> str:
         sign = "-" if self.saved_bytes > 0 else "+"
-        pace = f"{self.speedup:.1f}x faster" if self.speedup >= 1.05 else \
-            f"{1 / self.speedup:.1f}x slower" if self.speedup <= 0.95 else "same speed"
+        pace = (
+            f"{self.speedup:.1f}x faster"
+            if self.speedup >= 1.05
+            else f"{1 / self.speedup:.1f}x slower"
+            if self.speedup <= 0.95
+            else "same speed"
+        )
         return f"{self.change}: {sign}{show_bytes(abs(self.saved_bytes))}, {pace}"
 
 
@@ -90,8 +95,10 @@ def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTI
 
 def _check_utilisation(utilisation: float) -> None:
     if isinstance(utilisation, bool) or not 0 < utilisation <= 1:
-        raise ValueError(f"utilisation must be above 0 and at most 1, got {utilisation!r}; 0.6 is "
-                         "what large steps reach")
+        raise ValueError(
+            f"utilisation must be above 0 and at most 1, got {utilisation!r}; 0.6 is "
+            "what large steps reach"
+        )
 
 
 def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
@@ -123,18 +130,21 @@ def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
         changes["keep attention's output"] = {"keep_attention": True}
     for wanted in (num_layers, num_layers // 2, 0):
         changes[f"{wanted} of {num_layers} layers checkpointed"] = {
-            "checkpointed_layers": "all" if wanted == num_layers else wanted}
+            "checkpointed_layers": "all" if wanted == num_layers else wanted
+        }
     if half := recipe.micro_batch_size // 2:
         changes[f"micro batch {half}, accumulated"] = {
             "micro_batch_size": half,
-            "gradient_accumulation_steps": recipe.gradient_accumulation_steps * 2}
+            "gradient_accumulation_steps": recipe.gradient_accumulation_steps * 2,
+        }
     if (half := recipe.sequence_length // 2) > 1:
         changes[f"sequence {half}"] = {"sequence_length": half}
     return changes
 
 
-def levers(recipe: TrainRecipe, gpu: Gpu = T4,
-           progress: Callable[[str], None] = lambda text: None) -> tuple[Lever, ...]:
+def levers(
+    recipe: TrainRecipe, gpu: Gpu = T4, progress: Callable[[str], None] = lambda text: None
+) -> tuple[Lever, ...]:
     """Every single change of `recipe`, the one that saves most first.
 
     Args:
@@ -155,16 +165,26 @@ def levers(recipe: TrainRecipe, gpu: Gpu = T4,
             after = forecast(changed, gpu)
         except ValueError:  # a change that this recipe excludes, as offloading without checkpoints
             continue
-        found.append(Lever(
-            change=name, recipe=changed, forecast=after,
-            saved_bytes=before.peak_allocated_bytes - after.peak_allocated_bytes,
-            speedup=tokens_per_second(changed, after) / speed))
+        found.append(
+            Lever(
+                change=name,
+                recipe=changed,
+                forecast=after,
+                saved_bytes=before.peak_allocated_bytes - after.peak_allocated_bytes,
+                speedup=tokens_per_second(changed, after) / speed,
+            )
+        )
     return tuple(sorted(found, key=lambda lever: (-lever.saved_bytes, -lever.speedup)))
 
 
-def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None = None, *,
-        utilisation: float = UTILISATION,
-        progress: Callable[[str], None] = lambda text: None) -> Fit:
+def fit(
+    recipe: TrainRecipe,
+    gpu: Gpu = T4,
+    target_effective_batch: int | None = None,
+    *,
+    utilisation: float = UTILISATION,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Fit:
     """The fastest micro batch, accumulation, k, loss, attention, kept attention, offload that fit.
 
     They fit even at the forecast's upper bound (`margin_bytes` is not negative). Only micro batches
@@ -182,43 +202,66 @@ def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None =
         DoesNotFit: Nothing fits.
     """
     _check_utilisation(utilisation)
-    target = recipe.effective_batch_size if target_effective_batch is None \
-        else target_effective_batch
+    target = (
+        recipe.effective_batch_size if target_effective_batch is None else target_effective_batch
+    )
     world, (_, most) = recipe.world_size, WHOLE_NUMBERS["gradient_accumulation_steps"]
     if type(target) is not int or target not in range(world, world * most + 1, world):
-        raise ValueError(f"target_effective_batch must be a multiple of world_size ({world}) up to "
-                         f"{world * most}, got {target!r}; try {world * 8}")
+        raise ValueError(
+            f"target_effective_batch must be a multiple of world_size ({world}) up to "
+            f"{world * most}, got {target!r}; try {world * 8}"
+        )
     num_layers, per_gpu = checked_config(recipe).num_hidden_layers, target // world
     tried: list[tuple[TrainRecipe, Forecast]] = []
 
     def weigh(candidate: TrainRecipe) -> Forecast:
-        progress(f"micro batch {candidate.micro_batch_size}, {candidate.checkpointed_layers} "
-                 f"layers checkpointed, {candidate.loss} loss, {candidate.attention} attention")
+        progress(
+            f"micro batch {candidate.micro_batch_size}, {candidate.checkpointed_layers} "
+            f"layers checkpointed, {candidate.loss} loss, {candidate.attention} attention"
+        )
         tried.append((candidate, forecast(candidate, gpu)))
         return tried[-1][1]
 
     def sized(micro: int, **fields) -> TrainRecipe:
-        return dataclasses.replace(recipe, micro_batch_size=micro,
-                                   gradient_accumulation_steps=per_gpu // micro,
-                                   expandable_segments=True, **fields)
+        return dataclasses.replace(
+            recipe,
+            micro_batch_size=micro,
+            gradient_accumulation_steps=per_gpu // micro,
+            expandable_segments=True,
+            **fields,
+        )
 
     def speed(pair: tuple[TrainRecipe, Forecast]) -> float:
         return tokens_per_second(*pair, utilisation)
 
     least = {"checkpointed_layers": "all", "keep_attention": False, "offload_checkpoints": False}
-    attention = min(("stock", "explicit_kv"), key=lambda kind: weigh(
-        sized(1, attention=kind, **least)).ideal_seconds)
+    attention = min(
+        ("stock", "explicit_kv"),
+        key=lambda kind: weigh(sized(1, attention=kind, **least)).ideal_seconds,
+    )
     # The lean loss costs nothing beside the full one, and the head is frozen under adapters.
-    losses = ("full",) if odd_head(meta_model(checked_config(recipe))) else \
-        ("full", "chunked") if recipe.lora_rank is None else ("lean",)
+    losses = (
+        ("full",)
+        if odd_head(meta_model(checked_config(recipe)))
+        else ("full", "chunked")
+        if recipe.lora_rank is None
+        else ("lean",)
+    )
     for offload in (False, True):
         for loss, keep in itertools.product(losses, (False, True)):
-            fields = {"attention": attention, "loss": loss, "keep_attention": keep,
-                      "offload_checkpoints": offload}
+            fields = {
+                "attention": attention,
+                "loss": loss,
+                "keep_attention": keep,
+                "offload_checkpoints": offload,
+            }
             micro = 1
             while per_gpu % micro == 0:
-                margin = functools.cache(lambda k, m=micro, f=fields: weigh(
-                    sized(m, checkpointed_layers=k, **f)).margin_bytes)
+                margin = functools.cache(
+                    lambda k, m=micro, f=fields: (
+                        weigh(sized(m, checkpointed_layers=k, **f)).margin_bytes
+                    )
+                )
                 if margin(num_layers) < 0:
                     break
                 _fewest_checkpoints(margin, num_layers, int(offload or keep))
@@ -226,12 +269,18 @@ def fit(recipe: TrainRecipe, gpu: Gpu = T4, target_effective_batch: int | None =
         fitting = [pair for pair in tried if pair[1].margin_bytes >= 0]
         if fitting:
             best = max(fitting, key=speed)
-            return Fit(recipe=best[0], forecast=best[1], utilisation=utilisation,
-                       tokens_per_second=speed(best))
+            return Fit(
+                recipe=best[0],
+                forecast=best[1],
+                utilisation=utilisation,
+                tokens_per_second=speed(best),
+            )
     lowest = min(f.device_bytes[0] for _, f in tried)
-    raise DoesNotFit(f"recipe must fit {show_bytes(gpu.total_bytes)} of {with_article(gpu.name)}, "
-                     f"got at least {show_bytes(lowest)} with one sequence of "
-                     f"{recipe.sequence_length} tokens; shorten it, or take a smaller model")
+    raise DoesNotFit(
+        f"recipe must fit {show_bytes(gpu.total_bytes)} of {with_article(gpu.name)}, "
+        f"got at least {show_bytes(lowest)} with one sequence of "
+        f"{recipe.sequence_length} tokens; shorten it, or take a smaller model"
+    )
 
 
 def _fewest_checkpoints(margin: Callable[[int], int], high: int, low: int) -> None:

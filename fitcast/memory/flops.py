@@ -12,11 +12,16 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-FORWARD = [aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
-           aten._scaled_dot_product_cudnn_attention]
-BACKWARD = [aten._scaled_dot_product_flash_attention_backward,
-            aten._scaled_dot_product_efficient_attention_backward,
-            aten._scaled_dot_product_cudnn_attention_backward]
+FORWARD = [
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+]
+BACKWARD = [
+    aten._scaled_dot_product_flash_attention_backward,
+    aten._scaled_dot_product_efficient_attention_backward,
+    aten._scaled_dot_product_cudnn_attention_backward,
+]
 
 
 def grouped(formula: Callable[..., int], query: int) -> Callable[..., int]:
@@ -26,11 +31,13 @@ def grouped(formula: Callable[..., int], query: int) -> Callable[..., int]:
         formula: Takes tensors or shapes, (batch, heads, length, head_dim) each.
         query: Position of the query among the arguments; key and value follow.
     """
+
     def count(*args, **kwargs) -> int:
         heads = args[query].shape[1]
-        shared = [(tensor.shape[0], heads, *tensor.shape[2:])
-                  for tensor in args[query + 1:query + 3]]
-        return formula(*args[:query + 1], *shared, *args[query + 3:], **kwargs)
+        shared = [
+            (tensor.shape[0], heads, *tensor.shape[2:]) for tensor in args[query + 1 : query + 3]
+        ]
+        return formula(*args[: query + 1], *shared, *args[query + 3 :], **kwargs)
 
     return count
 

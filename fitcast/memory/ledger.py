@@ -46,13 +46,19 @@ class MemoryLedger(TorchDispatchMode):
         2048
     """
 
-    def __init__(self, model: torch.nn.Module | None = None, *,
-                 optimizer: torch.optim.Optimizer | None = None, inputs: object = (),
-                 budget_bytes: int | None = None):
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        inputs: object = (),
+        budget_bytes: int | None = None,
+    ):
         super().__init__()
         if budget_bytes is not None and (isinstance(budget_bytes, bool) or budget_bytes <= 0):
-            raise ValueError(f"budget_bytes must be a positive number, got {budget_bytes!r}; "
-                             "None means no limit")
+            raise ValueError(
+                f"budget_bytes must be a positive number, got {budget_bytes!r}; None means no limit"
+            )
         self.budget_bytes = budget_bytes
         self.device_type = "cpu"
         self.live_bytes = 0
@@ -84,8 +90,11 @@ class MemoryLedger(TorchDispatchMode):
             for tensor in _quantization_state(parameter):
                 self._found(tensor, "weights")
             if parameter.requires_grad:
-                self._hooks.callback(parameter.register_post_accumulate_grad_hook(
-                    lambda p: self._found(p.grad, "gradients")).remove)
+                self._hooks.callback(
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda p: self._found(p.grad, "gradients")
+                    ).remove
+                )
         for buffer in model.buffers():
             self._found(buffer, "weights")
 
@@ -123,9 +132,18 @@ class MemoryLedger(TorchDispatchMode):
 
         self._index[address] = block
         self.live_bytes += n_bytes
-        self._blocks.append(Block(n_bytes, category, operation, module, self.phase_now(),
-                                  tuple(tensor.shape), tensor.dtype,
-                                  alive=weakref.ref(storage, freed)))
+        self._blocks.append(
+            Block(
+                n_bytes,
+                category,
+                operation,
+                module,
+                self.phase_now(),
+                tuple(tensor.shape),
+                tensor.dtype,
+                alive=weakref.ref(storage, freed),
+            )
+        )
         return block
 
     @contextlib.contextmanager
@@ -140,8 +158,9 @@ class MemoryLedger(TorchDispatchMode):
     def phase_now(self) -> str:
         """The phase of this moment: the one named by `phase`, else what PyTorch is doing."""
         in_backward = torch._C._current_graph_task_id() != -1
-        return self._phase or ("optimizer" if self._in_optimizer
-                               else "backward" if in_backward else "forward")
+        return self._phase or (
+            "optimizer" if self._in_optimizer else "backward" if in_backward else "forward"
+        )
 
     def _module_now(self) -> str:
         """Path of the running module; in backward, of the one whose forward made the node."""
@@ -189,8 +208,11 @@ class MemoryLedger(TorchDispatchMode):
 
     def counts(self, tensor: object) -> bool:
         """Whether this is a tensor with memory on the device that the ledger watches."""
-        return isinstance(tensor, torch.Tensor) and tensor.device.type == self.device_type \
+        return (
+            isinstance(tensor, torch.Tensor)
+            and tensor.device.type == self.device_type
             and tensor.untyped_storage().nbytes() > 0
+        )
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -224,8 +246,13 @@ class MemoryLedger(TorchDispatchMode):
         # Forward code that runs inside backward is a checkpoint being recomputed: it builds a graph
         # (backward itself does not), or runs in a module (an autograd function's own forward).
         recomputed = self.phase_now() == "backward" and (torch.is_grad_enabled() or self._modules)
-        block = self._add(tensor, storage, "activations" if recomputed else "temporaries",
-                          operation, self._module_now())
+        block = self._add(
+            tensor,
+            storage,
+            "activations" if recomputed else "temporaries",
+            operation,
+            self._module_now(),
+        )
         self._events.append((1, block, self._blocks[block].phase))
 
     def _check_budget(self, wanted: int) -> None:
@@ -234,7 +261,8 @@ class MemoryLedger(TorchDispatchMode):
             raise torch.OutOfMemoryError(
                 f"Out of memory. Tried to allocate {show_bytes(wanted)}. The budget is "
                 f"{show_bytes(self.budget_bytes)} of which {show_bytes(free)} is free. "
-                f"{show_bytes(self.live_bytes)} is in use, in {self._module_now() or 'no module'}.")
+                f"{show_bytes(self.live_bytes)} is in use, in {self._module_now() or 'no module'}."
+            )
 
     def report(self) -> MemoryReport:
         """What was watched so far."""

@@ -11,8 +11,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-CATEGORIES = ("weights", "adapters", "gradients", "optimizer state", "activations", "temporaries",
-              "inputs")
+CATEGORIES = (
+    "weights",
+    "adapters",
+    "gradients",
+    "optimizer state",
+    "activations",
+    "temporaries",
+    "inputs",
+)
 
 
 @dataclass(slots=True)
@@ -31,8 +38,16 @@ class Block:
 
     def resized(self, n_bytes: int) -> Block:
         """The same block with another size."""
-        return Block(n_bytes, self.category, self.operation, self.module, self.phase, self.shape,
-                     self.dtype, self.saved)
+        return Block(
+            n_bytes,
+            self.category,
+            self.operation,
+            self.module,
+            self.phase,
+            self.shape,
+            self.dtype,
+            self.saved,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +94,9 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
 
 
-def replay(blocks: list[Block], initial: list[int], events: list[tuple[int, int, str]],
-           live_bytes: int) -> MemoryReport:
+def replay(
+    blocks: list[Block], initial: list[int], events: list[tuple[int, int, str]], live_bytes: int
+) -> MemoryReport:
     """Run through all events and report the highest moment. Categories are the final ones.
 
     A gradient is a gradient from its first byte, although only the end of its parameter's backward
@@ -118,9 +134,16 @@ def replay(blocks: list[Block], initial: list[int], events: list[tuple[int, int,
         (alive.add if sign > 0 else alive.discard)(index)
     cause = blocks[events[peak_event][1]] if peak_event >= 0 else None
     return MemoryReport(
-        peak_bytes=peak, composition=composition, phase_peaks=phase_peaks,
+        peak_bytes=peak,
+        composition=composition,
+        phase_peaks=phase_peaks,
         peak_operation=cause.operation if cause else "existed before",
-        peak_module=cause.module if cause else "", peak_phase=cause.phase if cause else "start",
-        saved_activation_bytes=most_saved, live_bytes=live_bytes, timeline=timeline, phases=phases,
+        peak_module=cause.module if cause else "",
+        peak_phase=cause.phase if cause else "start",
+        saved_activation_bytes=most_saved,
+        live_bytes=live_bytes,
+        timeline=timeline,
+        phases=phases,
         saved=[b for b in blocks if b.saved and b.category == "activations"],
-        largest=sorted((blocks[i] for i in alive), key=lambda block: -block.n_bytes))
+        largest=sorted((blocks[i] for i in alive), key=lambda block: -block.n_bytes),
+    )

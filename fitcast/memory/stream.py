@@ -65,8 +65,10 @@ class DeviceLedger(MemoryLedger):
     def _start_optimizer(self, optimizer: torch.optim.Optimizer, *_):
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if not all(isinstance(parameter, FakeTensor) for parameter in trained):
-            raise ValueError("step must make its optimizer itself, got one over real tensors; "
-                             "write optimizer = ...(model.parameters()) inside step")
+            raise ValueError(
+                "step must make its optimizer itself, got one over real tensors; "
+                "write optimizer = ...(model.parameters()) inside step"
+            )
         super()._start_optimizer()
 
     def mark(self, name: str) -> None:
@@ -101,15 +103,23 @@ class DeviceLedger(MemoryLedger):
         joined = operation in ("stack.default", "empty.memory_format")  # one of all parameters
         self._owner = "" if joined else self._module_of(next(self._inputs, None))
         super()._allocated(tensor, operation)
-        if joined and tensor.shape[:1] == (len(self._trained),) and not self._module_now() \
-                and self.phase_now() != "backward":
+        if (
+            joined
+            and tensor.shape[:1] == (len(self._trained),)
+            and not self._module_now()
+            and self.phase_now() != "backward"
+        ):
             self.growing[len(self._blocks) - 1] = tensor[0].nbytes * sum(
-                "layers.1." in name for name in self._trained)
+                "layers.1." in name for name in self._trained
+            )
         self._owner = ""
 
     def _module_of(self, tensor: object) -> str:
-        index = self._index.get(tensor.untyped_storage()._cdata) \
-            if isinstance(tensor, FakeTensor) else None
+        index = (
+            self._index.get(tensor.untyped_storage()._cdata)
+            if isinstance(tensor, FakeTensor)
+            else None
+        )
         return "" if index is None else self._blocks[index].module
 
     def _module_now(self) -> str:
@@ -131,10 +141,12 @@ def work_recorder(ledger: DeviceLedger, gpu: Gpu) -> Callable[[int, tuple, objec
     At least: as long as its arithmetic at the peak rate or its traffic at the peak bandwidth,
     whichever is longer (Williams et al. 2009, the roofline model).
     """
+
     def record(flops: int, args: tuple, result: object) -> None:
         tensors = list(tensors_in((args, result)))
         traffic = sum(t.numel() * t.itemsize for t in tensors)
         rate = gpu.matmul_flops if tensors and tensors[0].itemsize < 4 else gpu.float32_flops
         seconds = max(flops / rate, traffic / gpu.bandwidth)
         ledger.work.append((len(ledger._events), 1, flops, seconds))
+
     return record

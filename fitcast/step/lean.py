@@ -47,8 +47,10 @@ def use_lean_mlp(model: torch.nn.Module) -> None:
         ValueError: The model's activation is not SiLU.
     """
     if model.config.hidden_act not in ("silu", "swish"):
-        raise ValueError(f"mlp must be 'stock' for a model with {model.config.hidden_act}, got "
-                         "'lean'; the lean one is written for silu")
+        raise ValueError(
+            f"mlp must be 'stock' for a model with {model.config.hidden_act}, got "
+            "'lean'; the lean one is written for silu"
+        )
 
     def separate(self, x):
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
@@ -74,8 +76,9 @@ def use_lean_lora(model: torch.nn.Module) -> None:
         plain = len(self.active_adapters) == 1 and not (self.disable_adapters or self.merged)
         name = self.active_adapters[0] if plain else None
         # Without autocast a 16-bit base's numbers and the adapters' need PEFT's casts.
-        alike = plain and (torch.is_autocast_enabled(x.device.type)
-                           or x.dtype == self.lora_A[name].weight.dtype)
+        alike = plain and (
+            torch.is_autocast_enabled(x.device.type) or x.dtype == self.lora_A[name].weight.dtype
+        )
         if not alike or args or kwargs:
             return type(self).forward(self, x, *args, **kwargs)
         base = self.base_layer(x)  # (batch, seq, out)
@@ -128,8 +131,10 @@ def apply_rotary(query, key, cos, sin, unsqueeze_dim: int = 1):
     cos, sin = (t[..., : rotated // 2].unsqueeze(unsqueeze_dim) for t in (cos, sin))
     if rotated == query.shape[-1]:
         return Rotary.apply(query, cos, sin), Rotary.apply(key, cos, sin)
-    return tuple(torch.cat([Rotary.apply(x[..., :rotated], cos, sin), x[..., rotated:]], dim=-1)
-                 for x in (query, key))
+    return tuple(
+        torch.cat([Rotary.apply(x[..., :rotated], cos, sin), x[..., rotated:]], dim=-1)
+        for x in (query, key)
+    )
 
 
 def use_lean_rotary(model: torch.nn.Module) -> None:
@@ -146,10 +151,17 @@ def use_lean_rotary(model: torch.nn.Module) -> None:
         forward = inspect.unwrap(type(module).forward)
         if stock in forward.__code__.co_names:
             if not _turns_alike(forward.__globals__[stock]):
-                raise ValueError(f"rotary must be 'stock' for {type(module).__name__}, got 'lean'; "
-                                 "the lean one pairs number i with i + half, this model does not")
-            ours = FunctionType(forward.__code__, forward.__globals__ | {stock: apply_rotary},
-                                forward.__name__, forward.__defaults__, forward.__closure__)
+                raise ValueError(
+                    f"rotary must be 'stock' for {type(module).__name__}, got 'lean'; "
+                    "the lean one pairs number i with i + half, this model does not"
+                )
+            ours = FunctionType(
+                forward.__code__,
+                forward.__globals__ | {stock: apply_rotary},
+                forward.__name__,
+                forward.__defaults__,
+                forward.__closure__,
+            )
             ours.__kwdefaults__ = forward.__kwdefaults__
             module.forward = MethodType(ours, module)
 
@@ -191,8 +203,9 @@ class _HeadLoss(torch.autograd.Function):
         return grad_hidden * grad_total, None, None, None
 
 
-def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-              chunk_tokens: int = 512) -> torch.Tensor:
+def head_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int = 512
+) -> torch.Tensor:
     """Summed cross entropy of a frozen head, its gradient taken while the logits are there.
 
     Saves all but `chunk_tokens` rows of logits, like `levers.chunked_loss`, and the second product

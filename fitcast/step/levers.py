@@ -32,8 +32,9 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def explicit_kv_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
-                          **_):
+def explicit_kv_attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, **_
+):
     """Attention with every key/value head repeated for its query heads before the kernel sees it.
 
     Saves the attention scores, (batch, heads, seq, seq) in float32, on GPUs without FlashAttention:
@@ -53,8 +54,14 @@ def explicit_kv_attention(module, query, key, value, attention_mask, dropout=0.0
     """
     groups = query.shape[1] // key.shape[1]
     output = F.scaled_dot_product_attention(
-        query, _repeat_heads(key, groups), _repeat_heads(value, groups), attn_mask=attention_mask,
-        dropout_p=dropout, scale=scaling, is_causal=attention_mask is None and query.shape[2] > 1)
+        query,
+        _repeat_heads(key, groups),
+        _repeat_heads(value, groups),
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=attention_mask is None and query.shape[2] > 1,
+    )
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -62,8 +69,11 @@ def _repeat_heads(x: torch.Tensor, groups: int) -> torch.Tensor:
     batch, heads, seq, head_dim = x.shape
     if groups == 1:
         return x
-    return x[:, :, None].expand(batch, heads, groups, seq, head_dim).reshape(
-        batch, heads * groups, seq, head_dim)
+    return (
+        x[:, :, None]
+        .expand(batch, heads, groups, seq, head_dim)
+        .reshape(batch, heads * groups, seq, head_dim)
+    )
 
 
 def use_explicit_kv_attention(model: torch.nn.Module) -> None:
@@ -84,9 +94,14 @@ def use_native_norm(model: torch.nn.Module) -> None:
 
     Source: aten/src/ATen/native/layer_norm.cpp, `_fused_rms_norm`.
     """
+
     def forward(self, hidden_states):
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype),
-                          self.variance_epsilon)
+        return F.rms_norm(
+            hidden_states,
+            self.weight.shape,
+            self.weight.to(hidden_states.dtype),
+            self.variance_epsilon,
+        )
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
@@ -98,8 +113,13 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return list(unwrap(model).model.layers)
 
 
-def checkpoint_layers(model: torch.nn.Module, k: int | str = "all", *, offload: bool = False,
-                      keep_attention: bool = False) -> None:
+def checkpoint_layers(
+    model: torch.nn.Module,
+    k: int | str = "all",
+    *,
+    offload: bool = False,
+    keep_attention: bool = False,
+) -> None:
     """Let the first `k` layers forget their activations and recompute them in backward.
 
     Saves what k layers keep, except one boundary (batch, seq, hidden) each; costs k forward passes.
@@ -121,8 +141,10 @@ def checkpoint_layers(model: torch.nn.Module, k: int | str = "all", *, offload: 
     layers = decoder_layers(model)
     k = len(layers) if k == "all" else k
     if not 0 <= k <= len(layers):
-        raise ValueError(f"checkpointed_layers must be from 0 to {len(layers)}, the layers of this "
-                         f"model, got {k}; use 'all' for every layer")
+        raise ValueError(
+            f"checkpointed_layers must be from 0 to {len(layers)}, the layers of this "
+            f"model, got {k}; use 'all' for every layer"
+        )
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < k
         layer._gradient_checkpointing_func = partial(_checkpoint, offload, keep_attention)
@@ -149,9 +171,16 @@ def from_host(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
     return host.to(device, non_blocking=True)
 
 
-def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor,
-                 chunk_tokens: int = 512, num_items_in_batch: torch.Tensor | int | None = None,
-                 *, lean: bool = False, skip_unlabelled: bool = False) -> torch.Tensor:
+def chunked_loss(
+    hidden: torch.Tensor,
+    head: torch.nn.Module,
+    labels: torch.Tensor,
+    chunk_tokens: int = 512,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    *,
+    lean: bool = False,
+    skip_unlabelled: bool = False,
+) -> torch.Tensor:
     """Cross entropy from hidden states, `chunk_tokens` rows of logits at a time.
 
     Saves the logits, (batch x seq, vocab): three float32 copies of them at the peak of the usual
@@ -187,8 +216,11 @@ def chunked_loss(hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tens
 def odd_head(model: torch.nn.Module) -> str:
     """What a model does to its logits beside the product with its head; "" for nothing."""
     config = model.config.get_text_config()
-    odd = [name for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")
-           if getattr(config, name, None) not in (None, 1)]
+    odd = [
+        name
+        for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")
+        if getattr(config, name, None) not in (None, 1)
+    ]
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         odd.append("a bias of its head")
     return " and ".join(odd)

@@ -43,16 +43,23 @@ def quantization(recipe: TrainRecipe) -> BitsAndBytesConfig | None:
     """How bitsandbytes stores the base; `None` for a base that is not quantized."""
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",  # the default is fp4
-        bnb_4bit_use_double_quant=recipe.double_quant,
-        bnb_4bit_compute_dtype=storage_dtype(recipe),  # the default, float32, is slow on a GPU
-    ) if recipe.base == "nf4" else None
+    return (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",  # the default is fp4
+            bnb_4bit_use_double_quant=recipe.double_quant,
+            bnb_4bit_compute_dtype=storage_dtype(recipe),  # the default, float32, is slow on a GPU
+        )
+        if recipe.base == "nf4"
+        else None
+    )
 
 
-def load_base(recipe: TrainRecipe, source: str | None = None,
-              quantization_config: BitsAndBytesConfig | None = None) -> torch.nn.Module:
+def load_base(
+    recipe: TrainRecipe,
+    source: str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> torch.nn.Module:
     """The frozen base model on the device, in 4 bits (nf4) or in `recipe.base`.
 
     Args:
@@ -68,7 +75,10 @@ def load_base(recipe: TrainRecipe, source: str | None = None,
     model = AutoModelForCausalLM.from_pretrained(
         source or models.hub_id(recipe.model),
         quantization_config=quantization_config or quantization(recipe),
-        dtype=storage_dtype(recipe), device_map={"": gpus.device()}, use_safetensors=True)
+        dtype=storage_dtype(recipe),
+        device_map={"": gpus.device()},
+        use_safetensors=True,
+    )
     for module in model.modules():
         # On AVX512-BF16 CPUs an evaluation repacks the weights for a kernel without a backward:
         # training after it would silently lose every gradient that passes through the base.
@@ -107,19 +117,30 @@ def add_adapters(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
 
     if recipe.lora_rank is None:
         return model
-    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
-                     if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")})
+    linear = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+        }
+    )
     missing = [t for t in recipe.lora_targets if t not in linear]
     if recipe.lora_targets != "all-linear" and missing:
-        raise ValueError(f"lora_targets must name linear layers of {recipe.model}, got "
-                         f"{', '.join(missing)}; it has {', '.join(linear)}")
+        raise ValueError(
+            f"lora_targets must name linear layers of {recipe.model}, got "
+            f"{', '.join(missing)}; it has {', '.join(linear)}"
+        )
     compat.look_past()
     targets = recipe.lora_targets
     model.enable_input_require_grads()  # else a reentrant checkpoint cuts the gradient off
     config = LoraConfig(
-        r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        bias="none", task_type="CAUSAL_LM")
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 under the old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config)
@@ -142,8 +163,10 @@ def apply_levers(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
     """
     base = unwrap(model)
     if recipe.loss != "full" and (odd := odd_head(base)):
-        raise ValueError(f"loss must be 'full' for a model with {odd}, got {recipe.loss!r}; chunks "
-                         "of logits would leave that out")
+        raise ValueError(
+            f"loss must be 'full' for a model with {odd}, got {recipe.loss!r}; chunks "
+            "of logits would leave that out"
+        )
     if recipe.attention == "explicit_kv":
         use_explicit_kv_attention(base)
     else:
@@ -156,19 +179,30 @@ def apply_levers(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
         use_lean_lora(base)
     if recipe.rotary == "lean":
         use_lean_rotary(base)
-    checkpoint_layers(base, recipe.checkpointed_layers, offload=recipe.offload_checkpoints,
-                      keep_attention=recipe.keep_attention)
+    checkpoint_layers(
+        base,
+        recipe.checkpointed_layers,
+        offload=recipe.offload_checkpoints,
+        keep_attention=recipe.keep_attention,
+    )
     return model
 
 
 def autocast(recipe: TrainRecipe, device: str) -> torch.autocast:
     """The recipe's mixed precision as a context: autocast to amp_dtype, or nothing."""
-    return torch.autocast(device, dtype=getattr(torch, recipe.amp_dtype or "float16"),
-                          enabled=recipe.amp_dtype is not None)
+    return torch.autocast(
+        device,
+        dtype=getattr(torch, recipe.amp_dtype or "float16"),
+        enabled=recipe.amp_dtype is not None,
+    )
 
 
-def compute_loss(model: torch.nn.Module, batch: dict, recipe: TrainRecipe,
-                 num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+def compute_loss(
+    model: torch.nn.Module,
+    batch: dict,
+    recipe: TrainRecipe,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
     """Cross entropy of the labelled tokens, in float32, with or without building all the logits.
 
     Args:
@@ -184,9 +218,15 @@ def compute_loss(model: torch.nn.Module, batch: dict, recipe: TrainRecipe,
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     base = unwrap(model)
     hidden = base.model(**inputs).last_hidden_state  # (batch, seq, hidden)
-    return chunked_loss(hidden, base.get_output_embeddings(), batch["labels"],
-                        recipe.loss_chunk_tokens, num_items_in_batch, lean=recipe.loss == "lean",
-                        skip_unlabelled="attention_mask" in batch)
+    return chunked_loss(
+        hidden,
+        base.get_output_embeddings(),
+        batch["labels"],
+        recipe.loss_chunk_tokens,
+        num_items_in_batch,
+        lean=recipe.loss == "lean",
+        skip_unlabelled="attention_mask" in batch,
+    )
 
 
 def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
@@ -206,8 +246,13 @@ def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.
     return kind(trainable, **settings)
 
 
-def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[dict],
-                  recipe: TrainRecipe, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+def training_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[dict],
+    recipe: TrainRecipe,
+    scaler: torch.amp.GradScaler | None = None,
+) -> torch.Tensor:
     """One optimizer step over the micro batches: accumulate, unscale, clip, update, clear.
 
     Args:

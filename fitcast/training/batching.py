@@ -48,15 +48,22 @@ def split(batch: dict[str, torch.Tensor], micro_batch_size: int) -> list[dict[st
         ValueError: Not a whole number from 1.
     """
     if not isinstance(micro_batch_size, int) or micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size must be a whole number from 1, got "
-                         f"{micro_batch_size!r}; 1 always splits")
+        raise ValueError(
+            f"micro_batch_size must be a whole number from 1, got "
+            f"{micro_batch_size!r}; 1 always splits"
+        )
     rows = len(next(iter(batch.values())))
-    return [{name: tensor[start:start + micro_batch_size] for name, tensor in batch.items()}
-            for start in range(0, rows, micro_batch_size)]
+    return [
+        {name: tensor[start : start + micro_batch_size] for name, tensor in batch.items()}
+        for start in range(0, rows, micro_batch_size)
+    ]
 
 
-def accumulate(model: torch.nn.Module, micro_batches: Iterable[dict[str, torch.Tensor]],
-               num_items: int | None = None) -> torch.Tensor:
+def accumulate(
+    model: torch.nn.Module,
+    micro_batches: Iterable[dict[str, torch.Tensor]],
+    num_items: int | None = None,
+) -> torch.Tensor:
     """Add the gradient of the mean loss over all labelled tokens to the parameters' `.grad`.
 
     One micro batch's graph is gone before the next one's is built. Neither steps nor clears.
@@ -77,8 +84,10 @@ def accumulate(model: torch.nn.Module, micro_batches: Iterable[dict[str, torch.T
     if num_items is None:
         num_items = sum(map(labelled_tokens, micro_batches))
     if num_items < 1:
-        raise ValueError(f"micro_batches must hold at least one labelled token, got {num_items}; "
-                         "a mean over no token is NaN, drop rows whose answer was cut off")
+        raise ValueError(
+            f"micro_batches must hold at least one labelled token, got {num_items}; "
+            "a mean over no token is NaN, drop rows whose answer was cut off"
+        )
     total = 0
     for batch in micro_batches:
         loss = model(**batch, num_items_in_batch=num_items).loss  # a sum over tokens / num_items
@@ -97,7 +106,8 @@ class Probe:
 
     def __repr__(self) -> str:
         return f"micro batch {self.micro_batch_size:3}: " + (
-            f"fits, peak {show_bytes(self.peak_bytes)}" if self.fits else "out of memory")
+            f"fits, peak {show_bytes(self.peak_bytes)}" if self.fits else "out of memory"
+        )
 
 
 @dataclass(frozen=True)
@@ -108,10 +118,15 @@ class Search:
     probes: list[Probe]
 
 
-def largest_micro_batch(backward: Callable[[int], object], model: torch.nn.Module,
-                        optimizer: torch.optim.Optimizer, *, upper: int = 256,
-                        gradient_accumulation_steps: int = 2,
-                        budget_bytes: int | None = None) -> Search:
+def largest_micro_batch(
+    backward: Callable[[int], object],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    upper: int = 256,
+    gradient_accumulation_steps: int = 2,
+    budget_bytes: int | None = None,
+) -> Search:
     """Find the most sequences of a micro batch that train without running out of memory.
 
     Doubles from 1 until a size fails, then halves the interval. An attempt is a whole optimizer
@@ -133,17 +148,24 @@ def largest_micro_batch(backward: Callable[[int], object], model: torch.nn.Modul
         ValueError: No budget where nothing limits memory, on a CPU; or a count below 1.
     """
     if budget_bytes is None and gpus.device() == "cpu":
-        raise ValueError("budget_bytes must be a number of bytes on a CPU, got None; pretend a "
-                         "card, for example budget_bytes=gpus.T4.usable_bytes")
-    for name, value, advice in (("upper", upper, "256 suits most runs"), (
-            "gradient_accumulation_steps", gradient_accumulation_steps, "1 is none")):
+        raise ValueError(
+            "budget_bytes must be a number of bytes on a CPU, got None; pretend a "
+            "card, for example budget_bytes=gpus.T4.usable_bytes"
+        )
+    for name, value, advice in (
+        ("upper", upper, "256 suits most runs"),
+        ("gradient_accumulation_steps", gradient_accumulation_steps, "1 is none"),
+    ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}; {advice}")
     probes: list[Probe] = []
 
     def fits(size: int) -> bool:
-        probes.append(_probe(backward, size, model, optimizer, min(gradient_accumulation_steps, 2),
-                             budget_bytes))
+        probes.append(
+            _probe(
+                backward, size, model, optimizer, min(gradient_accumulation_steps, 2), budget_bytes
+            )
+        )
         # Only here, with the exception and the frames that it held gone, is memory free again.
         if not probes[-1].fits:
             gc.collect()  # the exception may be part of a cycle
@@ -164,10 +186,19 @@ def largest_micro_batch(backward: Callable[[int], object], model: torch.nn.Modul
     return Search(good, probes)
 
 
-def _probe(backward: Callable, size: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-           accumulated: int, budget_bytes: int | None) -> Probe:
-    ledger = MemoryLedger(model, optimizer=optimizer, budget_bytes=budget_bytes) \
-        if budget_bytes is not None else None
+def _probe(
+    backward: Callable,
+    size: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accumulated: int,
+    budget_bytes: int | None,
+) -> Probe:
+    ledger = (
+        MemoryLedger(model, optimizer=optimizer, budget_bytes=budget_bytes)
+        if budget_bytes is not None
+        else None
+    )
     gpus.reset_peak()
     try:
         with ledger or contextlib.nullcontext():
@@ -194,10 +225,14 @@ def unchanged(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Itera
     values = [(t, _on_host(t)) for t in (*trained, *model.buffers())]
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad.cpu()) for p in model.parameters() if p.grad is not None]
-    groups = [{key: copy.copy(value) for key, value in group.items() if key != "params"}
-              for group in optimizer.param_groups]
-    state = {p: {key: _on_host(value) for key, value in entries.items()}
-             for p, entries in optimizer.state.items()}
+    groups = [
+        {key: copy.copy(value) for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    state = {
+        p: {key: _on_host(value) for key, value in entries.items()}
+        for p, entries in optimizer.state.items()
+    }
     model.zero_grad(set_to_none=True)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
@@ -212,8 +247,9 @@ def unchanged(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Itera
             for p, entries in state.items():
                 for key, value in entries.items():
                     is_tensor = isinstance(value, torch.Tensor)
-                    optimizer.state[p][key] = \
+                    optimizer.state[p][key] = (
                         optimizer.state[p][key].copy_(value) if is_tensor else value
+                    )
         for group, before in zip(optimizer.param_groups, groups, strict=True):
             parameters = group["params"]
             group.clear()
@@ -226,5 +262,8 @@ def unchanged(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Itera
 
 
 def _on_host(value: object) -> object:
-    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) \
+    return (
+        value.detach().to("cpu", copy=True)
+        if isinstance(value, torch.Tensor)
         else copy.deepcopy(value)
+    )

@@ -63,10 +63,12 @@ def written_whole(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             _remove(staging)
         last = find_last(target.parent, say=lambda _: None)
-        raise SaveError(f"{target.name} was not written: {_cause(error)} "
-                        f"({_free(target.parent)} free on that disk). The last whole checkpoint is "
-                        f"{last.name if last else 'none yet'}. Free some space; the next save tries"
-                        f" again.") from error
+        raise SaveError(
+            f"{target.name} was not written: {_cause(error)} "
+            f"({_free(target.parent)} free on that disk). The last whole checkpoint is "
+            f"{last.name if last else 'none yet'}. Free some space; the next save tries"
+            f" again."
+        ) from error
     with contextlib.suppress(OSError):  # it stands; what is left is tidying, and a power cut
         _flush(target.parent)
         _remove(staging)
@@ -75,8 +77,13 @@ def written_whole(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
 def _cause(error: Exception) -> str:
     """The first line of an error and of the system's error behind it, where there is one."""
     chain = [error, error.__cause__ or error.__context__]
-    return "; ".join(dict.fromkeys(f"{str(e).splitlines()[0] if str(e) else type(e).__name__}"
-                                   for e in chain if e is not None))
+    return "; ".join(
+        dict.fromkeys(
+            f"{str(e).splitlines()[0] if str(e) else type(e).__name__}"
+            for e in chain
+            if e is not None
+        )
+    )
 
 
 def _free(folder: Path) -> str:
@@ -116,8 +123,10 @@ def _flush(path: Path) -> None:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
@@ -130,22 +139,28 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     remedy = "resume from an older checkpoint, or delete this one"
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
-        raise FileNotFoundError(f"checkpoint must be a folder with a {MANIFEST}, got {checkpoint}, "
-                                f"which is missing or half written; {remedy}")
+        raise FileNotFoundError(
+            f"checkpoint must be a folder with a {MANIFEST}, got {checkpoint}, "
+            f"which is missing or half written; {remedy}"
+        )
     try:
         facts = json.loads(manifest.read_text(encoding="utf-8"))
         listed = {name: (one["bytes"], one["sha256"]) for name, one in facts["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} must be JSON with a list of files, got {manifest} "
-                         f"({error!r}); {remedy}") from error
+        raise ValueError(
+            f"{MANIFEST} must be JSON with a list of files, got {manifest} ({error!r}); {remedy}"
+        ) from error
     for name, (n_bytes, checksum) in listed.items():
         path = checkpoint / name
         if not path.is_file():
-            raise FileNotFoundError(f"checkpoint must hold {name}, got {checkpoint} without it; "
-                                    f"{remedy}")
+            raise FileNotFoundError(
+                f"checkpoint must hold {name}, got {checkpoint} without it; {remedy}"
+            )
         if (found := _fingerprint(path)) != {"bytes": n_bytes, "sha256": checksum}:
-            raise ValueError(f"{name} must have {n_bytes} bytes and the checksum of its "
-                             f"manifest, got {found['bytes']} bytes in {path}; {remedy}")
+            raise ValueError(
+                f"{name} must have {n_bytes} bytes and the checksum of its "
+                f"manifest, got {found['bytes']} bytes in {path}; {remedy}"
+            )
     return facts
 
 
@@ -191,7 +206,7 @@ def prune(newest: Path, keep: int = KEEP) -> None:
     """
     staging = newest.parent / STAGING
     earlier = [p for p in _newest_first(newest.parent) if step_of(p) < step_of(newest)]
-    for old in earlier[keep - 1:]:
+    for old in earlier[keep - 1 :]:
         staging.mkdir(exist_ok=True)
         old.rename(staging / f"old-{old.name}")
     _remove(staging)
@@ -214,11 +229,14 @@ def mirror(checkpoint: Path, drive: Path) -> bool:
         facts = {name: value for name, value in verify(checkpoint).items() if name != "files"}
         drive.mkdir(exist_ok=True)
         with written_whole(drive / checkpoint.name, facts) as folder:
-            shutil.copytree(checkpoint, folder, dirs_exist_ok=True,
-                            ignore=shutil.ignore_patterns(MANIFEST))
+            shutil.copytree(
+                checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST)
+            )
         prune(drive / checkpoint.name)
     except (OSError, ValueError) as error:  # the Drive's, or a checkpoint that is damaged here
-        print(f"Warning: {checkpoint.name} was not copied to {drive}: {error} "
-              f"It is safe in {checkpoint.parent}; training goes on.")
+        print(
+            f"Warning: {checkpoint.name} was not copied to {drive}: {error} "
+            f"It is safe in {checkpoint.parent}; training goes on."
+        )
         return False
     return True

@@ -52,8 +52,14 @@ def answer_losses(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRec
 
 
 @torch.no_grad()
-def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], recipe: TrainRecipe,
-             max_new_tokens: int = 64, micro_batch_size: int = 64) -> list[str]:
+def generate(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    recipe: TrainRecipe,
+    max_new_tokens: int = 64,
+    micro_batch_size: int = 64,
+) -> list[str]:
     """The model's greedy answer to each prompt, without special tokens.
 
     Args:
@@ -66,17 +72,22 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], rec
     model.eval()
     answers = []
     for start in range(0, len(prompts), micro_batch_size):
-        some = prompts[start:start + micro_batch_size]
+        some = prompts[start : start + micro_batch_size]
         texts = [render_prompt(prompt, tokenizer) for prompt in some]
-        batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left",
-                          return_tensors="pt").to(gpus.device())
+        batch = tokenizer(
+            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        ).to(gpus.device())
         with qlora.autocast(recipe, gpus.device()):
             tokens = model.generate(
-                **{name: batch[name] for name in ("input_ids", "attention_mask")}, use_cache=True,
-                do_sample=False, max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id)
-        answers += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1]:],
-                                          skip_special_tokens=True)
+                **{name: batch[name] for name in ("input_ids", "attention_mask")},
+                use_cache=True,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        answers += tokenizer.batch_decode(
+            tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
     model.train(training)
     return answers
 
@@ -86,8 +97,9 @@ def largest_shift(one: Sequence[float], other: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-def paired_bootstrap(before: Sequence[float], after: Sequence[float], resamples: int = 10_000,
-                     seed: int = 0) -> Interval:
+def paired_bootstrap(
+    before: Sequence[float], after: Sequence[float], resamples: int = 10_000, seed: int = 0
+) -> Interval:
     """Mean of after - before with its 95 % interval, by resampling the examples.
 
     Paired: an example that is hard before is hard after, and only the change of each one counts.
@@ -101,11 +113,14 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], resamples:
     Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13 (percentiles).
     """
     if len(before) != len(after) or len(before) < 2:
-        raise ValueError(f"before and after must have the same length of at least 2, got "
-                         f"{len(before)} and {len(after)}; evaluate the same examples twice")
+        raise ValueError(
+            f"before and after must have the same length of at least 2, got "
+            f"{len(before)} and {len(after)}; evaluate the same examples twice"
+        )
     change = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    draws = torch.randint(len(change), (resamples, len(change)),
-                          generator=torch.Generator().manual_seed(seed))
+    draws = torch.randint(
+        len(change), (resamples, len(change)), generator=torch.Generator().manual_seed(seed)
+    )
     means = change[draws].mean(dim=1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(change.mean().item(), low, high)

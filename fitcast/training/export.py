@@ -32,8 +32,10 @@ def load_adapter(recipe: TrainRecipe, folder: str | Path) -> torch.nn.Module:
         FileNotFoundError: No adapter there.
     """
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"folder must hold an adapter, got {folder} without an "
-                                "adapter_config.json; write one with export.save_adapter")
+        raise FileNotFoundError(
+            f"folder must hold an adapter, got {folder} without an "
+            "adapter_config.json; write one with export.save_adapter"
+        )
     return _with_adapter(qlora.load_base(recipe), recipe, folder).eval()
 
 
@@ -43,8 +45,9 @@ def _with_adapter(base: torch.nn.Module, recipe: TrainRecipe, folder: str | Path
     return model
 
 
-def merge(recipe: TrainRecipe, adapter: str | Path,
-          base: Literal["original", "dequantized"]) -> torch.nn.Module:
+def merge(
+    recipe: TrainRecipe, adapter: str | Path, base: Literal["original", "dequantized"]
+) -> torch.nn.Module:
     """A plain model without adapters: W + (alpha / rank) B A in every adapted layer.
 
     Args:
@@ -83,6 +86,10 @@ def save_merged(model: torch.nn.Module, folder: str | Path) -> int:
 
 def load_merged(recipe: TrainRecipe, folder: str | Path) -> torch.nn.Module:
     """The model of `save_merged`, in the recipe's dtype (float32 on CPU), in eval mode."""
-    plain = replace(recipe, base=recipe.amp_dtype or "float32", lora_rank=None,
-                    loss="chunked" if recipe.loss == "lean" else recipe.loss)
+    plain = replace(
+        recipe,
+        base=recipe.amp_dtype or "float32",
+        lora_rank=None,
+        loss="chunked" if recipe.loss == "lean" else recipe.loss,
+    )
     return qlora.load_base(plain, source=str(folder)).to(gpus.device()).eval()

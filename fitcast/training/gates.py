@@ -28,13 +28,19 @@ def attention_kernel(model: torch.nn.Module, batch: dict, recipe: TrainRecipe) -
     model.train()
     with OperationLog() as log, qlora.autocast(recipe, gpus.device()):
         qlora.compute_loss(model, batch, recipe)
-    fused = [name for name, _ in log.counts if "attention" in name and "backward" not in name
-             and any(kernel in name for kernel in FUSED)]
+    fused = [
+        name
+        for name, _ in log.counts
+        if "attention" in name
+        and "backward" not in name
+        and any(kernel in name for kernel in FUSED)
+    ]
     return fused[0].strip("_") if fused else "scores"
 
 
-def check_gates(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecipe,
-                pad_token_id: int) -> Preflight:
+def check_gates(
+    model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecipe, pad_token_id: int
+) -> Preflight:
     """Ask all four; the adapters are afterwards what they were.
 
     1. With fresh adapters the loss is the base's: they start as zero.
@@ -46,7 +52,7 @@ def check_gates(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecip
         model: With fresh adapters, as from `training.build_model`.
         rows: Encoded examples; the first micro batch of them is used.
     """
-    batch = data.collate(list(rows)[:recipe.micro_batch_size], pad_token_id)
+    batch = data.collate(list(rows)[: recipe.micro_batch_size], pad_token_id)
     batch = {name: tensor.to(gpus.device()) for name, tensor in batch.items()}
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trainable.items()}
@@ -58,17 +64,35 @@ def check_gates(model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecip
         for name, parameter in trainable.items():
             parameter.copy_(before[name])
             parameter.grad = None
-    return Preflight([
-        Finding("step 0", f"loss {start:.2f}, the base's {base:.2f}", None if start == base else
-                "build the model afresh: these adapters are trained already"),
-        Finding("gradients", f"{'finite' if finite else 'not finite'}, norm "
-                f"{'above' if norm > 0 else 'is'} 0", None if finite and norm > 0 else
-                "call enable_input_require_grads, or lower the loss scale"),
-        Finding("overfit", f"one batch, at most {OVERFIT_STEPS} steps: loss falls by "
-                f"{'more' if last < start / 2 else 'less'} than half", None if last < start / 2 else
-                "look at the labels, then at learning_rate and lora_rank"),
-        Finding("attention", kernel, "set attention='explicit_kv'" if kernel == "scores" else None),
-    ])
+    return Preflight(
+        [
+            Finding(
+                "step 0",
+                f"loss {start:.2f}, the base's {base:.2f}",
+                None
+                if start == base
+                else "build the model afresh: these adapters are trained already",
+            ),
+            Finding(
+                "gradients",
+                f"{'finite' if finite else 'not finite'}, norm {'above' if norm > 0 else 'is'} 0",
+                None
+                if finite and norm > 0
+                else "call enable_input_require_grads, or lower the loss scale",
+            ),
+            Finding(
+                "overfit",
+                f"one batch, at most {OVERFIT_STEPS} steps: loss falls by "
+                f"{'more' if last < start / 2 else 'less'} than half",
+                None
+                if last < start / 2
+                else "look at the labels, then at learning_rate and lora_rank",
+            ),
+            Finding(
+                "attention", kernel, "set attention='explicit_kv'" if kernel == "scores" else None
+            ),
+        ]
+    )
 
 
 def _start(model, batch, recipe) -> tuple[float, float]:
@@ -92,8 +116,9 @@ def _overfit(model, batch, recipe, target: float) -> float:
     """Loss of one batch, seen again and again, once it is below the target or time is up."""
     model.zero_grad()
     rate = min(OVERFIT_RATE, TIMES_THE_RECIPES * recipe.learning_rate)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                  lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0
+    )
     scaler = torch.amp.GradScaler(gpus.device(), enabled=recipe.amp_dtype == "float16")
     for _ in range(OVERFIT_STEPS):
         loss = qlora.training_step(model, optimizer, [batch], recipe, scaler).item()

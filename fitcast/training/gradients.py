@@ -39,8 +39,13 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
     return model.double()
 
 
-def token_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int,
-               num_items_in_batch: torch.Tensor | int | None = None, **_: object) -> torch.Tensor:
+def token_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **_: object,
+) -> torch.Tensor:
     """Cross entropy of the next tokens in the logits' own dtype, as a model's `loss_function`.
 
     Args:

@@ -78,8 +78,11 @@ def measure_step(recipe: TrainRecipe, model: torch.nn.Module, steps: int = 3) ->
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     return Measurement(
         seconds=statistics.median(seconds),
-        tokens_per_second=tokens / statistics.median(seconds), peak_allocated_bytes=allocated,
-        peak_reserved_bytes=reserved, report=ledger.report())
+        tokens_per_second=tokens / statistics.median(seconds),
+        peak_allocated_bytes=allocated,
+        peak_reserved_bytes=reserved,
+        report=ledger.report(),
+    )
 
 
 def random_batches(recipe: TrainRecipe, device: str) -> list[dict[str, torch.Tensor]]:

@@ -30,8 +30,10 @@ class Preflight:
     findings: list[Finding]
 
     def __repr__(self) -> str:
-        rows = [f"{'stop' if f.fix else 'ok':5}{f.name:11}{f.found}{f'; {f.fix}' if f.fix else ''}"
-                for f in self.findings]
+        rows = [
+            f"{'stop' if f.fix else 'ok':5}{f.name:11}{f.found}{f'; {f.fix}' if f.fix else ''}"
+            for f in self.findings
+        ]
         return "\n".join(rows)
 
     def require(self) -> Preflight:
@@ -40,14 +42,21 @@ class Preflight:
         Raises:
             ValueError: Something would stop the run; the message has every fix.
         """
-        if stops := [f"{f.name} must let the run pass, got {f.found}; {f.fix}"
-                     for f in self.findings if f.fix]:
+        if stops := [
+            f"{f.name} must let the run pass, got {f.found}; {f.fix}"
+            for f in self.findings
+            if f.fix
+        ]:
             raise ValueError("\n".join(stops))
         return self
 
 
-def preflight(recipe: TrainRecipe, gpu: gpus.Gpu | None, output_dir: str | Path = ".",
-              planned: Forecast | None = None) -> Preflight:
+def preflight(
+    recipe: TrainRecipe,
+    gpu: gpus.Gpu | None,
+    output_dir: str | Path = ".",
+    planned: Forecast | None = None,
+) -> Preflight:
     """Look at everything that stops runs, without loading or downloading weights.
 
     Args:
@@ -56,17 +65,27 @@ def preflight(recipe: TrainRecipe, gpu: gpus.Gpu | None, output_dir: str | Path 
         planned: The step's forecast, if there is one.
     """
     weights = _weights(recipe)
-    return Preflight([
-        _gpu(recipe, gpu), _precision(recipe, gpu), _memory(gpu, planned),
-        _disk(recipe, Path(output_dir), weights), _versions(), weights])
+    return Preflight(
+        [
+            _gpu(recipe, gpu),
+            _precision(recipe, gpu),
+            _memory(gpu, planned),
+            _disk(recipe, Path(output_dir), weights),
+            _versions(),
+            weights,
+        ]
+    )
 
 
 def _gpu(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> Finding:
     if gpu is not None:
         return Finding("GPU", f"{gpu.name}, {show_bytes(gpu.total_bytes)}")
     small = Path(models.hub_id(recipe.model)).exists()
-    return Finding("GPU", "none" + ", and none needed for this model" * small, None if small else
-                   "switch Runtime > Change runtime type to T4, or take a small model")
+    return Finding(
+        "GPU",
+        "none" + ", and none needed for this model" * small,
+        None if small else "switch Runtime > Change runtime type to T4, or take a small model",
+    )
 
 
 def _precision(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> Finding:
@@ -79,16 +98,24 @@ def _precision(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> Finding:
 
 
 def _memory(gpu: gpus.Gpu | None, planned: Forecast | None) -> Finding:
-    needed = "no forecast" if planned is None else \
-        f"forecast peak {show_bytes(planned.peak_allocated_bytes)}, with holes up to " \
+    needed = (
+        "no forecast"
+        if planned is None
+        else f"forecast peak {show_bytes(planned.peak_allocated_bytes)}, with holes up to "
         f"{show_bytes(planned.peak_reserved_bytes[1])}"
+    )
     if gpu is None:
         return Finding("memory", f"{needed}, in this machine's own memory")
     free = min(gpu.usable_bytes, gpus.free_bytes() or gpu.usable_bytes)
     fits = planned is None or planned.fits and planned.peak_allocated_bytes <= free
-    return Finding("memory", f"{needed}, {show_bytes(free)} free", None if fits else
-                   "halve micro_batch_size and double gradient_accumulation_steps, then set "
-                   "loss='chunked' and checkpointed_layers='all'")
+    return Finding(
+        "memory",
+        f"{needed}, {show_bytes(free)} free",
+        None
+        if fits
+        else "halve micro_batch_size and double gradient_accumulation_steps, then set "
+        "loss='chunked' and checkpointed_layers='all'",
+    )
 
 
 def _disk(recipe: TrainRecipe, output_dir: Path, weights: Finding) -> Finding:
@@ -101,15 +128,22 @@ def _disk(recipe: TrainRecipe, output_dir: Path, weights: Finding) -> Finding:
     needed = 0 if Path(models.hub_id(recipe.model)).exists() else 2 * count_parameters(model)[0]
     with torch.device("meta"):  # of each trained parameter the weight and two averages, in float32
         needed += 3 * 12 * count_parameters(add_adapters(model, recipe))[0]
-    return Finding("disk", f"{show_bytes(needed)} needed, enough free" if free >= needed else
-                   f"{show_bytes(free)} free, {show_bytes(needed)} needed",
-                   None if free >= needed else "delete old runs, or set another output_dir")
+    return Finding(
+        "disk",
+        f"{show_bytes(needed)} needed, enough free"
+        if free >= needed
+        else f"{show_bytes(free)} free, {show_bytes(needed)} needed",
+        None if free >= needed else "delete old runs, or set another output_dir",
+    )
 
 
 def _versions() -> Finding:
     old = too_old()
-    return Finding("versions", ", ".join(old) or "all recent enough",
-                   "run the set-up cell, then Runtime > Restart session" if old else None)
+    return Finding(
+        "versions",
+        ", ".join(old) or "all recent enough",
+        "run the set-up cell, then Runtime > Restart session" if old else None,
+    )
 
 
 def _weights(recipe: TrainRecipe) -> Finding:
@@ -117,14 +151,20 @@ def _weights(recipe: TrainRecipe) -> Finding:
     source = models.hub_id(recipe.model)
     if Path(source).exists():
         return Finding("weights", "on this disk")
-    return Finding("weights", *{
-        "open": (f"{source}, open to you",),
-        "cached": (f"{source}, downloaded before",),
-        "gated": (f"{source} is gated", "accept its licence on huggingface.co and log in, or take "
-                  "an ungated copy such as unsloth/Llama-3.2-1B-Instruct"),
-        "unknown": (f"{source} is not on the hub", "check the spelling"),
-        "silent": ("the hub does not answer", "check the network, or give a local folder"),
-    }[ask_hub(source)])
+    return Finding(
+        "weights",
+        *{
+            "open": (f"{source}, open to you",),
+            "cached": (f"{source}, downloaded before",),
+            "gated": (
+                f"{source} is gated",
+                "accept its licence on huggingface.co and log in, or take "
+                "an ungated copy such as unsloth/Llama-3.2-1B-Instruct",
+            ),
+            "unknown": (f"{source} is not on the hub", "check the spelling"),
+            "silent": ("the hub does not answer", "check the network, or give a local folder"),
+        }[ask_hub(source)],
+    )
 
 
 def ask_hub(repository: str, kind: Literal["model", "dataset"] = "model") -> str:
@@ -147,8 +187,9 @@ def ask_hub(repository: str, kind: Literal["model", "dataset"] = "model") -> str
     except (*errors.HfHubHTTPError.__bases__, OSError):  # 5xx, no network, HF_HUB_OFFLINE
         pass  # then what is on this disk decides
     try:
-        folder = huggingface_hub.snapshot_download(repository, repo_type=kind,
-                                                   local_files_only=True)
+        folder = huggingface_hub.snapshot_download(
+            repository, repo_type=kind, local_files_only=True
+        )
     except errors.LocalEntryNotFoundError:
         return "silent"
     return "cached" if list(Path(folder).glob("*.safetensors")) else "silent"
@@ -166,12 +207,15 @@ def refuse_precision(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> None:
     if gpu is not None:
         recipe.check_on(gpu)
     elif recipe.amp_dtype == "float16":
-        raise ValueError("amp_dtype must be None or 'bfloat16' without a GPU, got 'float16'; use "
-                         "recipe.for_gpu(gpus.detect())")
+        raise ValueError(
+            "amp_dtype must be None or 'bfloat16' without a GPU, got 'float16'; use "
+            "recipe.for_gpu(gpus.detect())"
+        )
 
 
-def refuse_silent_failures(recipe: TrainRecipe, model: torch.nn.Module,
-                           overrides: dict[str, Any]) -> None:
+def refuse_silent_failures(
+    recipe: TrainRecipe, model: torch.nn.Module, overrides: dict[str, Any]
+) -> None:
     """Raise for settings that Trainer accepts and that then crawl, crash late or learn nothing.
 
     Args:
@@ -183,11 +227,15 @@ def refuse_silent_failures(recipe: TrainRecipe, model: torch.nn.Module,
     """
     refuse_precision(recipe, gpus.detect())
     if overrides.get("fp16_full_eval"):
-        raise ValueError("fp16_full_eval must be False in a run that trains, got True; evaluation "
-                         "would turn the adapters into float16, which cannot be trained")
+        raise ValueError(
+            "fp16_full_eval must be False in a run that trains, got True; evaluation "
+            "would turn the adapters into float16, which cannot be trained"
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model must have trainable parameters, got none; call qlora.add_adapters")
     if recipe.amp_dtype == "float16" and any(p.dtype == torch.float16 for p in trainable):
-        raise ValueError("adapters must be float32 when amp_dtype is 'float16', got float16; the "
-                         "gradient scaler cannot unscale them, call .float() on each of them")
+        raise ValueError(
+            "adapters must be float32 when amp_dtype is 'float16', got float16; the "
+            "gradient scaler cannot unscale them, call .float() on each of them"
+        )

@@ -54,7 +54,7 @@ def write(model: str, folder: str | Path, dtype: torch.dtype = torch.float16) ->
             if tensor.ndim < 2:
                 left -= file.write(_bytes_of(torch.ones(tensor.shape, dtype=dtype)))
             while left:
-                left -= file.write(block[:min(left, len(block))])
+                left -= file.write(block[: min(left, len(block))])
     config.architectures = [type(meta).__name__]
     config.save_pretrained(part)
     try:
@@ -72,8 +72,11 @@ def _header(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> bytes:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

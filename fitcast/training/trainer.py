@@ -65,10 +65,19 @@ def build_model(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Modu
     return qlora.apply_levers(qlora.add_adapters(base, recipe), recipe)
 
 
-def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any,
-          output_dir: str | Path, *, resume: bool | str | Path = True, stop_at: int | None = None,
-          drive: str | Path | None = None, on_step: Callable[[dict], None] | None = None,
-          **overrides: Any) -> TrainingRun:
+def train(
+    recipe: TrainRecipe,
+    model: torch.nn.Module,
+    rows: Any,
+    tokenizer: Any,
+    output_dir: str | Path,
+    *,
+    resume: bool | str | Path = True,
+    stop_at: int | None = None,
+    drive: str | Path | None = None,
+    on_step: Callable[[dict], None] | None = None,
+    **overrides: Any,
+) -> TrainingRun:
     """Train `model` in place, from the last whole checkpoint if there is one.
 
     Args:
@@ -91,8 +100,17 @@ def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any
     if stop_at is not None and stop_at < 1:
         raise ValueError(f"stop_at must be a step from 1, or None, got {stop_at}; 1 is the first")
     output_dir, drive = Path(output_dir), Path(drive) if drive else None
-    trainer = QLoRATrainer(recipe, model, rows, tokenizer, output_dir, drive=drive,
-                           stop_at=stop_at, on_step=on_step, **overrides)
+    trainer = QLoRATrainer(
+        recipe,
+        model,
+        rows,
+        tokenizer,
+        output_dir,
+        drive=drive,
+        stop_at=stop_at,
+        on_step=on_step,
+        **overrides,
+    )
     checkpoint = checkpoint_to_resume(recipe, output_dir, drive, resume)
     if checkpoint and checkpoints.step_of(checkpoint) >= (stop_at or recipe.max_steps):
         trainer._load_from_checkpoint(str(checkpoint))  # done already
@@ -106,23 +124,40 @@ def train(recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any
 class QLoRATrainer(Trainer):
     """Trainer whose step is `qlora`'s, whose log has speed and memory, whose saves are atomic."""
 
-    def __init__(self, recipe: TrainRecipe, model: torch.nn.Module, rows: Any, tokenizer: Any,
-                 output_dir: Path, *, drive: Path | None = None, stop_at: int | None = None,
-                 on_step: Callable[[dict], None] | None = None, **overrides: Any):
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        model: torch.nn.Module,
+        rows: Any,
+        tokenizer: Any,
+        output_dir: Path,
+        *,
+        drive: Path | None = None,
+        stop_at: int | None = None,
+        on_step: Callable[[dict], None] | None = None,
+        **overrides: Any,
+    ):
         refuse_silent_failures(recipe, model, overrides)
         self.recipe, self.drive = recipe, drive
         self._staging: str | None = None  # where a checkpoint is being written, during a save
         self._tokens, self._started = 0, 0.0
         arguments = recipe.to_training_arguments(
-            str(output_dir), **{"logging_steps": 1} | overrides)
+            str(output_dir), **{"logging_steps": 1} | overrides
+        )
         if arguments.n_gpu > 1:  # one process, one GPU: Trainer would split each batch among all
             arguments._n_gpu = 1
-        super().__init__(model, arguments, train_dataset=rows, callbacks=[Watch(stop_at, on_step)],
-                         data_collator=functools.partial(
-                             data.collate, pad_token_id=tokenizer.pad_token_id))
+        super().__init__(
+            model,
+            arguments,
+            train_dataset=rows,
+            callbacks=[Watch(stop_at, on_step)],
+            data_collator=functools.partial(data.collate, pad_token_id=tokenizer.pad_token_id),
+        )
         if recipe.world_size != self.args.world_size:
-            raise ValueError(f"world_size must be {self.args.world_size}, the processes of this "
-                             f"run, got {recipe.world_size}; start it under torchrun, or change it")
+            raise ValueError(
+                f"world_size must be {self.args.world_size}, the processes of this "
+                f"run, got {recipe.world_size}; start it under torchrun, or change it"
+            )
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the step's labelled tokens
         self.remove_callback(PrinterCallback)
 
@@ -179,22 +214,27 @@ class QLoRATrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients and not math.isfinite(so_far := (self._tr_loss + loss)):
             if num_items_in_batch is not None and num_items_in_batch == 0:
-                raise ValueError(f"rows must hold a labelled token in each step, got none at step "
-                                 f"{self.state.global_step + 1}; drop rows without an answer")
+                raise ValueError(
+                    f"rows must hold a labelled token in each step, got none at step "
+                    f"{self.state.global_step + 1}; drop rows without an answer"
+                )
             raise FloatingPointError(
                 f"loss must be a finite number, got {so_far.item()} at step "
                 f"{self.state.global_step + 1}; lower learning_rate ({self.recipe.learning_rate:g})"
                 f" or train in another amp_dtype ({self.recipe.amp_dtype}). The weights are those "
-                f"of step {self.state.global_step}.")
+                f"of step {self.state.global_step}."
+            )
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with each step's speed and memory peak."""
         if "loss" in logs:  # reading the loss has waited for the GPU
             seconds = time.perf_counter() - self._started
-            logs |= {"tokens_per_second": self._tokens / seconds,
-                     "peak_allocated_bytes": gpus.peak_allocated_bytes(),
-                     "peak_reserved_bytes": gpus.peak_reserved_bytes()}
+            logs |= {
+                "tokens_per_second": self._tokens / seconds,
+                "peak_allocated_bytes": gpus.peak_allocated_bytes(),
+                "peak_reserved_bytes": gpus.peak_reserved_bytes(),
+            }
             self._tokens = 0
         super().log(logs, start_time)
 
@@ -208,8 +248,12 @@ class QLoRATrainer(Trainer):
         facts = {"recipe": dataclasses.asdict(self.recipe)}
         try:
             with contextlib.ExitStack() as stack:
-                self._together(lambda: self.args.should_save and stack.enter_context(
-                    checkpoints.written_whole(target, facts)))
+                self._together(
+                    lambda: (
+                        self.args.should_save
+                        and stack.enter_context(checkpoints.written_whole(target, facts))
+                    )
+                )
                 self._together(lambda: Trainer._save_checkpoint(self, model, trial))
         except Exception as error:  # a SaveError where the folder is, elsewhere whatever was raised
             print(f"Warning: {error}")
@@ -232,7 +276,8 @@ class QLoRATrainer(Trainer):
         except Exception as raised:
             error = raised
         failed = self.accelerator.reduce(
-            torch.tensor([float(error is not None)], device=self.args.device))
+            torch.tensor([float(error is not None)], device=self.args.device)
+        )
         if error or failed.item():
             raise error or checkpoints.SaveError("another process could not save")
 

@@ -33,7 +33,6 @@ def record() -> dict[str, Any]:
     return json.loads(PATH.read_text("utf-8"))
 
 
-
 def numbers(version: str) -> tuple[int, int]:
     """Major and minor version; what follows them (patch, suffix) does not count here.
 
@@ -56,8 +55,11 @@ def installed(name: str) -> str | None:
 def too_old() -> list[str]:
     """Packages below their floor, each in words; missing ones are not old."""
     found = {name: installed(name) for name in FLOORS}
-    return [f"{name} {version} (needed: {'.'.join(map(str, FLOORS[name]))})"
-            for name, version in found.items() if version and numbers(version) < FLOORS[name]]
+    return [
+        f"{name} {version} (needed: {'.'.join(map(str, FLOORS[name]))})"
+        for name, version in found.items()
+        if version and numbers(version) < FLOORS[name]
+    ]
 
 
 def drifted() -> list[str]:
@@ -68,5 +70,3 @@ def drifted() -> list[str]:
         if (version := installed(name)) and numbers(version) > numbers(newest):
             drift.append(f"{name} {version} (verified: {newest})")
     return drift
-
-

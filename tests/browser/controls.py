@@ -54,7 +54,8 @@ class Explorer:
 
     def _name(self, number: int) -> str:
         return self.controls.nth(number).evaluate(
-            "e => e.closest('.widget-inline-hbox, .widget-checkbox').innerText.split('\\n')[0]")
+            "e => e.closest('.widget-inline-hbox, .widget-checkbox').innerText.split('\\n')[0]"
+        )
 
     def _follows(self, what: str, number: int, move: Callable[[int, int], None]) -> list[str]:
         way = self._way(number)

@@ -37,10 +37,12 @@ def find_browser(environment: Mapping[str, str] = os.environ) -> str:
     names = [asked] if asked else BROWSERS
     found = next(filter(None, (shutil.which(n, path=environment.get("PATH")) for n in names)), None)
     if not found:
-        raise ValueError(f"CHROMIUM must name a browser, got {asked or 'nothing'}"
-                         f"{'' if asked else ', and found no ' + ' or '.join(BROWSERS)}; "
-                         "install Chromium or Chrome (Debian: `apt-get install chromium`), "
-                         "or set CHROMIUM to its path")
+        raise ValueError(
+            f"CHROMIUM must name a browser, got {asked or 'nothing'}"
+            f"{'' if asked else ', and found no ' + ' or '.join(BROWSERS)}; "
+            "install Chromium or Chrome (Debian: `apt-get install chromium`), "
+            "or set CHROMIUM to its path"
+        )
     return found
 
 

@@ -58,8 +58,11 @@ def failures(notebook: Notebook) -> list[str]:
         if all(cell.execution_count for cell in cells):
             break
         notebook.page.wait_for_timeout(2000)
-    found = [] if [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)] else \
-        [f"not every cell ran, once, in order: {[cell.execution_count for cell in cells]}"]
+    found = (
+        []
+        if [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+        else [f"not every cell ran, once, in order: {[cell.execution_count for cell in cells]}"]
+    )
     for cell in cells:
         meant = "raises-exception" in cell.metadata.get("tags", [])
         raised = [o.ename for o in cell.outputs if o.output_type == "error"]

@@ -8,8 +8,10 @@ from fitcast.gpus import T4
 from fitcast.units import MIB
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or gpus.free_bytes() < 2 * T4.total_bytes,
-                    reason="emulates a T4 on a larger GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or gpus.free_bytes() < 2 * T4.total_bytes,
+    reason="emulates a T4 on a larger GPU",
+)
 def test_the_emulated_t4_has_its_kernels_and_its_memory_and_ends():
     def switches():
         return torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()

@@ -36,11 +36,24 @@ def test_bfloat16_needs_capability_8():
 
 
 WRONG = [
-    ("total_bytes", 0), ("total_bytes", -1), ("total_bytes", "16 GB"), ("total_bytes", 14.5),
-    ("context_bytes", 0), ("context_bytes", 10**12), ("multiprocessors", 2.5), ("name", ""),
-    ("capability", 7.5), ("capability", (7,)), ("capability", (7, -5)), ("capability", (True, 5)),
-    ("matmul_flops", 0), ("float32_flops", float("nan")), ("bandwidth", True),
-    ("bandwidth", float("inf")), ("flash_attention", "no")]
+    ("total_bytes", 0),
+    ("total_bytes", -1),
+    ("total_bytes", "16 GB"),
+    ("total_bytes", 14.5),
+    ("context_bytes", 0),
+    ("context_bytes", 10**12),
+    ("multiprocessors", 2.5),
+    ("name", ""),
+    ("capability", 7.5),
+    ("capability", (7,)),
+    ("capability", (7, -5)),
+    ("capability", (True, 5)),
+    ("matmul_flops", 0),
+    ("float32_flops", float("nan")),
+    ("bandwidth", True),
+    ("bandwidth", float("inf")),
+    ("flash_attention", "no"),
+]
 
 
 def test_every_field_is_refused_when_wrong():
@@ -67,27 +80,46 @@ def test_a_misspelt_variable_is_named(monkeypatch):
 
 def test_without_a_gpu_nothing_is_measured():
     """CUDA's own counters answer 0 on a CPU; ours must not."""
-    code = ("from fitcast import gpus as h\n"
-            "assert h.detect() is None and h.device() == 'cpu'\n"
-            "h.use_expandable_segments(True); h.synchronize()\n"
-            "assert [h.reset_peak(), h.peak_allocated_bytes(above=None), h.peak_reserved_bytes(),"
-            " h.free_bytes()] == [None] * 4\n"
-            "try: h.emulate(h.T4).__enter__()\n"
-            "except ValueError as error: assert 'needs a CUDA device' in str(error)\n"
-            "else: raise AssertionError\n"
-            "print(h.describe(None))")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                         env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."})
+    code = (
+        "from fitcast import gpus as h\n"
+        "assert h.detect() is None and h.device() == 'cpu'\n"
+        "h.use_expandable_segments(True); h.synchronize()\n"
+        "assert [h.reset_peak(), h.peak_allocated_bytes(above=None), h.peak_reserved_bytes(),"
+        " h.free_bytes()] == [None] * 4\n"
+        "try: h.emulate(h.T4).__enter__()\n"
+        "except ValueError as error: assert 'needs a CUDA device' in str(error)\n"
+        "else: raise AssertionError\n"
+        "print(h.describe(None))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."},
+    )
     assert "14.56 GiB" in out.stdout
 
 
-@pytest.mark.parametrize(("name", "capability", "nearest"), [
-    ("Tesla T4", (7, 5), T4), ("NVIDIA L4", (8, 9), gpus.L4),
-    ("NVIDIA A100-SXM4-40GB", (8, 0), gpus.A100), ("NVIDIA A10G", (8, 6), gpus.A10),
-    ("NVIDIA H100 80GB HBM3", (9, 0), gpus.H100), ("NVIDIA B200", (10, 0), gpus.H100)])
+@pytest.mark.parametrize(
+    ("name", "capability", "nearest"),
+    [
+        ("Tesla T4", (7, 5), T4),
+        ("NVIDIA L4", (8, 9), gpus.L4),
+        ("NVIDIA A100-SXM4-40GB", (8, 0), gpus.A100),
+        ("NVIDIA A10G", (8, 6), gpus.A10),
+        ("NVIDIA H100 80GB HBM3", (9, 0), gpus.H100),
+        ("NVIDIA B200", (10, 0), gpus.H100),
+    ],
+)
 def test_card_is_known_by_name_or_by_its_kernels(monkeypatch, name, capability, nearest):
-    card = SimpleNamespace(name=name, major=capability[0], minor=capability[1],
-                           total_memory=nearest.total_bytes, multi_processor_count=99)
+    card = SimpleNamespace(
+        name=name,
+        major=capability[0],
+        minor=capability[1],
+        total_memory=nearest.total_bytes,
+        multi_processor_count=99,
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.delenv(gpus.EMULATE_VARIABLE, raising=False)
@@ -97,11 +129,13 @@ def test_card_is_known_by_name_or_by_its_kernels(monkeypatch, name, capability, 
     assert found == nearest or found.multiprocessors == 99
 
 
-@pytest.mark.parametrize(("name", "total_mib"), [
-    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9984), ("NVIDIA H100 NVL", 95320)])
+@pytest.mark.parametrize(
+    ("name", "total_mib"), [("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9984), ("NVIDIA H100 NVL", 95320)]
+)
 def test_a_slice_or_a_larger_sister_keeps_its_own_memory(monkeypatch, name, total_mib):
-    card = SimpleNamespace(name=name, major=9, minor=0, total_memory=total_mib * MIB,
-                           multi_processor_count=16)
+    card = SimpleNamespace(
+        name=name, major=9, minor=0, total_memory=total_mib * MIB, multi_processor_count=16
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.delenv(gpus.EMULATE_VARIABLE, raising=False)

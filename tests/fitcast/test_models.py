@@ -12,16 +12,25 @@ def _parameters(name):
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(
-            models.config(name)).parameters())
+        return sum(
+            p.numel() for p in AutoModelForCausalLM.from_config(models.config(name)).parameters()
+        )
 
 
-@pytest.mark.parametrize(("name", "parameters"), [
-    # as counted from the published checkpoints (model cards' safetensors totals)
-    ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824),
-    ("llama-3.1-8b", 8_030_261_248), ("llama-2-7b", 6_738_415_616),
-    ("phi-4-mini", 3_836_021_760), ("qwen3-0.6b", 596_049_920), ("qwen3-1.7b", 1_720_574_976),
-    ("smollm2-1.7b", 1_711_376_384)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        # as counted from the published checkpoints (model cards' safetensors totals)
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-2-7b", 6_738_415_616),
+        ("phi-4-mini", 3_836_021_760),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-1.7b", 1_720_574_976),
+        ("smollm2-1.7b", 1_711_376_384),
+    ],
+)
 def test_shape_has_the_published_number_of_parameters(name, parameters):
     assert _parameters(name) == parameters
 
@@ -59,5 +68,6 @@ def test_bundled_is_a_small_llama():
     config = models.config(BUNDLED)
     assert config.model_type == "llama"
     assert 1e6 < _parameters(BUNDLED) < 3e6
-    assert json.loads((Path(BUNDLED) / "config.json").read_text())["vocab_size"] \
-        == config.vocab_size
+    assert (
+        json.loads((Path(BUNDLED) / "config.json").read_text())["vocab_size"] == config.vocab_size
+    )

@@ -14,8 +14,13 @@ sizes = st.integers(1, 64)
 
 @given(micro=sizes, accumulation=sizes, world=sizes, length=st.integers(2, 4096))
 def test_effective_batch_counts_the_sequences_of_one_update(micro, accumulation, world, length):
-    r = TrainRecipe(model=BUNDLED, micro_batch_size=micro, gradient_accumulation_steps=accumulation,
-                    world_size=world, sequence_length=length)
+    r = TrainRecipe(
+        model=BUNDLED,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        world_size=world,
+        sequence_length=length,
+    )
     sequences = [1 for _ in range(world) for _ in range(accumulation) for _ in range(micro)]
     assert r.effective_batch_size == len(sequences)
     assert r.tokens_per_step == sum(length for _ in sequences)
@@ -23,25 +28,53 @@ def test_effective_batch_counts_the_sequences_of_one_update(micro, accumulation,
 
 @given(micro=sizes, accumulation=sizes, factor=st.sampled_from([2, 4]))
 def test_trading_micro_batch_for_accumulation_keeps_the_update(micro, accumulation, factor):
-    r = TrainRecipe(model=BUNDLED, micro_batch_size=micro * factor, gradient_accumulation_steps=accumulation)
-    traded = dataclasses.replace(r, micro_batch_size=micro,
-                                 gradient_accumulation_steps=accumulation * factor)
+    r = TrainRecipe(
+        model=BUNDLED, micro_batch_size=micro * factor, gradient_accumulation_steps=accumulation
+    )
+    traded = dataclasses.replace(
+        r, micro_batch_size=micro, gradient_accumulation_steps=accumulation * factor
+    )
     assert traded.effective_batch_size == r.effective_batch_size
     assert traded.tokens_per_step == r.tokens_per_step
 
 
-WRONG = [(field, value) for field, (low, high) in recipe.WHOLE_NUMBERS.items()
-         for value in (low - 1, high + 1, 1.5, "8", True, None)]
-WRONG += [(field, value) for field, high in recipe.FRACTIONS.items()
-          for value in (-0.1, high * 1.01, "0.1", float("nan"), None)]
+WRONG = [
+    (field, value)
+    for field, (low, high) in recipe.WHOLE_NUMBERS.items()
+    for value in (low - 1, high + 1, 1.5, "8", True, None)
+]
+WRONG += [
+    (field, value)
+    for field, high in recipe.FRACTIONS.items()
+    for value in (-0.1, high * 1.01, "0.1", float("nan"), None)
+]
 WRONG += [(field, "no such thing") for field in recipe.CHOICES]
-WRONG += [(field, 1) for field in ("double_quant", "kbit_upcast", "padded", "offload_checkpoints",
-                                    "keep_attention", "expandable_segments")]
-WRONG += [("model", "no such thing"), ("model", 7), ("lora_rank", 0), ("lora_rank", "16"),
-          ("lora_rank", None), ("lora_targets", ()), ("lora_targets", "q_proj"),
-          ("lora_targets", ("q_proj", 3)), ("lora_dropout", 1), ("warmup_fraction", 1.0),
-          ("checkpointed_layers", -1),
-          ("checkpointed_layers", "some"), ("checkpointed_layers", None)]
+WRONG += [
+    (field, 1)
+    for field in (
+        "double_quant",
+        "kbit_upcast",
+        "padded",
+        "offload_checkpoints",
+        "keep_attention",
+        "expandable_segments",
+    )
+]
+WRONG += [
+    ("model", "no such thing"),
+    ("model", 7),
+    ("lora_rank", 0),
+    ("lora_rank", "16"),
+    ("lora_rank", None),
+    ("lora_targets", ()),
+    ("lora_targets", "q_proj"),
+    ("lora_targets", ("q_proj", 3)),
+    ("lora_dropout", 1),
+    ("warmup_fraction", 1.0),
+    ("checkpointed_layers", -1),
+    ("checkpointed_layers", "some"),
+    ("checkpointed_layers", None),
+]
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG)
@@ -81,19 +114,30 @@ def test_a_t4_refuses_bfloat16():
 
 
 def test_training_arguments_say_the_same(tmp_path):
-    r = TrainRecipe(model=BUNDLED, micro_batch_size=2, gradient_accumulation_steps=16, max_steps=200,
-                    learning_rate=3e-4)
+    r = TrainRecipe(
+        model=BUNDLED,
+        micro_batch_size=2,
+        gradient_accumulation_steps=16,
+        max_steps=200,
+        learning_rate=3e-4,
+    )
     arguments = r.to_training_arguments(str(tmp_path), use_cpu=True)
-    assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps \
-        * arguments.world_size == r.effective_batch_size == 32
+    assert (
+        arguments.per_device_train_batch_size
+        * arguments.gradient_accumulation_steps
+        * arguments.world_size
+        == r.effective_batch_size
+        == 32
+    )
     assert arguments.get_warmup_steps(200) == 6  # 3 % of 200 optimizer steps
     assert arguments.optim == "paged_adamw_8bit"
     assert arguments.logging_nan_inf_filter is False
 
 
 def test_training_arguments_take_the_newest_name_on_every_version(tmp_path):
-    arguments = TrainRecipe(model=BUNDLED).to_training_arguments(str(tmp_path), use_cpu=True,
-                                                    activation_checkpointing=True)
+    arguments = TrainRecipe(model=BUNDLED).to_training_arguments(
+        str(tmp_path), use_cpu=True, activation_checkpointing=True
+    )
     names = ("activation_checkpointing", "gradient_checkpointing")
     assert any(getattr(arguments, name, False) is True for name in names)
 

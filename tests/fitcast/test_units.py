@@ -12,9 +12,16 @@ def test_not_measured_is_said_and_zero_is_zero():
     assert show_bytes(0) == "0 B"
 
 
-@pytest.mark.parametrize(("n_bytes", "text"), [
-    (1023, "1,023 B"), (1024, "1.00 KiB"), (MIB, "1.00 MiB"), (GIB - 1, "1,024.00 MiB"),
-    (-3 * GIB, "-3.00 GiB")])
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [
+        (1023, "1,023 B"),
+        (1024, "1.00 KiB"),
+        (MIB, "1.00 MiB"),
+        (GIB - 1, "1,024.00 MiB"),
+        (-3 * GIB, "-3.00 GiB"),
+    ],
+)
 def test_auto_takes_the_largest_unit_above_one(n_bytes, text):
     assert show_bytes(n_bytes) == text
 

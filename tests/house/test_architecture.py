@@ -179,7 +179,12 @@ def test_package_keeps_the_rule(rule):
     [
         (arrows, "units", "from .hardware import Gpu", "units must not import hardware"),
         (arrows, "recipe", "def f():\n    from course_utils import ledger", "import ledger"),
-        (arrows, "ledger", "import fitcast.forecasting.forecast", "ledger must not import forecast"),
+        (
+            arrows,
+            "ledger",
+            "import fitcast.forecasting.forecast",
+            "ledger must not import forecast",
+        ),
         (arrows, "ledger", "from fitcast.recipe import TrainRecipe", "must not import recipe"),
         (arrows, "shapes", "from . import hardware", "shapes must not import hardware"),
         (arrows, "brand_new", "", "not in ARROWS"),
@@ -230,7 +235,8 @@ def test_package_stays_small():
     found = sum(map(code_lines, MODULES.values()))
     assert found <= PACKAGE_CODE_LINES, (
         f"course_utils has {found} code lines, at most {PACKAGE_CODE_LINES}: shorten something, or "
-        "raise PACKAGE_CODE_LINES with a reason")
+        "raise PACKAGE_CODE_LINES with a reason"
+    )
 
 
 def test_code_lines_are_counted():

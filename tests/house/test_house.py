@@ -124,8 +124,10 @@ def house(tmp_path):
 
 def test_a_lock_lets_nothing_else_in(house):
     (house / "lock.txt").write_text("torch==2.13.0 --hash=sha256:00\n")
-    plain, locked = ([line for line in make("lessons", house, "--dry-run", lock).splitlines()
-                      if "pip " in line] for lock in ("LOCK=", "LOCK=lock.txt"))
+    plain, locked = (
+        [line for line in make("lessons", house, "--dry-run", lock).splitlines() if "pip " in line]
+        for lock in ("LOCK=", "LOCK=lock.txt")
+    )
     assert len(plain) == 2 and not any("hashes" in line or "index" in line for line in plain)
     first, *others = locked
     assert "--only-binary :all: --require-hashes --requirement lock.txt" in first
@@ -274,13 +276,17 @@ def dead_ends(page: str) -> list[str]:
     start = stamp.facts().page("")
     files = [link.removeprefix(start) for link in links if link.startswith(start)]
     others = {link for link in links if link and not re.match("https?:", link)}
-    return [*(path for path in files if not (ROOT / path).is_file()),
-            *sorted(others - book - {"../index.html"})]
+    return [
+        *(path for path in files if not (ROOT / path).is_file()),
+        *sorted(others - book - {"../index.html"}),
+    ]
 
 
 def test_links_of_a_page_lead_to_pages_or_to_the_repository():
-    text = ("[a](02_what_if_we_forget_on_purpose.ipynb#x) [b](glossary.md) [c](#here) "
-            "[d](../course_utils/topics/ranks.py) [e](recorded_runs.json) [f](https://pytorch.org/x.md)")
+    text = (
+        "[a](02_what_if_we_forget_on_purpose.ipynb#x) [b](glossary.md) [c](#here) "
+        "[d](../course_utils/topics/ranks.py) [e](recorded_runs.json) [f](https://pytorch.org/x.md)"
+    )
     page = report._page("x", new_notebook(cells=[new_markdown_cell(text)]))
     tag = stamp.facts().page("")
     assert re.findall(r'<a href="([^"]+)"', page)[1:] == [
@@ -301,8 +307,11 @@ def test_links_of_a_page_lead_to_pages_or_to_the_repository():
 )  # fmt: skip
 def test_every_link_of_the_book_leads_somewhere(path):
     text = path.read_text("utf-8")
-    cells = nbformat.reads(text, as_version=4).cells if path.suffix == ".ipynb" else \
-        [new_markdown_cell(text)]
+    cells = (
+        nbformat.reads(text, as_version=4).cells
+        if path.suffix == ".ipynb"
+        else [new_markdown_cell(text)]
+    )
     prose = new_notebook(cells=[cell for cell in cells if cell.cell_type == "markdown"])
     assert dead_ends(report._page(path.stem, prose)) == []
 

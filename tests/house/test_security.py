@@ -37,8 +37,10 @@ MAY_EXEC = {"fitcast/cuda/bitsandbytes.py"}
 # The grader runs students' code, in processes that it talks to through sockets of this machine: its
 # own tests hold it to that.
 GRADER = "instructor/"
-LEFT = re.compile(r"\.git|\.venv.*|build|dist|class|__pycache__|\.\w+_cache|\.ipynb_checkpoints"
-                  r"|\.hypothesis|.*\.egg-info")
+LEFT = re.compile(
+    r"\.git|\.venv.*|build|dist|class|__pycache__|\.\w+_cache|\.ipynb_checkpoints"
+    r"|\.hypothesis|.*\.egg-info"
+)
 
 
 def tracked(*endings: str) -> list[str]:
@@ -48,8 +50,9 @@ def tracked(*endings: str) -> list[str]:
     """
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     try:
-        listed = subprocess.check_output(command, cwd=ROOT, text=True,
-                                         stderr=subprocess.DEVNULL).splitlines()
+        listed = subprocess.check_output(
+            command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL
+        ).splitlines()
     except (OSError, subprocess.CalledProcessError):
         listed = sorted(found.relative_to(ROOT).as_posix() for found in walked())
     return [path for path in listed if path.endswith(endings) and (ROOT / path).exists()]

@@ -22,34 +22,67 @@ HIDDEN_TEXT = "what nobody may read 7391"
 
 def _batches(own: Numbers) -> tuple[Case, ...]:
     shown, kept = own.public("batch"), own.hidden("batch")
-    draws = [("a T4", False, (2, 16, 3)),
-             ("your cluster", False, tuple(shown.several(3, 11, 99))),
-             ("another cluster", True, tuple(kept.several(3, 1001, 9999)))]
-    return tuple(Case(name, numbers_, numbers_[0] * numbers_[1] * numbers_[2], 1.0, hidden,
-                      mistakes={"adds": sum(numbers_),
-                                "forgets the ranks": numbers_[0] * numbers_[1]})
-                 for name, hidden, numbers_ in draws)
+    draws = [
+        ("a T4", False, (2, 16, 3)),
+        ("your cluster", False, tuple(shown.several(3, 11, 99))),
+        ("another cluster", True, tuple(kept.several(3, 1001, 9999))),
+    ]
+    return tuple(
+        Case(
+            name,
+            numbers_,
+            numbers_[0] * numbers_[1] * numbers_[2],
+            1.0,
+            hidden,
+            mistakes={"adds": sum(numbers_), "forgets the ranks": numbers_[0] * numbers_[1]},
+        )
+        for name, hidden, numbers_ in draws
+    )
 
 
 def _means(own: Numbers) -> tuple[Case, ...]:
     cases = []
-    for name, draw, hidden in (("two micro batches", own.public("mean"), False),
-                               ("three micro batches", own.hidden("mean"), True)):
+    for name, draw, hidden in (
+        ("two micro batches", own.public("mean"), False),
+        ("three micro batches", own.hidden("mean"), True),
+    ):
         counts = draw.several(3 if hidden else 2, 2, 400)
         sums = [draw.integer(1, 999) / 7 for _ in counts]
         naive = sum(s / c for s, c in zip(sums, counts, strict=True)) / len(counts)
-        cases.append(Case(name, (sums, counts), sum(sums) / sum(counts), 1.5, hidden,
-                          rel_tolerance=1e-6, mistakes={"mean of means": naive}))
+        cases.append(
+            Case(
+                name,
+                (sums, counts),
+                sum(sums) / sum(counts),
+                1.5,
+                hidden,
+                rel_tolerance=1e-6,
+                mistakes={"mean of means": naive},
+            )
+        )
     return tuple(cases)
 
 
 def _limits(own: Numbers) -> tuple[Case, ...]:
     cases = []
-    for name, draw, hidden in (("a small card", own.public("limit"), False),
-                               ("another card", own.hidden("limit"), True)):
+    for name, draw, hidden in (
+        ("a small card", own.public("limit"), False),
+        ("another card", own.hidden("limit"), True),
+    ):
         limit, most = draw.integer(3, 900), draw.integer(901, 2000)
-        cases.append(Case(name, (most,), limit, 2.0, hidden, mistakes={"one too many": limit + 1},
-                          oracle="fits", most_questions=12, knows=limit))
+        cases.append(
+            Case(
+                name,
+                (most,),
+                limit,
+                2.0,
+                hidden,
+                mistakes={"one too many": limit + 1},
+                oracle="fits",
+                most_questions=12,
+                knows=limit,
+            )
+        )
     return tuple(cases)
 
 
@@ -59,16 +92,47 @@ def _fits(case: Case, *question: object) -> bool:
     return question[0] <= case.knows
 
 
-TINY = Assignment("tiny", "A tiny assignment", "lesson 00", (
-    Exercise("effective_batch", "The formula", 2, "lesson 00, section 1", _batches,
-             {"adds": "the three factors multiply.",
-              "forgets the ranks": "multiply by `world_size` too."}, **LIMITS),
-    Exercise("mean_loss", "The mean over tokens", 3, "lesson 00, section 2", _means,
-             {"mean of means": "weigh each micro batch by its tokens."}, **LIMITS),
-    Exercise("largest", "The largest micro batch", 4, "lesson 00, section 3", _limits,
-             {"one too many": "the last one that fits, not the first that does not.",
-              TOO_MANY: "halve the interval at each question."},
-             oracles={"fits": _fits}, **LIMITS)))
+TINY = Assignment(
+    "tiny",
+    "A tiny assignment",
+    "lesson 00",
+    (
+        Exercise(
+            "effective_batch",
+            "The formula",
+            2,
+            "lesson 00, section 1",
+            _batches,
+            {
+                "adds": "the three factors multiply.",
+                "forgets the ranks": "multiply by `world_size` too.",
+            },
+            **LIMITS,
+        ),
+        Exercise(
+            "mean_loss",
+            "The mean over tokens",
+            3,
+            "lesson 00, section 2",
+            _means,
+            {"mean of means": "weigh each micro batch by its tokens."},
+            **LIMITS,
+        ),
+        Exercise(
+            "largest",
+            "The largest micro batch",
+            4,
+            "lesson 00, section 3",
+            _limits,
+            {
+                "one too many": "the last one that fits, not the first that does not.",
+                TOO_MANY: "halve the interval at each question.",
+            },
+            oracles={"fits": _fits},
+            **LIMITS,
+        ),
+    ),
+)
 
 SOLUTIONS = [
     "def effective_batch(micro, accumulation, ranks):\n    return micro * accumulation * ranks",
@@ -85,22 +149,34 @@ SOLUTIONS = [
 def notebook(cells: Sequence[str], student_id: str | None = None) -> bytes:
     """A notebook of these code cells, with a first one that gives the id."""
     first = [] if student_id is None else [f"STUDENT_ID = {student_id!r}"]
-    cells = [{"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None,
-              "source": text.splitlines(keepends=True)} for text in [*first, *cells]]
+    cells = [
+        {
+            "cell_type": "code",
+            "metadata": {},
+            "outputs": [],
+            "execution_count": None,
+            "source": text.splitlines(keepends=True),
+        }
+        for text in [*first, *cells]
+    ]
     prose = {"cell_type": "markdown", "metadata": {}, "source": ["# An assignment"]}
-    return json.dumps({"cells": [prose, *cells], "metadata": {}, "nbformat": 4,
-                       "nbformat_minor": 4}).encode()
+    return json.dumps(
+        {"cells": [prose, *cells], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+    ).encode()
 
 
-def table_function(exercise: Exercise, cases: Sequence[Case],
-                   choose: Callable[[Case], object]) -> str:
+def table_function(
+    exercise: Exercise, cases: Sequence[Case], choose: Callable[[Case], object]
+) -> str:
     """A function that gives each case the answer chosen for it."""
     rows = {json.dumps(case.arguments): choose(case) for case in cases}
     assert len(rows) == len(cases), f"two cases of {exercise.function} have the same arguments"
     arguments = len(cases[0].arguments)
-    return (f"import json\n\nTABLE_{exercise.function} = {rows!r}\n\n"
-            f"def {exercise.function}(*given):\n"
-            f"    return TABLE_{exercise.function}[json.dumps(given[:{arguments}])]\n")
+    return (
+        f"import json\n\nTABLE_{exercise.function} = {rows!r}\n\n"
+        f"def {exercise.function}(*given):\n"
+        f"    return TABLE_{exercise.function}[json.dumps(given[:{arguments}])]\n"
+    )
 
 
 @dataclass
@@ -129,7 +205,8 @@ def student(assignment: Assignment, index: int, kinds: Mapping[str, str] | None 
     for exercise in assignment.exercises:
         cases = exercise.cases(own)
         kind = (kinds or {}).get(exercise.function) or chance.choice(
-            ["right", "right", "partial", "untouched", *exercise.mistakes])
+            ["right", "right", "partial", "untouched", *exercise.mistakes]
+        )
         name = exercise.function
         spoilt = chance.randrange(len(cases)) if kind == "partial" else None
         wrong = f"no answer {index}"
@@ -146,8 +223,10 @@ def student(assignment: Assignment, index: int, kinds: Mapping[str, str] | None 
             continue
         cells.append(table_function(exercise, cases, lambda case, chosen=chosen: chosen[id(case)]))
         found.points[name] = sum(
-            case.points for place, case in enumerate(cases)
-            if place != spoilt and kind not in case.mistakes)
+            case.points
+            for place, case in enumerate(cases)
+            if place != spoilt and kind not in case.mistakes
+        )
         found.mistakes[name] = {kind} & {m for case in cases for m in case.mistakes}
     found.data = notebook(cells, found.student_id)
     return found
@@ -171,8 +250,12 @@ def write_class(folder: Path, students: Mapping[str, str], files: Mapping[str, b
     (folder / "roster.csv").write_text(roster, "utf-8")
     (folder / "secret.txt").write_text(SECRET, "utf-8")
     (folder / "in.zip").write_bytes(zipped(files))
-    return [folder / "in.zip", folder / "roster.csv", folder / "secret.txt",
-            folder / "out" / "grades.csv"]
+    return [
+        folder / "in.zip",
+        folder / "roster.csv",
+        folder / "secret.txt",
+        folder / "out" / "grades.csv",
+    ]
 
 
 def zipped(files: Mapping[str, bytes]) -> bytes:

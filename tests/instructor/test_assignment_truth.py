@@ -15,8 +15,11 @@ STUDENTS = ("s1", "s2", "s3", "s4")
 
 def cases(function: str) -> list:
     (name,) = [n for n in names() if SOLUTIONS[function] in load(n).exercises]
-    return [case for student in STUDENTS
-            for case in SOLUTIONS[function].cases(numbers(name, student, "a secret for tests"))]
+    return [
+        case
+        for student in STUDENTS
+        for case in SOLUTIONS[function].cases(numbers(name, student, "a secret for tests"))
+    ]
 
 
 def test_effective_batch_is_the_recipes():
@@ -24,8 +27,12 @@ def test_effective_batch_is_the_recipes():
 
     for case in cases("effective_batch_size"):
         micro, accumulation, ranks = case.arguments
-        recipe = TrainRecipe(model=BUNDLED, micro_batch_size=micro, gradient_accumulation_steps=accumulation,
-                             world_size=ranks)
+        recipe = TrainRecipe(
+            model=BUNDLED,
+            micro_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            world_size=ranks,
+        )
         assert recipe.effective_batch_size == case.expected
 
 
@@ -35,8 +42,9 @@ def test_learning_rate_is_transformers():
     for case in cases("learning_rate"):
         step, steps, percent, peak = case.arguments
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=peak)
-        schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(percent * steps / 100),
-                                                   steps)
+        schedule = get_linear_schedule_with_warmup(
+            optimizer, math.ceil(percent * steps / 100), steps
+        )
         assert case.expected == pytest.approx(peak * schedule.lr_lambdas[0](step), rel=1e-9)
 
 
@@ -48,8 +56,10 @@ def test_steps_and_lines_are_trainers():
         steps, _, lines = scheduled(examples, micro, accumulation, 1, epochs, 0.1, every)
         ours = SOLUTIONS["last_update"].solution(examples, micro * accumulation, epochs)
         assert ours[0] == steps
-        assert SOLUTIONS["last_line"].solution(examples, micro, accumulation, epochs,
-                                               every)[0] == lines
+        assert (
+            SOLUTIONS["last_line"].solution(examples, micro, accumulation, epochs, every)[0]
+            == lines
+        )
 
 
 def test_token_weighting_is_cross_entropys():
@@ -57,8 +67,16 @@ def test_token_weighting_is_cross_entropys():
     random = torch.Generator().manual_seed(0)
     weights = torch.randn(5, 7, generator=random, dtype=torch.float64, requires_grad=True)
     sizes = [[3, 40], [11, 1, 25]]
-    data = [[(torch.randn(n, 5, generator=random, dtype=torch.float64),
-              torch.randint(7, (n,), generator=random)) for n in rank] for rank in sizes]
+    data = [
+        [
+            (
+                torch.randn(n, 5, generator=random, dtype=torch.float64),
+                torch.randint(7, (n,), generator=random),
+            )
+            for n in rank
+        ]
+        for rank in sizes
+    ]
 
     def loss(inputs, labels):
         return torch.nn.functional.cross_entropy(inputs @ weights, labels)
@@ -70,8 +88,9 @@ def test_token_weighting_is_cross_entropys():
     whole = loss(torch.cat([x for x, _ in flat]), torch.cat([y for _, y in flat]))
     ranks = [[[len(y), gradient(loss(x, y))] for x, y in rank] for rank in data]
     assert SOLUTIONS["combined_gradient"].solution(ranks) == pytest.approx(gradient(whole))
-    mean = SOLUTIONS["mean_over_tokens"].solution([loss(x, y).item() for x, y in flat],
-                                                  [len(y) for _, y in flat])
+    mean = SOLUTIONS["mean_over_tokens"].solution(
+        [loss(x, y).item() for x, y in flat], [len(y) for _, y in flat]
+    )
     assert mean == pytest.approx(whole.item(), rel=1e-12)
 
 
@@ -80,8 +99,10 @@ def test_trace_is_the_lessons():
 
     for case in cases("trace"):
         moments = trace_chain(*case.arguments)
-        assert case.expected == [max(len(moment.held) for moment in moments),
-                                 sum("again" in moment.action for moment in moments)]
+        assert case.expected == [
+            max(len(moment.held) for moment in moments),
+            sum("again" in moment.action for moment in moments),
+        ]
 
 
 def test_scores_are_what_eager_keeps_more_than_sdpa():
@@ -90,8 +111,15 @@ def test_scores_are_what_eager_keeps_more_than_sdpa():
     from fitcast.forecasting.block import count_block
     from fitcast.recipe import TrainRecipe
 
-    sdpa = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, lora_dropout=0,
-                       sequence_length=256, micro_batch_size=2, checkpointed_layers=0)
+    sdpa = TrainRecipe(
+        model="llama-2-7b",
+        base="float16",
+        lora_rank=None,
+        lora_dropout=0,
+        sequence_length=256,
+        micro_batch_size=2,
+        checkpointed_layers=0,
+    )
     eager = replace(sdpa, attention="eager")
     more = count_block(eager).saved_activation_bytes - count_block(sdpa).saved_activation_bytes
     kept = SOLUTIONS["kept_scores"].solution
@@ -99,16 +127,23 @@ def test_scores_are_what_eager_keeps_more_than_sdpa():
 
 
 def test_limits_are_torchs():
-    for dtype, widths in ((torch.float16, (5, 10)), (torch.bfloat16, (8, 7)),
-                          (torch.float32, (8, 23))):
+    for dtype, widths in (
+        (torch.float16, (5, 10)),
+        (torch.bfloat16, (8, 7)),
+        (torch.float32, (8, 23)),
+    ):
         info = torch.finfo(dtype)
         assert SOLUTIONS["limits"].solution(*widths) == [
-            info.max, info.tiny, info.smallest_normal * info.eps, info.eps]
+            info.max,
+            info.tiny,
+            info.smallest_normal * info.eps,
+            info.eps,
+        ]
 
 
 def test_bits_are_torchs():
     for width, dtype in ((5, torch.float16), (8, torch.bfloat16)):
-        patterns = torch.arange(-2**15, 2**15, 37, dtype=torch.int16)
+        patterns = torch.arange(-(2**15), 2**15, 37, dtype=torch.int16)
         found = patterns.view(dtype)
         for pattern, number in zip(patterns.tolist(), found.tolist(), strict=True):
             if math.isfinite(number):
@@ -130,8 +165,12 @@ def test_bytes_of_training_are_torchs():
     adam = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 64)).sum().backward()
     adam.step()
-    state = sum(value.nbytes for entry in adam.state.values() for name, value in entry.items()
-                if name != "step")
+    state = sum(
+        value.nbytes
+        for entry in adam.state.values()
+        for name, value in entry.items()
+        if name != "step"
+    )
     held = sum(p.nbytes + p.grad.nbytes for p in layer.parameters()) + state
     parameters = sum(p.numel() for p in layer.parameters())
     assert SOLUTIONS["training_bytes"].solution(parameters, 2048, "float32") == held
@@ -139,14 +178,19 @@ def test_bytes_of_training_are_torchs():
 
 
 def test_lost_gradients_are_torchs():
-    edges = [edge * nudge for edge in (2**-25, 2**-14, 65504.0, 65520.0)
-             for nudge in (1 - 2**-20, 1.0, 1 + 2**-20)]
+    edges = [
+        edge * nudge
+        for edge in (2**-25, 2**-14, 65504.0, 65520.0)
+        for nudge in (1 - 2**-20, 1.0, 1 + 2**-20)
+    ]
     for numbers_, scale in [(edges, 1.0), *(case.arguments for case in cases("lost_gradients"))]:
         gradients = torch.tensor(numbers_, dtype=torch.float64)
         landed = (gradients * scale).to(torch.float16)
         lost = (landed == 0) & (gradients != 0)
         assert SOLUTIONS["lost_gradients"].solution(numbers_, scale) == [
-            int(lost.sum()), int(landed.isinf().sum())]
+            int(lost.sum()),
+            int(landed.isinf().sum()),
+        ]
 
 
 def test_scaler_is_torchs():
@@ -164,8 +208,11 @@ def test_scaler_is_torchs():
             scaler.step(optimizer)
             scaler.update()
             skipped += weight.item() == before
-        assert case.expected == [scaler.get_scale(), scaler.state_dict()["_growth_tracker"],
-                                 skipped]
+        assert case.expected == [
+            scaler.get_scale(),
+            scaler.state_dict()["_growth_tracker"],
+            skipped,
+        ]
 
 
 def test_clipping_is_torchs():

@@ -15,8 +15,11 @@ from tools.notebooks import ROOT
 
 SECRET = "a secret for tests, nobody's class"
 ASSIGNMENTS = {name: load(name) for name in names()}
-EXERCISES = [pytest.param(name, exercise, id=f"{name}-{exercise.function}")
-             for name, assignment in ASSIGNMENTS.items() for exercise in assignment.exercises]
+EXERCISES = [
+    pytest.param(name, exercise, id=f"{name}-{exercise.function}")
+    for name, assignment in ASSIGNMENTS.items()
+    for exercise in assignment.exercises
+]
 STUDENTS = [f"s{number:03}" for number in range(500)]
 
 
@@ -29,8 +32,13 @@ def said(exercise, function, own=EVERYBODY) -> str:
 
 
 def test_there_are_five():
-    assert set(ASSIGNMENTS) == {"effective_batch", "activation_memory", "checkpointing",
-                                "mixed_precision", "loss_scaling"}
+    assert set(ASSIGNMENTS) == {
+        "effective_batch",
+        "activation_memory",
+        "checkpointing",
+        "mixed_precision",
+        "loss_scaling",
+    }
 
 
 @pytest.mark.parametrize(("name", "exercise"), EXERCISES)
@@ -65,8 +73,13 @@ def test_every_mistake_loses_points_in_a_hidden_case_and_the_solution_none(name,
             for mistake, value in case.mistakes.items():
                 assert not same(value, case.expected, case.rel_tolerance)
                 assert same(answer(exercise.wrong[mistake], case), value, 1e-11)
-    lost = {mistake for student in STUDENTS[:20] for case in exercise.cases(of(name, student))
-            if case.hidden for mistake in case.mistakes}
+    lost = {
+        mistake
+        for student in STUDENTS[:20]
+        for case in exercise.cases(of(name, student))
+        if case.hidden
+        for mistake in case.mistakes
+    }
     assert lost >= exercise.mistakes.keys() - {TOO_MANY}
 
 
@@ -79,8 +92,11 @@ def answer(function, case):
 def test_500_students_have_numbers_of_their_own(name):
     hidden, public = set(), set()
     for student in STUDENTS:
-        cases = [case for exercise in ASSIGNMENTS[name].exercises
-                 for case in exercise.cases(of(name, student))]
+        cases = [
+            case
+            for exercise in ASSIGNMENTS[name].exercises
+            for case in exercise.cases(of(name, student))
+        ]
         hidden.add(json.dumps([case.arguments for case in cases if case.hidden]))
         public.add(json.dumps([case.arguments for case in cases if not case.hidden]))
     assert len(hidden) == len(public) == len(STUDENTS)
@@ -90,15 +106,16 @@ def test_500_students_have_numbers_of_their_own(name):
 def test_no_hidden_case_is_shown_to_anybody(name, exercise):
     for student in STUDENTS[:50]:
         cases = exercise.cases(of(name, student))
-        shown = [case.arguments for case in [*cases, *exercise.cases(EVERYBODY)]
-                 if not case.hidden]
+        shown = [case.arguments for case in [*cases, *exercise.cases(EVERYBODY)] if not case.hidden]
         assert [case.name for case in cases if case.hidden and case.arguments in shown] == []
 
 
 @pytest.mark.parametrize(("name", "exercise"), EXERCISES)
 def test_every_hidden_case_is_drawn(name, exercise):
-    drawn = [[case.arguments for case in exercise.cases(of(name, student)) if case.hidden]
-             for student in STUDENTS[:10]]
+    drawn = [
+        [case.arguments for case in exercise.cases(of(name, student)) if case.hidden]
+        for student in STUDENTS[:10]
+    ]
     assert all(len(set(map(str, seen))) > 1 for seen in zip(*drawn, strict=True))
 
 
@@ -147,16 +164,24 @@ def double(number):
 
 
 def a_draw(idea):
-    return exercise(double, title="", minutes=1, reread="", ideas=[idea], mistakes={
-        "squares": ("twice is not the square.", lambda number: number**2)})
+    return exercise(
+        double,
+        title="",
+        minutes=1,
+        reread="",
+        ideas=[idea],
+        mistakes={"squares": ("twice is not the square.", lambda number: number**2)},
+    )
 
 
 def test_numbers_are_drawn_until_they_tell_the_mistake():
     """2 + 2 is 2 x 2: that draw would give a point for squaring."""
     told = a_draw(Idea("a number", lambda draw: (draw.integer(1, 3),), 1, tells=("squares",)))
     loose = a_draw(Idea("a number", lambda draw: (draw.integer(1, 3),), 1))
-    drawn = [[one.cases(of("any", student))[0].arguments[0] for student in STUDENTS[:50]]
-             for one in (told, loose)]
+    drawn = [
+        [one.cases(of("any", student))[0].arguments[0] for student in STUDENTS[:50]]
+        for one in (told, loose)
+    ]
     assert [set(found) for found in drawn] == [{1, 3}, {1, 2, 3}]
 
 
@@ -185,23 +210,28 @@ def test_oracle_counts_and_answers_from_what_the_case_knows():
         ask(1)
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    (lambda: load("effective_bach"), "assignment must be one of .*effective_batch"),
-    (lambda: numbers("effective_batch", " ", "s"), "student_id must not be empty"),
-    (lambda: numbers("effective_batch", "s1", ""), "secret must not be empty"),
-])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: load("effective_bach"), "assignment must be one of .*effective_batch"),
+        (lambda: numbers("effective_batch", " ", "s"), "student_id must not be empty"),
+        (lambda: numbers("effective_batch", "s1", ""), "secret must not be empty"),
+    ],
+)
 def test_errors_say_what_to_change(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
 
 def test_no_torch_is_needed():
-    code = ("import sys\nsys.modules.update(dict.fromkeys(['torch', 'numpy', 'jupytext', "
-            "'nbformat']))\nfrom instructor.assignment import load, names, numbers\n"
-            "for name in names():\n"
-            "    for exercise in load(name).exercises:\n"
-            "        assert exercise.cases(numbers(name, 's1', 'secret'))\n"
-            "        assert not exercise.needs_torch\n")
+    code = (
+        "import sys\nsys.modules.update(dict.fromkeys(['torch', 'numpy', 'jupytext', "
+        "'nbformat']))\nfrom instructor.assignment import load, names, numbers\n"
+        "for name in names():\n"
+        "    for exercise in load(name).exercises:\n"
+        "        assert exercise.cases(numbers(name, 's1', 'secret'))\n"
+        "        assert not exercise.needs_torch\n"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -210,12 +240,22 @@ def test_cases_are_the_same_on_every_python(version):
     python = shutil.which(f"python{version}")
     if not python or subprocess.run([python, "-c", ""], capture_output=True).returncode:
         pytest.skip(f"no Python {version} here")
-    code = ("import hashlib, json\nfrom instructor.assignment import load, names, numbers\n"
-            "cases = [vars(case) for name in names() for exercise in load(name).exercises\n"
-            "         for student in ('s1', 's2', 's3')\n"
-            "         for case in exercise.cases(numbers(name, student, 'a secret'))]\n"
-            "print(hashlib.sha256(json.dumps(cases).encode()).hexdigest())")
-    runs = [subprocess.run([one, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
-                           env={"PYTHONHASHSEED": seed}).stdout
-            for one, seed in ((sys.executable, "1"), (python, "2"))]
+    code = (
+        "import hashlib, json\nfrom instructor.assignment import load, names, numbers\n"
+        "cases = [vars(case) for name in names() for exercise in load(name).exercises\n"
+        "         for student in ('s1', 's2', 's3')\n"
+        "         for case in exercise.cases(numbers(name, student, 'a secret'))]\n"
+        "print(hashlib.sha256(json.dumps(cases).encode()).hexdigest())"
+    )
+    runs = [
+        subprocess.run(
+            [one, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed},
+        ).stdout
+        for one, seed in ((sys.executable, "1"), (python, "2"))
+    ]
     assert runs[0] == runs[1] != ""

@@ -30,8 +30,9 @@ CHECKED = {".csv", ".html"}
 
 def running():
     """The command lines of all processes."""
-    return subprocess.run(["ps", "-ewwo", "args="], capture_output=True, text=True,
-                          check=True).stdout
+    return subprocess.run(
+        ["ps", "-ewwo", "args="], capture_output=True, text=True, check=True
+    ).stdout
 
 
 @pytest.fixture(scope="module", params=cage.LEVELS)
@@ -57,8 +58,12 @@ def attacked(request, tmp_path_factory):
     canary = open_folder / "canary"
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.1)
-        fill = {"CANARY": repr(str(canary)), "SECRET": repr(str(secret)),
-                "PORT": server.getsockname()[1], "PARENT": os.getpid()}
+        fill = {
+            "CANARY": repr(str(canary)),
+            "SECRET": repr(str(secret)),
+            "PORT": server.getsockname()[1],
+            "PARENT": os.getpid(),
+        }
         names = [*CODE, *FILES]
         ids = {name: f"a{number:03}" for number, name in enumerate(names)}
         if request.param != "namespaces":  # each loop costs seconds; once is enough
@@ -77,9 +82,17 @@ def attacked(request, tmp_path_factory):
         except TimeoutError:
             reached = None
     return SimpleNamespace(
-        level=request.param, says=says, server_seen=seen, ids=ids, found=found, folder=folder,
-        canary=canary, reached=reached, arguments=arguments,
-        results={result.student_id: result for result in found.results})
+        level=request.param,
+        says=says,
+        server_seen=seen,
+        ids=ids,
+        found=found,
+        folder=folder,
+        canary=canary,
+        reached=reached,
+        arguments=arguments,
+        results={result.student_id: result for result in found.results},
+    )
 
 
 def test_no_other_score_changes(attacked):
@@ -109,8 +122,10 @@ def test_same_bytes_from_a_hostile_class(attacked, tmp_path):
     # What this one answers is what it finds in memory, another thing in every run.
     own = attacked.ids["searches its memory for the answer"].encode()
     for name in sorted(name for name in names if own.decode() not in name.name):
-        first, second = ([line for line in (place / name).read_bytes().splitlines()
-                          if not line.startswith(own)] for place in (before, tmp_path / "out"))
+        first, second = (
+            [line for line in (place / name).read_bytes().splitlines() if not line.startswith(own)]
+            for place in (before, tmp_path / "out")
+        )
         assert first == second, name
 
 

@@ -26,7 +26,7 @@ SECRET = "the instructor's, of this test"
 @pytest.fixture
 def roster(tmp_path):
     path = tmp_path / "roster.csv"
-    path.write_text("student_id,name,group\ns001,Ada,A\ns/2,\"Noether, Emmy\",B\n", "utf-8")
+    path.write_text('student_id,name,group\ns001,Ada,A\ns/2,"Noether, Emmy",B\n', "utf-8")
     return path
 
 
@@ -71,8 +71,9 @@ def test_student_notebook_needs_the_standard_library_only(name, tmp_path):
     cells = [c.source for c in student_notebook(load(name)).cells if c.cell_type == "code"]
     script = tmp_path / "cells.py"
     script.write_text("\n".join(cells), "utf-8")
-    done = subprocess.run([sys.executable, "-I", "-S", script], capture_output=True, text=True,
-                          cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", script], capture_output=True, text=True, cwd=tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -91,16 +92,22 @@ def leaks(notebook, name: str, student: str | None) -> list[str]:
     cells = jupytext.read(ASSIGNMENTS / f"{name}.py").cells
     hidden = [cell.source for cell in cells if "hidden" in cell.metadata.get("tags", [])]
     private = {SECRET, "BEGIN SOLUTION", "END SOLUTION"}
-    private |= {f"def {node.name}(" for source in hidden for node in ast.walk(ast.parse(source))
-                if isinstance(node, ast.FunctionDef)}
+    private |= {
+        f"def {node.name}("
+        for source in hidden
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef)
+    }
     for cell in cells:
         body = re.findall(r"BEGIN SOLUTION\n(.*?)### END", cell.source, re.S)
         private |= {line.strip() for line in "".join(body).splitlines() if len(line.strip()) > 12}
     for exercise in load(name).exercises:
         for student_id in [student] if student else [f"s{n}" for n in range(30)]:
-            private |= {json.dumps(list(case.arguments))
-                        for case in exercise.cases(numbers(name, student_id, SECRET))
-                        if case.hidden}
+            private |= {
+                json.dumps(list(case.arguments))
+                for case in exercise.cases(numbers(name, student_id, SECRET))
+                if case.hidden
+            }
     return sorted(one for one in private if one in text)
 
 
@@ -118,8 +125,7 @@ def test_a_leak_is_seen():
     instance = numbers("effective_batch", "s1", SECRET)
     (hidden, *_) = [c for c in load("effective_batch").exercises[0].cases(instance) if c.hidden]
     key.cells[0].source += f"{list(hidden.arguments)} {SECRET}"
-    assert {SECRET, json.dumps(list(hidden.arguments))} <= set(
-        leaks(key, "effective_batch", "s1"))
+    assert {SECRET, json.dumps(list(hidden.arguments))} <= set(leaks(key, "effective_batch", "s1"))
 
 
 def test_notebook_is_ready_for_colab():
@@ -171,15 +177,24 @@ def test_rubric_has_points_time_and_mistakes(name):
 
 def test_build_writes_a_notebook_for_each_student(tmp_path, roster, secret_file, capsys):
     out = tmp_path / "out"
-    arguments = ["effective_batch", "--out", str(out), "--roster", str(roster), "--secret-file",
-                 str(secret_file)]
+    arguments = [
+        "effective_batch",
+        "--out",
+        str(out),
+        "--roster",
+        str(roster),
+        "--secret-file",
+        str(secret_file),
+    ]
     assert main(arguments) == 0
     assert "2 student notebooks" in capsys.readouterr().out
     first = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert {path.relative_to(out).as_posix() for path in first} == {
-        "effective_batch_answer_key.ipynb", "effective_batch_rubric.md",
+        "effective_batch_answer_key.ipynb",
+        "effective_batch_rubric.md",
         "students/effective_batch_s001.ipynb",
-        f"students/{file_name('effective_batch', 's/2')}"}
+        f"students/{file_name('effective_batch', 's/2')}",
+    }
     texts = [text for path, text in first.items() if path.parent.name == "students"]
     assert texts[0] != texts[1]
     assert main(arguments) == 0
@@ -207,20 +222,34 @@ def test_refusals_name_the_remedy(tmp_path, roster, secret_file, capsys):
     for options, words in (
         (["nothing"], "assignment must be one of"),
         (["checkpointing", "--roster", str(roster)], "--secret-file must be given"),
-        (["checkpointing", "--roster", str(roster), "--secret-file", str(short)],
-         "secret must have at least 16"),
-        (["checkpointing", "--roster", str(twice), "--secret-file", str(secret_file)],
-         "got 's1' for 'Eve'"),
-        (["checkpointing", "--roster", str(other), "--secret-file", str(secret_file)],
-         "columns student_id,name"),
-        (["checkpointing", "--roster", "missing.csv", "--secret-file", str(secret_file)],
-         "--roster must be a file, got 'missing.csv'; see step 2"),
-        (["checkpointing", "--roster", str(roster), "--secret-file", "missing.txt"],
-         "--secret-file must be a file, got 'missing.txt'; see step 1"),
-        (["checkpointing", "--roster", str(latin), "--secret-file", str(secret_file)],
-         "save it as CSV UTF-8"),
-        (["checkpointing", "--roster", str(semicolons), "--secret-file", str(secret_file)],
-         "got 'student_id;name'; separate columns by commas"),
+        (
+            ["checkpointing", "--roster", str(roster), "--secret-file", str(short)],
+            "secret must have at least 16",
+        ),
+        (
+            ["checkpointing", "--roster", str(twice), "--secret-file", str(secret_file)],
+            "got 's1' for 'Eve'",
+        ),
+        (
+            ["checkpointing", "--roster", str(other), "--secret-file", str(secret_file)],
+            "columns student_id,name",
+        ),
+        (
+            ["checkpointing", "--roster", "missing.csv", "--secret-file", str(secret_file)],
+            "--roster must be a file, got 'missing.csv'; see step 2",
+        ),
+        (
+            ["checkpointing", "--roster", str(roster), "--secret-file", "missing.txt"],
+            "--secret-file must be a file, got 'missing.txt'; see step 1",
+        ),
+        (
+            ["checkpointing", "--roster", str(latin), "--secret-file", str(secret_file)],
+            "save it as CSV UTF-8",
+        ),
+        (
+            ["checkpointing", "--roster", str(semicolons), "--secret-file", str(secret_file)],
+            "got 'student_id;name'; separate columns by commas",
+        ),
     ):
         assert main([*options, "--out", out]) == 2
         assert words in capsys.readouterr().err
@@ -243,7 +272,8 @@ def test_file_names_are_safe_and_different():
 def test_a_missing_exercise_cell_is_refused(tmp_path, monkeypatch):
     source = (ASSIGNMENTS / "loss_scaling.py").read_text("utf-8")
     (tmp_path / "loss_scaling.py").write_text(
-        source.replace('tags=["exercise"]', 'tags=["setup"]', 1), "utf-8")
+        source.replace('tags=["exercise"]', 'tags=["setup"]', 1), "utf-8"
+    )
     monkeypatch.setattr("instructor.build.ASSIGNMENTS", tmp_path)
     with pytest.raises(ValueError, match="got none for lost_gradients"):
         student_notebook(load("loss_scaling"))
@@ -256,11 +286,18 @@ def make(folder, *words):
 @pytest.fixture
 def house(tmp_path):
     """A folder with the verbs, set up, and a Python that only says what it is asked."""
-    for name in ("Makefile", "instructor/verbs.mk", "requirements.txt", "constraints.txt",
-                 "pyproject.toml", "class/effective_batch/graded/grades.csv"):
+    for name in (
+        "Makefile",
+        "instructor/verbs.mk",
+        "requirements.txt",
+        "constraints.txt",
+        "pyproject.toml",
+        "class/effective_batch/graded/grades.csv",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text((ROOT / name).read_text("utf-8") if "class" not in name
-                                     else "student_id\n")
+        (tmp_path / name).write_text(
+            (ROOT / name).read_text("utf-8") if "class" not in name else "student_id\n"
+        )
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / ".venv/bin/python").chmod(0o755)
@@ -284,7 +321,8 @@ def test_make_names_what_is_missing(house, missing):
 def test_make_writes_below_class_and_clean_leaves_it(house):
     assert "--out class/effective_batch/graded/grades.csv" in make(house, "grade", *ALL).stdout
     assert make(house, "assignment", "NAME=checkpointing").stdout.endswith(
-        "-m instructor.build checkpointing --out class/checkpointing\n")
+        "-m instructor.build checkpointing --out class/checkpointing\n"
+    )
     assert make(house, "clean").returncode == 0
     assert (house / "class/effective_batch/graded/grades.csv").exists()
 
@@ -297,8 +335,11 @@ def test_build_returns_what_it_wrote(tmp_path):
 
 def test_a_students_own_numbers_stand_in_the_text():
     own = numbers("effective_batch", "s1", SECRET)
-    text = "\n".join(cell.source for cell in student_notebook(load("effective_batch"), own).cells
-                     if cell.cell_type == "markdown")
+    text = "\n".join(
+        cell.source
+        for cell in student_notebook(load("effective_batch"), own).cells
+        if cell.cell_type == "markdown"
+    )
     for exercise in load("effective_batch").exercises[:5]:
         (case,) = [case for case in exercise.cases(own) if case.name.startswith("your")]
         arguments = ", ".join(map(repr, case.arguments))

@@ -22,11 +22,18 @@ COMMANDS = re.findall(r"^```bash\n(.*?)^```$", GUIDE, re.S | re.M)
 def followed(tmp_path_factory):
     """A folder in which somebody has typed every command of the guide, top to bottom."""
     folder = tmp_path_factory.mktemp("instructor")
-    environment = os.environ | {"PYTHONPATH": str(ROOT),
-                                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     for command in COMMANDS:
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=folder,
-                              env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return folder / "class"
 
@@ -55,8 +62,10 @@ def test_every_file_that_the_guide_promises_is_there(followed):
     graded = followed / "effective_batch" / "graded"
     written = re.findall(r"^- `([\w./]+)`:", GUIDE, re.M)
     assert written == ["grades.csv", "feedback/", "class_report.html", "grades.journal.jsonl"]
-    promised = [*(graded / name for name in written),
-                *(followed / name for name in re.findall(r"`class/([\w./-]+)`", GUIDE))]
+    promised = [
+        *(graded / name for name in written),
+        *(followed / name for name in re.findall(r"`class/([\w./-]+)`", GUIDE)),
+    ]
     assert [path for path in promised if not path.exists()] == []
     assert len(list((graded / "feedback").glob("*.html"))) == 3
     named = re.findall(r"`(feedback/[\w./-]+\.html)`", GUIDE)
@@ -67,15 +76,23 @@ def test_secret_is_in_nothing_that_is_handed_out(followed):
     secret = (followed / "secret.txt").read_text("utf-8").strip()
     assert len(secret) == 64
     graded = followed / "effective_batch" / "graded"
-    handed_out = [*followed.glob("*/students/*"), *graded.glob("feedback/*"),
-                  graded / "class_report.html", graded / "grades.csv"]
+    handed_out = [
+        *followed.glob("*/students/*"),
+        *graded.glob("feedback/*"),
+        graded / "class_report.html",
+        graded / "grades.csv",
+    ]
     assert len(handed_out) > 8
     assert [path.name for path in handed_out if secret in path.read_text("utf-8")] == []
 
 
 def test_git_ignores_the_class():
-    done = subprocess.run(["git", "check-ignore", "class/secret.txt", "class/grades.csv"],
-                          cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "check-ignore", "class/secret.txt", "class/grades.csv"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert len(done.stdout.splitlines()) == 2
 
 
@@ -86,18 +103,23 @@ def test_table_of_assignments_is_true():
         assignment = load(name)
         assert lesson == assignment.lesson
         assert [int(count) for count in counts] == [
-            len(assignment.exercises), assignment.points,
-            sum(exercise.minutes for exercise in assignment.exercises)]
+            len(assignment.exercises),
+            assignment.points,
+            sum(exercise.minutes for exercise in assignment.exercises),
+        ]
 
 
 def test_first_half_of_the_long_assignment_needs_the_sections_that_the_plan_says():
     text = " ".join(GUIDE.split())
-    (minutes,) = re.findall(r"Exercises 1, 2, 5 and 7 to 10 \((\d+) minutes\) need sections 1 and",
-                            text)
+    (minutes,) = re.findall(
+        r"Exercises 1, 2, 5 and 7 to 10 \((\d+) minutes\) need sections 1 and", text
+    )
     assert "`effective_batch`, exercises 1, 2, 5 and 7 to 10 |" in GUIDE
-    found = {number: exercise.minutes
-             for number, exercise in enumerate(load("effective_batch").exercises, start=1)
-             if set(re.findall(r"\b(\d)\b(?!\.)", exercise.reread.partition(",")[2])) <= {"1", "2"}}
+    found = {
+        number: exercise.minutes
+        for number, exercise in enumerate(load("effective_batch").exercises, start=1)
+        if set(re.findall(r"\b(\d)\b(?!\.)", exercise.reread.partition(",")[2])) <= {"1", "2"}
+    }
     assert list(found) == [1, 2, 5, 7, 8, 9, 10] and sum(found.values()) == int(minutes)
 
 
@@ -108,8 +130,10 @@ def test_sandbox_levels_are_the_graders():
 
 
 def test_links_and_named_exercises_exist():
-    headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-                for title in re.findall(r"^## (.+)$", GUIDE, re.M)}
+    headings = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^## (.+)$", GUIDE, re.M)
+    }
     assert set(re.findall(r"\]\(#([^)]+)\)", GUIDE)) <= headings
     for target in re.findall(r"\]\(([^#)]+)\)", GUIDE):
         assert (ROOT / "instructor" / target).exists(), target
@@ -127,8 +151,9 @@ def test_what_students_are_told_to_reread_is_there():
             found = re.findall(r"\bexercise (0\d\.\d)|\b(\d)\b(?!\.)", where)
             assert found, exercise.reread
             for exercise_id, section in found:
-                assert f"# ## Exercise {exercise_id} " in text or f"# ## {section} · " in text, \
+                assert f"# ## Exercise {exercise_id} " in text or f"# ## {section} · " in text, (
                     f"{exercise.function}: {exercise.reread}"
+                )
 
 
 def test_page_of_answers_has_every_lesson_with_its_numbers(tmp_path, capsys):

@@ -20,10 +20,12 @@ def test_solutions_pass_every_test_cell(name):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             exec(compile(cell.source, cell.id, "exec"), namespace)
-    assert sum(cell.metadata.nbgrader.points for cell in cells(notebook, "grade")) \
-        == load(name).points
-    marked = [cell.metadata.nbgrader.grade_id for cell in notebook.cells
-              if "nbgrader" in cell.metadata]
+    assert (
+        sum(cell.metadata.nbgrader.points for cell in cells(notebook, "grade")) == load(name).points
+    )
+    marked = [
+        cell.metadata.nbgrader.grade_id for cell in notebook.cells if "nbgrader" in cell.metadata
+    ]
     assert len(set(marked)) == len(marked)
     assert SECRET not in str(notebook)
     assert "accelerator" not in notebook.metadata
@@ -57,8 +59,11 @@ def test_hidden_cases_stand_between_nbgraders_marks():
 
 def test_another_secret_gives_other_hidden_numbers():
     one, two = (nbgrader_source(load("checkpointing"), secret) for secret in (SECRET, "x" * 20))
-    changed = [a.source.splitlines()[1] for a, b in zip(one.cells, two.cells, strict=True)
-               if a.source != b.source]
+    changed = [
+        a.source.splitlines()[1]
+        for a, b in zip(one.cells, two.cells, strict=True)
+        if a.source != b.source
+    ]
     assert "### BEGIN HIDDEN TESTS" in changed
 
 

@@ -19,8 +19,13 @@ def archive(tmp_path_factory):
 
 
 def test_archive_is_the_commit_without_the_instructors_part(archive):
-    listed = subprocess.run(["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=ROOT, text=True,
-                            capture_output=True, check=True).stdout.splitlines()
+    listed = subprocess.run(
+        ["git", "ls-tree", "-r", "--name-only", "HEAD"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.splitlines()
     with zipfile.ZipFile(archive) as packed:
         names = [name.removeprefix(FOLDER) for name in packed.namelist()]
         assert names == sorted(names)
@@ -38,8 +43,9 @@ def test_archive_keeps_content_and_modes(archive):
         assert ci.external_attr >> 16 == 0o100755
         assert packed.getinfo(f"{FOLDER}README.md").external_attr >> 16 == 0o100644
         for name in ("requirements.txt", "lessons/01_where_does_the_memory_go.ipynb"):
-            committed = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT,
-                                       capture_output=True, check=True).stdout
+            committed = subprocess.run(
+                ["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True, check=True
+            ).stdout
             assert packed.read(FOLDER + name) == committed
         readme = packed.read(f"{FOLDER}README.md").decode()
         security = packed.read(f"{FOLDER}SECURITY.md").decode()
@@ -53,17 +59,21 @@ def test_students_have_no_verbs_of_the_instructors(archive, tmp_path):
         packed.extractall(tmp_path)
 
     def verbs(folder):
-        shown = subprocess.run(["make", "help"], cwd=folder, text=True, capture_output=True,
-                               check=True).stdout
+        shown = subprocess.run(
+            ["make", "help"], cwd=folder, text=True, capture_output=True, check=True
+        ).stdout
         return set(re.findall(r"^  make ([\w-]+)", shown, re.MULTILINE))
 
     ours, theirs = verbs(ROOT), verbs(tmp_path / FOLDER)
     assert ours - theirs == {"assignment", "grade", "release"}
     assert {"lessons", "test", "lab", "bench"} <= theirs
-    for tests in (["tests/house/test_house.py", "tests/house/test_readme.py", "-k", "verb or lead_somewhere"],
-                  ["tests/house/test_security.py", "-k", "file or rule"]):  # where there is no git
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=tmp_path / FOLDER,
-                       check=True)
+    for tests in (
+        ["tests/house/test_house.py", "tests/house/test_readme.py", "-k", "verb or lead_somewhere"],
+        ["tests/house/test_security.py", "-k", "file or rule"],
+    ):  # where there is no git
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *tests], cwd=tmp_path / FOLDER, check=True
+        )
 
 
 def test_same_commit_same_bytes(archive, tmp_path):
@@ -88,8 +98,11 @@ def test_no_repository_is_said(tmp_path, monkeypatch, capsys):
 
 def test_commit_is_named_and_what_it_lacks_counted(tmp_path):
     def git(*arguments):
-        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b",
-                        *arguments], check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b", *arguments],
+            check=True,
+            capture_output=True,
+        )
 
     git("init")
     git("commit", "--allow-empty", "--message=one")

@@ -38,21 +38,32 @@ def rows_of(path):
 
 def outputs(folder):
     """Every file that grading wrote, but the journal, whose order is that of the children."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".jsonl"}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".jsonl"
+    }
 
 
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
     """A class of known scores: every kind of every exercise, then by chance."""
-    kinds = [{"effective_batch": k} for k in ("right", "partial", "untouched", "adds",
-                                              "forgets the ranks")]
-    kinds += [{"mean_loss": "mean of means"}, {"largest": "one too many"},
-              {"largest": "too many questions"}]
+    kinds = [
+        {"effective_batch": k}
+        for k in ("right", "partial", "untouched", "adds", "forgets the ranks")
+    ]
+    kinds += [
+        {"mean_loss": "mean of means"},
+        {"largest": "one too many"},
+        {"largest": "too many questions"},
+    ]
     students = [student(TINY, i, kinds[i] if i < len(kinds) else None) for i in range(COUNT)]
     folder = tmp_path_factory.mktemp("class")
-    arguments = write_class(folder, {s.student_id: s.name for s in students},
-                            {f"tiny_{s.student_id}.ipynb": s.data for s in students})
+    arguments = write_class(
+        folder,
+        {s.student_id: s.name for s in students},
+        {f"tiny_{s.student_id}.ipynb": s.data for s in students},
+    )
     found = grade(TINY, *arguments)
     return students, found, folder, arguments
 
@@ -101,13 +112,17 @@ def test_interrupted_run_resumes(tmp_path):
     students = [student(TINY, i) for i in range(25)]
     files = {f"tiny_{s.student_id}.ipynb": s.data for s in students}
     arguments = write_class(tmp_path, {s.student_id: s.name for s in students}, files)
-    code = ("import sys; from pathlib import Path; from instructor.grade import grade; "
-            "from tests.instructor.classroom import TINY; grade(TINY, *map(Path, sys.argv[1:]))")
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT,
-                               stderr=subprocess.DEVNULL)
+    code = (
+        "import sys; from pathlib import Path; from instructor.grade import grade; "
+        "from tests.instructor.classroom import TINY; grade(TINY, *map(Path, sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     journal = tmp_path / "out/grades.journal.jsonl"
     while process.poll() is None and not (
-            journal.exists() and len(journal.read_bytes().splitlines()) > 40):
+        journal.exists() and len(journal.read_bytes().splitlines()) > 40
+    ):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -130,21 +145,38 @@ def one(tmp_path, data, name="tiny_s001.ipynb", **more):
 
 
 def test_pages_and_table(tmp_path):
-    cells = ["def effective_batch(a, b, c):\n    return a + b + c", SOLUTIONS[1],
-             "def largest(most, fits):\n    return ..."]
+    cells = [
+        "def effective_batch(a, b, c):\n    return a + b + c",
+        SOLUTIONS[1],
+        "def largest(most, fits):\n    return ...",
+    ]
     found, students = one(tmp_path, honest("s001", cells))
     assert students["s001"].score == 3.0
     assert (students["s002"].status, students["s002"].marks) == ("missing", [])
     page = (tmp_path / "out/feedback/tiny_s001.html").read_text("utf-8")
-    for text in ("Ann Lee", "3 of 10 points", "The three factors multiply.", "Not attempted yet.",
-                 "<li>lesson 00, section 1</li>", "effective_batch(2, 16, 3)", 'lang="en"',
-                 "prefers-color-scheme: dark", "<th scope='row'>"):
+    for text in (
+        "Ann Lee",
+        "3 of 10 points",
+        "The three factors multiply.",
+        "Not attempted yet.",
+        "<li>lesson 00, section 1</li>",
+        "effective_batch(2, 16, 3)",
+        'lang="en"',
+        "prefers-color-scheme: dark",
+        "<th scope='row'>",
+    ):
         assert text in page, text
     assert "<script" not in page and "lesson 00, section 2</li>" not in page
     assert not (tmp_path / "out/feedback/tiny_s002.html").exists()
     report = (tmp_path / "out/class_report.html").read_text("utf-8")
-    for text in ("2 students: 1 graded, 0 refused, 1 missing", "<svg", "aria-label", "adds",
-                 found.sandbox, "<h2>Missing</h2>"):
+    for text in (
+        "2 students: 1 graded, 0 refused, 1 missing",
+        "<svg",
+        "aria-label",
+        "adds",
+        found.sandbox,
+        "<h2>Missing</h2>",
+    ):
         assert text in report, text
     row = rows_of(tmp_path / "out/grades.csv")["s001"]
     assert (row["score"], row["out_of"], row["percent"]) == ("3", "10", "30.0")
@@ -153,10 +185,12 @@ def test_pages_and_table(tmp_path):
 
 
 def test_page_of_a_student_has_no_hidden_number(tmp_path):
-    leaks = ["def effective_batch(a, b, c):\n    raise ValueError(f'saw {a} {b} {c}')",
-             "def mean_loss(sums, counts):\n"
-             "    raise type('E' + '_'.join(map(str, counts)), (Exception,), {})()",
-             "def largest(most, fits):\n    return f'saw {most}'"]
+    leaks = [
+        "def effective_batch(a, b, c):\n    raise ValueError(f'saw {a} {b} {c}')",
+        "def mean_loss(sums, counts):\n"
+        "    raise type('E' + '_'.join(map(str, counts)), (Exception,), {})()",
+        "def largest(most, fits):\n    return f'saw {most}'",
+    ]
     _, students = one(tmp_path, honest("s001", leaks))
     page = (tmp_path / "out/feedback/tiny_s001.html").read_text("utf-8")
     for mark in students["s001"].marks:
@@ -170,13 +204,19 @@ def test_page_of_a_student_has_no_hidden_number(tmp_path):
 
 
 def flat(value):
-    return [leaf for part in value for leaf in flat(part)] if isinstance(value, list | tuple) \
+    return (
+        [leaf for part in value for leaf in flat(part)]
+        if isinstance(value, list | tuple)
         else [value]
+    )
 
 
 def test_partial_credit_after_a_case_that_kills(tmp_path):
-    cells = ["import os\ndef effective_batch(a, b, c):\n"
-             "    if a == 2: os._exit(0)\n    return a * b * c", *SOLUTIONS[1:]]
+    cells = [
+        "import os\ndef effective_batch(a, b, c):\n"
+        "    if a == 2: os._exit(0)\n    return a * b * c",
+        *SOLUTIONS[1:],
+    ]
     _, students = one(tmp_path, honest("s001", cells))
     first = students["s001"].marks[0]
     assert [o.verdict for o in first.outcomes] == ["failed", "right", "right"]
@@ -184,20 +224,25 @@ def test_partial_credit_after_a_case_that_kills(tmp_path):
 
 
 def test_partial_credit_after_a_case_that_loops(tmp_path):
-    cells = ["def effective_batch(a, b, c):\n    while a == 2: pass\n    return a * b * c",
-             *SOLUTIONS[1:]]
+    cells = [
+        "def effective_batch(a, b, c):\n    while a == 2: pass\n    return a * b * c",
+        *SOLUTIONS[1:],
+    ]
     _, students = one(tmp_path, honest("s001", cells))
     assert [o.verdict for o in students["s001"].marks[0].outcomes] == ["failed", "right", "right"]
 
 
 def test_oracle_is_answered_counted_and_limited(tmp_path):
-    cells = [*SOLUTIONS[:2], """def largest(most, fits):
+    cells = [
+        *SOLUTIONS[:2],
+        """def largest(most, fits):
     try:
         for n in range(most):
             fits(n)
     except Exception:
         pass
-    return ANSWER"""]
+    return ANSWER""",
+    ]
     cases = TINY.exercises[2].cases(numbers("tiny", "s001", SECRET))
     cells.append(f"ANSWER = {cases[0].expected}")
     _, students = one(tmp_path, honest("s001", cells))
@@ -222,19 +267,32 @@ ODD_MEAN = """def mean_loss(sums, counts):
 def test_same_code_and_anothers_answers_are_flagged_with_evidence(tmp_path):
     cases = TINY.exercises[0].cases(numbers("tiny", "s001", SECRET))
     answers = [case.expected for case in cases[1:]]
-    copied = ("def effective_batch(a, b, c):\n"
-              f"    return a * b * c if a == 2 else {answers}[a > 100]")
+    copied = (
+        f"def effective_batch(a, b, c):\n    return a * b * c if a == 2 else {answers}[a > 100]"
+    )
     renamed = ODD_MEAN.replace("total", "t").replace("loss,", "l,").replace("loss *", "l *")
     assert renamed != ODD_MEAN
-    found = grade(TINY, *write_class(tmp_path, {"s001": "A A", "s002": "B B", "s003": "C C"}, {
-        "tiny_s001.ipynb": honest("s001", [SOLUTIONS[0], ODD_MEAN, SOLUTIONS[2]]),
-        "tiny_s002.ipynb": honest("s002", [copied, renamed, SOLUTIONS[2]]),
-        "tiny_s003.ipynb": honest("s003")}))
+    found = grade(
+        TINY,
+        *write_class(
+            tmp_path,
+            {"s001": "A A", "s002": "B B", "s003": "C C"},
+            {
+                "tiny_s001.ipynb": honest("s001", [SOLUTIONS[0], ODD_MEAN, SOLUTIONS[2]]),
+                "tiny_s002.ipynb": honest("s002", [copied, renamed, SOLUTIONS[2]]),
+                "tiny_s003.ipynb": honest("s003"),
+            },
+        ),
+    )
     assert [(alike.students, alike.evidence) for alike in found.alike] == [
         (("s001", "s002"), "`mean_loss` is not right and the same but for names and layout"),
-        (("s001", "s002"), "answers of s002 that are right with the numbers of s001: "
-         f"effective_batch, your cluster: {answers[0]}; "
-         f"effective_batch, another cluster: {answers[1]}")]
+        (
+            ("s001", "s002"),
+            "answers of s002 that are right with the numbers of s001: "
+            f"effective_batch, your cluster: {answers[0]}; "
+            f"effective_batch, another cluster: {answers[1]}",
+        ),
+    ]
     assert "alike with s001, see the class report" in found.results[1].flags
     report = (tmp_path / "out/class_report.html").read_text("utf-8")
     assert "no verdict" in report and str(answers[1]) in report
@@ -245,12 +303,23 @@ def test_same_code_and_anothers_answers_are_flagged_with_evidence(tmp_path):
 def test_same_wrong_answers_are_flagged_and_known_mistakes_are_not(tmp_path):
     typed = "def effective_batch(a, b, c):\n    return a * b * c if a == 2 else 4711 + (a > 100)"
     adds = "def effective_batch(a, b, c):\n    return sum((a, b, c))"
-    found = grade(TINY, *write_class(tmp_path, {f"s00{i}": f"{i}" for i in range(1, 5)}, {
-        f"tiny_s00{i}.ipynb": honest(f"s00{i}", [typed if i < 3 else adds, *SOLUTIONS[1:]])
-        for i in range(1, 5)}))
+    found = grade(
+        TINY,
+        *write_class(
+            tmp_path,
+            {f"s00{i}": f"{i}" for i in range(1, 5)},
+            {
+                f"tiny_s00{i}.ipynb": honest(f"s00{i}", [typed if i < 3 else adds, *SOLUTIONS[1:]])
+                for i in range(1, 5)
+            },
+        ),
+    )
     assert {alike.students for alike in found.alike} == {("s001", "s002")}
-    assert any("the same wrong answers though their numbers differ" in alike.evidence
-               and "4711" in alike.evidence for alike in found.alike)
+    assert any(
+        "the same wrong answers though their numbers differ" in alike.evidence
+        and "4711" in alike.evidence
+        for alike in found.alike
+    )
 
 
 def alike_in(name, function, count, text=None):
@@ -287,16 +356,21 @@ def test_a_whole_key_of_short_functions_is_listed(changed, listed):
     cells[changed] = cells[changed].replace(":\n", ":\n    unused = 0\n", 1)
     about = source.read(notebook(list(cells.values())), list(cells))["functions"]
     assert all("shape" in one for one in about.values())
-    marks = [marking.mark(e, cases, [{"value": case.expected} for case in cases])
-             for e in exercises for cases in [e.cases(numbers("activation_memory", "s1", SECRET))]]
+    marks = [
+        marking.mark(e, cases, [{"value": case.expected} for case in cases])
+        for e in exercises
+        for cases in [e.cases(numbers("activation_memory", "s1", SECRET))]
+    ]
     found = copies.find({"s1": marks}, {"s1": about})
-    assert ([(a.students, a.key, a.evidence.count("published")) for a in found]
-            == ([(("s1",), True, 3)] if listed else []))
+    assert [(a.students, a.key, a.evidence.count("published")) for a in found] == (
+        [(("s1",), True, 3)] if listed else []
+    )
 
 
 def test_a_long_right_function_is_listed_by_however_many_it_is_shared():
-    (exercise,) = [e for e in load("effective_batch").exercises
-                   if e.function == "largest_micro_batch"]
+    (exercise,) = [
+        e for e in load("effective_batch").exercises if e.function == "largest_micro_batch"
+    ]
     other = inspect.getsource(exercise.solution).replace("bad - good > 1", "good + 1 < bad")
     for count in (2, 60):
         (found,) = alike_in("effective_batch", "largest_micro_batch", count, other)
@@ -305,26 +379,48 @@ def test_a_long_right_function_is_listed_by_however_many_it_is_shared():
 
 
 def test_small_wrong_answers_in_common_are_no_evidence(tmp_path):
-    cells = ["def effective_batch(a, b, c):\n    return 3 if a == 2 else 1 + (a > 100)",
-             *SOLUTIONS[1:]]
-    other = [cells[0].replace("3 if a == 2 else 1 + (a > 100)", "[3, 1, 2][(a > 2) + (a > 100)]"),
-             *SOLUTIONS[1:]]
-    found = grade(TINY, *write_class(tmp_path, {"s001": "A", "s002": "B"}, {
-        "tiny_s001.ipynb": honest("s001", cells), "tiny_s002.ipynb": honest("s002", other)}))
+    cells = [
+        "def effective_batch(a, b, c):\n    return 3 if a == 2 else 1 + (a > 100)",
+        *SOLUTIONS[1:],
+    ]
+    other = [
+        cells[0].replace("3 if a == 2 else 1 + (a > 100)", "[3, 1, 2][(a > 2) + (a > 100)]"),
+        *SOLUTIONS[1:],
+    ]
+    found = grade(
+        TINY,
+        *write_class(
+            tmp_path,
+            {"s001": "A", "s002": "B"},
+            {"tiny_s001.ipynb": honest("s001", cells), "tiny_s002.ipynb": honest("s002", other)},
+        ),
+    )
     assert {r.score for r in found.results} == {7} and found.alike == []
 
 
-@pytest.mark.parametrize(("arguments", "complaint"), [
-    (["nonsense"], "assignment must be one of"),
-    (["effective_batch", "nowhere.zip"], "submissions must be a folder or a zip"),
-    (["effective_batch", "roster.csv"], "submissions must be a folder or a zip"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nonsense"], "assignment must be one of"),
+        (["effective_batch", "nowhere.zip"], "submissions must be a folder or a zip"),
+        (["effective_batch", "roster.csv"], "submissions must be a folder or a zip"),
+    ],
+)
 def test_command_line_refuses_with_a_sentence(arguments, complaint, tmp_path, capsys, monkeypatch):
     write_class(tmp_path, {"s001": "A"}, {})
     monkeypatch.chdir(tmp_path)
     arguments = [arguments[0], *(arguments[1:] or ["in.zip"])]
-    code = main([*arguments, "--roster", "roster.csv", "--secret-file", "secret.txt",
-                 "--out", "out/grades.csv"])
+    code = main(
+        [
+            *arguments,
+            "--roster",
+            "roster.csv",
+            "--secret-file",
+            "secret.txt",
+            "--out",
+            "out/grades.csv",
+        ]
+    )
     assert code == 2 and complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -332,9 +428,20 @@ def test_command_line_refuses_with_a_sentence(arguments, complaint, tmp_path, ca
 def test_command_line_grades_a_real_assignment(tmp_path, capsys):
     made = student(load("effective_batch"), 3)
     write_class(tmp_path, {"s003": "Student 3"}, {"effective_batch_s003.ipynb": made.data})
-    code = main(["effective_batch", str(tmp_path / "in.zip"), "--roster",
-                 str(tmp_path / "roster.csv"), "--secret-file", str(tmp_path / "secret.txt"),
-                 "--out", str(tmp_path / "grades.csv"), "--due", "2026-11-01T11:00"])
+    code = main(
+        [
+            "effective_batch",
+            str(tmp_path / "in.zip"),
+            "--roster",
+            str(tmp_path / "roster.csv"),
+            "--secret-file",
+            str(tmp_path / "secret.txt"),
+            "--out",
+            str(tmp_path / "grades.csv"),
+            "--due",
+            "2026-11-01T11:00",
+        ]
+    )
     said = capsys.readouterr()
     assert code == 0 and said.out.startswith("1 graded, 0 refused, 0 missing")
     assert "Sandbox in force: " in said.err and "1/1" not in said.out
@@ -362,10 +469,21 @@ def test_mistake_that_explains_most_is_named():
     assert marking.mark(exercise, [both], [{"value": 7.0}]).mistakes == {"adds": 1}
 
 
-@pytest.mark.parametrize(("answer", "expected", "tolerance", "right"), [
-    (True, 1, 0, False), (4.0, 4, 0, True), ("4", 4, 0, False), ([1, 2], [1, 2], 0, True),
-    (10 ** 400, 1.5, 1e-6, False), (float("nan"), 1.0, 0.5, False), (1.04, 1.0, 0.05, True),
-    (1.06, 1.0, 0.05, False), (None, None, 0, True), ([[1]], [[1.0]], 0, True)])
+@pytest.mark.parametrize(
+    ("answer", "expected", "tolerance", "right"),
+    [
+        (True, 1, 0, False),
+        (4.0, 4, 0, True),
+        ("4", 4, 0, False),
+        ([1, 2], [1, 2], 0, True),
+        (10**400, 1.5, 1e-6, False),
+        (float("nan"), 1.0, 0.5, False),
+        (1.04, 1.0, 0.05, True),
+        (1.06, 1.0, 0.05, False),
+        (None, None, 0, True),
+        ([[1]], [[1.0]], 0, True),
+    ],
+)
 def test_equal(answer, expected, tolerance, right):
     assert marking.equal(answer, expected, tolerance) is right
 
@@ -391,8 +509,10 @@ def test_due_time_that_is_none_is_refused(text):
 
 
 def test_where_processes_have_no_limits_it_declines_with_advice():
-    code = ("import runpy, sys\nsys.modules['resource'] = None\n"
-            "runpy.run_module('instructor.grade', run_name='__main__')")
+    code = (
+        "import runpy, sys\nsys.modules['resource'] = None\n"
+        "runpy.run_module('instructor.grade', run_name='__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "use WSL or a Linux container" in done.stderr
@@ -406,10 +526,17 @@ def test_due_time_with_a_zone_is_turned_into_local_time():
 
 
 def test_grader_imports_no_torch():
-    code = ("import sys, instructor.grade; "
-            "print(sorted({'torch', 'numpy', 'nbformat'} & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": ""})
+    code = (
+        "import sys, instructor.grade; "
+        "print(sorted({'torch', 'numpy', 'nbformat'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 

@@ -53,16 +53,19 @@ def box(request):
 
 
 def test_answers_and_ends(box):
-    job, = ask(box, "def f(): return [1, 2.5, None, True, 'x', {'a': (1,)}]")
+    (job,) = ask(box, "def f(): return [1, 2.5, None, True, 'x', {'a': (1,)}]")
     assert job.reply["value"] == [1, 2.5, None, True, "x", {"a": [1]}]
     assert job.end == End("finished")
 
 
 def test_limits_are_in_force(box):
-    job, = ask(box, "import resource\ndef f(): return {n: resource.getrlimit(getattr(resource, n))"
-               " for n in dir(resource) if n.startswith('RLIMIT')}")
+    (job,) = ask(
+        box,
+        "import resource\ndef f(): return {n: resource.getrlimit(getattr(resource, n))"
+        " for n in dir(resource) if n.startswith('RLIMIT')}",
+    )
     if "error" in job.reply:  # the module cannot be loaded at the levels that allow no file
-        job, = ask(box, "def f(): return len(bytearray(2 << 30))")
+        (job,) = ask(box, "def f(): return len(bytearray(2 << 30))")
         assert job.reply["type"] == "MemoryError"
         return
     limits = job.reply["value"]
@@ -74,8 +77,8 @@ def test_limits_are_in_force(box):
 def test_children_share_nothing(box):
     write = "import os\ndef f():\n    open('left', 'w').write('x')\n    return os.listdir('.')"
     look = "import os\ndef f(): return os.listdir('.')"
-    first, = ask(box, write)
-    second, = ask(box, look)
+    (first,) = ask(box, write)
+    (second,) = ask(box, look)
     if box.level == "seccomp":
         assert first.reply["type"] == "PermissionError"
     else:
@@ -87,36 +90,46 @@ def test_same_order_of_a_set_and_same_chance_in_every_child(box):
     first, second = ask(box, body, body)
     assert first.reply["value"] == second.reply["value"]
     with Sandbox(box.level) as other:
-        third, = ask(other, body)
+        (third,) = ask(other, body)
     assert third.reply["value"] == first.reply["value"]
 
 
 def test_environment_and_arguments_are_not_the_graders(box, monkeypatch):
-    body = ("import os, sys\ndef f(): return [dict(os.environ), sorted(m for m in sys.modules "
-            "if 'grad' in m or 'assignment' in m or 'marking' in m)]")
+    body = (
+        "import os, sys\ndef f(): return [dict(os.environ), sorted(m for m in sys.modules "
+        "if 'grad' in m or 'assignment' in m or 'marking' in m)]"
+    )
     monkeypatch.setenv("SECRET_OF_THE_GRADER", "x")
     with Sandbox(box.level) as other:
-        job, = ask(other, body)
+        (job,) = ask(other, body)
     environment, modules = job.reply["value"]
     assert modules == []
-    assert set(environment) <= {"PYTHONHASHSEED", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS",
-                                "MKL_NUM_THREADS", "LC_CTYPE", "__CF_USER_TEXT_ENCODING"}
+    assert set(environment) <= {
+        "PYTHONHASHSEED",
+        "OMP_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "LC_CTYPE",
+        "__CF_USER_TEXT_ENCODING",
+    }
 
 
 def test_descriptors_are_its_own(box):
-    body = ("import os\ndef f():\n    found = []\n    for n in range(2000):\n        try:\n"
-            "            os.fstat(n)\n            found.append(n)\n        except OSError: pass\n"
-            "    return found")
-    job, = ask(box, body)
+    body = (
+        "import os\ndef f():\n    found = []\n    for n in range(2000):\n        try:\n"
+        "            os.fstat(n)\n            found.append(n)\n        except OSError: pass\n"
+        "    return found"
+    )
+    (job,) = ask(box, body)
     assert job.reply["value"] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's levels")
 def test_not_root_and_no_privilege(box):
-    job, = ask(box, "import os\ndef f(): return os.getuid()")
+    (job,) = ask(box, "import os\ndef f(): return os.getuid()")
     assert job.reply["value"] != 0
-    job, = ask(box, "import os\ndef f(): return os.listdir('/')")
-    alone, = ask(box, "import os\ndef f(): return os.getpid()")
+    (job,) = ask(box, "import os\ndef f(): return os.listdir('/')")
+    (alone,) = ask(box, "import os\ndef f(): return os.getpid()")
     assert (alone.reply["value"] == 1) == (box.level == "namespaces"), "the first of its own tree"
     if box.level == "namespaces":  # its root folder holds Python, devices and temp alone
         assert not {"proc", "home", "etc", "sys", "var"} & set(job.reply["value"])
@@ -159,8 +172,9 @@ def test_child_that_waited_for_a_stopped_grader_is_asked_again(box):
 
 
 def test_child_that_hangs_up_and_stays_is_killed(box):
-    job, = ask(box, "import os, time\ndef f():\n    os.close(4)\n    os.close(3)\n"
-               "    time.sleep(1000)")
+    (job,) = ask(
+        box, "import os, time\ndef f():\n    os.close(4)\n    os.close(3)\n    time.sleep(1000)"
+    )
     assert (job.reply, job.end) == (None, End("garbage"))
 
 
@@ -169,12 +183,15 @@ def test_probe_finds_a_cage_that_leaks(monkeypatch):
     if sys.platform != "linux":
         pytest.skip("Linux's levels")
     start = "from instructor import cage; cage.{} = lambda *a, **k: None;"
-    for level, wall, sees in [("landlock", "landlock", "read a file of the grader"),
-                              ("seccomp", "syscalls.restrict", "read a file of the grader"),
-                              ("hook", "hook", "read a file of the grader"),
-                              ("landlock", "limit", "take 8 GiB")]:
-        broken = sandbox.START.replace("from instructor.forkserver",
-                                       f"{start.format(wall)}\nfrom instructor.forkserver")
+    for level, wall, sees in [
+        ("landlock", "landlock", "read a file of the grader"),
+        ("seccomp", "syscalls.restrict", "read a file of the grader"),
+        ("hook", "hook", "read a file of the grader"),
+        ("landlock", "limit", "take 8 GiB"),
+    ]:
+        broken = sandbox.START.replace(
+            "from instructor.forkserver", f"{start.format(wall)}\nfrom instructor.forkserver"
+        )
         monkeypatch.setattr(sandbox, "START", broken)
         with pytest.raises(ValueError, match=f"a child could:.*{sees}"):
             Sandbox(level)
@@ -182,8 +199,13 @@ def test_probe_finds_a_cage_that_leaks(monkeypatch):
 
 
 def test_falls_back_level_by_level(monkeypatch):
-    monkeypatch.setattr(Sandbox, "_start", lambda self, level, real=Sandbox._start:
-                        "not here" if level == "namespaces" else real(self, level))
+    monkeypatch.setattr(
+        Sandbox,
+        "_start",
+        lambda self, level, real=Sandbox._start: (
+            "not here" if level == "namespaces" else real(self, level)
+        ),
+    )
     with Sandbox() as found:
         assert found.level == ("landlock" if cage.landlock_version() else "seccomp")
         assert found.passed_over["namespaces"] == "not here"
@@ -200,8 +222,18 @@ def test_weak_level_is_refused_with_a_warning(tmp_path, capsys, monkeypatch):
         grade(TINY, *arguments, level="hook")
     assert not (tmp_path / "out/grades.csv").exists()
     monkeypatch.setattr("instructor.grade.load", lambda name: TINY)
-    line = ["tiny", str(arguments[0]), "--roster", str(arguments[1]), "--secret-file",
-            str(arguments[2]), "--out", str(arguments[3]), "--sandbox", "hook"]
+    line = [
+        "tiny",
+        str(arguments[0]),
+        "--roster",
+        str(arguments[1]),
+        "--secret-file",
+        str(arguments[2]),
+        "--out",
+        str(arguments[3]),
+        "--sandbox",
+        "hook",
+    ]
     assert main(line) == 2
     assert "--accept-weak-sandbox" in capsys.readouterr().err
     assert main([*line, "--accept-weak-sandbox"]) == 0
@@ -229,11 +261,21 @@ def test_as_an_ordinary_user(level):
     with tempfile.TemporaryDirectory() as folder:  # pytest's own may be closed to others
         shutil.copytree(ROOT / "instructor", f"{folder}/instructor")
         os.chmod(folder, 0o755)
-        program = (f"import sys; sys.path.insert(0, {folder!r})\n"
-                   "from instructor.sandbox import Sandbox\n"
-                   f"with Sandbox({level!r}) as box: print('in force:', box.level)")
-        done = subprocess.run([python, "-B", "-c", program], capture_output=True, text=True,
-                              user=65534, group=65534, extra_groups=[], cwd="/", env={})
+        program = (
+            f"import sys; sys.path.insert(0, {folder!r})\n"
+            "from instructor.sandbox import Sandbox\n"
+            f"with Sandbox({level!r}) as box: print('in force:', box.level)"
+        )
+        done = subprocess.run(
+            [python, "-B", "-c", program],
+            capture_output=True,
+            text=True,
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            cwd="/",
+            env={},
+        )
     if level == "namespaces" and "unshare" in done.stderr:
         pytest.skip("users may not make namespaces here")
     assert done.stdout == f"in force: {level}\n", done.stderr
@@ -242,9 +284,23 @@ def test_as_an_ordinary_user(level):
 def test_filter_allows_no_process_network_or_trace():
     if not syscalls.supported():
         pytest.skip("no table for this machine")
-    forbidden = {"socket": 41, "connect": 42, "clone": 56, "fork": 57, "vfork": 58, "execve": 59,
-                 "kill": 62, "ptrace": 101, "mount": 165, "unshare": 272, "clone3": 435,
-                 "process_vm_readv": 310, "io_uring_setup": 425, "bpf": 321, "prlimit64": 302}
+    forbidden = {
+        "socket": 41,
+        "connect": 42,
+        "clone": 56,
+        "fork": 57,
+        "vfork": 58,
+        "execve": 59,
+        "kill": 62,
+        "ptrace": 101,
+        "mount": 165,
+        "unshare": 272,
+        "clone3": 435,
+        "process_vm_readv": 310,
+        "io_uring_setup": 425,
+        "bpf": 321,
+        "prlimit64": 302,
+    }
     allowed = {row[0] for row in [*syscalls.ALLOWED.values(), *syscalls.FILES.values()]}
     assert not allowed & set(forbidden.values())
     assert 257 not in {row[0] for row in syscalls.ALLOWED.values()}, "files are a choice"
@@ -260,12 +316,19 @@ class Silent(Questions):
         return [], False
 
 
-@pytest.mark.parametrize(("data", "how"), [
-    (b"x" * (talk.LONGEST_MESSAGE + 1), "flood"),
-    (b'"' + b"x" * (talk.LONGEST_MESSAGE + 1) + b'"\n', "flood"),
-    (b"[1]\n", "garbage"), (b"{\n", "garbage"), (b"[" * 60_000 + b"\n", "garbage"),
-    (b"9" * 60_000 + b"\n", "garbage"), (b'{"nonce": "other"}\n', "garbage"),
-    (b"\xff\xfe\n", "garbage")])
+@pytest.mark.parametrize(
+    ("data", "how"),
+    [
+        (b"x" * (talk.LONGEST_MESSAGE + 1), "flood"),
+        (b'"' + b"x" * (talk.LONGEST_MESSAGE + 1) + b'"\n', "flood"),
+        (b"[1]\n", "garbage"),
+        (b"{\n", "garbage"),
+        (b"[" * 60_000 + b"\n", "garbage"),
+        (b"9" * 60_000 + b"\n", "garbage"),
+        (b'{"nonce": "other"}\n', "garbage"),
+        (b"\xff\xfe\n", "garbage"),
+    ],
+)
 def test_what_a_child_may_not_send(data, how):
     orders, server = socket.socketpair()
     with orders, server:
@@ -275,7 +338,7 @@ def test_what_a_child_may_not_send(data, how):
         with child, warden, conversation.channel, conversation.status:
             child.setblocking(False)
             while data:
-                data = data[child.send(data[:1 << 15]):]
+                data = data[child.send(data[: 1 << 15]) :]
                 conversation.read()
             assert conversation.end == End(how)
             assert warden.recv(1) == b"x", "the child is not told to end"

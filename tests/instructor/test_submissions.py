@@ -16,27 +16,34 @@ from instructor.submissions import Names, Refused, collect
 from instructor.table import safe
 from tests.instructor.classroom import SOLUTIONS, TINY, honest, notebook, write_class, zipped
 
-ROWS = [{"student_id": "s001", "name": "Ann Lee"}, {"student_id": "s-02", "name": "José Núñez"},
-        {"student_id": "7", "name": "Bo"}, {"student_id": "a/b", "name": "Zoë van Dam"}]
+ROWS = [
+    {"student_id": "s001", "name": "Ann Lee"},
+    {"student_id": "s-02", "name": "José Núñez"},
+    {"student_id": "7", "name": "Bo"},
+    {"student_id": "a/b", "name": "Zoë van Dam"},
+]
 
 
-@pytest.mark.parametrize(("path", "owners"), [
-    ("tiny_s001.ipynb", ["s001"]),
-    ("S001 (1).ipynb", ["s001"]),
-    ("hw-s-02-final.ipynb", ["s-02"]),
-    ("tiny_a-b-c14cdd.ipynb", ["a/b"]),
-    ("Ann Lee_4012_assignsubmission_file_/tiny.ipynb", ["s001"]),  # Moodle
-    ("nunezjose_4012_99_tiny-1.ipynb", ["s-02"]),  # Canvas
-    ("van Dam, Zoe/x.ipynb", []),
-    ("damzoevan_1_x.ipynb", ["a/b"]),
-    ("7.ipynb", ["7"]),
-    ("homework_7.ipynb", []),  # too short an id to be meant
-    ("s0011.ipynb", []),
-    ("tiny.ipynb", []),
-    # The LMS's words come first, the student's own after them.
-    ("Ann Lee_4012_assignsubmission_file_/tiny_s-02.ipynb", ["s001", "s-02"]),
-    ("leeann_4012_99_s-02.ipynb", ["s001", "s-02"]),
-])
+@pytest.mark.parametrize(
+    ("path", "owners"),
+    [
+        ("tiny_s001.ipynb", ["s001"]),
+        ("S001 (1).ipynb", ["s001"]),
+        ("hw-s-02-final.ipynb", ["s-02"]),
+        ("tiny_a-b-c14cdd.ipynb", ["a/b"]),
+        ("Ann Lee_4012_assignsubmission_file_/tiny.ipynb", ["s001"]),  # Moodle
+        ("nunezjose_4012_99_tiny-1.ipynb", ["s-02"]),  # Canvas
+        ("van Dam, Zoe/x.ipynb", []),
+        ("damzoevan_1_x.ipynb", ["a/b"]),
+        ("7.ipynb", ["7"]),
+        ("homework_7.ipynb", []),  # too short an id to be meant
+        ("s0011.ipynb", []),
+        ("tiny.ipynb", []),
+        # The LMS's words come first, the student's own after them.
+        ("Ann Lee_4012_assignsubmission_file_/tiny_s-02.ipynb", ["s001", "s-02"]),
+        ("leeann_4012_99_s-02.ipynb", ["s001", "s-02"]),
+    ],
+)
 def test_whom_a_path_names(path, owners):
     assert Names(ROWS, "tiny").of(path) == owners
 
@@ -65,13 +72,14 @@ def test_folder(tmp_path):
         "d.ipynb": "it is larger than 10 MiB (20480 MiB); clear its outputs and hand it in again",
         "deep/a.ipynb": "",
         "e.zip": "it is an archive inside the archive; ask for the .ipynb itself",
-        "links": "it is a link to another file, which is not followed"}
+        "links": "it is a link to another file, which is not followed",
+    }
     assert found["deep/a.ipynb"].read() == b"a"
 
 
 def test_file_that_turns_into_a_link_is_not_followed(tmp_path):
     (tmp_path / "a.ipynb").write_bytes(b"a")
-    found, = collect(tmp_path)
+    (found,) = collect(tmp_path)
     (tmp_path / "a.ipynb").unlink()
     (tmp_path / "a.ipynb").symlink_to("/etc/passwd")
     with pytest.raises(Refused, match="cannot be read"):
@@ -98,10 +106,12 @@ def test_zip_entries(tmp_path):
     found = [(s.name, s.problem, s.modified) for s in collect(path)]
     noon = datetime(2026, 11, 1, 12)
     assert found == [
-        ("evil\ufffd[2J\ufffd.ipynb", "", noon), ("good.ipynb", "", noon),
+        ("evil\ufffd[2J\ufffd.ipynb", "", noon),
+        ("good.ipynb", "", noon),
         ("good.ipynb", "the zip has two files of this name, the first one counts", noon),
         ("link.ipynb", "it is a link to another file, which is not followed", noon),
-        ("pipe.ipynb", "it is no ordinary file", noon)]
+        ("pipe.ipynb", "it is no ordinary file", noon),
+    ]
 
 
 def test_damaged_and_encrypted_entries(tmp_path):
@@ -124,10 +134,10 @@ def test_zip_that_lies_about_a_size_is_not_unpacked(tmp_path):
     data = bytearray(zipped({"a.ipynb": bytes(50 << 20)}))
     for mark, offset in ((b"PK\3\4", 22), (b"PK\1\2", 24)):
         place = data.index(mark) + offset
-        data[place:place + 4] = (1000).to_bytes(4, "little")
+        data[place : place + 4] = (1000).to_bytes(4, "little")
     path = tmp_path / "in.zip"
     path.write_bytes(data)
-    found, = collect(path)
+    (found,) = collect(path)
     with pytest.raises(Refused, match="damaged"):
         found.read()
 
@@ -151,9 +161,13 @@ WRONG = ["def effective_batch(a, b, c):\n    return 0", *SOLUTIONS[1:]]
 
 def test_lms_name_goes_before_what_the_notebook_says(tmp_path):
     """Somebody who writes another's id into a notebook changes nothing for the other."""
-    found, results = graded(tmp_path, {
-        "Ann Lee_1_assignsubmission_file_/tiny.ipynb": honest("s001"),
-        "Bo Chan_2_assignsubmission_file_/tiny_s001.ipynb": honest("s001", WRONG)})
+    found, results = graded(
+        tmp_path,
+        {
+            "Ann Lee_1_assignsubmission_file_/tiny.ipynb": honest("s001"),
+            "Bo Chan_2_assignsubmission_file_/tiny_s001.ipynb": honest("s001", WRONG),
+        },
+    )
     assert (results["s001"].score, results["s001"].flags) == (10, [])
     assert results["s002"].score == 7
     assert any("the notebook says STUDENT_ID 's001'" in flag for flag in results["s002"].flags)
@@ -161,11 +175,14 @@ def test_lms_name_goes_before_what_the_notebook_says(tmp_path):
 
 
 def test_claim_against_a_named_file_is_not_graded(tmp_path):
-    found, results = graded(tmp_path, {"tiny_s001.ipynb": honest("s001", WRONG),
-                                       "untitled.ipynb": honest("s001")})
+    found, results = graded(
+        tmp_path, {"tiny_s001.ipynb": honest("s001", WRONG), "untitled.ipynb": honest("s001")}
+    )
     assert results["s001"].score == 7
-    assert ("untitled.ipynb", "it says STUDENT_ID s001, whose file is another one") \
-        in found.ungraded
+    assert (
+        "untitled.ipynb",
+        "it says STUDENT_ID s001, whose file is another one",
+    ) in found.ungraded
     assert any("untitled.ipynb" in flag for flag in results["s001"].flags)
 
 
@@ -176,16 +193,23 @@ def test_two_claims_cannot_spoil_each_other(tmp_path):
 
 
 def test_refused_second_file_does_not_cost_the_first(tmp_path):
-    _, results = graded(tmp_path, {"tiny_s001.ipynb": honest("s001"),
-                                   "x/s001.ipynb": b"no JSON", "x/s001.pdf": b"%PDF"})
+    _, results = graded(
+        tmp_path,
+        {"tiny_s001.ipynb": honest("s001"), "x/s001.ipynb": b"no JSON", "x/s001.pdf": b"%PDF"},
+    )
     assert (results["s001"].status, results["s001"].score) == ("graded", 10)
     assert sum("refused" in flag for flag in results["s001"].flags) == 2
 
 
 def test_id_from_the_notebook_where_the_name_says_nothing(tmp_path):
-    found, results = graded(tmp_path, {"untitled.ipynb": honest(" S002 "),
-                                       "other.ipynb": honest("s999"),
-                                       "blank.ipynb": honest("...")})
+    found, results = graded(
+        tmp_path,
+        {
+            "untitled.ipynb": honest(" S002 "),
+            "other.ipynb": honest("s999"),
+            "blank.ipynb": honest("..."),
+        },
+    )
     assert results["s002"].score == 10 and results["s001"].status == "missing"
     nobodys = "neither its name nor its STUDENT_ID is in the roster"
     assert found.ungraded == [("blank.ipynb", nobodys), ("other.ipynb", f"{nobodys} ('s999')")]
@@ -196,10 +220,23 @@ def test_untouched_id_is_no_mismatch(tmp_path):
     assert results["s001"].flags == []
 
 
-@pytest.mark.parametrize(("text", "cell"), [
-    ("=1+1", "'=1+1"), ("+49 30", "'+49 30"), ("-5", "'-5"), ("@x", "'@x"), ("  =x", "'  =x"),
-    ("\t=x", "'\t=x"), ("a\n=x", "a =x"), ("\uff1dx", "'\uff1dx"), ("Ann", "Ann"), ("", ""),
-    ("a\ud800", "a?"), ("12", "12")])
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+49 30", "'+49 30"),
+        ("-5", "'-5"),
+        ("@x", "'@x"),
+        ("  =x", "'  =x"),
+        ("\t=x", "'\t=x"),
+        ("a\n=x", "a =x"),
+        ("\uff1dx", "'\uff1dx"),
+        ("Ann", "Ann"),
+        ("", ""),
+        ("a\ud800", "a?"),
+        ("12", "12"),
+    ],
+)
 def test_cells_are_safe_for_spreadsheets(text, cell):
     assert safe(text) == cell
 
@@ -213,29 +250,42 @@ def texts(cells):
 
 
 def test_takes_what_the_function_needs_and_no_more():
-    found = texts([
-        "import math\nimport torch\nmodel = torch.nn.Linear(9, 9)\nRATE = 2",
-        "%pip install nothing\n!ls\nfiles = !ls\nmath?\n%time x = 1\nPLAN = {'a': RATE}",
-        "%%bash\nrm -rf /",
-        "%%time\ndef helper(x: torch.Tensor) -> 'y':\n    model = 3\n"
-        "    return math.ceil(x) * RATE",
-        "helper(3)\nfor i in range(10**9): pass",
-        "class Unused: pass",
-        "@decorate\ndef f(x):\n    return [helper(i) for i in x], PLAN",
-        "def decorate(g): return g"])
+    found = texts(
+        [
+            "import math\nimport torch\nmodel = torch.nn.Linear(9, 9)\nRATE = 2",
+            "%pip install nothing\n!ls\nfiles = !ls\nmath?\n%time x = 1\nPLAN = {'a': RATE}",
+            "%%bash\nrm -rf /",
+            "%%time\ndef helper(x: torch.Tensor) -> 'y':\n    model = 3\n"
+            "    return math.ceil(x) * RATE",
+            "helper(3)\nfor i in range(10**9): pass",
+            "class Unused: pass",
+            "@decorate\ndef f(x):\n    return [helper(i) for i in x], PLAN",
+            "def decorate(g): return g",
+        ]
+    )
     assert [t.split("\n")[0] for t in found] == [
-        "import math", "RATE = 2", "PLAN = {'a': RATE}",
-        "def helper(x: torch.Tensor) -> 'y':", "@decorate", "def decorate(g): return g"]
+        "import math",
+        "RATE = 2",
+        "PLAN = {'a': RATE}",
+        "def helper(x: torch.Tensor) -> 'y':",
+        "@decorate",
+        "def decorate(g): return g",
+    ]
 
 
 def test_all_that_binds_a_name_is_taken_in_order():
     assert texts(["x = 1", "x += 1", "def f(): return x", "x = 5"]) == [
-        "x = 1", "x += 1", "def f(): return x", "x = 5"]
+        "x = 1",
+        "x += 1",
+        "def f(): return x",
+        "x = 5",
+    ]
     assert texts(["from math import *", "def f(x): return floor(x)"])[0] == "from math import *"
     assert texts(["from math import *", "def f(x): return abs(x)"]) == ["def f(x): return abs(x)"]
     assert texts(["f = lambda x: x"]) == ["f = lambda x: x"]
-    assert texts(["try:\n    import numpy as n\nexcept ImportError:\n    n = None",
-                  "def f(): return n"])[0].startswith("try:")
+    assert texts(
+        ["try:\n    import numpy as n\nexcept ImportError:\n    n = None", "def f(): return n"]
+    )[0].startswith("try:")
 
 
 def test_last_definition_wins_and_is_flagged():
@@ -246,7 +296,7 @@ def test_last_definition_wins_and_is_flagged():
 
 
 def test_line_numbers_are_those_of_the_cell():
-    (cell, text), = read(["x = 1", "# a comment\n\ndef f():\n    pass"])["f"]["source"]
+    ((cell, text),) = read(["x = 1", "# a comment\n\ndef f():\n    pass"])["f"]["source"]
     assert (cell, text[:2], text.count("\n")) == (3 - 1, "\n\n", 3)
 
 
@@ -258,14 +308,25 @@ def test_shape_ignores_names_and_layout_but_not_work():
     base = "def f(a, b):\n    total = a + b  # sum\n    return total"
     assert shape_of(base) == shape_of('def f(x, y):\n    """D."""\n\n    t = (x + y)\n    return t')
     assert shape_of(base) == shape_of("def f(x: int, y) -> int:\n    t = x + y\n    return t")
-    for other in (base.replace("a + b", "a - b"), base.replace("a + b", "b + a"),
-                  base.replace("a + b", "a + b + 1"), base.replace("return total", "return b")):
+    for other in (
+        base.replace("a + b", "a - b"),
+        base.replace("a + b", "b + a"),
+        base.replace("a + b", "a + b + 1"),
+        base.replace("return total", "return b"),
+    ):
         assert shape_of(base) != shape_of(other)
 
 
-@pytest.mark.parametrize("cells", [
-    [{"cell_type": "code", "source": 5}], [7], [{"cell_type": "code"}],
-    [{"cell_type": "code", "source": ["x", 1]}], [{"cell_type": ["code"], "source": "x"}]])
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [{"cell_type": "code", "source": 5}],
+        [7],
+        [{"cell_type": "code"}],
+        [{"cell_type": "code", "source": ["x", 1]}],
+        [{"cell_type": ["code"], "source": "x"}],
+    ],
+)
 def test_odd_cells_are_passed_over(cells):
     data = json.dumps({"cells": cells}).encode()
     assert "problem" in source.read(data, ["f"])["functions"]["f"]

@@ -4,8 +4,9 @@ from tools import cheat_sheet
 
 
 def test_page_is_what_the_course_computes_today():
-    assert cheat_sheet.PAGE.read_text("utf-8") == cheat_sheet.page(), \
+    assert cheat_sheet.PAGE.read_text("utf-8") == cheat_sheet.page(), (
         "run python -m tools.cheat_sheet"
+    )
 
 
 def test_page_fits_one_sheet():

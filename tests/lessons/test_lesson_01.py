@@ -59,30 +59,45 @@ def judge_logits(check, answer, full):
 
 # exercise: (how to call its check, reference, {wrong answer's name: answer}, untouched)
 EXERCISES = {
-    "check_saved_numbers": (judge_formula, numbers, {
-        "bytes": lambda *w: 4 * numbers(*w),
-        "no grouped queries": lambda h, kv, f, n: numbers(h, h, f, n),
-        "no log-sum-exp": lambda h, kv, f, n: numbers(h, kv, f, n) - n,
-        "no attention output": lambda h, kv, f, n: numbers(h, kv, f, n) - h,
-        "three MLP tensors": lambda h, kv, f, n: numbers(h, kv, f, n) - f,
-        "the boundary alone": lambda h, kv, f, n: h,
-        "only right for the bundled shape": lambda h, kv, f, n: 3208,
-    }, unfinished),
-    "check_largest_batch": (judge_batch, 12, {
-        "one too small": 10,
-        "MB for MiB": 11,
-        "forgot all that stays": 14,
-        "forgot the optimizer state": 13,
-        "scaled the whole peak": 4,
-        "far too large": 40,
-        "half a sequence": 12.5,
-    }, ...),
-    "check_logits_at_peak": (judge_logits, 3 * 512 * 1280 * 4, {
-        "one copy": 512 * 1280 * 4,
-        "with the embedding": 3 * 512 * 1280 * 4 + 3 * 1280 * 192 * 4,
-        "in MiB": 7.5,
-        "text": "7.5 MiB",
-    }, ...),
+    "check_saved_numbers": (
+        judge_formula,
+        numbers,
+        {
+            "bytes": lambda *w: 4 * numbers(*w),
+            "no grouped queries": lambda h, kv, f, n: numbers(h, h, f, n),
+            "no log-sum-exp": lambda h, kv, f, n: numbers(h, kv, f, n) - n,
+            "no attention output": lambda h, kv, f, n: numbers(h, kv, f, n) - h,
+            "three MLP tensors": lambda h, kv, f, n: numbers(h, kv, f, n) - f,
+            "the boundary alone": lambda h, kv, f, n: h,
+            "only right for the bundled shape": lambda h, kv, f, n: 3208,
+        },
+        unfinished,
+    ),
+    "check_largest_batch": (
+        judge_batch,
+        12,
+        {
+            "one too small": 10,
+            "MB for MiB": 11,
+            "forgot all that stays": 14,
+            "forgot the optimizer state": 13,
+            "scaled the whole peak": 4,
+            "far too large": 40,
+            "half a sequence": 12.5,
+        },
+        ...,
+    ),
+    "check_logits_at_peak": (
+        judge_logits,
+        3 * 512 * 1280 * 4,
+        {
+            "one copy": 512 * 1280 * 4,
+            "with the embedding": 3 * 512 * 1280 * 4 + 3 * 1280 * 192 * 4,
+            "in MiB": 7.5,
+            "text": "7.5 MiB",
+        },
+        ...,
+    ),
 }
 
 
@@ -109,21 +124,33 @@ def test_check_knows_right_from_wrong(name, full):
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize(("stub", "complaint"), [
-    (lambda *_, **__: right("well done."), "accepts"),
-    (lambda *_, **__: not_yet("no."), "refuses the reference"),
-], ids=["accepts everything", "refuses everything"])
+@pytest.mark.parametrize(
+    ("stub", "complaint"),
+    [
+        (lambda *_, **__: right("well done."), "accepts"),
+        (lambda *_, **__: not_yet("no."), "refuses the reference"),
+    ],
+    ids=["accepts everything", "refuses everything"],
+)
 def test_check_that_judges_nothing_is_caught(name, stub, complaint, full):
     found = complaints(name, stub, full)
     assert any(complaint in text for text in found)
     assert any("untouched" in text for text in found)
 
 
-@pytest.mark.parametrize(("answer", "words"), [
-    (11, "you used MB (10**6) where the budget is in MiB"), (14, "on an empty card"),
-    (13, "the optimizer state stays"), (4, "you scaled the whole peak"), (10, "11 fits as well"),
-    (40, "that runs out of memory"), (12.5, "a whole number"), (0, "a whole number"),
-])
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (11, "you used MB (10**6) where the budget is in MiB"),
+        (14, "on an empty card"),
+        (13, "the optimizer state stays"),
+        (4, "you scaled the whole peak"),
+        (10, "11 fits as well"),
+        (40, "that runs out of memory"),
+        (12.5, "a whole number"),
+        (0, "a whole number"),
+    ],
+)
 def test_largest_batch_names_the_mistake(answer, words):
     verdict = lesson_01.check_largest_batch(answer, two_steps, FULL, BUDGET)
     assert words in repr(verdict)
@@ -161,6 +188,7 @@ def test_glossary_has_each_new_concept(path):
 def test_term_that_the_glossary_lacks_is_found():
     path = lesson_scripts(["01"])[0]
     lesson, glossary = path.read_text("utf-8"), path.with_name("glossary.md").read_text("utf-8")
-    assert missing_terms(lesson, "01", glossary.replace("**logits term**", "logit")) == \
-        ["the logits term"]
+    assert missing_terms(lesson, "01", glossary.replace("**logits term**", "logit")) == [
+        "the logits term"
+    ]
     assert len(missing_terms(lesson, "02", glossary)) == 5

@@ -19,8 +19,16 @@ from fitcast.step import qlora
 from fitcast.step.levers import decoder_layers, unwrap
 from fitcast.units import GIB, show_bytes
 
-RECIPE = TrainRecipe(model=BUNDLED, base="float32", lora_rank=16, lora_dropout=0.0, checkpointed_layers=0,
-                     optimizer="adamw", micro_batch_size=2, sequence_length=32)
+RECIPE = TrainRecipe(
+    model=BUNDLED,
+    base="float32",
+    lora_rank=16,
+    lora_dropout=0.0,
+    checkpointed_layers=0,
+    optimizer="adamw",
+    micro_batch_size=2,
+    sequence_length=32,
+)
 
 
 class Forget(torch.autograd.Function):
@@ -131,42 +139,57 @@ def check_smallest_k(answer=...):
     return lesson_02.check_smallest_k(answer, EIGHT, gpus.T4, 12 * GIB)
 
 
-CHECKS = {"check_traces": lesson_02.check_traces, "check_forget": lesson_02.check_forget,
-          "check_smallest_k": check_smallest_k}
+CHECKS = {
+    "check_traces": lesson_02.check_traces,
+    "check_forget": lesson_02.check_forget,
+    "check_smallest_k": check_smallest_k,
+}
 # exercise: (reference, {wrong answer's name: answer}, untouched answers)
 EXERCISES = {
-    "check_traces": (traces(ALL, SOME), {
-        "counted after the step": traces([5, 4, 3, 2, 1, 0], SOME),
-        "nothing is freed": traces([6] * 6, SOME),
-        "no room for what is recomputed": traces(ALL, [3, 3, 2, 2, 1, 1]),
-        "everything recomputed at once": traces(ALL, ALL),
-        "kept ones stay": traces(ALL, [3] * 6),
-        "a slip at step 3": traces(ALL, [4, 3, 3, 3, 2, 1]),
-        "too short": traces(ALL, [4, 3]),
-        "a number": traces(6, 4),
-    }, (..., traces(..., ...), traces(ALL, ...))),
-    "check_forget": (Forget.apply, {
-        "does not forget": lambda function, x: function(x),
-        "keeps the graph": KeepsTheGraph.apply,
-        "another result": lambda function, x: Forget.apply(function, x) + 1,
-        "no graph in backward": backward(without_grad_mode),
-        "grad for x.grad": backward(passes_grad_on),
-        "starts from nothing": backward(starts_from_nothing),
-        "no gradients for the weights": backward(only_the_input),
-        "twice": backward(twice),
-        "a number": 3,
-    }, (..., Untouched.apply, backward(never_filled_in))),
-    "check_smallest_k": (18, {
-        "rounded up": 17,
-        "one too many": 19,
-        "the ones that remember": 14,
-        "GB for GiB": 20,
-        "every layer": 32,
-        "none": 0,
-        "too many": 33,
-        "half a layer": 17.5,
-        "text": "18 layers",
-    }, (...,)),
+    "check_traces": (
+        traces(ALL, SOME),
+        {
+            "counted after the step": traces([5, 4, 3, 2, 1, 0], SOME),
+            "nothing is freed": traces([6] * 6, SOME),
+            "no room for what is recomputed": traces(ALL, [3, 3, 2, 2, 1, 1]),
+            "everything recomputed at once": traces(ALL, ALL),
+            "kept ones stay": traces(ALL, [3] * 6),
+            "a slip at step 3": traces(ALL, [4, 3, 3, 3, 2, 1]),
+            "too short": traces(ALL, [4, 3]),
+            "a number": traces(6, 4),
+        },
+        (..., traces(..., ...), traces(ALL, ...)),
+    ),
+    "check_forget": (
+        Forget.apply,
+        {
+            "does not forget": lambda function, x: function(x),
+            "keeps the graph": KeepsTheGraph.apply,
+            "another result": lambda function, x: Forget.apply(function, x) + 1,
+            "no graph in backward": backward(without_grad_mode),
+            "grad for x.grad": backward(passes_grad_on),
+            "starts from nothing": backward(starts_from_nothing),
+            "no gradients for the weights": backward(only_the_input),
+            "twice": backward(twice),
+            "a number": 3,
+        },
+        (..., Untouched.apply, backward(never_filled_in)),
+    ),
+    "check_smallest_k": (
+        18,
+        {
+            "rounded up": 17,
+            "one too many": 19,
+            "the ones that remember": 14,
+            "GB for GiB": 20,
+            "every layer": 32,
+            "none": 0,
+            "too many": 33,
+            "half a layer": 17.5,
+            "text": "18 layers",
+        },
+        (...,),
+    ),
 }
 # Two answers that keep as much hear the same sentence.
 ALIKE = {"check_traces": 0, "check_forget": 1, "check_smallest_k": 0}
@@ -179,8 +202,9 @@ def complaints(name, check) -> list[str]:
     if not check(reference).passed:
         found.append(f"refuses the reference: {check(reference)}")
     verdicts = {mistake: check(answer) for mistake, answer in mistakes.items()}
-    found += [f"accepts {mistake}" for mistake, verdict in verdicts.items()
-              if verdict.passed is not False]
+    found += [
+        f"accepts {mistake}" for mistake, verdict in verdicts.items() if verdict.passed is not False
+    ]
     if len({repr(verdict) for verdict in verdicts.values()}) < len(verdicts) - ALIKE[name]:
         found.append("says the same of different mistakes")
     for answer in untouched:
@@ -196,59 +220,78 @@ def test_check_knows_right_from_wrong(name):
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize(("stub", "complaint"), [
-    (lambda *_, **__: right("well done."), "accepts"),
-    (lambda *_, **__: not_yet("no."), "refuses the reference"),
-], ids=["accepts everything", "refuses everything"])
+@pytest.mark.parametrize(
+    ("stub", "complaint"),
+    [
+        (lambda *_, **__: right("well done."), "accepts"),
+        (lambda *_, **__: not_yet("no."), "refuses the reference"),
+    ],
+    ids=["accepts everything", "refuses everything"],
+)
 def test_check_that_judges_nothing_is_caught(name, stub, complaint):
     found = complaints(name, stub)
     assert any(complaint in text for text in found)
     assert any("untouched" in text for text in found)
 
 
-@pytest.mark.parametrize(("answer", "words"), [
-    (backward(without_grad_mode), "under `torch.enable_grad()`"),
-    (backward(passes_grad_on), "backward returns what arrived at `x`"),
-    (backward(starts_from_ones), "starts from `grad`"),
-    (backward(starts_from_nothing), "starts from the gradient that came in"),
-    (backward(only_the_input), "the weights got no gradient"),
-    (backward(twice), "from `grad`, once"),
-    (lambda function, x: function(x), "wait for backward; the target is at most 24.00 KiB"),
-    (lambda function, x: Forget.apply(function, x) * 2, "not function(x)"),
-])
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (backward(without_grad_mode), "under `torch.enable_grad()`"),
+        (backward(passes_grad_on), "backward returns what arrived at `x`"),
+        (backward(starts_from_ones), "starts from `grad`"),
+        (backward(starts_from_nothing), "starts from the gradient that came in"),
+        (backward(only_the_input), "the weights got no gradient"),
+        (backward(twice), "from `grad`, once"),
+        (lambda function, x: function(x), "wait for backward; the target is at most 24.00 KiB"),
+        (lambda function, x: Forget.apply(function, x) * 2, "not function(x)"),
+    ],
+)
 def test_forget_names_the_mistake(answer, words):
     assert words in repr(lesson_02.check_forget(answer))
 
 
-@pytest.mark.parametrize(("answer", "words"), [
-    (17, "that runs out of memory. Its peak is 12.02 GiB"), (19, "18 fit as well"),
-    (14, "how many layers may *remember*"), (20, "you used GB (10**9)"),
-    (32, "each layer that remembers saves time"), (33, "from 0 to 32"), (17.5, "a whole number"),
-])
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (17, "that runs out of memory. Its peak is 12.02 GiB"),
+        (19, "18 fit as well"),
+        (14, "how many layers may *remember*"),
+        (20, "you used GB (10**9)"),
+        (32, "each layer that remembers saves time"),
+        (33, "from 0 to 32"),
+        (17.5, "a whole number"),
+    ],
+)
 def test_smallest_k_names_the_mistake(answer, words):
     assert words in repr(check_smallest_k(answer))
 
 
 def test_memory_is_linear_in_k():
     """What the hints of exercise 02.3 rest on."""
-    peaks = [forecast(replace(EIGHT, checkpointed_layers=k)).peak_allocated_bytes
-             for k in (16, 17, 18, 24, 32)]
+    peaks = [
+        forecast(replace(EIGHT, checkpointed_layers=k)).peak_allocated_bytes
+        for k in (16, 17, 18, 24, 32)
+    ]
     assert peaks[0] - peaks[1] == pytest.approx(peaks[1] - peaks[2], rel=1e-3)
     assert peaks[0] - peaks[1] == pytest.approx((peaks[3] - peaks[4]) / 8, rel=1e-2)
 
 
 def test_two_long_sequences_of_3b_are_safe_on_a_t4_and_three_are_not():
     """What lesson 02 hands to lesson 03, in words."""
-    steps = [forecast(replace(EIGHT, model="llama-3.2-3b", sequence_length=2048,
-                              micro_batch_size=n)) for n in (2, 3)]
+    steps = [
+        forecast(replace(EIGHT, model="llama-3.2-3b", sequence_length=2048, micro_batch_size=n))
+        for n in (2, 3)
+    ]
     assert [step.fits for step in steps] == [True, True]
     assert steps[0].margin_bytes > GIB and steps[1].margin_bytes < -GIB
 
 
 def test_rule_of_three_billion_is_wrong_on_both_sides():
     def fits(model, length):
-        return forecast(replace(EIGHT, model=model, sequence_length=length,
-                                checkpointed_layers=0)).fits
+        return forecast(
+            replace(EIGHT, model=model, sequence_length=length, checkpointed_layers=0)
+        ).fits
 
     assert fits("llama-3.1-8b", 512) and not fits("llama-3.2-1b", 2048)
 
@@ -277,8 +320,9 @@ def gradients(model) -> list:
     return [p.grad for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("forget", [Forget.apply, functools.partial(checkpoint,
-                                                                    use_reentrant=True)])
+@pytest.mark.parametrize(
+    "forget", [Forget.apply, functools.partial(checkpoint, use_reentrant=True)]
+)
 def test_reentrant_checkpoints_lose_adapters_silently(forget):
     """The learner's function behaves as PyTorch's reentrant kind does, in the real model."""
     found = gradients(adapted(forget, layers=3))
@@ -314,8 +358,11 @@ def test_a_layer_forgets_only_in_training_mode():
 
 def test_widget_follows_the_forecast():
     explorer = widgets.forgetting_explorer()
-    peak = forecast(TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=2048,
-                                checkpointed_layers=8)).peak_allocated_bytes
+    peak = forecast(
+        TrainRecipe(
+            model="llama-3.2-1b", amp_dtype="float16", sequence_length=2048, checkpointed_layers=8
+        )
+    ).peak_allocated_bytes
     assert f"8 of 16 layers: {show_bytes(peak)}, fits" in explorer.figure.alt
     assert "0 of 16 layers" in explorer.figure.alt and "does not fit" in explorer.figure.alt
     explorer.controls["sequence_length"].value = 256

@@ -19,13 +19,17 @@ from fitcast.training.batching import labelled_tokens
 
 def schedule(epoch_steps, warmup_of=None, lines_of=None, ranks_of=lambda ranks: ranks):
     """A learner's function, from what it takes for the steps of the epochs."""
+
     def answer(examples, micro_batch_size, accumulation, ranks, epochs, warmup, logging_steps):
         micro_batches = math.ceil(examples / (micro_batch_size * ranks_of(ranks)))
         steps = epoch_steps(micro_batches, accumulation, epochs)
         seen = epochs * micro_batches
-        return (steps, math.ceil(warmup * steps) if warmup_of is None else
-                warmup_of(warmup, steps, seen),
-                steps // logging_steps if lines_of is None else lines_of(seen, logging_steps))
+        return (
+            steps,
+            math.ceil(warmup * steps) if warmup_of is None else warmup_of(warmup, steps, seen),
+            steps // logging_steps if lines_of is None else lines_of(seen, logging_steps),
+        )
+
     return answer
 
 
@@ -39,9 +43,11 @@ def unfinished_schedule(examples, micro_batch_size, accumulation, ranks, epochs,
 
 def by(weight_of):
     """A learner's accumulation, from the weight that it gives a micro batch's mean."""
+
     def answer(model, micro_batches):
         for micro_batch in micro_batches:
             (model(**micro_batch).loss * weight_of(micro_batch, micro_batches)).backward()
+
     return answer
 
 
@@ -54,13 +60,15 @@ def unshifted(micro_batch):
 
 
 def backward_at_the_end(model, micro_batches):
-    sum(model(**m).loss * labelled_tokens(m) / total(micro_batches)
-        for m in micro_batches).backward()
+    sum(
+        model(**m).loss * labelled_tokens(m) / total(micro_batches) for m in micro_batches
+    ).backward()
 
 
 def all_at_once(model, micro_batches):
-    model(**{name: torch.cat([m[name] for m in micro_batches])
-             for name in micro_batches[0]}).loss.backward()
+    model(
+        **{name: torch.cat([m[name] for m in micro_batches]) for name in micro_batches[0]}
+    ).loss.backward()
 
 
 def clears(model, micro_batches):
@@ -133,6 +141,7 @@ def hides_errors(train, upper):
             raise
         except ValueError:
             pass
+
     return bisect(quiet, upper)
 
 
@@ -150,59 +159,101 @@ def unfinished_search(train, upper):
 
 # exercise: reference, {wrong answer's name: (answer, words of its verdict)}, untouched
 EXERCISES = {
-    "check_schedule": (schedule(steps), {
-        "counts micro batches": (schedule(lambda n, _, epochs: epochs * n),
-                                 "those are micro batches"),
-        "drops the rest": (schedule(lambda n, accumulation, epochs: epochs * (n // accumulation)),
-                           "round up"),
-        "carries the rest over": (
-            schedule(lambda n, accumulation, epochs: math.ceil(epochs * n / accumulation)),
-            "does not run on into the next epoch"),
-        "warm-up in micro batches": (
-            schedule(steps, lambda warmup, _, seen: math.ceil(warmup * seen)),
-            "not of the micro batches"),
-        "warm-up rounded down": (schedule(steps, lambda warmup, n, _: int(warmup * n)),
-                                 "a share of a warm-up step"),
-        "logs micro batches": (schedule(steps, lines_of=lambda seen, every: seen // every),
-                               "`logging_steps` counts optimizer steps"),
-        "forgets the ranks": (schedule(steps, ranks_of=lambda _: 1), "only its share"),
-        "one number": (lambda *_: 4, "should give"),
-        "divides by zero": (lambda *_: 1 / 0, "ZeroDivisionError"),
-        "not a function": (12, "a function is asked for"),
-    }, unfinished_schedule),
-    "check_accumulation": (by(lambda m, all_: labelled_tokens(m) / total(all_)), {
-        "mean of means": (by(lambda _, all_: 1 / len(all_)), "the mean of the micro batches'"),
-        "adds means": (by(lambda *_: 1), "adds the means up"),
-        "counts position 0": (by(lambda m, all_: unshifted(m) / sum(map(unshifted, all_))),
-                              "labels[:, 1:]"),
-        "does not divide": (by(lambda m, _: labelled_tokens(m)), "nothing divides"),
-        "clears in the loop": (clears, "only the last micro batch"),
-        "backward at the end": (backward_at_the_end, "at most"),
-        "all at once": (all_at_once, "let each micro batch's graph go"),
-        "no backward": (only_forward, "backward() was not called"),
-        "half of it": (by(lambda m, all_: labelled_tokens(m) / total(all_) / 2), "error"),
-    }, unfinished_accumulation),
-    "check_search": (bisect, {
-        "linear": (linear, "38 attempts"),
-        "powers of two": (powers_of_two, "32 trains, but so does 37"),
-        "inside except": (inside_except, "began inside `except`"),
-        "first failure": (lambda train, upper: bisect(train, upper) + 1, "38 runs out of memory"),
-        "catches nothing": (lambda train, upper: train(upper), "came through"),
-        "hides other errors": (hides_errors, "a ValueError is no lack of memory"),
-        "hides RuntimeErrors": (hides_runtime_errors, "a RuntimeError is no lack of memory when"),
-        "64 built in": (lambda train, upper: bisect(train, 64), "10 was the largest"),
-        "beyond upper": (lambda train, upper: bisect(train, 2 * upper), "64 was the largest"),
-        "half a sequence": (lambda train, upper: train(upper / 3), "whole number"),
-    }, unfinished_search),
-    "check_rank_loss": (lambda loss_sum, mine, all_, ranks: loss_sum * ranks / all_, {
-        "its own mean": (lambda loss_sum, mine, all_, ranks: loss_sum / mine, "own mean"),
-        "forgets DDP": (lambda loss_sum, mine, all_, ranks: loss_sum / all_, "2 times too small"),
-        "a sum": (lambda loss_sum, mine, all_, ranks: loss_sum, "sum over tokens"),
-        "own mean times ranks": (lambda loss_sum, mine, all_, ranks: loss_sum * ranks / mine,
-                                 "still divided by the rank's own"),
-        "upside down": (lambda loss_sum, mine, all_, ranks: loss_sum * all_ / ranks, "error is"),
-        "detached": (lambda loss_sum, mine, all_, ranks: loss_sum.detach(), "RuntimeError"),
-    }, lambda *_: ...),
+    "check_schedule": (
+        schedule(steps),
+        {
+            "counts micro batches": (
+                schedule(lambda n, _, epochs: epochs * n),
+                "those are micro batches",
+            ),
+            "drops the rest": (
+                schedule(lambda n, accumulation, epochs: epochs * (n // accumulation)),
+                "round up",
+            ),
+            "carries the rest over": (
+                schedule(lambda n, accumulation, epochs: math.ceil(epochs * n / accumulation)),
+                "does not run on into the next epoch",
+            ),
+            "warm-up in micro batches": (
+                schedule(steps, lambda warmup, _, seen: math.ceil(warmup * seen)),
+                "not of the micro batches",
+            ),
+            "warm-up rounded down": (
+                schedule(steps, lambda warmup, n, _: int(warmup * n)),
+                "a share of a warm-up step",
+            ),
+            "logs micro batches": (
+                schedule(steps, lines_of=lambda seen, every: seen // every),
+                "`logging_steps` counts optimizer steps",
+            ),
+            "forgets the ranks": (schedule(steps, ranks_of=lambda _: 1), "only its share"),
+            "one number": (lambda *_: 4, "should give"),
+            "divides by zero": (lambda *_: 1 / 0, "ZeroDivisionError"),
+            "not a function": (12, "a function is asked for"),
+        },
+        unfinished_schedule,
+    ),
+    "check_accumulation": (
+        by(lambda m, all_: labelled_tokens(m) / total(all_)),
+        {
+            "mean of means": (by(lambda _, all_: 1 / len(all_)), "the mean of the micro batches'"),
+            "adds means": (by(lambda *_: 1), "adds the means up"),
+            "counts position 0": (
+                by(lambda m, all_: unshifted(m) / sum(map(unshifted, all_))),
+                "labels[:, 1:]",
+            ),
+            "does not divide": (by(lambda m, _: labelled_tokens(m)), "nothing divides"),
+            "clears in the loop": (clears, "only the last micro batch"),
+            "backward at the end": (backward_at_the_end, "at most"),
+            "all at once": (all_at_once, "let each micro batch's graph go"),
+            "no backward": (only_forward, "backward() was not called"),
+            "half of it": (by(lambda m, all_: labelled_tokens(m) / total(all_) / 2), "error"),
+        },
+        unfinished_accumulation,
+    ),
+    "check_search": (
+        bisect,
+        {
+            "linear": (linear, "38 attempts"),
+            "powers of two": (powers_of_two, "32 trains, but so does 37"),
+            "inside except": (inside_except, "began inside `except`"),
+            "first failure": (
+                lambda train, upper: bisect(train, upper) + 1,
+                "38 runs out of memory",
+            ),
+            "catches nothing": (lambda train, upper: train(upper), "came through"),
+            "hides other errors": (hides_errors, "a ValueError is no lack of memory"),
+            "hides RuntimeErrors": (
+                hides_runtime_errors,
+                "a RuntimeError is no lack of memory when",
+            ),
+            "64 built in": (lambda train, upper: bisect(train, 64), "10 was the largest"),
+            "beyond upper": (lambda train, upper: bisect(train, 2 * upper), "64 was the largest"),
+            "half a sequence": (lambda train, upper: train(upper / 3), "whole number"),
+        },
+        unfinished_search,
+    ),
+    "check_rank_loss": (
+        lambda loss_sum, mine, all_, ranks: loss_sum * ranks / all_,
+        {
+            "its own mean": (lambda loss_sum, mine, all_, ranks: loss_sum / mine, "own mean"),
+            "forgets DDP": (
+                lambda loss_sum, mine, all_, ranks: loss_sum / all_,
+                "2 times too small",
+            ),
+            "a sum": (lambda loss_sum, mine, all_, ranks: loss_sum, "sum over tokens"),
+            "own mean times ranks": (
+                lambda loss_sum, mine, all_, ranks: loss_sum * ranks / mine,
+                "still divided by the rank's own",
+            ),
+            "upside down": (
+                lambda loss_sum, mine, all_, ranks: loss_sum * all_ / ranks,
+                "error is",
+            ),
+            "detached": (lambda loss_sum, mine, all_, ranks: loss_sum.detach(), "RuntimeError"),
+        },
+        lambda *_: ...,
+    ),
 }
 
 
@@ -214,8 +265,11 @@ def complaints(name, check) -> list[str]:
         found.append(f"refuses the reference: {check(reference)}")
     said = {mistake: check(answer) for mistake, (answer, _) in mistakes.items()}
     found += [f"accepts {mistake}" for mistake, verdict in said.items() if verdict.passed]
-    found += [f"does not name {mistake}: {said[mistake]}" for mistake, (_, words)
-              in mistakes.items() if words not in repr(said[mistake])]
+    found += [
+        f"does not name {mistake}: {said[mistake]}"
+        for mistake, (_, words) in mistakes.items()
+        if words not in repr(said[mistake])
+    ]
     if len({repr(verdict) for verdict in said.values()}) < len(said):
         found.append("says the same of different mistakes")
     for answer in (untouched, ...):
@@ -231,10 +285,14 @@ def test_check_knows_right_from_wrong(name):
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize(("stub", "complaint"), [
-    (lambda *_, **__: right("well done."), "accepts"),
-    (lambda *_, **__: not_yet("no."), "refuses the reference"),
-], ids=["accepts everything", "refuses everything"])
+@pytest.mark.parametrize(
+    ("stub", "complaint"),
+    [
+        (lambda *_, **__: right("well done."), "accepts"),
+        (lambda *_, **__: not_yet("no."), "refuses the reference"),
+    ],
+    ids=["accepts everything", "refuses everything"],
+)
 def test_check_that_judges_nothing_is_caught(name, stub, complaint):
     found = complaints(name, stub)
     assert any(complaint in text for text in found)
@@ -243,6 +301,7 @@ def test_check_that_judges_nothing_is_caught(name, stub, complaint):
 
 def test_other_ways_to_accumulate_pass():
     """What is checked is the gradient and the peak, not how they come about."""
+
     def by_num_items(model, micro_batches):
         for m in micro_batches:
             model(**m, num_items_in_batch=total(micro_batches)).loss.backward()
@@ -259,6 +318,7 @@ def test_other_ways_to_accumulate_pass():
 
 def test_other_searches_pass():
     """Doubling first, then halving, from 1 upwards."""
+
     def doubling(train, upper):
         def fits(size):
             try:
@@ -301,19 +361,30 @@ def test_a_search_may_look_at_other_errors_and_raise_them_again():
     assert lesson_03.check_search(careful).passed
 
 
-@pytest.mark.parametrize(("case", "counted"), [
-    ((32, 2, 4, 1, 1, 0.5, 1), (4, 2, 4)),  # 16 micro batches
-    ((20, 2, 4, 1, 2, 0.1, 2), (6, 1, 3)),  # 10 an epoch: two whole updates and a rest, twice
-    ((40, 2, 4, 2, 2, 0.25, 2), (6, 2, 3)),  # the same 10 on each of two ranks
-])
+@pytest.mark.parametrize(
+    ("case", "counted"),
+    [
+        ((32, 2, 4, 1, 1, 0.5, 1), (4, 2, 4)),  # 16 micro batches
+        ((20, 2, 4, 1, 2, 0.1, 2), (6, 1, 3)),  # 10 an epoch: two whole updates and a rest, twice
+        ((40, 2, 4, 2, 2, 0.25, 2), (6, 2, 3)),  # the same 10 on each of two ranks
+    ],
+)
 def test_trainer_counts_as_by_hand(case, counted):
     assert trainer_log.scheduled(*case) == counted
 
 
 def test_trainer_log_has_trainers_own_lines():
     rows = [{"input_ids": [1, 2, 3, 4], "attention_mask": [1] * 4, "labels": [-100, 2, 3, 4]}] * 6
-    recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, optimizer="adamw", micro_batch_size=1,
-                         gradient_accumulation_steps=3, max_steps=2, warmup_fraction=0.5)
+    recipe = TrainRecipe(
+        model=BUNDLED,
+        base="float32",
+        lora_rank=None,
+        optimizer="adamw",
+        micro_batch_size=1,
+        gradient_accumulation_steps=3,
+        max_steps=2,
+        warmup_fraction=0.5,
+    )
     padding = type("Tokenizer", (), {"pad_token_id": 0})
     log = trainer_log.trainer_log(recipe, rows, padding, logging_steps=1)
     assert [line["step"] for line in log] == [1, 2]
@@ -323,14 +394,16 @@ def test_trainer_log_has_trainers_own_lines():
         def compute_loss(self, *args, **options):
             return 2 * super().compute_loss(*args, **options)
 
-    one = trainer_log.trainer_log(replace(recipe, max_steps=1), rows, padding, Doubled,
-                                  logging_steps=1)
+    one = trainer_log.trainer_log(
+        replace(recipe, max_steps=1), rows, padding, Doubled, logging_steps=1
+    )
     assert one[0]["loss"] == pytest.approx(2 * log[0]["loss"], rel=1e-5)
 
 
 def test_the_widget_compares_a_split_with_the_whole():
     explorer = widgets.split_explorer()
-    assert re.search(r"2 x 16: [\d.]+ GiB, fits .* 32 x 1: [\d.]+ GiB, does not fit",
-                     explorer.figure.alt)
+    assert re.search(
+        r"2 x 16: [\d.]+ GiB, fits .* 32 x 1: [\d.]+ GiB, does not fit", explorer.figure.alt
+    )
     explorer.controls["effective_batch"].value = 8
     assert "2 x 4: " in explorer.picture.value and "8 x 1: " in explorer.picture.value

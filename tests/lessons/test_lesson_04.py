@@ -46,33 +46,47 @@ def unfinished_copies(model):
 
 # exercise: (reference, {wrong answer's name: answer}, untouched)
 EXERCISES = {
-    "check_spacing": (spacing, {
-        "at 1 only": lambda x, dtype: eps(dtype),
-        "smooth": lambda x, dtype: x * eps(dtype),
-        "nearest power": lambda x, dtype: 2.0 ** round(math.log2(x)) * eps(dtype),
-        "upside down": lambda x, dtype: eps(dtype) / 2.0 ** math.floor(math.log2(x)),
-        "half": lambda x, dtype: spacing(x, dtype) / 2,
-        "raises": lambda x, dtype: x / 0,
-    }, unfinished_spacing),
-    "check_copies": (copied, {
-        "four bytes": lambda model: 2 * copied(model),
-        "numbers": lambda model: copied(model) // 2,
-        "all weights": lambda model: 2 * sum(p.numel() for p in model.parameters()),
-        "no head": lambda model: 2 * sum(m.weight.numel() for n, m in linears(model)
-                                         if n != "lm_head"),
-        "only right for the bundled model": lambda model: 3047424,
-        "not a function": 3,
-    }, unfinished_copies),
-    "check_published": (PUBLISHED | {"bnb_4bit_compute_dtype": "float16"}, {
-        "unchanged": dict(PUBLISHED),
-        "bf16 on a T4": PUBLISHED | {"fp16": False, "bf16": True},
-        "float32 compute dtype": PUBLISHED | {"bnb_4bit_compute_dtype": "float32"},
-        "no 4 bits": PUBLISHED | {"load_in_4bit": False},
-        "no mixed precision": PUBLISHED | {"fp16": False, "bnb_4bit_compute_dtype": "float16"},
-        "changed more": PUBLISHED | {"bnb_4bit_compute_dtype": "float16", "learning_rate": 1e-4},
-        "only the change": {"bnb_4bit_compute_dtype": "float16"},
-        "not settings": "float16",
-    }, ...),
+    "check_spacing": (
+        spacing,
+        {
+            "at 1 only": lambda x, dtype: eps(dtype),
+            "smooth": lambda x, dtype: x * eps(dtype),
+            "nearest power": lambda x, dtype: 2.0 ** round(math.log2(x)) * eps(dtype),
+            "upside down": lambda x, dtype: eps(dtype) / 2.0 ** math.floor(math.log2(x)),
+            "half": lambda x, dtype: spacing(x, dtype) / 2,
+            "raises": lambda x, dtype: x / 0,
+        },
+        unfinished_spacing,
+    ),
+    "check_copies": (
+        copied,
+        {
+            "four bytes": lambda model: 2 * copied(model),
+            "numbers": lambda model: copied(model) // 2,
+            "all weights": lambda model: 2 * sum(p.numel() for p in model.parameters()),
+            "no head": lambda model: (
+                2 * sum(m.weight.numel() for n, m in linears(model) if n != "lm_head")
+            ),
+            "only right for the bundled model": lambda model: 3047424,
+            "not a function": 3,
+        },
+        unfinished_copies,
+    ),
+    "check_published": (
+        PUBLISHED | {"bnb_4bit_compute_dtype": "float16"},
+        {
+            "unchanged": dict(PUBLISHED),
+            "bf16 on a T4": PUBLISHED | {"fp16": False, "bf16": True},
+            "float32 compute dtype": PUBLISHED | {"bnb_4bit_compute_dtype": "float32"},
+            "no 4 bits": PUBLISHED | {"load_in_4bit": False},
+            "no mixed precision": PUBLISHED | {"fp16": False, "bnb_4bit_compute_dtype": "float16"},
+            "changed more": PUBLISHED
+            | {"bnb_4bit_compute_dtype": "float16", "learning_rate": 1e-4},
+            "only the change": {"bnb_4bit_compute_dtype": "float16"},
+            "not settings": "float16",
+        },
+        ...,
+    ),
 }
 
 
@@ -96,50 +110,73 @@ def test_check_knows_right_from_wrong(name):
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize(("stub", "complaint"), [
-    (lambda *_: right("well done."), "accepts"),
-    (lambda *_: not_yet("no."), "refuses the reference"),
-], ids=["accepts everything", "refuses everything"])
+@pytest.mark.parametrize(
+    ("stub", "complaint"),
+    [
+        (lambda *_: right("well done."), "accepts"),
+        (lambda *_: not_yet("no."), "refuses the reference"),
+    ],
+    ids=["accepts everything", "refuses everything"],
+)
 def test_check_that_judges_nothing_is_caught(name, stub, complaint):
     found = complaints(stub, *EXERCISES[name])
     assert any(complaint in text for text in found)
     assert any("untouched" in text for text in found)
 
 
-@pytest.mark.parametrize(("answer", "words"), [
-    (PUBLISHED, "nothing has changed; a step's products with weights still run"),
-    (PUBLISHED | {"bnb_4bit_compute_dtype": "float32"}, "in float32"),
-    (PUBLISHED | {"load_in_4bit": False}, "gives up the 4 bits"),
-    (PUBLISHED | {"fp16": False, "bf16": True}, "must be 'float16' on a T4"),
-])
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (PUBLISHED, "nothing has changed; a step's products with weights still run"),
+        (PUBLISHED | {"bnb_4bit_compute_dtype": "float32"}, "in float32"),
+        (PUBLISHED | {"load_in_4bit": False}, "gives up the 4 bits"),
+        (PUBLISHED | {"fp16": False, "bf16": True}, "must be 'float16' on a T4"),
+    ],
+)
 def test_published_settings_are_run_not_read(answer, words):
     assert words in repr(lesson_04.check_published(answer))
 
 
 def test_one_format_needs_fewer_casts():
-    mixed, one = (lesson_04.run_published(PUBLISHED | {"bnb_4bit_compute_dtype": name})
-                  for name in ("bfloat16", "float16"))
+    mixed, one = (
+        lesson_04.run_published(PUBLISHED | {"bnb_4bit_compute_dtype": name})
+        for name in ("bfloat16", "float16")
+    )
     assert set(mixed.matmuls) == {"bfloat16", "float16"} and set(one.matmuls) == {"float16"}
     assert sum(mixed.matmuls.values()) == sum(one.matmuls.values())
     assert mixed.copied_bytes > 2 * one.copied_bytes
 
 
-LORA = TrainRecipe(model="llama-3.2-1b", base="float32", lora_dropout=0.0, checkpointed_layers=0,
-                   sequence_length=64)
+LORA = TrainRecipe(
+    model="llama-3.2-1b",
+    base="float32",
+    lora_dropout=0.0,
+    checkpointed_layers=0,
+    sequence_length=64,
+)
 
 
 def test_autocast_over_a_frozen_float32_base_costs_its_copies():
     """2 bytes for each weight of a linear layer, but for what activations save."""
-    plain, mixed = (forecast(replace(LORA, amp_dtype=amp), gpus.T4).peak_bytes
-                    for amp in (None, "float16"))
+    plain, mixed = (
+        forecast(replace(LORA, amp_dtype=amp), gpus.T4).peak_bytes for amp in (None, "float16")
+    )
     linear = 1_235_814_400 - 16 * 2 * 2048 - 2048  # all but the norms; the head is tied
     assert 0.9 * 2 * linear < mixed - plain < 2 * linear
 
 
 def step(amp_dtype):
     """Live bytes at the peak of a real step of the bundled model, all weights trained."""
-    recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0.0, checkpointed_layers=0,
-                         amp_dtype=amp_dtype, sequence_length=32, optimizer="adamw")
+    recipe = TrainRecipe(
+        model=BUNDLED,
+        base="float32",
+        lora_rank=None,
+        lora_dropout=0.0,
+        checkpointed_layers=0,
+        amp_dtype=amp_dtype,
+        sequence_length=32,
+        optimizer="adamw",
+    )
     return measurement.measure_step(recipe, qlora.load_base(recipe), steps=1).report
 
 
@@ -160,15 +197,19 @@ def test_updates_explorer_draws_every_choice():
     assert "float16 100%" in explorer.picture.value
     explorer.controls["learning_rate"].value = 1e-6
     explorer.controls["of"].value = "small"
-    assert "small. With an update of 1e-06 move: float32 100%, float16 100%" \
-        in explorer.picture.value
+    assert (
+        "small. With an update of 1e-06 move: float32 100%, float16 100%" in explorer.picture.value
+    )
 
 
 @pytest.mark.parametrize(("major", "emulated", "native"), [(7, True, False), (8, True, True)])
 def test_pytorch_says_bfloat16_of_a_t4_too(monkeypatch, major, emulated, native):
     """PyTorch's own function on a pretended card; the tensor that it tries is really made."""
-    for name, value in {"is_available": True, "current_device": torch.device("cpu"),
-                        "get_device_properties": SimpleNamespace(major=major)}.items():
+    for name, value in {
+        "is_available": True,
+        "current_device": torch.device("cpu"),
+        "get_device_properties": SimpleNamespace(major=major),
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     assert torch.cuda.is_bf16_supported() is emulated
     assert torch.cuda.is_bf16_supported(including_emulation=False) is native

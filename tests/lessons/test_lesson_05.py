@@ -68,31 +68,47 @@ def judge(check, answer):
 
 # exercise: (how to call its check, reference, {wrong answer's name: answer}, untouched)
 EXERCISES = {
-    "check_best_scale": (judge_scale, 2.0**20, {
-        "overflows": 2.0**21,
-        "GradScaler's start": 65536,
-        "too small": 2.0**10,
-        "not a power of two": 20000,
-        "text": "2**14",
-    }, ...),
-    "check_scaler": (judge, next_state, {
-        "keeps counting": with_overflow(lambda s: s / 2, lambda g: g, True),
-        "steps anyway": with_overflow(lambda s: s / 2, lambda g: 0, False),
-        "does not halve": with_overflow(lambda s: s, lambda g: 0, True),
-        "quarters": with_overflow(lambda s: s / 4, lambda g: 0, True),
-        "a step late": lambda s, g, o, n: next_state(s, g, o, n + 1),
-        "grows for ever": lambda s, g, o, n: (2 * s, g + 1, False) if not o and g + 1 >= n
-        else next_state(s, g, o, n),
-        "never grows": lambda s, g, o, n: next_state(s, g, o, 10**9),
-        "20 built in": lambda s, g, o, n: next_state(s, g, o, 20),
-        "one value": lambda s, g, o, n: s,
-        "not a function": 65536,
-    }, unfinished_state),
-    "check_step": (judge, careful_step, {
-        **{flaw: flawed_step(flaw) for flaw in FLAWS},
-        "never steps": lambda *_: False,
-        "not a function": 3,
-    }, unfinished_step),
+    "check_best_scale": (
+        judge_scale,
+        2.0**20,
+        {
+            "overflows": 2.0**21,
+            "GradScaler's start": 65536,
+            "too small": 2.0**10,
+            "not a power of two": 20000,
+            "text": "2**14",
+        },
+        ...,
+    ),
+    "check_scaler": (
+        judge,
+        next_state,
+        {
+            "keeps counting": with_overflow(lambda s: s / 2, lambda g: g, True),
+            "steps anyway": with_overflow(lambda s: s / 2, lambda g: 0, False),
+            "does not halve": with_overflow(lambda s: s, lambda g: 0, True),
+            "quarters": with_overflow(lambda s: s / 4, lambda g: 0, True),
+            "a step late": lambda s, g, o, n: next_state(s, g, o, n + 1),
+            "grows for ever": lambda s, g, o, n: (
+                (2 * s, g + 1, False) if not o and g + 1 >= n else next_state(s, g, o, n)
+            ),
+            "never grows": lambda s, g, o, n: next_state(s, g, o, 10**9),
+            "20 built in": lambda s, g, o, n: next_state(s, g, o, 20),
+            "one value": lambda s, g, o, n: s,
+            "not a function": 65536,
+        },
+        unfinished_state,
+    ),
+    "check_step": (
+        judge,
+        careful_step,
+        {
+            **{flaw: flawed_step(flaw) for flaw in FLAWS},
+            "never steps": lambda *_: False,
+            "not a function": 3,
+        },
+        unfinished_step,
+    ),
 }
 
 
@@ -118,10 +134,14 @@ def test_check_knows_right_from_wrong(name):
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize(("stub", "complaint"), [
-    (lambda *_: right("well done."), "accepts"),
-    (lambda *_: not_yet("no."), "refuses the reference"),
-], ids=["accepts everything", "refuses everything"])
+@pytest.mark.parametrize(
+    ("stub", "complaint"),
+    [
+        (lambda *_: right("well done."), "accepts"),
+        (lambda *_: not_yet("no."), "refuses the reference"),
+    ],
+    ids=["accepts everything", "refuses everything"],
+)
 def test_check_that_judges_nothing_is_caught(name, stub, complaint):
     found = complaints(stub, *EXERCISES[name])
     assert any(complaint in text for text in found)
@@ -164,10 +184,14 @@ def test_reference_step_clips_some_steps_and_not_others():
     rows = lesson_05.train_scaled(None)
     assert [stepped for stepped, *_ in rows].count(False) == 4
     assert [came_back for *_, came_back in rows[:5]] == [[1024], [1024], [1024], [512], [256]]
-    finals = {flaw: lesson_05.train_scaled(flawed_step(flaw))[-1][2]
-              for flaw in ("no clip", "never unscale")}
-    assert all(not torch.allclose(torch.tensor(final), torch.tensor(rows[-1][2]), rtol=1e-2)
-               for final in finals.values())
+    finals = {
+        flaw: lesson_05.train_scaled(flawed_step(flaw))[-1][2]
+        for flaw in ("no clip", "never unscale")
+    }
+    assert all(
+        not torch.allclose(torch.tensor(final), torch.tensor(rows[-1][2]), rtol=1e-2)
+        for final in finals.values()
+    )
 
 
 def test_clipped_before_unscaling_a_gradient_is_the_scale_times_too_small():
@@ -206,10 +230,16 @@ def test_every_prediction_is_compared_with_a_number(path):
 def uncompared(lesson: str) -> list[str]:
     """Predictions that no `show_prediction` prints beside a value."""
     predicted = re.findall(r"^(predicted_\w+) = \.\.\.$", lesson, re.M)
-    calls = [node for node in ast.walk(ast.parse(lesson)) if isinstance(node, ast.Call)
-             and ast.unparse(node.func) == "show_prediction"]
-    compared = {ast.unparse(call.args[0]) for call in calls
-                if {keyword.arg for keyword in call.keywords} - {"show"}}
+    calls = [
+        node
+        for node in ast.walk(ast.parse(lesson))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "show_prediction"
+    ]
+    compared = {
+        ast.unparse(call.args[0])
+        for call in calls
+        if {keyword.arg for keyword in call.keywords} - {"show"}
+    }
     assert predicted
     return [name for name in predicted if name not in compared]
 

@@ -22,9 +22,16 @@ from tools.notebooks import LESSONS
 def shown():
     """Everything that the committed lesson prints, by the code that printed it."""
     notebook = nbformat.read(LESSONS / "06_qlora_on_a_t4.ipynb", as_version=4)
-    return {cell.source: "".join(
-        output.get("text") or output.get("evalue") or output.get("data", {}).get("text/plain", "")
-        for output in cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
+    return {
+        cell.source: "".join(
+            output.get("text")
+            or output.get("evalue")
+            or output.get("data", {}).get("text/plain", "")
+            for output in cell.outputs
+        )
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    }
 
 
 def printed_by(shown, code: str) -> str:
@@ -48,9 +55,13 @@ def test_preflight_refuses_each_mistake_with_its_remedy(shown):
 def test_training_teaches_the_tickets(shown):
     before = printed_by(shown, "before = evaluation.answer_losses")
     after = printed_by(shown, "learned = tickets.score")
-    first, last, low, high = map(float, re.search(
-        r"held-out loss ([\d.]+) -> ([\d.]+), change\s+and 95 % interval \S+ \[(\S+), (\S+)\]",
-        after).groups())
+    first, last, low, high = map(
+        float,
+        re.search(
+            r"held-out loss ([\d.]+) -> ([\d.]+), change\s+and 95 % interval \S+ \[(\S+), (\S+)\]",
+            after,
+        ).groups(),
+    )
     assert last <= 0.7 * first and low <= high < -0.3 * first
     assert max(shares(before)) < 10
     assert min(shares(after)) > 85
@@ -62,8 +73,11 @@ def test_the_control_learns_no_tickets(shown):
 
 
 def test_the_lesson_states_each_promise_as_kept(shown):
-    for code, promises in (("loss down by 30 %", 3), ("below the control beyond chance", 4),
-                           ("adapter exact", 3)):
+    for code, promises in (
+        ("loss down by 30 %", 3),
+        ("below the control beyond chance", 4),
+        ("adapter exact", 3),
+    ):
         kept = printed_by(shown, code)
         assert len(re.findall(r": +True$", kept, re.MULTILINE)) == promises and "False" not in kept
 
@@ -113,14 +127,18 @@ def test_exercise_1_counts_adapters():
     check = exercises.check_trainable
     right = check(lambda layers, hidden, kv, r: layers * r * (4 * hidden + 2 * (hidden + kv)))
     assert right.passed and "3,407,872" in right.message
-    messages = distinct([
-        check(lambda layers, hidden, kv, r: r * (4 * hidden + 2 * (hidden + kv))),
-        check(lambda layers, hidden, kv, r: layers * r * 8 * hidden),
-        check(lambda layers, hidden, kv, r: layers * r * 4 * hidden),
-        check(lambda layers, hidden, kv, r: layers * 2 * hidden * (hidden + kv)),
-        check(lambda layers, hidden, kv, r: 1)])
-    for message, words in zip(messages, ("one layer", "kv wide", "A only", "weights beside",
-                                         "should give"), strict=True):
+    messages = distinct(
+        [
+            check(lambda layers, hidden, kv, r: r * (4 * hidden + 2 * (hidden + kv))),
+            check(lambda layers, hidden, kv, r: layers * r * 8 * hidden),
+            check(lambda layers, hidden, kv, r: layers * r * 4 * hidden),
+            check(lambda layers, hidden, kv, r: layers * 2 * hidden * (hidden + kv)),
+            check(lambda layers, hidden, kv, r: 1),
+        ]
+    )
+    for message, words in zip(
+        messages, ("one layer", "kv wide", "A only", "weights beside", "should give"), strict=True
+    ):
         assert words in message
     assert check(lambda *_: ...).passed is None and check(...).passed is None
 
@@ -134,39 +152,71 @@ def test_exercise_2_masks_prompts():
         return exercises.check_labels(answer, rows, lengths)
 
     assert check(lambda ids, n: [-100] * n + ids[n:]).passed
-    messages = distinct([
-        check(lambda ids, n: ids[:n] + [-100] * (len(ids) - n)),
-        check(lambda ids, n: [-100] * (n - 1) + ids[n:] + [-100]),
-        check(lambda ids, n: [0] * n + ids[n:]),
-        check(lambda ids, n: [-100] * n + ids[n:-1] + [-100]),
-        check(lambda ids, n: ids), check(lambda ids, n: ids[n:])])
-    for message, words in zip(messages, ("swap", "not shifted", "-100 is what", "says stop",
-                                         "nothing is masked", "as many as"), strict=True):
+    messages = distinct(
+        [
+            check(lambda ids, n: ids[:n] + [-100] * (len(ids) - n)),
+            check(lambda ids, n: [-100] * (n - 1) + ids[n:] + [-100]),
+            check(lambda ids, n: [0] * n + ids[n:]),
+            check(lambda ids, n: [-100] * n + ids[n:-1] + [-100]),
+            check(lambda ids, n: ids),
+            check(lambda ids, n: ids[n:]),
+        ]
+    )
+    for message, words in zip(
+        messages,
+        ("swap", "not shifted", "-100 is what", "says stop", "nothing is masked", "as many as"),
+        strict=True,
+    ):
         assert words in message
     assert check(lambda ids, n: ...).passed is None
 
 
 def test_exercise_3_keeps_the_lesson_in_less_memory_and_time():
     def check(**changes):
-        return exercises.check_budget(dataclasses.replace(exercises.PHI, **changes), exercises.PHI,
-                                      6 * GIB, 2)
+        return exercises.check_budget(
+            dataclasses.replace(exercises.PHI, **changes), exercises.PHI, 6 * GIB, 2
+        )
 
     levers = {"attention": "explicit_kv", "loss": "chunked", "norm": "native", "lora_dropout": 0.0}
     right = check(**levers)
     assert right.passed and "32 sequences" in right.message, right
-    messages = distinct([
-        check(), check(**levers | {"attention": "stock", "micro_batch_size": 1,
-                                   "gradient_accumulation_steps": 32}),
-        check(micro_batch_size=2), check(sequence_length=1024), check(lora_rank=4),
-        check(lora_targets=("o_proj",)), check(base="float16"),
-        check(**levers | {"learning_rate": 0.0}), check(**levers | {"lora_alpha": 1}),
-        check(**levers | {"padded": True}), check(**levers | {"max_steps": 1}),
-        exercises.check_budget("smaller", exercises.PHI, 6 * GIB, 2)])
-    for message, words in zip(messages, (
-            "the peak is", "times as fast as before", "effective_batch_size must stay 32",
-            "sequence_length must stay", "lora_rank must stay", "lora_targets must stay",
-            "base must stay", "learning_rate must stay", "lora_alpha must stay",
-            "padded must stay", "max_steps must stay", "a TrainRecipe"), strict=True):
+    messages = distinct(
+        [
+            check(),
+            check(
+                **levers
+                | {"attention": "stock", "micro_batch_size": 1, "gradient_accumulation_steps": 32}
+            ),
+            check(micro_batch_size=2),
+            check(sequence_length=1024),
+            check(lora_rank=4),
+            check(lora_targets=("o_proj",)),
+            check(base="float16"),
+            check(**levers | {"learning_rate": 0.0}),
+            check(**levers | {"lora_alpha": 1}),
+            check(**levers | {"padded": True}),
+            check(**levers | {"max_steps": 1}),
+            exercises.check_budget("smaller", exercises.PHI, 6 * GIB, 2),
+        ]
+    )
+    for message, words in zip(
+        messages,
+        (
+            "the peak is",
+            "times as fast as before",
+            "effective_batch_size must stay 32",
+            "sequence_length must stay",
+            "lora_rank must stay",
+            "lora_targets must stay",
+            "base must stay",
+            "learning_rate must stay",
+            "lora_alpha must stay",
+            "padded must stay",
+            "max_steps must stay",
+            "a TrainRecipe",
+        ),
+        strict=True,
+    ):
         assert words in message
     assert exercises.check_budget(..., exercises.PHI, 6 * GIB, 2).passed is None
 

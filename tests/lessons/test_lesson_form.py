@@ -19,10 +19,14 @@ HINT = "<details><summary>Hint {}</summary>"
 
 def faults(lesson: str) -> list[str]:
     """Where a lesson's `.py` leaves the form."""
-    found = {part: len(re.findall(pattern, lesson, re.M))
-             for part, (pattern, _, _) in COUNTS.items()}
-    wrong = [f"{n} {part}: from {COUNTS[part][1]} to {COUNTS[part][2]}"
-             for part, n in found.items() if not COUNTS[part][1] <= n <= COUNTS[part][2]]
+    found = {
+        part: len(re.findall(pattern, lesson, re.M)) for part, (pattern, _, _) in COUNTS.items()
+    }
+    wrong = [
+        f"{n} {part}: from {COUNTS[part][1]} to {COUNTS[part][2]}"
+        for part, n in found.items()
+        if not COUNTS[part][1] <= n <= COUNTS[part][2]
+    ]
     hints = [lesson.count(HINT.format(number)) for number in (1, 2, 3, 4)]
     if hints != [found["exercises"]] * 3 + [0]:
         wrong.append(f"hints {hints}: three for each exercise")
@@ -42,16 +46,19 @@ def test_lesson_has_the_form(path):
     assert faults(path.read_text("utf-8")) == []
 
 
-@pytest.mark.parametrize(("old", "new", "fault"), [
-    ("# ### Predict\n", "", "0 predictions"),
-    ('# %% tags=["predict"]\n', "# %%\n", "0 cells to predict in"),
-    ("## Exercise 04.", "## Task 04.", "0 exercises"),
-    (HINT.format(3), "", r"hints \[3, 3, 0, 0\]"),
-    ("widgets.updates_explorer(", "print(", "0 controls"),
-    ("range and spacing · ", "range · spacing · ", "6 new concepts, 5 announced"),
-    ("**45 min**", "**50 min**", "50 minutes"),
-    (", 8 minutes.*", ", 40 minutes.*", "45 minutes, 52 of them"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("# ### Predict\n", "", "0 predictions"),
+        ('# %% tags=["predict"]\n', "# %%\n", "0 cells to predict in"),
+        ("## Exercise 04.", "## Task 04.", "0 exercises"),
+        (HINT.format(3), "", r"hints \[3, 3, 0, 0\]"),
+        ("widgets.updates_explorer(", "print(", "0 controls"),
+        ("range and spacing · ", "range · spacing · ", "6 new concepts, 5 announced"),
+        ("**45 min**", "**50 min**", "50 minutes"),
+        (", 8 minutes.*", ", 40 minutes.*", "45 minutes, 52 of them"),
+    ],
+)
 def test_planted_fault_is_caught(old, new, fault):
     lesson = lesson_scripts(["04"])[0].read_text("utf-8")
     assert old in lesson

@@ -431,9 +431,17 @@ def test_unequal_pair_is_caught(plant):
 
 
 def test_strict_run_compares_outputs(tmp_path):
-    same, other, lost, raises = (new_code_cell(code, execution_count=1, outputs=[
-        new_output("stream", text=text)] if text else []) for code, text in (
-            ("print(3)", "3\n"), ("print(3)", "4\n"), ("print(3)", ""), ("1 / 0", "")))
+    same, other, lost, raises = (
+        new_code_cell(
+            code, execution_count=1, outputs=[new_output("stream", text=text)] if text else []
+        )
+        for code, text in (
+            ("print(3)", "3\n"),
+            ("print(3)", "4\n"),
+            ("print(3)", ""),
+            ("1 / 0", ""),
+        )
+    )
     path = tmp_path / "planted.ipynb"
     nbformat.write(new_notebook(cells=[same, other, lost, raises]), path)
     code, passed, shown = run_strictly(path)

@@ -33,16 +33,23 @@ def test_size_and_manifest():
     files = [path for path in data.DATA.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 4_000_000
     manifest = json.loads((data.DATA / "manifest.json").read_text())
-    found = {path.relative_to(data.DATA).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-             for path in files if path.parent.name == "model"}
+    found = {
+        path.relative_to(data.DATA).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.parent.name == "model"
+    }
     assert manifest == found
     assert data.bundled_model_dir() == data.DATA / "model"
 
 
-@pytest.mark.parametrize("damage, error, words", [
-    (lambda path: path.write_bytes(path.read_bytes()[:-1000]), ValueError, "must have sha256"),
-    (lambda path: path.write_bytes(b"\0" + path.read_bytes()[1:]), ValueError, "is damaged"),
-    (lambda path: path.unlink(), FileNotFoundError, "is missing")])
+@pytest.mark.parametrize(
+    "damage, error, words",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1000]), ValueError, "must have sha256"),
+        (lambda path: path.write_bytes(b"\0" + path.read_bytes()[1:]), ValueError, "is damaged"),
+        (lambda path: path.unlink(), FileNotFoundError, "is missing"),
+    ],
+)
 def test_damaged_or_missing_file_is_named(copied, damage, error, words):
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         whole = (copied / name).read_bytes()
@@ -86,8 +93,9 @@ def test_tokenizer_loads_fast_with_distinct_special_tokens():
 
 
 def test_pretraining_never_shows_a_ticket_or_an_instruction(pretrain):
-    prompts = {row["prompt"] for split in data.SPLITS
-               for row in data.load_instructions(split=split)}
+    prompts = {
+        row["prompt"] for split in data.SPLITS for row in data.load_instructions(split=split)
+    }
     text = list(itertools.islice(pretrain.documents(7), 3000))
     assert not prompts & {turns[0] for turns in text}
     joined = "\n".join(turn for turns in text for turn in turns)

@@ -20,29 +20,32 @@ TARGET = 512 * MIB
 HINTS = {"you forgot the float32 copy.": 256 * MIB}
 
 
-@pytest.mark.parametrize(("answer", "start"), [
-    (TARGET, "Right: "),
-    (float(TARGET), "Right: "),
-    (..., "Not attempted yet"),
-    (None, "Not attempted yet"),
-    (256 * MIB, "Not yet: you forgot the float32 copy."),
-    (round(TARGET / 2**30 * 10**9), "Not yet: that counts in GB (10**9)"),
-    (round(TARGET * 2**30 / 10**9), "Not yet: that counts in GB (10**9)"),
-    (8 * TARGET, "Not yet: that counts bits"),
-    (512, "Not yet: that is a factor of 1024**2 away"),
-    (0.5, "Not yet: that is a factor of 1024**3 away"),
-    (512 * 1024, "Not yet: that is a factor of 1024 away"),
-    (3 * TARGET, "Not yet: 1,610,612,736 is 3 times too large"),
-    (TARGET // 3, "Not yet: 178,956,970 is 3 times too small"),
-    (TARGET + 1, "Not yet: "),
-    (0, "Not yet: 0 is not above 0"),
-    (-TARGET, "Not yet: "),
-    ("512 MiB", "Not yet: a number is asked for, got str"),
-    (True, "Not yet: a number is asked for, got bool"),
-    (math.nan, "Not yet: a number is asked for"),
-    ([TARGET], "Not yet: a number is asked for, got list"),
-    (torch.ones(2), "Not yet: a number is asked for, got Tensor"),
-])
+@pytest.mark.parametrize(
+    ("answer", "start"),
+    [
+        (TARGET, "Right: "),
+        (float(TARGET), "Right: "),
+        (..., "Not attempted yet"),
+        (None, "Not attempted yet"),
+        (256 * MIB, "Not yet: you forgot the float32 copy."),
+        (round(TARGET / 2**30 * 10**9), "Not yet: that counts in GB (10**9)"),
+        (round(TARGET * 2**30 / 10**9), "Not yet: that counts in GB (10**9)"),
+        (8 * TARGET, "Not yet: that counts bits"),
+        (512, "Not yet: that is a factor of 1024**2 away"),
+        (0.5, "Not yet: that is a factor of 1024**3 away"),
+        (512 * 1024, "Not yet: that is a factor of 1024 away"),
+        (3 * TARGET, "Not yet: 1,610,612,736 is 3 times too large"),
+        (TARGET // 3, "Not yet: 178,956,970 is 3 times too small"),
+        (TARGET + 1, "Not yet: "),
+        (0, "Not yet: 0 is not above 0"),
+        (-TARGET, "Not yet: "),
+        ("512 MiB", "Not yet: a number is asked for, got str"),
+        (True, "Not yet: a number is asked for, got bool"),
+        (math.nan, "Not yet: a number is asked for"),
+        ([TARGET], "Not yet: a number is asked for, got list"),
+        (torch.ones(2), "Not yet: a number is asked for, got Tensor"),
+    ],
+)
 def test_number(answer, start):
     verdict = check_number(answer, TARGET, mistakes=HINTS)
     assert repr(verdict).startswith(start)
@@ -58,8 +61,7 @@ def open_end(n):
     return n * ...
 
 
-def empty(n):
-    ...
+def empty(n): ...
 
 
 def forgot_return(n):
@@ -67,26 +69,33 @@ def forgot_return(n):
     doubled.sort()
 
 
-@pytest.mark.parametrize(("answer", "start"), [
-    (lambda n: [n, 2 * n], "Right: "),
-    (lambda n: (n, 2.0 * n), "Right: "),
-    (lambda n: [n, n], "Not yet: you forgot to double."),
-    (lambda n: [n], "Not yet: (3) should give [3, 6], got [3]."),
-    (lambda n: torch.ones(n, 2), "Not yet: (3) should give [3, 6], got a tensor of shape (3, 2)."),
-    (lambda: 1, "Not yet: your answer raised TypeError"),
-    (broken, "Not yet: your answer raised KeyError: 'weight'"),
-    (open_end, "Not attempted yet"),
-    (empty, "Not attempted yet"),
-    (lambda n: [n, ...], "Not attempted yet"),
-    (forgot_return, "Not yet: your function returns nothing: end it with `return`"),
-    (lambda n: [np.int64(n), np.float64(2 * n)], "Right: "),
-    (lambda n: torch.ones(...), "Not attempted yet"),
-    (..., "Not attempted yet"),
-    (3, "Not yet: a function is asked for, got int."),
-])
+@pytest.mark.parametrize(
+    ("answer", "start"),
+    [
+        (lambda n: [n, 2 * n], "Right: "),
+        (lambda n: (n, 2.0 * n), "Right: "),
+        (lambda n: [n, n], "Not yet: you forgot to double."),
+        (lambda n: [n], "Not yet: (3) should give [3, 6], got [3]."),
+        (
+            lambda n: torch.ones(n, 2),
+            "Not yet: (3) should give [3, 6], got a tensor of shape (3, 2).",
+        ),
+        (lambda: 1, "Not yet: your answer raised TypeError"),
+        (broken, "Not yet: your answer raised KeyError: 'weight'"),
+        (open_end, "Not attempted yet"),
+        (empty, "Not attempted yet"),
+        (lambda n: [n, ...], "Not attempted yet"),
+        (forgot_return, "Not yet: your function returns nothing: end it with `return`"),
+        (lambda n: [np.int64(n), np.float64(2 * n)], "Right: "),
+        (lambda n: torch.ones(...), "Not attempted yet"),
+        (..., "Not attempted yet"),
+        (3, "Not yet: a function is asked for, got int."),
+    ],
+)
 def test_function(answer, start):
-    verdict = check_function(answer, [(3,)], [[3, 6]],
-                             mistakes={"you forgot to double.": lambda n: [n, n]})
+    verdict = check_function(
+        answer, [(3,)], [[3, 6]], mistakes={"you forgot to double.": lambda n: [n, n]}
+    )
     assert repr(verdict).startswith(start)
 
 
@@ -123,24 +132,32 @@ def test_interrupt_escapes():
         check_function(stopped, [()], [1])
 
 
-@pytest.mark.parametrize(("predicted", "first"), [
-    (..., "predicted  no prediction yet"),
-    (None, "predicted  no prediction yet"),
-    (MIB, "predicted  1.00 MiB (0.50 times the counted)"),
-    (0, "predicted  0 B"),
-    (-MIB, "predicted  -1.00 MiB"),
-    ("2 MiB", "predicted  '2 MiB', which is not a number"),
-])
+@pytest.mark.parametrize(
+    ("predicted", "first"),
+    [
+        (..., "predicted  no prediction yet"),
+        (None, "predicted  no prediction yet"),
+        (MIB, "predicted  1.00 MiB (0.50 times the counted)"),
+        (0, "predicted  0 B"),
+        (-MIB, "predicted  -1.00 MiB"),
+        ("2 MiB", "predicted  '2 MiB', which is not a number"),
+    ],
+)
 def test_prediction(predicted, first, capsys):
     show_prediction(predicted, counted=2 * MIB, measured=None)
     assert capsys.readouterr().out.splitlines() == [
-        first, "counted    2.00 MiB", "measured   not measured on cpu"]
+        first,
+        "counted    2.00 MiB",
+        "measured   not measured on cpu",
+    ]
 
 
 def test_prediction_of_a_ratio(capsys):
     show_prediction(2.0, show="{:.1f} x".format, counted=4.0)
     assert capsys.readouterr().out.splitlines() == [
-        "predicted  2.0 x (0.50 times the counted)", "counted    4.0 x"]
+        "predicted  2.0 x (0.50 times the counted)",
+        "counted    4.0 x",
+    ]
 
 
 def test_a_gradient_of_nan_is_not_equal():

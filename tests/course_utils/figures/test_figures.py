@@ -31,8 +31,9 @@ def report():
 
 DRAWN = {
     "memory_over_time": lambda: base.memory_over_time(report(), "a test"),
-    "compare": lambda: base.compare({"small": {"weights": GIB}, "big": {"weights": 20 * GIB}},
-                                       gpus.T4, "a test"),
+    "compare": lambda: base.compare(
+        {"small": {"weights": GIB}, "big": {"weights": 20 * GIB}}, gpus.T4, "a test"
+    ),
     "curves": lambda: base.curves([1, 2, 4], {"one": [1, 2, 4], "two": [1, 4, 16]}, "n"),
     "forward_backward": base.forward_backward,
 }
@@ -76,8 +77,9 @@ def test_timeline_names_peak_and_cause():
 def test_timeline_areas_are_in_proportion():
     figure = base.memory_over_time(report())
     above_legend = slice(0, int(0.87 * len(pixels(figure))))
-    heights = [painted(figure, name)[above_legend].sum(axis=0).max()
-               for name in ("inputs", "temporaries")]
+    heights = [
+        painted(figure, name)[above_legend].sum(axis=0).max() for name in ("inputs", "temporaries")
+    ]
     assert heights[1] / heights[0] == pytest.approx(3, rel=0.1)
 
 
@@ -97,8 +99,9 @@ def test_bars_take_reports():
 
 def test_no_line_is_dropped_for_want_of_a_colour():
     lines = {str(n): [n, 2 * n] for n in range(1, 8)}
-    assert base.curves([1, 2], lines, "n").png != base.curves(
-        [1, 2], lines | {"7": [7, 1]}, "n").png
+    assert (
+        base.curves([1, 2], lines, "n").png != base.curves([1, 2], lines | {"7": [7, 1]}, "n").png
+    )
     assert base.losses(lines).png != base.losses(lines | {"7": [7, 1]}).png
 
 
@@ -108,10 +111,20 @@ def test_curves_say_their_ends():
 
 
 # How a deuteranope sees linear RGB: Machado, Oliveira and Fernandes 2009, table 1, severity 1.0.
-DEUTERANOPE = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-                        [-0.011820, 0.042940, 0.968881]])
-PROTANOPE = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
-                      [-0.003882, -0.048116, 1.051998]])
+DEUTERANOPE = np.array(
+    [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ]
+)
+PROTANOPE = np.array(
+    [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ]
+)
 
 
 def nearest(palette: list[str], eye: np.ndarray) -> float:

@@ -15,8 +15,12 @@ RECIPE = TrainRecipe(model=BUNDLED, max_steps=10)
 
 
 def row(step: int, peak: int | None = 3 * GIB) -> dict:
-    return {"step": step, "loss": 8 / step, "tokens_per_second": 1234.5,
-            "peak_allocated_bytes": peak}
+    return {
+        "step": step,
+        "loss": 8 / step,
+        "tokens_per_second": 1234.5,
+        "peak_allocated_bytes": peak,
+    }
 
 
 @pytest.fixture
@@ -25,8 +29,9 @@ def notebook(monkeypatch):
     shown = []
     publisher = SimpleNamespace(publish=lambda **message: shown.append(message))
     shell = SimpleNamespace(display_pub=publisher)
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(
-        get_ipython=lambda: shell, version_info=(9, 0)))
+    monkeypatch.setitem(
+        sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell, version_info=(9, 0))
+    )
     monkeypatch.setattr(live, "HEADLESS", ("NOBODY_LOOKS",))  # pytest sets one of the real ones
     monkeypatch.setattr(live, "SECONDS_BETWEEN", 0.0)
     return shown
@@ -45,8 +50,9 @@ def test_a_notebook_sees_one_line_and_one_figure_move(notebook):
         assert [m["update"] for m in messages] == [False, True, True]
         assert len({m["transient"]["display_id"] for m in messages}) == 1
     assert lines[0]["transient"] != figures[0]["transient"]
-    assert "step 10 of 10, loss 0.80, 1,234 tokens/s, peak 3.00 GiB" in lines[-1]["data"][
-        "text/plain"]
+    assert (
+        "step 10 of 10, loss 0.80, 1,234 tokens/s, peak 3.00 GiB" in lines[-1]["data"]["text/plain"]
+    )
     assert lines[-1]["data"]["text/plain"].count("█") == live.BAR
     assert figures[-1]["data"]["text/plain"].startswith("Figure: a run: a run at step 10 of 10")
 

@@ -31,9 +31,14 @@ def test_stands_still_without_a_kernel(explorer):
     assert data[widgets.VIEW]["model_id"] == explorer.box.model_id
 
 
-@pytest.mark.parametrize(("control", "value", "shown"), [
-    ("size", 1, "size 1"), ("name", "b", "name &#x27;b&#x27;"), ("dark", True, "dark True"),
-])
+@pytest.mark.parametrize(
+    ("control", "value", "shown"),
+    [
+        ("size", 1, "size 1"),
+        ("name", "b", "name &#x27;b&#x27;"),
+        ("dark", True, "dark True"),
+    ],
+)
 def test_picture_follows_each_control(explorer, control, value, shown):
     assert shown not in explorer.picture.value
     explorer.controls[control].value = value

@@ -23,8 +23,16 @@ from course_utils.topics.checkpointing import (
 from fitcast.memory.ledger import MemoryLedger
 from fitcast.recipe import TrainRecipe
 
-RECIPE = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0.0, checkpointed_layers=0,
-                     optimizer="adamw", micro_batch_size=1, sequence_length=32)
+RECIPE = TrainRecipe(
+    model=BUNDLED,
+    base="float32",
+    lora_rank=None,
+    lora_dropout=0.0,
+    checkpointed_layers=0,
+    optimizer="adamw",
+    micro_batch_size=1,
+    sequence_length=32,
+)
 
 
 class Sine(torch.nn.Module):
@@ -164,6 +172,7 @@ def test_attention_on_a_cpu_is_counted():
 
 def test_pytorchs_counter_would_disturb_the_ledger(stack):
     """Why `WorkCounter` exists: remove it when this fails."""
+
     def highest(counter):
         x = torch.ones(1, 32, stack.config.hidden_size, requires_grad=True)
         rotary = stack.rotary_emb(x.detach(), torch.arange(32)[None])

@@ -44,60 +44,97 @@ def test_the_fastest_were_within_a_t4s_memory():
     best = ladder.fastest("fit", 2)
     speeds = [rung.measured["tokens_per_second"] for rung in best]
     assert speeds == sorted(speeds, reverse=True)
-    limited = [r["tokens_per_second"] for r in recorded.rows("fit")
-               if r["limited"] and r["outcome"] == "trained"]
+    limited = [
+        r["tokens_per_second"]
+        for r in recorded.rows("fit")
+        if r["limited"] and r["outcome"] == "trained"
+    ]
     assert speeds[0] == max(limited)
     assert all(rung.measured["peak_allocated_bytes"] <= T4.usable_bytes for rung in best)
 
 
 def test_the_ladders_two_ends_held_to_a_t4s_memory():
     first, last = ladder.held_to_a_t4().splitlines()
-    assert re.match(r"the usual recipe on a T4: out of memory: .*Tried to allocate [\d.]+ GiB$",
-                    first)
+    assert re.match(
+        r"the usual recipe on a T4: out of memory: .*Tried to allocate [\d.]+ GiB$", first
+    )
     assert re.match(r"the last rung on a T4: trained, [\d.]+ GiB, [\d,]+ tokens a second$", last)
 
 
 def test_the_menu_has_each_models_largest_micro_batch():
     table = ladder.largest_micro_batches()
     for model in ("llama-3.2-1b", "phi-4-mini"):
-        ran = [r["recipe"]["micro_batch_size"] for r in recorded.rows("menu")
-               if r["recipe"]["model"] == model and r["outcome"] == "trained"]
+        ran = [
+            r["recipe"]["micro_batch_size"]
+            for r in recorded.rows("menu")
+            if r["recipe"]["model"] == model and r["outcome"] == "trained"
+        ]
         line = next(line for line in table.splitlines() if line.startswith(model))
         assert f" {max(ran)} in " in line and "  no  " in line  # the usual recipe does not fit
 
 
 def test_without_a_gpu_nothing_is_claimed():
-    assert ladder.train_here(TrainRecipe(model="llama-3.2-1b"), None) == "llama-3.2-1b: not measured on cpu"
+    assert (
+        ladder.train_here(TrainRecipe(model="llama-3.2-1b"), None)
+        == "llama-3.2-1b: not measured on cpu"
+    )
 
 
 def test_a_few_steps_are_really_trained(tmp_path, monkeypatch):
     config = models.config("llama-3.2-1b")
-    config.update({"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-                   "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-                   "vocab_size": 128})
+    config.update(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": 128,
+        }
+    )
     config.save_pretrained(tmp_path)
     monkeypatch.setattr(gpus, "peak_allocated_bytes", lambda: 123 * MIB)  # as on a GPU
-    recipe = TrainRecipe(model=str(tmp_path), micro_batch_size=2, sequence_length=16,
-                         loss="chunked", attention="explicit_kv", optimizer="adamw")
+    recipe = TrainRecipe(
+        model=str(tmp_path),
+        micro_batch_size=2,
+        sequence_length=16,
+        loss="chunked",
+        attention="explicit_kv",
+        optimizer="adamw",
+    )
     trained, build = [], ladder.training.build_model
-    monkeypatch.setattr(ladder.training, "build_model",
-                        lambda asked: trained.append(asked) or build(asked))
-    monkeypatch.setattr(TrainRecipe, "for_gpu",  # a CPU trains neither float16 nor bfloat16
-                        lambda self, gpu: dataclasses.replace(self, seed=3))
+    monkeypatch.setattr(
+        ladder.training, "build_model", lambda asked: trained.append(asked) or build(asked)
+    )
+    monkeypatch.setattr(
+        TrainRecipe,
+        "for_gpu",  # a CPU trains neither float16 nor bfloat16
+        lambda self, gpu: dataclasses.replace(self, seed=3),
+    )
     said = ladder.train_here(recipe, T4)
     assert [one.seed for one in trained] == [3], "what is forecast is trained"
-    assert re.search(r"8 steps on T4: forecast [\d.]+ MiB, measured 123.00 MiB, [\d,]+ tokens",
-                     said), said
+    assert re.search(
+        r"8 steps on T4: forecast [\d.]+ MiB, measured 123.00 MiB, [\d,]+ tokens", said
+    ), said
     ladder.release()
 
 
 # --- budgets -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("low", "high", "real", "words"), [
-    (5, 5, 5.3 * GIB, "holds"), (4, 8, 7 * GB, "holds"), (10, 14, 21 * GB, "1.5 times the claim"),
-    (None, None, 8 * GIB, "missing in the budget"), (0.5, 1, GB // 1000, "500 times too high"),
-    (0.1, 0.1, 0, "small either way"), (None, None, 1000, "small either way")])
+@pytest.mark.parametrize(
+    ("low", "high", "real", "words"),
+    [
+        (5, 5, 5.3 * GIB, "holds"),
+        (4, 8, 7 * GB, "holds"),
+        (10, 14, 21 * GB, "1.5 times the claim"),
+        (None, None, 8 * GIB, "missing in the budget"),
+        (0.5, 1, GB // 1000, "500 times too high"),
+        (0.1, 0.1, 0, "small either way"),
+        (None, None, 1000, "small either way"),
+    ],
+)
 def test_a_claim_is_judged(low, high, real, words):
     assert words in budget._verdict(low, high, int(real))
 
@@ -109,7 +146,8 @@ def test_a_budgets_rows_add_up_to_the_peak(usual, capsys):
     sizes = {"B": 1, "KiB": 1024, "MiB": MIB, "GiB": GIB}
     found = re.findall(r"^\w+.*? ([\d.]+) ([KMG]iB|B) +([\d.]+) ([KMG]iB|B)   ", said, re.MULTILINE)
     (*rows, total), (*counted, measured) = (
-        [float(row[i]) * sizes[row[i + 1]] for row in found] for i in (0, 2))
+        [float(row[i]) * sizes[row[i + 1]] for row in found] for i in (0, 2)
+    )
     assert len(rows) == 7 and sum(rows) == pytest.approx(total, rel=0.01)
     assert counted == rows and measured == 7 * GIB
 
@@ -140,8 +178,9 @@ def _quantized(recipe):
 
 @pytest.fixture(scope="module")
 def lines(usual):
-    return {line.line.split("=")[0].split("(")[0]: line for line in
-            usual_recipe.judge(usual.recipe)}
+    return {
+        line.line.split("=")[0].split("(")[0]: line for line in usual_recipe.judge(usual.recipe)
+    }
 
 
 def test_refused_lines_are_refused_by_transformers(lines):
@@ -158,8 +197,10 @@ def test_each_remedy_is_accepted(tmp_path):
     from transformers import TrainingArguments
 
     for name in ("warmup_ratio", "evaluation_strategy", "group_by_length"):
-        eval(f"TrainingArguments(output_dir={str(tmp_path)!r}, {usual_recipe.REMEDIES[name]})",
-             {"TrainingArguments": TrainingArguments})
+        eval(
+            f"TrainingArguments(output_dir={str(tmp_path)!r}, {usual_recipe.REMEDIES[name]})",
+            {"TrainingArguments": TrainingArguments},
+        )
 
 
 def test_bfloat16_wastes_time_on_a_t4_only(usual, lines):

@@ -33,13 +33,18 @@ def stored_bits(value: float, name: str) -> int:
 def test_bits_are_those_in_memory(name, value):
     parts = precision.bits(value, name).split()
     assert [len(part) for part in parts] == {
-        "float32": [1, 8, 23], "float16": [1, 5, 10], "bfloat16": [1, 8, 7]}[name]
+        "float32": [1, 8, 23],
+        "float16": [1, 5, 10],
+        "bfloat16": [1, 8, 7],
+    }[name]
     assert int("".join(parts), 2) == stored_bits(value, name)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
-@given(numbers=st.lists(finite, min_size=1, max_size=40).filter(any),
-       scale=st.sampled_from([1.0, 1024.0, 65536.0]))
+@given(
+    numbers=st.lists(finite, min_size=1, max_size=40).filter(any),
+    scale=st.sampled_from([1.0, 1024.0, 65536.0]),
+)
 def test_landing_is_that_of_numpy(numbers, scale):
     given_numbers = np.array([x for x in numbers if x], dtype=np.float64) * scale
     landed = np.abs(given_numbers.astype(np.float16).astype(np.float64))
@@ -63,16 +68,23 @@ def test_landing_needs_a_number():
         precision.land([torch.zeros(3)])
 
 
-@pytest.mark.parametrize("use", [
-    lambda: precision.bits(1.0, "float8"), lambda: precision.land([torch.ones(1)], "fp16"),
-    lambda: precision.moved_share([torch.ones(1)], 1.0, "half")])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: precision.bits(1.0, "float8"),
+        lambda: precision.land([torch.ones(1)], "fp16"),
+        lambda: precision.moved_share([torch.ones(1)], 1.0, "half"),
+    ],
+)
 def test_unknown_format_is_refused(use):
     with pytest.raises(ValueError, match="format must be one of float32, float16, bfloat16, got"):
         use()
 
 
-@given(st.lists(st.floats(-100, 100, width=16), min_size=1, max_size=30),
-       st.sampled_from([1e-2, 1e-4, 1e-6]))
+@given(
+    st.lists(st.floats(-100, 100, width=16), min_size=1, max_size=30),
+    st.sampled_from([1e-2, 1e-4, 1e-6]),
+)
 def test_moved_share_is_that_of_numpy(numbers, update):
     weights = np.array(numbers, dtype=np.float16)
     moved = np.mean((weights.astype(np.float64) + update).astype(np.float16) != weights)
@@ -87,8 +99,9 @@ def test_watched_gradients_are_those_of_autograd():
     hidden = model[0](torch.ones(3, 4)).detach().requires_grad_()
     out = model[2](torch.nn.functional.silu(hidden))
     wanted = torch.autograd.grad(out.square().sum(), [out, hidden])
-    assert all(torch.equal(ours, theirs)
-               for ours, theirs in zip(watched.gradients, wanted, strict=True))
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(watched.gradients, wanted, strict=True)
+    )
     assert torch.equal(watched.activations[1], out)
     model(torch.ones(3, 4)).sum().backward()
     assert len(watched.gradients) == 2  # the hooks are gone
@@ -136,8 +149,10 @@ def rule(scale: float, good_steps: int, overflow: bool, interval: int) -> tuple[
 def test_traced_scaler_is_pytorchs_step_by_step(interval):
     random = torch.Generator().manual_seed(interval)
     overflows = (torch.rand(200, generator=random) < 0.1).tolist()
-    ours, theirs = (kind("cpu", init_scale=1024.0, growth_interval=interval)
-                    for kind in (TracedScaler, torch.amp.GradScaler))
+    ours, theirs = (
+        kind("cpu", init_scale=1024.0, growth_interval=interval)
+        for kind in (TracedScaler, torch.amp.GradScaler)
+    )
     scale, good_steps = 1024.0, 0
     weights = {s: torch.nn.Parameter(torch.ones(2)) for s in (ours, theirs)}
     for step, overflow in enumerate(overflows):
@@ -159,21 +174,32 @@ def test_traced_scaler_is_pytorchs_step_by_step(interval):
 NUMBERS = [torch.tensor([1e-8, 1e-6, 0.1, 1e6])]
 DRAWN = {
     "bit_fields": (number_figures.bit_fields, "float16 0 01011 1001100110"),
-    "magnitudes": (lambda: number_figures.magnitudes({"gradients": NUMBERS}),
-                   "25% become zero, 25% are subnormal, 25% normal, 25% infinite"),
-    "scaled": (lambda: number_figures.magnitudes({"gradients": NUMBERS}, scale=1024.0),
-               "times 1,024. In float16, gradients: 0% become zero, 25% are subnormal, 50% normal"),
+    "magnitudes": (
+        lambda: number_figures.magnitudes({"gradients": NUMBERS}),
+        "25% become zero, 25% are subnormal, 25% normal, 25% infinite",
+    ),
+    "scaled": (
+        lambda: number_figures.magnitudes({"gradients": NUMBERS}, scale=1024.0),
+        "times 1,024. In float16, gradients: 0% become zero, 25% are subnormal, 50% normal",
+    ),
     "magnitudes to guess from": (
-        lambda: number_figures.magnitudes({"gradients": [torch.tensor([0.3, 0.4, 1e-8])]},
-                                          say_landing=False),
-        "magnitudes. gradients are most often between 2**-2 and 2**-1."),
-    "scale_window": (lambda: number_figures.scale_window({0: 0.1, 8: 1e-3, 16: math.inf}),
-                     "At most 2% from 2**8 to 2**8, more below, infinite from 2**16."),
-    "smallest_updates": (lambda: number_figures.smallest_updates(1e-4, [torch.tensor([1.0, 1e-3])]),
-                         "float32 100%, float16 50%, bfloat16 50%"),
-    "loss_scale": (lambda: number_figures.loss_scale(
-        [ScalerStep(65536.0, True), ScalerStep(32768.0, False)]),
-        "From 65,536 to 32,768, at most 65,536; steps skipped: 1."),
+        lambda: number_figures.magnitudes(
+            {"gradients": [torch.tensor([0.3, 0.4, 1e-8])]}, say_landing=False
+        ),
+        "magnitudes. gradients are most often between 2**-2 and 2**-1.",
+    ),
+    "scale_window": (
+        lambda: number_figures.scale_window({0: 0.1, 8: 1e-3, 16: math.inf}),
+        "At most 2% from 2**8 to 2**8, more below, infinite from 2**16.",
+    ),
+    "smallest_updates": (
+        lambda: number_figures.smallest_updates(1e-4, [torch.tensor([1.0, 1e-3])]),
+        "float32 100%, float16 50%, bfloat16 50%",
+    ),
+    "loss_scale": (
+        lambda: number_figures.loss_scale([ScalerStep(65536.0, True), ScalerStep(32768.0, False)]),
+        "From 65,536 to 32,768, at most 65,536; steps skipped: 1.",
+    ),
 }
 
 

@@ -17,8 +17,15 @@ from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
 from fitcast.training.gradients import in_float64, relative_error
 
-ONE = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, optimizer="adamw", micro_batch_size=2,
-                  gradient_accumulation_steps=4, sequence_length=16)
+ONE = TrainRecipe(
+    model=BUNDLED,
+    base="float32",
+    lora_rank=None,
+    optimizer="adamw",
+    micro_batch_size=2,
+    gradient_accumulation_steps=4,
+    sequence_length=16,
+)
 TWO = dataclasses.replace(ONE, gradient_accumulation_steps=2, world_size=2)
 
 
@@ -101,10 +108,17 @@ def test_ranks_that_take_too_long_are_ended(started, monkeypatch):
     assert started[0].env["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
 
 
-@pytest.mark.parametrize(("recipe", "weigh", "words"), [
-    (dataclasses.replace(ONE, micro_batch_size=4), "tokens",
-     r"^batch must have 16 rows \(micro batch x accumulation x world size\), got 8; "),
-    (ONE, "rows", "^weigh must be one of tokens, ranks, got 'rows'; ")])
+@pytest.mark.parametrize(
+    ("recipe", "weigh", "words"),
+    [
+        (
+            dataclasses.replace(ONE, micro_batch_size=4),
+            "tokens",
+            r"^batch must have 16 rows \(micro batch x accumulation x world size\), got 8; ",
+        ),
+        (ONE, "rows", "^weigh must be one of tokens, ranks, got 'rows'; "),
+    ],
+)
 def test_what_does_not_go_together_is_refused(recipe, weigh, words):
     with pytest.raises(ValueError, match=words):
         ranks.update(recipe, uneven(), weigh)

@@ -30,9 +30,11 @@ def ids(row):
 @pytest.mark.parametrize("row", [row for row in ROWS if "recipe" in row], ids=ids)
 def test_todays_forecast_is_the_recorded_one_and_agrees_with_the_gpu(row):
     f = forecast(TrainRecipe(**row["recipe"]), T4)
-    assert row["forecast"] == {"peak_allocated_bytes": f.peak_allocated_bytes, "fits": f.fits,
-                               "peak_reserved_bytes": list(f.peak_reserved_bytes)}, \
-        "the forecast has changed: record again, or run tools/record_gpu_run.py --forecasts"
+    assert row["forecast"] == {
+        "peak_allocated_bytes": f.peak_allocated_bytes,
+        "fits": f.fits,
+        "peak_reserved_bytes": list(f.peak_reserved_bytes),
+    }, "the forecast has changed: record again, or run tools/record_gpu_run.py --forecasts"
     if row["peak_allocated_bytes"]:
         assert f.peak_allocated_bytes == pytest.approx(row["peak_allocated_bytes"], rel=2e-3)
     else:
@@ -50,8 +52,11 @@ def test_who_holds_what_is_as_forecast(model):
 
 
 def test_reserved_memory_lies_in_its_interval():
-    inside = [low <= row["peak_reserved_bytes"] <= high for row in TRAINED
-              for low, high in [row["forecast"]["peak_reserved_bytes"]]]
+    inside = [
+        low <= row["peak_reserved_bytes"] <= high
+        for row in TRAINED
+        for low, high in [row["forecast"]["peak_reserved_bytes"]]
+    ]
     assert sum(inside) >= 0.95 * len(inside)
 
 
@@ -80,8 +85,14 @@ def test_the_run_that_does_not_fit_fits_and_is_more_than_twice_as_fast():
 
 def within_a_t4(group, model=""):
     """The rows of a group that trained within a T4's memory."""
-    return [row for row in ROWS if row["group"] == group and row["limited"]
-            and row["name"].startswith(model) and row["outcome"] == "trained"]
+    return [
+        row
+        for row in ROWS
+        if row["group"] == group
+        and row["limited"]
+        and row["name"].startswith(model)
+        and row["outcome"] == "trained"
+    ]
 
 
 def test_what_fit_picks_uses_the_memory_of_today_and_is_among_the_fastest():
@@ -90,13 +101,21 @@ def test_what_fit_picks_uses_the_memory_of_today_and_is_among_the_fastest():
     fewer = dataclasses.replace(recipe, checkpointed_layers=recipe.checkpointed_layers - 1)
     assert forecast(recipe, T4).margin_bytes >= 0 > forecast(fewer, T4).margin_bytes
     assert row["tokens_per_second"] >= 0.95 * max(
-        other["tokens_per_second"] for other in within_a_t4("fit"))
+        other["tokens_per_second"] for other in within_a_t4("fit")
+    )
 
 
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "phi-4-mini"])
 def test_levers_help_smaller_models_too(model):
-    usual, small, lean, best = (named("menu", f"{model}, {name}") for name in (
-        "usual", "ours, micro batch 4", "lean, checkpoints on the host", "what fit picks"))
+    usual, small, lean, best = (
+        named("menu", f"{model}, {name}")
+        for name in (
+            "usual",
+            "ours, micro batch 4",
+            "lean, checkpoints on the host",
+            "what fit picks",
+        )
+    )
     assert lean["peak_allocated_bytes"] < small["peak_allocated_bytes"]
     rows = within_a_t4("menu", model)
     assert best in rows
@@ -128,8 +147,9 @@ def test_what_needs_cuda_has_passed_on_a_gpu(module, request):
     path = next((ROOT / "tests").rglob(module))
     there = pytest.Module.from_parent(request.session, path=path).collect()
     wanted = [item.name for item in there if item.originalname in needing_cuda(path)]
-    assert wanted and named("tests", module)["tests"] == dict.fromkeys(wanted, "passed"), \
+    assert wanted and named("tests", module)["tests"] == dict.fromkeys(wanted, "passed"), (
         "record the tests again: tools/record_gpu_run.py --groups tests, on a GPU"
+    )
 
 
 @pytest.mark.parametrize("row", ROWS, ids=ids)
@@ -142,8 +162,10 @@ def test_a_stamp_is_that_of_its_rows():
     row = {"gpu": "NVIDIA L4", "emulated": "T4", "date": "2026-01-02", "versions": {"torch": "3"}}
     assert recorded.stamp([row]) == "NVIDIA L4 as a T4, torch 3, 2026-01-02"
     later = row | {"date": "2026-02-01", "versions": {"torch": "4"}, "emulated": None}
-    assert recorded.stamp([row, later]) == \
-        "NVIDIA L4 and NVIDIA L4 as a T4, torch 3 and 4, 2026-01-02 to 2026-02-01"
+    assert (
+        recorded.stamp([row, later])
+        == "NVIDIA L4 and NVIDIA L4 as a T4, torch 3 and 4, 2026-01-02 to 2026-02-01"
+    )
 
 
 def test_every_group_is_recorded_and_every_rung():
@@ -155,23 +177,30 @@ def test_every_group_is_recorded_and_every_rung():
 def test_what_a_lesson_measured_was_printed_by_todays_cells(row):
     notebook = from_script(lesson_scripts([row["name"][:2]])[0])
     _, *cells = [sha(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
-    assert row["measured"] and {one["cell"] for one in row["measured"]} <= set(cells), \
+    assert row["measured"] and {one["cell"] for one in row["measured"]} <= set(cells), (
         "record the lesson again on a GPU: tools/record_gpu_run.py --groups lessons"
+    )
 
 
 def test_what_lesson_06_promises_of_every_model_held_on_a_gpu():
     printed = " ".join(one["printed"] for one in LESSONS[-1]["measured"])
-    for promise in ("below the baseline beyond chance", "below the control beyond chance",
-                    "adapters off is the baseline", "adapter exact",
-                    "dequantized closer than original", "the file answers as the model did"):
+    for promise in (
+        "below the baseline beyond chance",
+        "below the control beyond chance",
+        "adapters off is the baseline",
+        "adapter exact",
+        "dequantized closer than original",
+        "the file answers as the model did",
+    ):
         assert re.search(rf"{promise}: +True", printed), promise
 
 
 def test_lesson_06_is_short_and_its_closing_act_as_forecast():
     last = LESSONS[-1]
     assert last["name"].startswith("06") and last["seconds"] <= 600
-    (forecast_gib, measured_gib), = re.findall(r"forecast ([\d.]+) GiB, measured ([\d.]+) GiB",
-                                               json.dumps(last["measured"]))
+    ((forecast_gib, measured_gib),) = re.findall(
+        r"forecast ([\d.]+) GiB, measured ([\d.]+) GiB", json.dumps(last["measured"])
+    )
     assert float(forecast_gib) == pytest.approx(float(measured_gib), rel=0.02)
 
 
@@ -182,8 +211,9 @@ def test_lessons_ran_on_the_emulated_t4_and_agree_with_forecast_and_ledger():
     printed = LESSONS[0]["measured"][0]["printed"]
     first = dict(re.findall(r"^(\w+) +([\d.]+) MiB$", printed, re.M))
     assert float(first["forecast"]) == pytest.approx(float(first["measured"]), rel=0.02)
-    pairs = re.findall(r"counted:? +([\d.]+) MiB.*?measured:? +([\d.]+) MiB",
-                       json.dumps(LESSONS[1:4]))
+    pairs = re.findall(
+        r"counted:? +([\d.]+) MiB.*?measured:? +([\d.]+) MiB", json.dumps(LESSONS[1:4])
+    )
     assert len(pairs) >= 4
     for counted, measured in pairs:
         assert 0 <= float(measured) - float(counted) < 20  # two workspaces of 8.1 MiB, rounding

@@ -91,9 +91,17 @@ def test_heldout_examples_are_few_and_never_trained_on(monkeypatch):
 def shape(tmp_path):
     folder = tmp_path / "tiny"
     config = models.config("llama-3.2-1b")
-    config.update({"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-                   "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-                   "vocab_size": 128})
+    config.update(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": 128,
+        }
+    )
     config.save_pretrained(folder)
     return str(folder)
 
@@ -103,8 +111,9 @@ def test_random_weights_load_at_their_shape(shape, tmp_path, dtype):
     from transformers import AutoModelForCausalLM
 
     folder = random_weights.write(shape, tmp_path, dtype)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype,
-                                                       output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     weights = dict(model.named_parameters())
     assert {p.dtype for p in weights.values()} == {dtype}

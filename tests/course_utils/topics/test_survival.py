@@ -66,7 +66,10 @@ def test_a_run_that_ends_too_early_is_no_kill(tmp_path):
 def test_a_run_that_another_signal_ends_before_its_step_is_no_kill(tmp_path, monkeypatch, number):
     code = f"import os\nprint('step 1: loss 2', flush=True)\nos.kill(os.getpid(), {int(number)})"
     start = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: start(
-        [sys.executable, "-c", code], **options))
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda command, **options: start([sys.executable, "-c", code], **options),
+    )
     with pytest.raises(RuntimeError, match=f"4 steps, got exit status -{int(number)}; .*step 1: "):
         survival.train_and_kill(tiny_recipe(tmp_path), ROWS, TOKENIZER, tmp_path, at_step=4)

@@ -25,18 +25,46 @@ def test_forecast_that_fits_exits_0_and_shows_where_bytes_go(capsys):
 
 
 def test_forecast_that_does_not_fit_exits_3(capsys):
-    arguments = ["forecast", "--model", "llama-3.2-1b", "--sequence-length", "2048",
-                 "--micro-batch-size", "12"]
+    arguments = [
+        "forecast",
+        "--model",
+        "llama-3.2-1b",
+        "--sequence-length",
+        "2048",
+        "--micro-batch-size",
+        "12",
+    ]
     assert cli.main(arguments) == 3
     assert capsys.readouterr().out.startswith("does not fit a T4")
 
 
 def test_json_is_what_the_library_says(capsys):
-    assert cli.main(["forecast", *SMALL, "--json", "--amp-dtype", "float16", "--no-double-quant",
-                     "--lora-targets", "q_proj,v_proj", "--checkpointed-layers", "0"]) == 0
+    assert (
+        cli.main(
+            [
+                "forecast",
+                *SMALL,
+                "--json",
+                "--amp-dtype",
+                "float16",
+                "--no-double-quant",
+                "--lora-targets",
+                "q_proj,v_proj",
+                "--checkpointed-layers",
+                "0",
+            ]
+        )
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
-    recipe = TrainRecipe(model=BUNDLED, sequence_length=64, amp_dtype="float16", double_quant=False,
-                         lora_targets=("q_proj", "v_proj"), checkpointed_layers=0)
+    recipe = TrainRecipe(
+        model=BUNDLED,
+        sequence_length=64,
+        amp_dtype="float16",
+        double_quant=False,
+        lora_targets=("q_proj", "v_proj"),
+        checkpointed_layers=0,
+    )
     f = forecast(recipe, T4)
     assert told["peak_allocated_bytes"] == f.peak_allocated_bytes
     assert tuple(told["device_bytes"]) == f.device_bytes
@@ -44,16 +72,19 @@ def test_json_is_what_the_library_says(capsys):
     assert told["recipe"]["lora_targets"] == ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--model", "lama-8b"], "model must be one of"),
-    (["--gpu", "T5"], "gpu must be one of T4"),
-    (["--sequence-length", "-4"], "sequence_length must be a whole number"),
-    (["--micro-batch-size", "0"], "micro_batch_size must be a whole number"),
-    (["--amp-dtype", "bfloat16"], "amp_dtype must be 'float16' on a T4"),
-    (["--lora-targets", "qkv"], "lora_targets must name linear layers"),
-    (["--checkpointed-layers", "half"], "checkpointed_layers must be a whole number"),
-    (["--lora-rank", "none"], "lora_rank must be a number when base is 'nf4'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "lama-8b"], "model must be one of"),
+        (["--gpu", "T5"], "gpu must be one of T4"),
+        (["--sequence-length", "-4"], "sequence_length must be a whole number"),
+        (["--micro-batch-size", "0"], "micro_batch_size must be a whole number"),
+        (["--amp-dtype", "bfloat16"], "amp_dtype must be 'float16' on a T4"),
+        (["--lora-targets", "qkv"], "lora_targets must name linear layers"),
+        (["--checkpointed-layers", "half"], "checkpointed_layers must be a whole number"),
+        (["--lora-rank", "none"], "lora_rank must be a number when base is 'nf4'"),
+    ],
+)
 def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
     assert cli.main(["forecast", *SMALL, *arguments]) == 2
     told = capsys.readouterr()
@@ -61,8 +92,10 @@ def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
     assert len([line for line in told.err.splitlines() if not line.startswith("...")]) == 1
 
 
-@pytest.mark.parametrize("arguments", [
-    [], ["predict"], ["forecast", "--loss", "half"], ["forecast", "--sequence-length", "long"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["predict"], ["forecast", "--loss", "half"], ["forecast", "--sequence-length", "long"]],
+)
 def test_what_argparse_refuses_exits_2_too(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -91,7 +124,7 @@ def test_fit_that_finds_nothing_exits_3_with_one_sentence(capsys):
     arguments = ["fit", "--model", "llama-3.1-8b", "--base", "float16", "--sequence-length", "16"]
     assert cli.main([*arguments, "--json"]) == 3
     told = capsys.readouterr()
-    said, = [line for line in told.err.splitlines() if not line.startswith("...")]
+    (said,) = [line for line in told.err.splitlines() if not line.startswith("...")]
     assert told.out == "" and said.startswith("error: recipe must fit 14.56 GiB of a T4, got")
     assert "one sequence of 16 tokens" in said
 
@@ -140,8 +173,11 @@ def test_progress_is_shown_after_a_second_and_not_before(capsys):
 
 
 def test_module_runs_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "course_utils", "forecast", *SMALL, "--json"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "course_utils", "forecast", *SMALL, "--json"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["gpu"] == "T4"
 
@@ -149,7 +185,11 @@ def test_module_runs_as_a_program():
 def test_a_reader_who_has_seen_enough_is_no_error():
     reads, writes = os.pipe()
     os.close(reads)  # as `| head -1` does, only at once
-    done = subprocess.run([sys.executable, "-m", "course_utils", "doctor"],
-                          stdout=writes, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "course_utils", "doctor"],
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(writes)
     assert (done.returncode, "BrokenPipe" in done.stderr) == (0, False), done.stderr

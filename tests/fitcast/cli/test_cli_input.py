@@ -13,8 +13,9 @@ def test_targets_may_be_written_with_spaces():
     assert cli.recipe_of(asked).lora_targets == ("q_proj", "v_proj")
 
 
-@pytest.mark.parametrize(("option", "value"), [
-    ("utilisation", "7"), ("target-effective-batch", "100003")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("utilisation", "7"), ("target-effective-batch", "100003")]
+)
 def test_an_absurd_number_is_refused_by_the_name_of_its_option(capsys, option, value):
     assert cli.main(["fit", *SMALL, f"--{option}", value]) == 2
     told = capsys.readouterr().err

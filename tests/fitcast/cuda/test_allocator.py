@@ -39,9 +39,18 @@ def test_same_requests_give_the_gpus_numbers(number, descending):
     assert checked == 5
 
 
-@pytest.mark.parametrize(("n_bytes", "segment"), [
-    (1, 2 * MIB), (MIB, 2 * MIB), (MIB + 1, 20 * MIB), (10 * MIB - 512, 20 * MIB),
-    (10 * MIB, 10 * MIB), (10 * MIB + 1, 12 * MIB), (13 * MIB, 14 * MIB)])
+@pytest.mark.parametrize(
+    ("n_bytes", "segment"),
+    [
+        (1, 2 * MIB),
+        (MIB, 2 * MIB),
+        (MIB + 1, 20 * MIB),
+        (10 * MIB - 512, 20 * MIB),
+        (10 * MIB, 10 * MIB),
+        (10 * MIB + 1, 12 * MIB),
+        (13 * MIB, 14 * MIB),
+    ],
+)
 def test_segments_are_pytorchs(n_bytes, segment):
     assert segment_bytes(n_bytes) == segment
     device = CachingAllocator()
@@ -80,8 +89,9 @@ def test_full_device_gives_cached_segments_back_before_it_fails():
     assert device.reserved_bytes == 0
 
 
-@given(st.lists(st.tuples(st.integers(1, 30 * MIB), st.integers(0, 5))), st.booleans(),
-       st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(1, 30 * MIB), st.integers(0, 5))), st.booleans(), st.booleans()
+)
 def test_chunks_never_overlap_and_everything_comes_back(requests, descending, expandable):
     device, live = CachingAllocator(descending=descending, expandable=expandable), []
     for n_bytes, drop in requests:

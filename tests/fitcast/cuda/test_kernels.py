@@ -28,31 +28,37 @@ def watched(gpu=T4):
 
 
 def allocated(ledger, at_least=0):
-    return [ledger._blocks[block].n_bytes for sign, block, _ in ledger._events
-            if sign > 0 and ledger._blocks[block].n_bytes >= at_least]
+    return [
+        ledger._blocks[block].n_bytes
+        for sign, block, _ in ledger._events
+        if sign > 0 and ledger._blocks[block].n_bytes >= at_least
+    ]
 
 
 def heads(n, rows=512, size=64, dtype=torch.float16, **options):
     return torch.empty(1, n, rows, size, dtype=dtype, **options)
 
 
-@pytest.mark.parametrize(("gpu", "kv_heads", "dtype", "masked", "size", "kernel"), [
-    (T4, 8, torch.float16, False, 64, "math"),  # grouped heads without a mask: facts, section 2
-    (T4, 32, torch.float16, False, 64, "efficient"),
-    (T4, 32, torch.float16, True, 64, "efficient"),
-    (T4, 32, torch.float32, False, 64, "efficient"),
-    (T4, 32, torch.bfloat16, False, 64, "math"),
-    (T4, 32, torch.float16, False, 60, "math"),  # not a multiple of 16 bytes
-    (A100, 8, torch.float16, False, 64, "flash"),
-    (A100, 8, torch.float16, True, 64, "math"),
-    (A100, 32, torch.bfloat16, True, 64, "efficient"),
-    (A100, 32, torch.float32, False, 64, "efficient"),
-    (A100, 32, torch.float16, False, 512, "efficient"),
-    (H200, 8, torch.float16, False, 64, "cudnn"),
-    (H200, 8, torch.bfloat16, True, 64, "cudnn"),
-    (H200, 32, torch.float16, False, 256, "flash"),
-    (H200_WITH_T4_KERNELS, 8, torch.float16, False, 64, "math"),
-])
+@pytest.mark.parametrize(
+    ("gpu", "kv_heads", "dtype", "masked", "size", "kernel"),
+    [
+        (T4, 8, torch.float16, False, 64, "math"),  # grouped heads without a mask: facts, section 2
+        (T4, 32, torch.float16, False, 64, "efficient"),
+        (T4, 32, torch.float16, True, 64, "efficient"),
+        (T4, 32, torch.float32, False, 64, "efficient"),
+        (T4, 32, torch.bfloat16, False, 64, "math"),
+        (T4, 32, torch.float16, False, 60, "math"),  # not a multiple of 16 bytes
+        (A100, 8, torch.float16, False, 64, "flash"),
+        (A100, 8, torch.float16, True, 64, "math"),
+        (A100, 32, torch.bfloat16, True, 64, "efficient"),
+        (A100, 32, torch.float32, False, 64, "efficient"),
+        (A100, 32, torch.float16, False, 512, "efficient"),
+        (H200, 8, torch.float16, False, 64, "cudnn"),
+        (H200, 8, torch.bfloat16, True, 64, "cudnn"),
+        (H200, 32, torch.float16, False, 256, "flash"),
+        (H200_WITH_T4_KERNELS, 8, torch.float16, False, 64, "math"),
+    ],
+)
 def test_attention_kernel_is_the_one_that_the_gpu_takes(gpu, kv_heads, dtype, masked, size, kernel):
     with fake_tensors():
         query, key = (heads(n, 16, size, dtype) for n in (32, kv_heads))
@@ -64,11 +70,14 @@ def test_attention_kernel_is_the_one_that_the_gpu_takes(gpu, kv_heads, dtype, ma
 def attention_backward(gpu, kv_heads, rows=512, masked=False, batch=1, dtype=torch.float16):
     with watched(gpu) as ledger:
         query = torch.empty(batch, 32, rows, 64, dtype=dtype, requires_grad=True)
-        key, value = (torch.empty(batch, kv_heads, rows, 64, dtype=dtype, requires_grad=True)
-                      for _ in range(2))
+        key, value = (
+            torch.empty(batch, kv_heads, rows, 64, dtype=dtype, requires_grad=True)
+            for _ in range(2)
+        )
         mask = torch.ones(batch, 1, rows, rows, dtype=torch.bool) if masked else None
-        output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=not masked,
-                                                enable_gqa=kv_heads < 32)
+        output = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=not masked, enable_gqa=kv_heads < 32
+        )
         torch.autograd.grad(output, (query, key, value), torch.empty_like(output))
     return allocated(ledger)
 
@@ -82,8 +91,9 @@ def test_scratch_of_attention_backward_as_read_off_an_h200():
 
 def test_math_attention_writes_scores_in_float32():
     with watched() as ledger:
-        output = F.scaled_dot_product_attention(heads(32), heads(8), heads(8), is_causal=True,
-                                                enable_gqa=True)
+        output = F.scaled_dot_product_attention(
+            heads(32), heads(8), heads(8), is_causal=True, enable_gqa=True
+        )
     assert output.dtype == torch.float16
     # row 0's trace: q, k, v, scaled q, the mask three times, k and v repeated, scaled k, scores,
     # softmax, a byte a score, its rows, the half copy of the weights, output twice
@@ -91,8 +101,24 @@ def test_math_attention_writes_scores_in_float32():
     made.remove(T4.workspace_bytes)
     assert inputs == [2097152, 524288, 524288]
     assert made == [
-        4194304, 1048576, 1048576, 4194304, 262144, 262144, 1048576, 4194304, 4194304, 4194304,
-        33554432, 33554432, 8388608, 16384, 16777216, 4194304, 2097152]
+        4194304,
+        1048576,
+        1048576,
+        4194304,
+        262144,
+        262144,
+        1048576,
+        4194304,
+        4194304,
+        4194304,
+        33554432,
+        33554432,
+        8388608,
+        16384,
+        16777216,
+        4194304,
+        2097152,
+    ]
 
 
 def test_math_attention_computes_attention():
@@ -102,8 +128,9 @@ def test_math_attention_computes_attention():
     want = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     keep = torch.ones(8, 8).tril()
     with torch.no_grad():  # an additive mask, because the rule's own holds no values
-        got = attention.math_attention(query, key, value, (1 - keep).double() * -1e30, 0.0,
-                                            False, None)
+        got = attention.math_attention(
+            query, key, value, (1 - keep).double() * -1e30, 0.0, False, None
+        )
     assert torch.allclose(got, want)
 
 
@@ -171,11 +198,17 @@ def test_gradient_is_added_in_place_where_pytorch_does_so_on_real_tensors(shared
     assert got == gradient_is_added_in_place(shared) == (not shared)
 
 
-@pytest.mark.parametrize(("gpu", "rows", "shape", "fused"), [
-    (H200, 4, (4096, 2048), True),  # at most 4 rows: always
-    (H200, 4096, (4096, 2048), False),  # above 1536 rows: never
-    (H200, 512, (512, 2048), False), (H200, 512, (14336, 4096), False),
-    (T4, 64, (14336, 4096), True), (T4, 512, (14336, 4096), False)])
+@pytest.mark.parametrize(
+    ("gpu", "rows", "shape", "fused"),
+    [
+        (H200, 4, (4096, 2048), True),  # at most 4 rows: always
+        (H200, 4096, (4096, 2048), False),  # above 1536 rows: never
+        (H200, 512, (512, 2048), False),
+        (H200, 512, (14336, 4096), False),
+        (T4, 64, (14336, 4096), True),
+        (T4, 512, (14336, 4096), False),
+    ],
+)
 def test_bitsandbytes_dequantizes_where_its_own_source_says_so(gpu, rows, shape, fused):
     import bitsandbytes  # noqa: F401  (registers the operation)
 
@@ -185,8 +218,12 @@ def test_bitsandbytes_dequantizes_where_its_own_source_says_so(gpu, rows, shape,
     with watched(gpu) as ledger:
         torch.ops.bitsandbytes.gemm_4bit(
             torch.empty(rows, shape[1], dtype=torch.float16),
-            torch.empty(shape[0] * shape[1] // 2, 1, dtype=torch.uint8), list(shape),
-            torch.empty(shape[0] * shape[1] // 64), 64, "nf4")
+            torch.empty(shape[0] * shape[1] // 2, 1, dtype=torch.uint8),
+            list(shape),
+            torch.empty(shape[0] * shape[1] // 64),
+            64,
+            "nf4",
+        )
     assert (2 * shape[0] * shape[1] in allocated(ledger)[3:]) == (not fused)
 
 
@@ -214,8 +251,9 @@ def test_adam_updates_all_at_once_as_on_cuda():
         optimizer.step()
         before = len(ledger._events)
         optimizer.step()
-    signs = [sign for sign, block, _ in ledger._events[before:]
-             if ledger._blocks[block].n_bytes == 4000]
+    signs = [
+        sign for sign, block, _ in ledger._events[before:] if ledger._blocks[block].n_bytes == 4000
+    ]
     assert signs[:8] == [1] * 8  # a copy of each before the first one is freed
 
 

@@ -13,8 +13,15 @@ from fitcast.recipe import TrainRecipe
 from fitcast.step.levers import decoder_layers
 from fitcast.step.qlora import add_adapters, apply_levers, prepare_base
 
-FULL = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0.0,
-                   checkpointed_layers=0, micro_batch_size=2, sequence_length=24)
+FULL = TrainRecipe(
+    model=BUNDLED,
+    base="float32",
+    lora_rank=None,
+    lora_dropout=0.0,
+    checkpointed_layers=0,
+    micro_batch_size=2,
+    sequence_length=24,
+)
 SEVEN = replace(FULL, model="llama-2-7b", base="float16", micro_batch_size=1, sequence_length=2048)
 
 
@@ -76,15 +83,23 @@ def test_ratios_that_the_lessons_quote():
 
 
 def test_laws():
-    kept = {name: [count_block(replace(SEVEN, attention=kind, sequence_length=length))
-                   .saved_activation_bytes for length in (512, 1024, 1536)]
-            for name, kind in (("eager", "eager"), ("SDPA", "stock"))}
+    kept = {
+        name: [
+            count_block(
+                replace(SEVEN, attention=kind, sequence_length=length)
+            ).saved_activation_bytes
+            for length in (512, 1024, 1536)
+        ]
+        for name, kind in (("eager", "eager"), ("SDPA", "stock"))
+    }
     first, second = (kept["SDPA"][i + 1] - kept["SDPA"][i] for i in (0, 1))
     assert first == second
     bend = (kept["eager"][2] - kept["eager"][1]) - (kept["eager"][1] - kept["eager"][0])
     assert bend == 2 * 512**2 * 32 * (2 + 4)  # scores of 32 heads: softmax in float32, and its fp16
-    assert count_block(replace(SEVEN, micro_batch_size=8)).saved_activation_bytes == \
-        8 * count_block(SEVEN).saved_activation_bytes
+    assert (
+        count_block(replace(SEVEN, micro_batch_size=8)).saved_activation_bytes
+        == 8 * count_block(SEVEN).saved_activation_bytes
+    )
 
 
 def test_weights_of_llama_2_7b():

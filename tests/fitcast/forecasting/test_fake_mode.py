@@ -37,9 +37,21 @@ def seen(mode, call, repeats):
                 result = call(first, n)
                 made += [x, n, *(result if isinstance(result, list) else [result])]
     storages = [t.untyped_storage()._cdata for t in made]
-    return [(t.shape, t.stride(), t.storage_offset(), t.dtype, str(t.device), t.requires_grad,
-             type(t.grad_fn).__name__, t._is_view(), t.untyped_storage().nbytes(),
-             storages.index(storage)) for t, storage in zip(made, storages, strict=True)]
+    return [
+        (
+            t.shape,
+            t.stride(),
+            t.storage_offset(),
+            t.dtype,
+            str(t.device),
+            t.requires_grad,
+            type(t.grad_fn).__name__,
+            t._is_view(),
+            t.untyped_storage().nbytes(),
+            storages.index(storage),
+        )
+        for t, storage in zip(made, storages, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -63,11 +63,22 @@ def untied(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def forecasts(untied):
-    return [forecast(TrainRecipe(
-        model=str(untied[row["model"]]), amp_dtype="float16", loss=row["loss"],
-        micro_batch_size=row["micro_batch_size"], sequence_length=row["sequence_length"],
-        checkpointed_layers=row["checkpointed_layers"], lora_dropout=row["lora_dropout"],
-        attention=ATTENTION[row["attention"]]), H200_WITH_T4_KERNELS) for row in ROWS]
+    return [
+        forecast(
+            TrainRecipe(
+                model=str(untied[row["model"]]),
+                amp_dtype="float16",
+                loss=row["loss"],
+                micro_batch_size=row["micro_batch_size"],
+                sequence_length=row["sequence_length"],
+                checkpointed_layers=row["checkpointed_layers"],
+                lora_dropout=row["lora_dropout"],
+                attention=ATTENTION[row["attention"]],
+            ),
+            H200_WITH_T4_KERNELS,
+        )
+        for row in ROWS
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +87,22 @@ def held():
 
 
 def errors(forecasts, rows):
-    return [abs(f.peak_allocated_bytes / row["peak_allocated_bytes"] - 1)
-            for f, row in zip(forecasts, rows, strict=True)]
+    return [
+        abs(f.peak_allocated_bytes / row["peak_allocated_bytes"] - 1)
+        for f, row in zip(forecasts, rows, strict=True)
+    ]
 
 
 def assert_reserved_is_held(forecasts, rows):
     bounds = [f.peak_reserved_bytes for f in forecasts]
-    inside = [low <= row["peak_reserved_bytes"] <= high
-              for (low, high), row in zip(bounds, rows, strict=True)]
-    widths = [(high - low) / row["peak_reserved_bytes"]
-              for (low, high), row in zip(bounds, rows, strict=True)]
+    inside = [
+        low <= row["peak_reserved_bytes"] <= high
+        for (low, high), row in zip(bounds, rows, strict=True)
+    ]
+    widths = [
+        (high - low) / row["peak_reserved_bytes"]
+        for (low, high), row in zip(bounds, rows, strict=True)
+    ]
     assert sum(inside) >= 0.95 * len(rows)
     assert max(widths) <= 0.2
 
@@ -103,8 +120,9 @@ def test_reserved_interval_of_the_48_rows(forecasts):
 
 def test_rows_that_were_forecast_before_they_were_measured(held):
     """No rule was written by them: what the forecast is worth for a recipe nobody has looked at."""
-    assert [{"kernels": row["kernels"], "trace": False, "recipe": row["recipe"]}
-            for row in HELD] == json.loads(json.dumps(measure_steps.HELD))
+    assert [
+        {"kernels": row["kernels"], "trace": False, "recipe": row["recipe"]} for row in HELD
+    ] == json.loads(json.dumps(measure_steps.HELD))
     found = errors(held, HELD)
     assert statistics.median(found) <= 0.005 and max(found) <= 0.02
     assert_reserved_is_held(held, HELD)
@@ -113,16 +131,23 @@ def test_rows_that_were_forecast_before_they_were_measured(held):
         assert f.resident_bytes == pytest.approx(row["adapters_added_bytes"], rel=0.003)
 
 
-@pytest.mark.parametrize(("group", "name"), [
-    ("fit", "what fit picks"), ("menu", "phi-4-mini, usual"), ("menu", "llama-3.2-1b, usual"),
-    ("menu", "qwen3-1.7b, lean, checkpoints on the host")])
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        ("fit", "what fit picks"),
+        ("menu", "phi-4-mini, usual"),
+        ("menu", "llama-3.2-1b, usual"),
+        ("menu", "qwen3-1.7b, lean, checkpoints on the host"),
+    ],
+)
 def test_other_packages_forecast_the_same(group, name):
     """For `make test-colab`; with the pins' packages test_recorded_runs.py wants it to the byte.
 
     torch 2.11 and 2.13 differ in a few temporaries, and reserved memory's bounds with them.
     """
-    row, = (row for row in recorded.recording()["rows"] if (row["group"], row["name"])
-            == (group, name))
+    (row,) = (
+        row for row in recorded.recording()["rows"] if (row["group"], row["name"]) == (group, name)
+    )
     f, then = forecast(TrainRecipe(**row["recipe"]), T4), row["forecast"]
     assert f.peak_allocated_bytes == pytest.approx(then["peak_allocated_bytes"], rel=1e-5)
     assert f.peak_reserved_bytes == pytest.approx(then["peak_reserved_bytes"], rel=0.01)
@@ -138,8 +163,11 @@ def test_resident_of_the_rows_that_tell(forecasts):
             assert f.resident_bytes + there == pytest.approx(row["adapters_added_bytes"], rel=0.003)
 
 
-@pytest.mark.parametrize("row", RULES, ids=lambda row: "-".join(
-    str(value) for key, value in row["recipe"].items() if key != "model"))
+@pytest.mark.parametrize(
+    "row",
+    RULES,
+    ids=lambda row: "-".join(str(value) for key, value in row["recipe"].items() if key != "model"),
+)
 def test_each_mechanism_on_a_row_of_its_own(row):
     """Own and T4 kernels, padding, eager, native norm, no LoRA, k-bit upcast, offload, no AMP."""
     f = forecast(TrainRecipe(**row["recipe"]), KERNELS[row["kernels"]])
@@ -162,11 +190,13 @@ def test_events_of_a_step_are_those_of_the_gpu(number):
     """Every allocation and free of 128 KiB and up, in order."""
     trace = read_trace(number)
     sizes = [n for n in trace["events"] if n >= 0]
-    third_step = trace["events"][trace["marks"]["step_2"]:trace["marks"]["step_3"]]
+    third_step = trace["events"][trace["marks"]["step_2"] : trace["marks"]["step_3"]]
     measured = [n if n >= 0 else -sizes[-1 - n] for n in third_step]
     stream = run_stream(TrainRecipe(**RULES[number]["recipe"]), H200_WITH_T4_KERNELS)
-    ours = [sign * stream.blocks[block].n_bytes
-            for sign, block, _ in later_step(stream.events[stream.marks["ready"]:])]
+    ours = [
+        sign * stream.blocks[block].n_bytes
+        for sign, block, _ in later_step(stream.events[stream.marks["ready"] :])
+    ]
 
     def large(events):
         """Frees between two allocations have no order worth keeping."""
@@ -177,11 +207,16 @@ def test_events_of_a_step_are_those_of_the_gpu(number):
     assert large(ours) == large(measured)
 
 
-@pytest.mark.parametrize(("changes", "layers", "checkpointed"), [
-    ({}, 7, 7), ({}, 6, 0), ({"gradient_accumulation_steps": 2}, 11, 5),
-    ({"lora_rank": None, "base": "float32", "optimizer": "adamw"}, 6, 6),
-    ({"loss": "chunked", "attention": "explicit_kv", "kbit_upcast": True}, 6, 1),
-])
+@pytest.mark.parametrize(
+    ("changes", "layers", "checkpointed"),
+    [
+        ({}, 7, 7),
+        ({}, 6, 0),
+        ({"gradient_accumulation_steps": 2}, 11, 5),
+        ({"lora_rank": None, "base": "float32", "optimizer": "adamw"}, 6, 6),
+        ({"loss": "chunked", "attention": "explicit_kv", "kbit_upcast": True}, 6, 1),
+    ],
+)
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen3-0.6b"])
 def test_few_layers_give_every_event_of_many(tmp_path, model, changes, layers, checkpointed):
     config = models.config(model)
@@ -189,21 +224,25 @@ def test_few_layers_give_every_event_of_many(tmp_path, model, changes, layers, c
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     config.save_pretrained(tmp_path)
-    recipe = dataclasses.replace(SMALL, model=str(tmp_path), checkpointed_layers=checkpointed,
-                                 **changes)
+    recipe = dataclasses.replace(
+        SMALL, model=str(tmp_path), checkpointed_layers=checkpointed, **changes
+    )
     deep, whole = (run_stream(recipe, T4, whole=whole) for whole in (False, True))
 
     def events(stream):
         runs = itertools.groupby(stream.events, key=lambda event: event[0])
         for sign, run in runs:
-            blocks = [(stream.blocks[block].n_bytes, stream.blocks[block].module, phase)
-                      for _, block, phase in run]
+            blocks = [
+                (stream.blocks[block].n_bytes, stream.blocks[block].module, phase)
+                for _, block, phase in run
+            ]
             yield sign, blocks if sign > 0 else sorted(blocks)
 
     assert list(events(deep)) == list(events(whole))
     assert deep.marks == whole.marks
     (operations, flops), (expected, all_flops) = (
-        [sum(work[part] for work in stream.work) for part in (1, 2)] for stream in (deep, whole))
+        [sum(work[part] for work in stream.work) for part in (1, 2)] for stream in (deep, whole)
+    )
     assert flops == all_flops
     assert operations == pytest.approx(expected, rel=0.03)  # the optimizer's are of no layer
 
@@ -220,8 +259,11 @@ def test_layers_that_differ_are_not_repeated():
 
 def test_composition_adds_up_and_the_peak_is_named():
     f = forecast(dataclasses.replace(SMALL, sequence_length=512))
-    assert sum(f.composition.values()) == f.peak_allocated_bytes == max(
-        map(sum, zip(*f.timeline.values(), strict=True)))
+    assert (
+        sum(f.composition.values())
+        == f.peak_allocated_bytes
+        == max(map(sum, zip(*f.timeline.values(), strict=True)))
+    )
     assert set(f.phase_peaks) == {"load", "adapters", "forward", "backward", "optimizer"}
     assert f.peak_phase == "backward" and "log_softmax" in f.peak_operation
     # r=16 on q, k, v, o of 16 layers in float32
@@ -229,18 +271,21 @@ def test_composition_adds_up_and_the_peak_is_named():
 
 
 def test_fits_is_the_question_of_the_gpu():
-    usual = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", sequence_length=2048,
-                        micro_batch_size=4)
-    lean = dataclasses.replace(usual, attention="explicit_kv", loss="chunked", norm="native",
-                               lora_dropout=0.0)
+    usual = TrainRecipe(
+        model="llama-3.1-8b", amp_dtype="float16", sequence_length=2048, micro_batch_size=4
+    )
+    lean = dataclasses.replace(
+        usual, attention="explicit_kv", loss="chunked", norm="native", lora_dropout=0.0
+    )
     assert not forecast(usual).fits and forecast(usual).margin_bytes < 0
     assert forecast(lean).fits and forecast(lean).margin_bytes > 0
     assert forecast(usual, gpus.A100).fits
 
 
 def test_accumulation_repeats_the_second_micro_batch():
-    two, eight = (forecast(dataclasses.replace(SMALL, gradient_accumulation_steps=n))
-                  for n in (2, 8))
+    two, eight = (
+        forecast(dataclasses.replace(SMALL, gradient_accumulation_steps=n)) for n in (2, 8)
+    )
     assert eight.flops == 4 * two.flops
     assert 0 <= eight.peak_allocated_bytes - two.peak_allocated_bytes <= 6 * 3 * 1024
 
@@ -252,9 +297,15 @@ def test_what_needs_no_memory_is_answered_from_memory():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
 def test_a_forecast_takes_little_memory_however_large_the_model():
-    small, large = (int(subprocess.check_output(
-        [sys.executable, "-c", GROWTH, model], cwd=ROOT, text=True).splitlines()[-1]) * KIB
-        for model in ("llama-3.2-1b", "llama-3.1-8b"))
+    small, large = (
+        int(
+            subprocess.check_output(
+                [sys.executable, "-c", GROWTH, model], cwd=ROOT, text=True
+            ).splitlines()[-1]
+        )
+        * KIB
+        for model in ("llama-3.2-1b", "llama-3.1-8b")
+    )
     assert 0 < large < GIB and abs(large - small) < 200 * MIB
 
 
@@ -299,21 +350,37 @@ def test_step_that_asks_for_numbers_is_refused():
     assert type(model.weight) is torch.nn.Parameter
 
 
-@pytest.mark.parametrize(("changes", "gpu", "message"), [
-    ({"sequence_length": 50_000, "model": "qwen3-0.6b"}, T4, "sequence_length must be at most 40"),
-    ({"lora_targets": ("qkv_proj",)}, T4, "lora_targets must name linear layers .*qkv_proj"),
-    ({"amp_dtype": "bfloat16"}, T4, "amp_dtype must be 'float16' on a T4"),
-    ({"base": "bfloat16"}, T4, "base must be 'float16' on a T4"),
-    ({"checkpointed_layers": 17}, T4, "checkpointed_layers must be from 0 to 16"),
-])
+@pytest.mark.parametrize(
+    ("changes", "gpu", "message"),
+    [
+        (
+            {"sequence_length": 50_000, "model": "qwen3-0.6b"},
+            T4,
+            "sequence_length must be at most 40",
+        ),
+        ({"lora_targets": ("qkv_proj",)}, T4, "lora_targets must name linear layers .*qkv_proj"),
+        ({"amp_dtype": "bfloat16"}, T4, "amp_dtype must be 'float16' on a T4"),
+        ({"base": "bfloat16"}, T4, "base must be 'float16' on a T4"),
+        ({"checkpointed_layers": 17}, T4, "checkpointed_layers must be from 0 to 16"),
+    ],
+)
 def test_impossible_recipe_is_refused_in_one_sentence(changes, gpu, message):
     with pytest.raises(ValueError, match=message):
         forecast(dataclasses.replace(SMALL, **changes), gpu)
 
 
-@pytest.mark.parametrize("config", [
-    {"model_type": "t5"}, {"model_type": "bert"}, {"model_type": "clip"}, {"model_type": "rwkv"},
-    {"model_type": "gpt2"}, {"model_type": "mixtral"}, {"model_type": "opt"}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "t5"},
+        {"model_type": "bert"},
+        {"model_type": "clip"},
+        {"model_type": "rwkv"},
+        {"model_type": "gpt2"},
+        {"model_type": "mixtral"},
+        {"model_type": "opt"},
+    ],
+)
 def test_model_that_is_no_decoder_is_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="^model must (be|not be) a"):

@@ -10,18 +10,29 @@ from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
 
-RECIPE = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, optimizer="adamw", checkpointed_layers=0,
-                     micro_batch_size=8, sequence_length=128)
+RECIPE = TrainRecipe(
+    model=BUNDLED,
+    base="float32",
+    lora_rank=None,
+    optimizer="adamw",
+    checkpointed_layers=0,
+    micro_batch_size=8,
+    sequence_length=128,
+)
 
 
 def steps(n: int):
     """n optimizer steps of `RECIPE`, as a reader would write them."""
+
     def step(model):
         optimizer = torch.optim.AdamW(model.parameters())
         for _ in range(n):
-            batch = {"input_ids": torch.zeros(8, 128, dtype=torch.long),
-                     "labels": torch.zeros(8, 128, dtype=torch.long)}
+            batch = {
+                "input_ids": torch.zeros(8, 128, dtype=torch.long),
+                "labels": torch.zeros(8, 128, dtype=torch.long),
+            }
             qlora.training_step(model, optimizer, [batch], RECIPE)
+
     return step
 
 

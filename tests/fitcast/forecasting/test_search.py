@@ -16,7 +16,9 @@ from fitcast.gpus import H200, T4
 from fitcast.recipe import TrainRecipe
 from fitcast.units import MIB
 
-ROWS = json.loads((Path(__file__).parents[2] / "data" / "h200_steps.json").read_text("utf-8"))["rows"]
+ROWS = json.loads((Path(__file__).parents[2] / "data" / "h200_steps.json").read_text("utf-8"))[
+    "rows"
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,9 @@ def recipe(tmp_path_factory):
     config.num_hidden_layers = 2
     path = tmp_path_factory.mktemp("shallow")
     config.save_pretrained(path)
-    return TrainRecipe(model=str(path), amp_dtype="float16", sequence_length=1024,
-                       gradient_accumulation_steps=4)
+    return TrainRecipe(
+        model=str(path), amp_dtype="float16", sequence_length=1024, gradient_accumulation_steps=4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +44,19 @@ def test_fit_finds_what_exhaustive_search_finds(recipe, small_gpu):
     assert best.recipe.effective_batch_size == 4
     fastest = 0.0
     for micro, k, loss, attention, keep in itertools.product(
-            (1, 2, 4), (0, 1, 2), ("full", "lean"), ("stock", "explicit_kv"), (False, True)):
+        (1, 2, 4), (0, 1, 2), ("full", "lean"), ("stock", "explicit_kv"), (False, True)
+    ):
         if k or not keep:
             candidate = dataclasses.replace(
-                recipe, micro_batch_size=micro, gradient_accumulation_steps=4 // micro, loss=loss,
-                checkpointed_layers=k, attention=attention, keep_attention=keep,
-                expandable_segments=True)
+                recipe,
+                micro_batch_size=micro,
+                gradient_accumulation_steps=4 // micro,
+                loss=loss,
+                checkpointed_layers=k,
+                attention=attention,
+                keep_attention=keep,
+                expandable_segments=True,
+            )
             f = forecast(candidate, small_gpu)
             if f.margin_bytes >= 0:
                 fastest = max(fastest, tokens_per_second(candidate, f))
@@ -67,21 +77,37 @@ def test_nothing_fits_says_how_much_it_would_take(recipe, small_gpu):
 
 
 def test_a_model_with_scaled_logits_keeps_the_full_loss(tmp_path):
-    shape = {name: getattr(models.config(BUNDLED), name) for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads")}
+    shape = {
+        name: getattr(models.config(BUNDLED), name)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+        )
+    }
     GraniteConfig(**shape, logits_scaling=8.0).save_pretrained(tmp_path)
     recipe = TrainRecipe(model=str(tmp_path), sequence_length=64)
     assert forecast(recipe, T4).fits
     assert fit(recipe, T4).recipe.loss == "full"
 
 
-@pytest.mark.parametrize(("target", "utilisation", "field"), [
-    (3, 0.6, "target_effective_batch"), (0, 0.6, "target_effective_batch"),
-    (True, 0.6, "target_effective_batch"), (200_000, 0.6, "target_effective_batch"),
-    (4, 0.0, "utilisation"), (4, 1.5, "utilisation")])
-def test_absurd_question_is_refused_before_the_search(recipe, small_gpu, target, utilisation,
-                                                      field):
+@pytest.mark.parametrize(
+    ("target", "utilisation", "field"),
+    [
+        (3, 0.6, "target_effective_batch"),
+        (0, 0.6, "target_effective_batch"),
+        (True, 0.6, "target_effective_batch"),
+        (200_000, 0.6, "target_effective_batch"),
+        (4, 0.0, "utilisation"),
+        (4, 1.5, "utilisation"),
+    ],
+)
+def test_absurd_question_is_refused_before_the_search(
+    recipe, small_gpu, target, utilisation, field
+):
     two_gpus, weighed = dataclasses.replace(recipe, world_size=2), []
     with pytest.raises(ValueError, match=f"^{field} must be .*got") as refusal:
         fit(two_gpus, small_gpu, target, utilisation=utilisation, progress=weighed.append)
@@ -92,11 +118,15 @@ def test_levers_are_single_changes_ranked_by_bytes(recipe):
     base = dataclasses.replace(recipe, loss="chunked", sequence_length=4096)
     ranked = levers(base, T4)
     assert [lever.saved_bytes for lever in ranked] == sorted(
-        (lever.saved_bytes for lever in ranked), reverse=True)
+        (lever.saved_bytes for lever in ranked), reverse=True
+    )
     peak = forecast(base, T4).peak_allocated_bytes
     for lever in ranked:
-        changed = {field.name for field in dataclasses.fields(base)
-                   if getattr(base, field.name) != getattr(lever.recipe, field.name)}
+        changed = {
+            field.name
+            for field in dataclasses.fields(base)
+            if getattr(base, field.name) != getattr(lever.recipe, field.name)
+        }
         assert 1 <= len(changed) <= 2, lever.change
         assert lever.saved_bytes == peak - forecast(lever.recipe, T4).peak_allocated_bytes
     by_name = {lever.change: lever for lever in ranked}
@@ -107,11 +137,18 @@ def test_levers_are_single_changes_ranked_by_bytes(recipe):
 
 
 def test_a_lever_reads_as_a_sentence(recipe):
-    lever = Lever(change="explicit K/V attention", recipe=recipe, saved_bytes=1536 * MIB,
-                  speedup=2.1, forecast=None)
+    lever = Lever(
+        change="explicit K/V attention",
+        recipe=recipe,
+        saved_bytes=1536 * MIB,
+        speedup=2.1,
+        forecast=None,
+    )
     assert str(lever) == "explicit K/V attention: -1.50 GiB, 2.1x faster"
-    assert str(dataclasses.replace(lever, saved_bytes=-MIB, speedup=0.5)) == \
-        "explicit K/V attention: +1.00 MiB, 2.0x slower"
+    assert (
+        str(dataclasses.replace(lever, saved_bytes=-MIB, speedup=0.5))
+        == "explicit K/V attention: +1.00 MiB, 2.0x slower"
+    )
 
 
 def test_speed_of_large_steps_is_the_measured_one(tmp_path):
@@ -119,12 +156,22 @@ def test_speed_of_large_steps_is_the_measured_one(tmp_path):
     config = models.config("llama-3.1-8b")
     config.save_pretrained(tmp_path)
     gpu = dataclasses.replace(H200, flash_attention=False)
-    large = [row for row in ROWS if row["model"] == "llama-8b" and row["micro_batch_size"] == 4
-             and row["sequence_length"] == 2048]
+    large = [
+        row
+        for row in ROWS
+        if row["model"] == "llama-8b"
+        and row["micro_batch_size"] == 4
+        and row["sequence_length"] == 2048
+    ]
     assert len(large) == 4
     for row in large:
         recipe = TrainRecipe(
-            model=str(tmp_path), amp_dtype="float16", sequence_length=2048, micro_batch_size=4,
-            loss=row["loss"], attention={"efficient": "explicit_kv"}.get(row["attention"], "stock"))
+            model=str(tmp_path),
+            amp_dtype="float16",
+            sequence_length=2048,
+            micro_batch_size=4,
+            loss=row["loss"],
+            attention={"efficient": "explicit_kv"}.get(row["attention"], "stock"),
+        )
         estimate = tokens_per_second(recipe, forecast(recipe, gpu))
         assert estimate == pytest.approx(row["tokens_per_s"], rel=0.1)

@@ -43,8 +43,14 @@ def graph_saved_bytes(output, excluded):
 
 
 def block_config(attention):
-    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=160, num_attention_heads=4,
-                         num_key_value_heads=2, num_hidden_layers=1, vocab_size=64)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=160,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        vocab_size=64,
+    )
     config._attn_implementation = attention
     return config
 
@@ -56,9 +62,11 @@ def block(attention, lora=False):
         from peft import LoraConfig, inject_adapter_in_model
 
         layer = inject_adapter_in_model(
-            LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]), layer)
+            LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]), layer
+        )
     cos_sin = LlamaRotaryEmbedding(block_config(attention))(
-        torch.zeros(BATCH, SEQ, HIDDEN), torch.arange(SEQ)[None])
+        torch.zeros(BATCH, SEQ, HIDDEN), torch.arange(SEQ)[None]
+    )
     mask = torch.zeros(1, 1, SEQ, SEQ) if attention == "eager" else None
     given = [t for t in (*cos_sin, mask) if t is not None]
     return layer, given, lambda x: layer(x, position_embeddings=cos_sin, attention_mask=mask)
@@ -178,8 +186,10 @@ def test_freed_memory_is_gone():
 
 
 def test_budget_raises_pytorchs_own_error_with_the_numbers():
-    message = (r"Tried to allocate 3.91 KiB. The budget is 5.00 KiB of which 1.09 KiB is free. "
-               r"3.91 KiB is in use")
+    message = (
+        r"Tried to allocate 3.91 KiB. The budget is 5.00 KiB of which 1.09 KiB is free. "
+        r"3.91 KiB is in use"
+    )
     with pytest.raises(torch.OutOfMemoryError, match=message), MemoryLedger(budget_bytes=5 * 1024):
         keep = [torch.zeros(1000) for _ in range(2)]
     torch.zeros(10)  # and the ledger no longer watches
@@ -248,9 +258,15 @@ def test_on_cuda_the_peak_is_max_memory_allocated_up_to_cublas_workspaces(checkp
     from fitcast import gpus
     from fitcast.step import qlora
 
-    config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_attention_heads=16,
-                         num_key_value_heads=8, num_hidden_layers=4, vocab_size=32000,
-                         use_cache=False)
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        num_hidden_layers=4,
+        vocab_size=32000,
+        use_cache=False,
+    )
     model = LlamaForCausalLM(config).cuda()
     qlora.checkpoint_layers(model, 4 if checkpointing else 0)
     ids = torch.randint(0, 32000, (2, 512), device="cuda")
@@ -275,8 +291,9 @@ def peak_with_softmax_backward(ledger):
     That one lives and dies inside the CUDA kernel, so it lifts that moment alone.
     """
     report = ledger.report()
-    lifted = [sum(live[event + 1] for live in report.timeline.values())
-              + ledger._blocks[block].n_bytes
-              for event, (sign, block, _) in enumerate(ledger._events) if sign > 0
-              and ledger._blocks[block].operation.startswith("_softmax_backward_data")]
+    lifted = [
+        sum(live[event + 1] for live in report.timeline.values()) + ledger._blocks[block].n_bytes
+        for event, (sign, block, _) in enumerate(ledger._events)
+        if sign > 0 and ledger._blocks[block].operation.startswith("_softmax_backward_data")
+    ]
     return max([report.peak_bytes, *lifted])

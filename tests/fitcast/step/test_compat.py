@@ -36,8 +36,9 @@ OLD = """
 
 def test_adapters_go_on_a_float32_base_beside_an_old_torchao():
     """And PEFT alone raises there, else this would be no test."""
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(OLD)], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(OLD)], capture_output=True, text=True
+    )
     peft_alone, course = done.stdout.splitlines() or [done.stderr, ""]
     assert "incompatible version of torchao" in peft_alone
     assert course.split() == ["True", "False"]

@@ -10,8 +10,16 @@ from fitcast.step import qlora
 from fitcast.step.lean import use_lean_lora, use_lean_rotary
 from fitcast.units import IGNORED
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
 
 
 def tiny(kind: str, **more) -> torch.nn.Module:
@@ -49,7 +57,9 @@ def test_lean_adapters_on_a_16_bit_base_without_autocast():
 
 @pytest.mark.parametrize("loss", ["full", "chunked", "lean"])
 def test_a_step_without_labels_leaves_the_adapters_finite(loss):
-    recipe = TrainRecipe(model=BUNDLED, base="float32", loss=loss, optimizer="adamw", sequence_length=16)
+    recipe = TrainRecipe(
+        model=BUNDLED, base="float32", loss=loss, optimizer="adamw", sequence_length=16
+    )
     model = qlora.add_adapters(qlora.load_base(recipe), recipe).train()
     ids = torch.randint(10, 100, (1, 16))
     batch = {"input_ids": ids, "labels": torch.full_like(ids, IGNORED)}
@@ -59,11 +69,14 @@ def test_a_step_without_labels_leaves_the_adapters_finite(loss):
 
 
 def test_a_max_grad_norm_of_zero_does_not_clip():
-    recipe = TrainRecipe(model=BUNDLED, base="float32", optimizer="adamw", sequence_length=16, max_grad_norm=0.0)
+    recipe = TrainRecipe(
+        model=BUNDLED, base="float32", optimizer="adamw", sequence_length=16, max_grad_norm=0.0
+    )
     model = qlora.add_adapters(qlora.load_base(recipe), recipe).train()
     weights = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in weights]
     ids = torch.randint(10, 100, (1, 16))
-    qlora.training_step(model, qlora.build_optimizer(model, recipe),
-                        [{"input_ids": ids, "labels": ids}], recipe)
+    qlora.training_step(
+        model, qlora.build_optimizer(model, recipe), [{"input_ids": ids, "labels": ids}], recipe
+    )
     assert not all(torch.equal(*pair) for pair in zip(before, weights, strict=True))

@@ -26,8 +26,16 @@ from fitcast.memory.report import tensors_in
 from fitcast.recipe import TrainRecipe
 from fitcast.step import lean, levers, qlora
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 256,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "use_cache": False}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "vocab_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "use_cache": False,
+}
 SEQ = 48
 PHI3 = {"partial_rotary_factor": 0.75, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -48,12 +56,21 @@ LEVERS = {
     "lean adapters": {"adapters": "lean"},
     "lean rotary": {"rotary": "lean"},
     "attention kept": {"checkpointed_layers": "all", "keep_attention": True},
-    "everything": {"attention": "explicit_kv", "loss": "lean", "norm": "native", "mlp": "lean",
-                   "adapters": "lean", "rotary": "lean", "checkpointed_layers": 2,
-                   "keep_attention": True},
+    "everything": {
+        "attention": "explicit_kv",
+        "loss": "lean",
+        "norm": "native",
+        "mlp": "lean",
+        "adapters": "lean",
+        "rotary": "lean",
+        "checkpointed_layers": 2,
+        "keep_attention": True,
+    },
     "checkpoints on the host": {"checkpointed_layers": "all", "offload_checkpoints": True},
 }
-STOCK = TrainRecipe(model=BUNDLED, base="float32", lora_dropout=0.0, checkpointed_layers=0, sequence_length=SEQ)
+STOCK = TrainRecipe(
+    model=BUNDLED, base="float32", lora_dropout=0.0, checkpointed_layers=0, sequence_length=SEQ
+)
 
 
 def build(recipe, family="llama", **sizes):
@@ -85,8 +102,9 @@ def loss_and_gradients(recipe, padded=False, num_items=None, **build_options):
     model = build(recipe, **build_options)
     loss = qlora.compute_loss(model, batch(padded), recipe, num_items)
     loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()
-                                     if p.grad is not None])
+    return loss.detach(), torch.cat(
+        [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,10 +134,12 @@ def test_chunked_losses_equal_pytorchs_own():
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
     found = []
     for loss_of in (
-            lambda rows: F.linear_cross_entropy(rows.flatten(0, 1), head.weight, targets,
-                                                options=torch.nn.LinearCrossEntropyOptions()),
-            lambda rows: levers.chunked_loss(rows, head, labels, 16),
-            lambda rows: levers.chunked_loss(rows, head, labels, 16, lean=True)):
+        lambda rows: F.linear_cross_entropy(
+            rows.flatten(0, 1), head.weight, targets, options=torch.nn.LinearCrossEntropyOptions()
+        ),
+        lambda rows: levers.chunked_loss(rows, head, labels, 16),
+        lambda rows: levers.chunked_loss(rows, head, labels, 16, lean=True),
+    ):
         rows = hidden.clone().requires_grad_()
         loss = loss_of(rows)
         loss.backward()
@@ -129,12 +149,24 @@ def test_chunked_losses_equal_pytorchs_own():
         assert (gradient - found[0][1]).norm() <= 1e-5 * found[0][1].norm()
 
 
-@pytest.mark.parametrize(("kind", "odd", "words"), [
-    (GraniteConfig, {"logits_scaling": 8.0}, "logits_scaling"),
-    (Gemma2Config, {"final_logit_softcapping": 30.0}, "final_logit_softcapping")])
+@pytest.mark.parametrize(
+    ("kind", "odd", "words"),
+    [
+        (GraniteConfig, {"logits_scaling": 8.0}, "logits_scaling"),
+        (Gemma2Config, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    ],
+)
 def test_chunks_are_refused_where_logits_are_more_than_a_product(kind, odd, words):
-    config = kind(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64,
-                  num_attention_heads=2, num_key_value_heads=2, head_dim=32, **odd)
+    config = kind(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        vocab_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        **odd,
+    )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     recipe = dataclasses.replace(STOCK, attention="eager")
     qlora.apply_levers(model, recipe)
@@ -171,7 +203,7 @@ def test_num_items_makes_micro_batches_add_up(loss):
     model, full = build(recipe), batch()
     items = (full["labels"][:, 1:] != -100).sum()
     for row in range(3):
-        part = {name: value[row:row + 1] for name, value in full.items()}
+        part = {name: value[row : row + 1] for name, value in full.items()}
         qlora.compute_loss(model, part, recipe, items).backward()
     parts = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     assert (parts - whole).norm() <= 1e-5 * whole.norm()
@@ -185,17 +217,23 @@ def peak(recipe, **options):
 
 
 def test_checkpointing_k_layers_saves_in_proportion():
-    saved = [peak(dataclasses.replace(STOCK, checkpointed_layers=k)).saved_activation_bytes
-             for k in range(5)]
+    saved = [
+        peak(dataclasses.replace(STOCK, checkpointed_layers=k)).saved_activation_bytes
+        for k in range(5)
+    ]
     steps = [before - after for before, after in zip(saved, saved[1:], strict=False)]
     assert len(set(steps)) <= 2 and min(steps) > 10 * 3 * SEQ * 64 * 4  # many boundaries a layer
 
 
 def test_chunked_loss_never_holds_all_logits():
     logits = 3 * SEQ * 4000 * 4
-    full, chunked = (peak(dataclasses.replace(STOCK, checkpointed_layers="all", loss=loss,
-                                              loss_chunk_tokens=8), vocab_size=4000)
-                     for loss in ("full", "chunked"))
+    full, chunked = (
+        peak(
+            dataclasses.replace(STOCK, checkpointed_layers="all", loss=loss, loss_chunk_tokens=8),
+            vocab_size=4000,
+        )
+        for loss in ("full", "chunked")
+    )
     assert sum(b.n_bytes == logits for b in full.largest) >= 2
     assert all(b.n_bytes < logits / 10 for b in chunked.largest if b.category != "weights")
     assert full.peak_bytes - chunked.peak_bytes > 2 * logits
@@ -204,11 +242,12 @@ def test_chunked_loss_never_holds_all_logits():
 @pytest.mark.parametrize("loss", ["chunked", "lean"])
 def test_prompts_get_no_logits(loss):
     """Half of the tokens labelled: half of the head's products, in a batch with a mask."""
+
     def products(labelled):
         recipe = dataclasses.replace(STOCK, loss=loss, loss_chunk_tokens=4)
         model, inputs = build(recipe), batch()
         inputs["labels"] = inputs["input_ids"].clone()
-        inputs["labels"][:, :SEQ - labelled] = -100
+        inputs["labels"][:, : SEQ - labelled] = -100
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with FlopCounterMode(display=False) as counter:
             qlora.compute_loss(model, inputs, recipe)
@@ -275,8 +314,9 @@ def test_lean_rotary_moves_half_the_bytes():
             return result
 
     def moved(turn):
-        query, key = (torch.randn(2, 32, heads, 16).transpose(1, 2).requires_grad_()
-                      for heads in (4, 2))
+        query, key = (
+            torch.randn(2, 32, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2)
+        )
         angles = torch.randn(2, 32, 8).repeat(1, 1, 2)
         cos, sin, grads = angles.cos(), angles.sin(), (query.clone(), key.clone())
         with Traffic() as traffic:
@@ -296,8 +336,12 @@ def test_lean_adapters_step_aside_when_adapters_are_off():
 
 def test_the_last_layers_are_the_ones_that_remember():
     model = build(dataclasses.replace(STOCK, checkpointed_layers=1))
-    assert [layer.gradient_checkpointing for layer in levers.decoder_layers(model)] \
-        == [True, False, False, False]
+    assert [layer.gradient_checkpointing for layer in levers.decoder_layers(model)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("k", [5, -1])

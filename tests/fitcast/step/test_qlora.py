@@ -14,9 +14,16 @@ def folder(tmp_path_factory):
     """A model with 4-bit friendly sizes, saved as a checkpoint."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=256)).save_pretrained(path)
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=256,
+        )
+    ).save_pretrained(path)
     return str(path)
 
 
@@ -41,8 +48,9 @@ def test_nf4_bytes_are_half_a_byte_a_weight_and_the_scales(recipe):
 
 def test_kbit_upcast_doubles_what_is_not_quantized(recipe):
     half = dataclasses.replace(recipe, amp_dtype="float16")
-    plain, upcast = (qlora.load_base(dataclasses.replace(half, kbit_upcast=u))
-                     for u in (False, True))
+    plain, upcast = (
+        qlora.load_base(dataclasses.replace(half, kbit_upcast=u)) for u in (False, True)
+    )
     assert plain.lm_head.weight.dtype == torch.float16
     assert upcast.lm_head.weight.dtype == torch.float32
     assert weights(upcast) - weights(plain) == 2 * (2 * 256 * 256 + 5 * 256)
@@ -53,8 +61,9 @@ def test_adapters_are_float32_and_the_only_trainable_parameters(recipe):
     trainable, total = qlora.count_parameters(model)
     # r x (in + out) for q, k, v, o of two layers
     assert trainable == 2 * 16 * (512 + 384 + 384 + 512)
-    assert total == trainable + sum(p.numel() for p in LlamaForCausalLM(
-        model.get_base_model().config).parameters())
+    assert total == trainable + sum(
+        p.numel() for p in LlamaForCausalLM(model.get_base_model().config).parameters()
+    )
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
@@ -69,10 +78,14 @@ def test_llama_1b_has_the_trainable_share_it_is_said_to_have():
 
 
 def test_target_that_matches_no_layer_lists_those_there_are(recipe):
-    with pytest.raises(ValueError, match="lora_targets must name linear layers .*got qkv_proj; it "
-                                         "has down_proj, .*q_proj"):
-        qlora.add_adapters(qlora.load_base(recipe),
-                           dataclasses.replace(recipe, lora_targets=("qkv_proj", "o_proj")))
+    with pytest.raises(
+        ValueError,
+        match="lora_targets must name linear layers .*got qkv_proj; it has down_proj, .*q_proj",
+    ):
+        qlora.add_adapters(
+            qlora.load_base(recipe),
+            dataclasses.replace(recipe, lora_targets=("qkv_proj", "o_proj")),
+        )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
@@ -94,7 +107,7 @@ def test_accumulated_step_reports_the_loss_of_the_whole_batch(recipe):
     labels = ids.clone()
     labels[0, :28] = -100  # uneven: 4 labelled tokens against 31
     whole = {"input_ids": ids, "labels": labels}
-    parts = [{name: value[i:i + 1] for name, value in whole.items()} for i in range(2)]
+    parts = [{name: value[i : i + 1] for name, value in whole.items()} for i in range(2)]
     optimizer = qlora.build_optimizer(model, recipe)
     together = qlora.training_step(model, optimizer, [whole], recipe)
     apart = qlora.training_step(model, optimizer, parts, recipe)

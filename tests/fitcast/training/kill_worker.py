@@ -94,13 +94,17 @@ def main(folder: Path) -> None:
         sabotage()
         model = training.build_model(recipe)
         done = training.train(recipe, model, ROWS, TOKENIZER, folder / name)
-        result = {"losses": done.losses, "learning_rates": [s["learning_rate"] for s in done.steps],
-                  "from": done.resumed_from and done.resumed_from.name}
+        result = {
+            "losses": done.losses,
+            "learning_rates": [s["learning_rate"] for s in done.steps],
+            "from": done.resumed_from and done.resumed_from.name,
+        }
         (folder / f"{name}.json").write_text(json.dumps(result))
 
     def read(name: str) -> dict:
-        return json.loads((folder / f"{name}.json").read_text()) \
-            | {"said": (folder / f"{name}.txt").read_text()}
+        return json.loads((folder / f"{name}.json").read_text()) | {
+            "said": (folder / f"{name}.txt").read_text()
+        }
 
     def result(name: str) -> dict:
         assert signal_of(fork(lambda: run(name), folder / f"{name}.txt")) == 0
@@ -109,8 +113,10 @@ def main(folder: Path) -> None:
     def begin(name: str) -> int:
         """Process id of a run that has come to its first batch."""
         begun, tell = os.pipe()
-        child = fork(lambda: run(name, lambda: patch(qlora, "compute_loss", telling, tell)),
-                     folder / f"{name}.txt")
+        child = fork(
+            lambda: run(name, lambda: patch(qlora, "compute_loss", telling, tell)),
+            folder / f"{name}.txt",
+        )
         os.close(tell)
         os.read(begun, 1)
         return child

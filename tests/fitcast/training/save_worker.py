@@ -1,6 +1,6 @@
 """One of several processes that train and save together, and fail to in turn.
 
-    torchrun --nproc-per-node 2 tests/fitcast/training/save_worker.py FOLDER
+torchrun --nproc-per-node 2 tests/fitcast/training/save_worker.py FOLDER
 """
 
 import dataclasses
@@ -32,11 +32,23 @@ def main(folder: Path) -> None:
         write(trainer, output_dir)
 
     Trainer._save_rng_state = full_disk
-    recipe = dataclasses.replace(tiny_recipe(folder / "model"), world_size=2, max_steps=3,
-                                 save_steps=1, gradient_accumulation_steps=1)
+    recipe = dataclasses.replace(
+        tiny_recipe(folder / "model"),
+        world_size=2,
+        max_steps=3,
+        save_steps=1,
+        gradient_accumulation_steps=1,
+    )
     extra = {} if on_gpus else {"use_cpu": True, "ddp_backend": "gloo"}
-    run = training.train(recipe.for_gpu(gpus.detect()), training.build_model(recipe), ROWS,
-                         TOKENIZER, folder / "run", ddp_find_unused_parameters=False, **extra)
+    run = training.train(
+        recipe.for_gpu(gpus.detect()),
+        training.build_model(recipe),
+        ROWS,
+        TOKENIZER,
+        folder / "run",
+        ddp_find_unused_parameters=False,
+        **extra,
+    )
     print(f"rank {rank} took {len(run.steps)} steps", flush=True)
     torch.distributed.destroy_process_group()
 

@@ -30,9 +30,17 @@ def small_heap():
 
 def build(dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, use_cache=False))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            use_cache=False,
+        )
+    )
     return in_float64(model) if dtype == torch.float64 else model
 
 
@@ -41,7 +49,7 @@ def labelled(*counts, tokens=24):
     ids = torch.randint(128, (len(counts), tokens), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     for row, count in enumerate(counts):
-        labels[row, 1 + count:] = -100
+        labels[row, 1 + count :] = -100
     mask = torch.ones_like(ids)
     mask[0, 20:] = 0
     labels[0, 20:] = -100
@@ -114,8 +122,9 @@ def test_bad_split_is_refused(size):
 def test_split_loses_no_row():
     parts = split(UNEVEN, 3)
     assert [len(part["labels"]) for part in parts] == [3, 3, 1]
-    assert all(torch.equal(torch.cat([part[name] for part in parts]), UNEVEN[name])
-               for name in UNEVEN)
+    assert all(
+        torch.equal(torch.cat([part[name] for part in parts]), UNEVEN[name]) for name in UNEVEN
+    )
 
 
 def test_the_number_of_micro_batches_costs_no_memory():
@@ -148,8 +157,8 @@ class Trained:
     def __init__(self, optimizer=torch.optim.AdamW):
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(
-            torch.nn.Linear(64, 256), Counter(), torch.nn.Dropout(0.5),
-            torch.nn.Linear(256, 8))
+            torch.nn.Linear(64, 256), Counter(), torch.nn.Dropout(0.5), torch.nn.Linear(256, 8)
+        )
         self.optimizer = optimizer(self.model.parameters(), lr=0.01)
         self.steps = 0
 
@@ -162,15 +171,22 @@ class Trained:
         self.optimizer.zero_grad()
 
     def search(self, budget_bytes=MIB, **options):
-        return largest_micro_batch(self.backward, self.model, self.optimizer,
-                                   budget_bytes=budget_bytes, **options)
+        return largest_micro_batch(
+            self.backward, self.model, self.optimizer, budget_bytes=budget_bytes, **options
+        )
 
     def state(self):
         """Everything that a search must leave alone."""
         model, optimizer = self.model, self.optimizer
-        return copy.deepcopy([
-            model.state_dict(), [p.grad for p in model.parameters()], optimizer.state_dict(),
-            torch.get_rng_state(), [module.training for module in model.modules()]])
+        return copy.deepcopy(
+            [
+                model.state_dict(),
+                [p.grad for p in model.parameters()],
+                optimizer.state_dict(),
+                torch.get_rng_state(),
+                [module.training for module in model.modules()],
+            ]
+        )
 
 
 def same(left, right):
@@ -225,19 +241,21 @@ def test_nothing_fits_and_everything_fits():
 def test_an_optimizer_step_is_included():
     """Adam's state is there before any step was taken, SGD has none."""
     budget_bytes = 800 * 1024
-    adam, sgd = (Trained(kind).search(budget_bytes).micro_batch_size
-                 for kind in (torch.optim.AdamW, torch.optim.SGD))
+    adam, sgd = (
+        Trained(kind).search(budget_bytes).micro_batch_size
+        for kind in (torch.optim.AdamW, torch.optim.SGD)
+    )
     assert adam < sgd
 
 
 def test_the_step_after_the_first_is_included():
     """A card on which the first update runs, and the second, with Adam's state, does not."""
     trained, eight = Trained(), lambda size: trained.backward(8 * size)
-    budget_bytes = next(kib * 1024 for kib in range(200, 2000, 10)
-                        if fits(Trained(), 8, kib * 1024, steps=1))
+    budget_bytes = next(
+        kib * 1024 for kib in range(200, 2000, 10) if fits(Trained(), 8, kib * 1024, steps=1)
+    )
     assert not fits(Trained(), 8, budget_bytes)
-    search = largest_micro_batch(eight, trained.model, trained.optimizer,
-                                 budget_bytes=budget_bytes)
+    search = largest_micro_batch(eight, trained.model, trained.optimizer, budget_bytes=budget_bytes)
     assert search.micro_batch_size == 0
 
 
@@ -249,10 +267,15 @@ class Counting(torch.optim.SGD):
         super().step()
 
 
-@pytest.mark.parametrize("optimizer", [
-    torch.optim.AdamW, Counting,
-    lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9)],
-    ids=["AdamW", "counting", "momentum"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.AdamW,
+        Counting,
+        lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9),
+    ],
+    ids=["AdamW", "counting", "momentum"],
+)
 @pytest.mark.parametrize("before", ["nothing", "steps", "gradients", "modes"])
 def test_search_leaves_all_as_it_was(optimizer, before):
     trained = Trained(optimizer)
@@ -318,16 +341,22 @@ def test_a_failed_attempt_leaves_no_tensor_to_the_next():
             frame.why = error  # local variable, exception, traceback, frame: a cycle
             raise
 
-    search = largest_micro_batch(backward, trained.model, trained.optimizer,
-                                 budget_bytes=800 * 1024)
+    search = largest_micro_batch(
+        backward, trained.model, trained.optimizer, budget_bytes=800 * 1024
+    )
     assert not all(probe.fits for probe in search.probes)
     gc.collect()
     assert leaks == [] and all(tensor() is None for tensor in left)
 
 
-@pytest.mark.parametrize("message", [
-    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)",
-    "CUDA out of memory. Tried to allocate 20.00 MiB", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)",
+        "CUDA out of memory. Tried to allocate 20.00 MiB",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
 def test_libraries_words_for_a_full_card_are_known(message):
     trained = Trained()
 
@@ -382,13 +411,17 @@ def test_search_works_on_models_that_are_not_there():
 
 
 DRAWN = {
-    "updates": (lambda: batches.updates(
-        [("accumulate", 1.0), ("accumulate", 2.0), ("update", 2.0), ("clear", 0.0)], "two"),
-        "over 2 micro batches and 1 optimizer steps: two.*accumulate 0.5, accumulate 1.0, update"),
+    "updates": (
+        lambda: batches.updates(
+            [("accumulate", 1.0), ("accumulate", 2.0), ("update", 2.0), ("clear", 0.0)], "two"
+        ),
+        "over 2 micro batches and 1 optimizer steps: two.*accumulate 0.5, accumulate 1.0, update",
+    ),
     "token_shares": (lambda: batches.token_shares([1, 9]), "1 tokens: 5, 9 tokens: 0.56"),
-    "attempts": (lambda: batches.attempts(
-        Search(1, [Probe(1, True, MIB), Probe(2, False, None)]), 2 * MIB),
-        "1: fits, peak 1.00 MiB; micro batch   2: out of memory. Largest that fits: 1"),
+    "attempts": (
+        lambda: batches.attempts(Search(1, [Probe(1, True, MIB), Probe(2, False, None)]), 2 * MIB),
+        "1: fits, peak 1.00 MiB; micro batch   2: out of memory. Largest that fits: 1",
+    ),
 }
 
 

@@ -30,8 +30,11 @@ def test_a_written_checkpoint_is_whole_and_keeps_its_facts(tmp_path):
 def test_nothing_is_visible_before_everything_is_on_the_disk(tmp_path, monkeypatch):
     seen = []
     flush = checkpoints._flush
-    monkeypatch.setattr(checkpoints, "_flush", lambda path: (
-        seen.append((path.name, (tmp_path / "checkpoint-1").exists())), flush(path)))
+    monkeypatch.setattr(
+        checkpoints,
+        "_flush",
+        lambda path: (seen.append((path.name, (tmp_path / "checkpoint-1").exists())), flush(path)),
+    )
     save(tmp_path, 1)
     names = [name for name, _ in seen]
     assert names.index("adapter.bin") < names.index(MANIFEST) < names.index("checkpoint-1")
@@ -40,20 +43,29 @@ def test_nothing_is_visible_before_everything_is_on_the_disk(tmp_path, monkeypat
 
 def test_one_rename_makes_a_checkpoint(tmp_path, monkeypatch):
     renamed, rename = [], Path.rename
-    monkeypatch.setattr(Path, "rename", lambda self, target: (
-        renamed.append((self.name, target.name)), rename(self, target)))
+    monkeypatch.setattr(
+        Path,
+        "rename",
+        lambda self, target: (renamed.append((self.name, target.name)), rename(self, target)),
+    )
     save(tmp_path, 1)
     assert renamed == [("checkpoint-1", "checkpoint-1")]
 
 
-@pytest.mark.parametrize("failure", [
-    OSError(errno.ENOSPC, "No space left on device"),
-    RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
-], ids=["OSError", "RuntimeError"])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+    ids=["OSError", "RuntimeError"],
+)
 def test_a_failed_save_leaves_the_others_and_says_what_happened(tmp_path, failure):
     before = save(tmp_path, 1)
-    with pytest.raises(SaveError) as caught, \
-            checkpoints.written_whole(tmp_path / "checkpoint-2", {}) as staged:
+    with (
+        pytest.raises(SaveError) as caught,
+        checkpoints.written_whole(tmp_path / "checkpoint-2", {}) as staged,
+    ):
         (staged / "adapter.bin").write_bytes(b"half")
         raise failure
     message = str(caught.value)
@@ -176,8 +188,9 @@ def test_mirror_copies_whole_and_keeps_two(tmp_path):
     for step in (1, 2, 3):
         assert checkpoints.mirror(save(tmp_path / "here", step, facts={"recipe": {}}), drive)
     assert sorted(path.name for path in drive.iterdir()) == ["checkpoint-2", "checkpoint-3"]
-    assert json.loads((drive / "checkpoint-3" / MANIFEST).read_text()) \
-        == json.loads((tmp_path / "here/checkpoint-3" / MANIFEST).read_text())
+    assert json.loads((drive / "checkpoint-3" / MANIFEST).read_text()) == json.loads(
+        (tmp_path / "here/checkpoint-3" / MANIFEST).read_text()
+    )
     shutil.rmtree(tmp_path / "here")  # the virtual machine is gone
     assert find_last(tmp_path / "here", drive) == drive / "checkpoint-3"
 

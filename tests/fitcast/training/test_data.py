@@ -13,8 +13,10 @@ from course_utils import data
 from fitcast.training.data import collate, encode, shuffled_answers
 
 TOOLS = Path(__file__).resolve().parents[3] / "tools"
-TICKET = ("Customer: Ada\nOrder: 4821\nProduct: desk lamp\nIssue: late\nPriority: high\n"
-          "Next step: trace the parcel")
+TICKET = (
+    "Customer: Ada\nOrder: 4821\nProduct: desk lamp\nIssue: late\nPriority: high\n"
+    "Next step: trace the parcel"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,11 @@ def skeleton(row):
 
 def test_committed_lines_are_what_the_script_writes(tmp_path):
     for name in ("one", "two"):
-        subprocess.run([sys.executable, TOOLS / "make_instructions.py", "--out", tmp_path / name],
-                       check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, TOOLS / "make_instructions.py", "--out", tmp_path / name],
+            check=True,
+            capture_output=True,
+        )
     committed = (data.DATA / "instructions.jsonl").read_bytes()
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() == committed
 
@@ -74,15 +79,18 @@ def test_copied_fields_stand_in_the_prompt_and_inferred_ones_follow_one_rule(spl
     assert len(steps) == len(set(steps.values())) >= 5
 
 
-@pytest.mark.parametrize("bad, words", [
-    (b'{"prompt": "Where is it", "ans', "one JSON object"),
-    (b'{"prompt": "Where is it"}', "a prompt and an answer"),
-    (b'{"prompt": "Where is it", "answer": "  "}', "a prompt and an answer"),
-    (b'{"prompt": "Where is it", "answer": 7}', "a prompt and an answer"),
-    (b'["prompt", "answer"]', "a prompt and an answer"),
-    (b'{"prompt": "\xff\xfe", "answer": "x"}', "one JSON object"),
-    (b"", "one JSON object"),
-])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (b'{"prompt": "Where is it", "ans', "one JSON object"),
+        (b'{"prompt": "Where is it"}', "a prompt and an answer"),
+        (b'{"prompt": "Where is it", "answer": "  "}', "a prompt and an answer"),
+        (b'{"prompt": "Where is it", "answer": 7}', "a prompt and an answer"),
+        (b'["prompt", "answer"]', "a prompt and an answer"),
+        (b'{"prompt": "\xff\xfe", "answer": "x"}', "one JSON object"),
+        (b"", "one JSON object"),
+    ],
+)
 def test_damaged_line_is_named(tmp_path, monkeypatch, bad, words):
     good = b'{"prompt": "a", "answer": "b"}'
     monkeypatch.setattr(data, "DATA", tmp_path)
@@ -109,9 +117,15 @@ def test_missing_empty_and_unknown_are_refused(tmp_path, monkeypatch):
 def test_hub_rows_become_prompts_and_split_by_the_same_rule(monkeypatch):
     import datasets
 
-    rows = [{"instruction": f"Say {n}", "context": "Loud." if n % 2 else "", "response": f" {n} ",
-             "category": "x"} for n in range(60)] + [
-            {"instruction": "Mute", "context": "", "response": " ", "category": "x"}]
+    rows = [
+        {
+            "instruction": f"Say {n}",
+            "context": "Loud." if n % 2 else "",
+            "response": f" {n} ",
+            "category": "x",
+        }
+        for n in range(60)
+    ] + [{"instruction": "Mute", "context": "", "response": " ", "category": "x"}]
 
     def load_dataset(name, split):
         assert (name, split) == ("databricks/databricks-dolly-15k", "train")
@@ -131,11 +145,12 @@ def test_hub_rows_become_prompts_and_split_by_the_same_rule(monkeypatch):
 
 
 def test_labels_decode_to_the_answer_and_its_end_token(tokenizer, splits):
-    for row, source in zip(encode(splits["heldout"], tokenizer, 256), splits["heldout"],
-                           strict=True):
+    for row, source in zip(
+        encode(splits["heldout"], tokenizer, 256), splits["heldout"], strict=True
+    ):
         learned = [label for label in row["labels"] if label != -100]
         assert tokenizer.decode(learned) == source["answer"] + tokenizer.eos_token
-        assert row["input_ids"][-len(learned):] == learned
+        assert row["input_ids"][-len(learned) :] == learned
         assert len(row["input_ids"]) == len(row["labels"]) == len(row["attention_mask"])
         assert row["input_ids"].count(tokenizer.bos_token_id) == 1
 
@@ -144,16 +159,21 @@ TEMPLATES = {  # the part of each model's template that decides where an answer 
     "Llama-3.2": (
         "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
         "{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}", "<|eot_id|>"),
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "<|eot_id|>",
+    ),
     "Phi-4-mini": (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}",
-        "<|end|><|endoftext|>"),
+        "<|end|><|endoftext|>",
+    ),
     "Qwen3": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n"
         "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt "
         "%}<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
-        "<think>\n\n</think>\n\n{% endif %}{% endif %}", "<|im_end|>"),
+        "<think>\n\n</think>\n\n{% endif %}{% endif %}",
+        "<|im_end|>",
+    ),
 }
 
 
@@ -172,8 +192,16 @@ def foreign_tokenizer(template, ends):
     tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir())
     tokens = re.findall(r"<\|\w+\|>", ends)
     tokenizer.add_special_tokens({"eos_token": tokens[-1]})
-    tokenizer.add_special_tokens({"additional_special_tokens": [
-        "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", *tokens]})
+    tokenizer.add_special_tokens(
+        {
+            "additional_special_tokens": [
+                "<|start_header_id|>",
+                "<|end_header_id|>",
+                "<|im_start|>",
+                *tokens,
+            ]
+        }
+    )
     tokenizer.chat_template = template
     return tokenizer
 
@@ -184,10 +212,14 @@ def test_templates_that_cannot_be_masked_are_refused(splits):
     one = splits["heldout"].select([0])
     tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir())
     for template, words in [
-            (None, "must have a chat template"),
-            ("{% for m in messages %}{{ m.content }}{% endfor %}", "special token"),
-            ("{% if add_generation_prompt %}Go: {% endif %}{% for m in messages %}{{ m.content }}"
-             "<|end|>{% endfor %}", "beginning of the whole conversation")]:
+        (None, "must have a chat template"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "special token"),
+        (
+            "{% if add_generation_prompt %}Go: {% endif %}{% for m in messages %}{{ m.content }}"
+            "<|end|>{% endfor %}",
+            "beginning of the whole conversation",
+        ),
+    ]:
         tokenizer.chat_template = template
         with pytest.raises(ValueError, match=words):
             encode(one, tokenizer, 256)
@@ -207,8 +239,10 @@ def test_truncation_never_leaves_a_row_without_an_answer(tokenizer, splits, caps
 
 
 def test_collate_pads_what_is_neither_read_nor_learned():
-    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]},
-            {"input_ids": [8], "attention_mask": [1], "labels": [8]}]
+    rows = [
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]},
+        {"input_ids": [8], "attention_mask": [1], "labels": [8]},
+    ]
     batch = collate(rows, pad_token_id=3)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 3, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -230,11 +264,19 @@ def test_shuffled_answers_leave_nothing_in_its_place(splits):
         shuffled_answers(source.select([0]), seed=1)
 
 
-@pytest.mark.parametrize("text", [
-    "", "Dear Ada, we will trace the parcel.", TICKET.replace("Order: 4821\n", ""),
-    TICKET.replace("4821", ""), TICKET + "\nNote: none", TICKET + "\n" + TICKET,
-    TICKET.replace("Order: 4821\nProduct: desk lamp", "Product: desk lamp\nOrder: 4821"),
-    TICKET.replace("Order", "order")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Dear Ada, we will trace the parcel.",
+        TICKET.replace("Order: 4821\n", ""),
+        TICKET.replace("4821", ""),
+        TICKET + "\nNote: none",
+        TICKET + "\n" + TICKET,
+        TICKET.replace("Order: 4821\nProduct: desk lamp", "Product: desk lamp\nOrder: 4821"),
+        TICKET.replace("Order", "order"),
+    ],
+)
 def test_other_layouts_are_no_ticket(text):
     assert data.parse_answer(text) is None
 
@@ -243,14 +285,23 @@ def test_every_field_of_a_ticket_is_read():
     ticket = data.parse_answer(TICKET)
     assert ticket["Next step"] == "trace the parcel"
     assert data.parse_answer(TICKET + "\n") == ticket
-    for right, wrong in [("Ada", "Adam"), ("4821", "4812"), ("desk", "floor"), ("late", "faulty"),
-                         ("high", "low"), ("trace", "trace back")]:
+    for right, wrong in [
+        ("Ada", "Adam"),
+        ("4821", "4812"),
+        ("desk", "floor"),
+        ("late", "faulty"),
+        ("high", "low"),
+        ("trace", "trace back"),
+    ]:
         assert data.parse_answer(TICKET.replace(right, wrong)) != ticket
 
 
 def test_import_is_light():
-    code = "import sys, fitcast.training.data; print({'torch', 'datasets', 'transformers'} & " \
-           "set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                         cwd=TOOLS.parent)
+    code = (
+        "import sys, fitcast.training.data; print({'torch', 'datasets', 'transformers'} & "
+        "set(sys.modules))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=TOOLS.parent
+    )
     assert out.stdout.strip() == "set()"

@@ -39,15 +39,16 @@ def test_loss_of_each_answer_equals_plain_cross_entropy(model, tokenizer):
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
         start = row["labels"].count(-100)
         answer = torch.tensor(row["input_ids"][start:])
-        picked = logits[start - 1:-1].log_softmax(-1).gather(1, answer[:, None])
+        picked = logits[start - 1 : -1].log_softmax(-1).gather(1, answer[:, None])
         assert loss == pytest.approx(-picked.mean().item(), rel=1e-4)
 
 
 def test_batched_generation_equals_one_by_one(model, tokenizer):
     prompts = data.load_instructions(split="heldout")["prompt"][:3]
     together = evaluation.generate(model, tokenizer, prompts, RECIPE, max_new_tokens=12)
-    alone = [evaluation.generate(model, tokenizer, [p], RECIPE, max_new_tokens=12)[0]
-             for p in prompts]
+    alone = [
+        evaluation.generate(model, tokenizer, [p], RECIPE, max_new_tokens=12)[0] for p in prompts
+    ]
     assert together == alone and all(together) and not any("<|" in text for text in together)
 
 

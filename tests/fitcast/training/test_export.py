@@ -52,8 +52,10 @@ def test_merged_into_dequantized_equals_the_trained_model(trained):
 
 def test_merged_into_the_original_is_farther_off(trained):
     recipe, folder, expected = trained
-    near, far = ((logits(export.merge(recipe, folder / "adapter", base)) - expected).abs().max()
-                 for base in ("dequantized", "original"))
+    near, far = (
+        (logits(export.merge(recipe, folder / "adapter", base)) - expected).abs().max()
+        for base in ("dequantized", "original")
+    )
     assert far > 100 * near
     with pytest.raises(ValueError, match="base must be 'original' or 'dequantized', got 'nf4'"):
         export.merge(recipe, folder / "adapter", "nf4")

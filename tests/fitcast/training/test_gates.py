@@ -15,7 +15,9 @@ from fitcast.training.data import collate, encode
 
 @pytest.fixture(scope="module")
 def recipe():
-    return TrainRecipe(model=BUNDLED, micro_batch_size=2, sequence_length=128, lora_targets="all-linear")
+    return TrainRecipe(
+        model=BUNDLED, micro_batch_size=2, sequence_length=128, lora_targets="all-linear"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,13 @@ def test_trained_adapters_shut_the_first_gate(recipe, rows, quick):
 def test_a_cut_graph_shuts_the_second_gate(recipe, rows, quick, monkeypatch):
     model = trainer.build_model(recipe)
     loss = gates.qlora.compute_loss
-    monkeypatch.setattr(gates.qlora, "compute_loss", lambda model, *a: loss(model, *a) * 0 + sum(
-        p.sum() * 0 for p in model.parameters() if p.requires_grad))
+    monkeypatch.setattr(
+        gates.qlora,
+        "compute_loss",
+        lambda model, *a: (
+            loss(model, *a) * 0 + sum(p.sum() * 0 for p in model.parameters() if p.requires_grad)
+        ),
+    )
     passed, found = verdicts(model, recipe, rows)
     assert not passed["gradients"] and "norm is 0" in repr(found)
 
@@ -72,8 +79,14 @@ def test_labels_that_cannot_be_learned_shut_the_third_gate(recipe, rows):
     model = trainer.build_model(recipe)
     row, vocab_size = rows[0], model.config.vocab_size
     start = row["labels"].count(-100)
-    contradictory = [row | {"labels": row["labels"][:start] + [
-        (token + 311 * n) % vocab_size for token in row["labels"][start:]]} for n in range(2)]
+    contradictory = [
+        row
+        | {
+            "labels": row["labels"][:start]
+            + [(token + 311 * n) % vocab_size for token in row["labels"][start:]]
+        }
+        for n in range(2)
+    ]
     small = dataclasses.replace(recipe, lora_rank=1, lora_targets=("q_proj",))
     assert not verdicts(trainer.build_model(small), small, contradictory)[0]["overfit"]
     assert verdicts(model, recipe, rows)[0]["overfit"]

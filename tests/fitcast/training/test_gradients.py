@@ -13,22 +13,33 @@ LABELS[0, 3:], LABELS[1, 2:] = -100, -100
 
 def build():
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, use_cache=False))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            use_cache=False,
+        )
+    )
 
 
 def gradient_of(model, weights):
     """The weighted sum of the rows' gradients."""
     model.zero_grad()
     for row, weight in enumerate(weights):
-        loss = model(input_ids=IDS[row:row + 1], labels=LABELS[row:row + 1]).loss
+        loss = model(input_ids=IDS[row : row + 1], labels=LABELS[row : row + 1]).loss
         (loss * weight).backward()
     return gradient(model)
 
 
-@pytest.mark.parametrize(("prepare", "equal"), [
-    (in_float64, True), (torch.nn.Module.double, False)], ids=["in_float64", "double"])
+@pytest.mark.parametrize(
+    ("prepare", "equal"),
+    [(in_float64, True), (torch.nn.Module.double, False)],
+    ids=["in_float64", "double"],
+)
 def test_only_float64_throughout_is_exact(prepare, equal):
     """The same mean, divided before backward and after: rounding to float32 in between shows."""
     model, tokens = prepare(build()), (LABELS[:, 1:] != -100).sum(1).double()

@@ -58,8 +58,9 @@ def planned(peak, fits=True):
 
 def test_memory_is_held_against_what_is_free(monkeypatch):
     assert found(ONE_B, gpus.T4, "memory", planned=planned(14 * GIB)).fix is None
-    assert "halve micro_batch_size" in found(ONE_B, gpus.T4, "memory",
-                                             planned=planned(15 * GIB)).fix
+    assert (
+        "halve micro_batch_size" in found(ONE_B, gpus.T4, "memory", planned=planned(15 * GIB)).fix
+    )
     assert found(ONE_B, gpus.T4, "memory", planned=planned(14 * GIB, fits=False)).fix
     monkeypatch.setattr(gpus, "free_bytes", lambda: 10 * GIB)  # another program is there
     assert found(ONE_B, gpus.T4, "memory", planned=planned(14 * GIB)).fix
@@ -87,9 +88,13 @@ def test_disk_must_take_the_adapters_and_their_averages(monkeypatch, rank, targe
     needed = found(recipe, None, "disk").found.split(" needed")[0]
     assert torch.equal(torch.get_rng_state(), chance), "a look must not change what is trained"
     model = AutoModelForCausalLM.from_config(models.config(recipe.model))
-    sizes = [module.in_features + module.out_features for name, module in model.named_modules()
-             if isinstance(module, torch.nn.Linear) and name != "lm_head"
-             and (targets == "all-linear" or name.endswith(targets))]
+    sizes = [
+        module.in_features + module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name != "lm_head"
+        and (targets == "all-linear" or name.endswith(targets))
+    ]
     assert len(sizes) == model.config.num_hidden_layers * (7 if rank == 64 else 2)
     assert needed == show_bytes(3 * 12 * rank * sum(sizes))
 
@@ -105,6 +110,7 @@ def test_versions_are_those_of_requirements(monkeypatch):
 
 def hub(monkeypatch, error: Exception | None, cached: str | None = None):
     """A hub that answers with an error, or with nothing to complain about."""
+
     def auth_check(source, repo_type):
         if error is not None:
             raise error
@@ -125,11 +131,13 @@ def refusal(kind: type, status: int) -> Exception:
 
 NETWORK_DOWN = HfHubHTTPError.__bases__[0]("no route")  # the HTTP library's own error
 ANSWERS = [
-    (None, "open", None), (refusal(GatedRepoError, 403), "gated", "accept its licence"),
+    (None, "open", None),
+    (refusal(GatedRepoError, 403), "gated", "accept its licence"),
     (refusal(RepositoryNotFoundError, 404), "unknown", "check the spelling"),
     (refusal(HfHubHTTPError, 503), "silent", "check the network"),
     (OfflineModeIsEnabled("no"), "silent", "check the network"),
-    (NETWORK_DOWN, "silent", "check the network")]
+    (NETWORK_DOWN, "silent", "check the network"),
+]
 
 
 @pytest.mark.parametrize(("error", "answer", "words"), ANSWERS, ids=lambda value: str(value)[:12])
@@ -167,6 +175,7 @@ def test_weights_that_are_here_need_no_hub(monkeypatch, tmp_path):
 
 def test_every_stop_is_in_the_message():
     with pytest.raises(ValueError) as caught:
-        preflight.preflight(TrainRecipe(model=BUNDLED, amp_dtype="bfloat16"), gpus.T4,
-                            planned=planned(20 * GIB)).require()
+        preflight.preflight(
+            TrainRecipe(model=BUNDLED, amp_dtype="bfloat16"), gpus.T4, planned=planned(20 * GIB)
+        ).require()
     assert len(str(caught.value).splitlines()) == 2

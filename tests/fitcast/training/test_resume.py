@@ -20,18 +20,21 @@ from tests.tiny import ROWS, TOKENIZER, tiny_recipe
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return dataclasses.replace(tiny_recipe(tmp_path_factory.mktemp("base") / "model"), max_steps=4,
-                               save_steps=2)
+    return dataclasses.replace(
+        tiny_recipe(tmp_path_factory.mktemp("base") / "model"), max_steps=4, save_steps=2
+    )
 
 
 def trainer(recipe, output_dir, rows=ROWS, **options):
-    return training.QLoRATrainer(recipe, training.build_model(recipe), rows, TOKENIZER, output_dir,
-                                 **options)
+    return training.QLoRATrainer(
+        recipe, training.build_model(recipe), rows, TOKENIZER, output_dir, **options
+    )
 
 
 def train(recipe, output_dir, **options):
-    return training.train(recipe, training.build_model(recipe), ROWS, TOKENIZER, output_dir,
-                          **options)
+    return training.train(
+        recipe, training.build_model(recipe), ROWS, TOKENIZER, output_dir, **options
+    )
 
 
 def test_a_run_does_not_go_back_behind_its_later_checkpoints(recipe, tmp_path):
@@ -113,6 +116,7 @@ def test_old_checkpoints_that_cannot_be_deleted_only_warn(recipe, tmp_path, monk
 
 def test_a_save_that_fails_in_one_process_fails_in_all_and_none_waits():
     """Two processes by hand: each asks how many failed, whether its own work did or not."""
+
     def process(fails, failures_elsewhere):
         asked = []
 
@@ -124,8 +128,9 @@ def test_a_save_that_fails_in_one_process_fails_in_all_and_none_waits():
             if fails:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        one = SimpleNamespace(args=SimpleNamespace(device="cpu"),
-                              accelerator=SimpleNamespace(reduce=reduce))
+        one = SimpleNamespace(
+            args=SimpleNamespace(device="cpu"), accelerator=SimpleNamespace(reduce=reduce)
+        )
         try:
             training.QLoRATrainer._together(one, work)
         except OSError as error:

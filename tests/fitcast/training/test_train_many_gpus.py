@@ -28,8 +28,11 @@ def test_the_effective_batch_is_kept():
 
 def test_the_script_trains_the_lessons_recipe():
     lesson = ast.parse((LESSONS / "06_qlora_on_a_t4.py").read_text("utf-8"))
-    made = next(node for node in lesson.body if isinstance(node, ast.Assign)
-                and ast.unparse(node.targets[0]) == "recipe")
+    made = next(
+        node
+        for node in lesson.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "recipe"
+    )
     source = sources.choose(None)
     names = {"TrainRecipe": TrainRecipe, "source": source, "gpu": None}
     exec(compile(ast.Module([made], []), "lesson", "exec"), names)
@@ -37,8 +40,17 @@ def test_the_script_trains_the_lessons_recipe():
 
 
 def run(folder, *launcher: str) -> dict:
-    command = [sys.executable, *launcher, str(ROOT / "tools" / "train_many_gpus.py"),
-               "--model", "bundled", "--out", str(folder), "--steps", "2"]
+    command = [
+        sys.executable,
+        *launcher,
+        str(ROOT / "tools" / "train_many_gpus.py"),
+        "--model",
+        "bundled",
+        "--out",
+        str(folder),
+        "--steps",
+        "2",
+    ]
     environment = _environment(False) | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -48,9 +60,19 @@ def run(folder, *launcher: str) -> dict:
 @pytest.mark.skipif(gpus.detect() is not None, reason="on GPUs sums come in no fixed order")
 def test_two_processes_train_the_adapters_of_one(tmp_path):
     one = run(tmp_path / "one")
-    two = run(tmp_path / "two", "-m", "torch.distributed.run", "--nproc-per-node", "2",
-              "--local-addr", LOOPBACK, "--rdzv-backend", "c10d", "--rdzv-endpoint",
-              f"{LOOPBACK}:0")
+    two = run(
+        tmp_path / "two",
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--local-addr",
+        LOOPBACK,
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"{LOOPBACK}:0",
+    )
     assert "2 x 8 x 2 = 32 sequences of 104 tokens a step" in two["said"]
     assert two["said"].count("step 1:") == 1, "one process speaks"
     moved = max(t.abs().max() for name, t in one["adapter"].items() if "lora_B" in name)

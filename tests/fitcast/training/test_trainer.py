@@ -30,8 +30,9 @@ def recipe(folder):
 
 
 def train(recipe, output_dir, **options):
-    return training.train(recipe, training.build_model(recipe), ROWS, TOKENIZER, output_dir,
-                          **options)
+    return training.train(
+        recipe, training.build_model(recipe), ROWS, TOKENIZER, output_dir, **options
+    )
 
 
 # --- the step ------------------------------------------------------------------------------------
@@ -40,18 +41,29 @@ def train(recipe, output_dir, **options):
 @pytest.mark.parametrize("loss", ["full", "chunked"])
 def test_accumulated_micro_batches_equal_one_large_batch(recipe, tmp_path, loss):
     """Against plain PyTorch: cross entropy over all labelled tokens of the 32 rows at once."""
-    one = dataclasses.replace(recipe, lora_dropout=0.0, base="float32", loss=loss, max_steps=1,
-                              micro_batch_size=32, gradient_accumulation_steps=1,
-                              loss_chunk_tokens=7, warmup_fraction=0.0)
+    one = dataclasses.replace(
+        recipe,
+        lora_dropout=0.0,
+        base="float32",
+        loss=loss,
+        max_steps=1,
+        micro_batch_size=32,
+        gradient_accumulation_steps=1,
+        loss_chunk_tokens=7,
+        warmup_fraction=0.0,
+    )
     many = dataclasses.replace(one, micro_batch_size=2, gradient_accumulation_steps=16)
     rows = ROWS.select(range(32))
-    runs = [training.train(r, training.build_model(r), rows, TOKENIZER, tmp_path / str(n)).steps[0]
-            for n, r in enumerate((one, many))]
+    runs = [
+        training.train(r, training.build_model(r), rows, TOKENIZER, tmp_path / str(n)).steps[0]
+        for n, r in enumerate((one, many))
+    ]
     model = training.build_model(one)
     batch = data.collate(list(rows), 0)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1),
-                                              batch["labels"][:, 1:].flatten())
+    plain = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    )
     plain.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).norm()
     for step in runs:
@@ -83,8 +95,9 @@ def test_bfloat16_on_a_t4_is_refused(recipe, tmp_path, monkeypatch):
     model = training.build_model(recipe)
     monkeypatch.setattr(gpus, "detect", lambda: gpus.T4)
     with pytest.raises(ValueError, match="amp_dtype must be 'float16' on a T4, got 'bfloat16'"):
-        training.train(dataclasses.replace(recipe, amp_dtype="bfloat16"), model, ROWS, TOKENIZER,
-                       tmp_path)
+        training.train(
+            dataclasses.replace(recipe, amp_dtype="bfloat16"), model, ROWS, TOKENIZER, tmp_path
+        )
 
 
 def test_float16_adapters_are_refused(recipe, tmp_path, monkeypatch):
@@ -94,15 +107,17 @@ def test_float16_adapters_are_refused(recipe, tmp_path, monkeypatch):
             parameter.data = parameter.data.half()
     monkeypatch.setattr(gpus, "detect", lambda: gpus.T4)
     with pytest.raises(ValueError, match=r"adapters must be float32 .* scaler cannot unscale"):
-        training.train(dataclasses.replace(recipe, amp_dtype="float16"), model, ROWS, TOKENIZER,
-                       tmp_path)
+        training.train(
+            dataclasses.replace(recipe, amp_dtype="float16"), model, ROWS, TOKENIZER, tmp_path
+        )
 
 
 def test_other_silent_failures_are_refused(recipe, tmp_path):
     model = training.build_model(recipe)
     with pytest.raises(ValueError, match="amp_dtype must be None or 'bfloat16' without a GPU"):
-        training.train(dataclasses.replace(recipe, amp_dtype="float16"), model, ROWS, TOKENIZER,
-                       tmp_path)
+        training.train(
+            dataclasses.replace(recipe, amp_dtype="float16"), model, ROWS, TOKENIZER, tmp_path
+        )
     with pytest.raises(ValueError, match="fp16_full_eval must be False in a run that trains"):
         training.QLoRATrainer(recipe, model, ROWS, TOKENIZER, tmp_path, fp16_full_eval=True)
     for parameter in model.parameters():
@@ -115,8 +130,9 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_the_weights(recipe, tmp
     model = training.build_model(recipe)
     calls = iter(range(100))
     loss = qlora.compute_loss
-    monkeypatch.setattr(qlora, "compute_loss", lambda *a: loss(*a) * (
-        float("nan") if next(calls) == 2 else 1))  # the first micro batch of step 2
+    monkeypatch.setattr(
+        qlora, "compute_loss", lambda *a: loss(*a) * (float("nan") if next(calls) == 2 else 1)
+    )  # the first micro batch of step 2
     with pytest.raises(FloatingPointError, match=r"got nan at step 2; lower learning_rate.*step 1"):
         training.train(recipe, model, ROWS, TOKENIZER, tmp_path)
     assert all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -125,10 +141,15 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_the_weights(recipe, tmp
 # --- resume --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"optimizer": "paged_adamw_8bit", "loss": "chunked", "checkpointed_layers": 1},
-    {"attention": "explicit_kv", "norm": "native", "lora_targets": "all-linear"},
-], ids=["default", "8-bit", "levers"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": "paged_adamw_8bit", "loss": "chunked", "checkpointed_layers": 1},
+        {"attention": "explicit_kv", "norm": "native", "lora_targets": "all-linear"},
+    ],
+    ids=["default", "8-bit", "levers"],
+)
 def test_a_resumed_run_repeats_the_losses_bit_for_bit(recipe, tmp_path, changes):
     recipe = dataclasses.replace(recipe, **changes)
     whole = train(recipe, tmp_path / "whole")
@@ -203,8 +224,11 @@ def survived(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("kill_worker.py"), folder], text=True,
-        capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths})
+        [sys.executable, Path(__file__).with_name("kill_worker.py"), folder],
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -219,11 +243,15 @@ def test_a_kill_at_any_moment_costs_no_loss(survived):
         assert run["signal"] == 9 or "random" in moment, moment
     at_random = [run["signal"] for moment, run in kills.items() if "random" in moment]
     assert len(at_random) == 10 and at_random.count(9) >= 8, "too few died in their run"
-    expected = {"before the first save": None, "in a forward pass": "checkpoint-4",
-                "in a save, half the optimizer written": "checkpoint-4",
-                "in a save, before the manifest": "checkpoint-4",
-                "in a save, before the rename": "checkpoint-4",
-                "after the rename": "checkpoint-8", "while an old one is deleted": "checkpoint-12"}
+    expected = {
+        "before the first save": None,
+        "in a forward pass": "checkpoint-4",
+        "in a save, half the optimizer written": "checkpoint-4",
+        "in a save, before the manifest": "checkpoint-4",
+        "in a save, before the rename": "checkpoint-4",
+        "after the rename": "checkpoint-8",
+        "while an old one is deleted": "checkpoint-12",
+    }
     assert {moment: kills[moment]["from"] for moment in expected} == expected
     for moment, run in kills.items():
         if moment.startswith("in a save"):
