@@ -57,3 +57,24 @@ def round_up(n: int, multiple: int) -> int:
         (512, 1024)
     """
     return -(-n // multiple) * multiple
+
+
+def refusal(field: str, rule: str, got: object, remedy: str) -> ValueError:
+    """The error for a bad value: which field, what it must be, what it was, what to change.
+
+    Args:
+        field: The name under which the caller gave the value.
+        rule: What comes after "must", as in "be a whole number from 1 to 4096".
+        got: The value; text that is quoted already, as a sentence part, goes in as `Said`.
+        remedy: What to change.
+
+    Example:
+        >>> print(refusal("seed", "be a whole number", "x", "for example seed=8"))
+        seed must be a whole number, got 'x'; for example seed=8
+    """
+    shown = str(got) if isinstance(got, Said) else repr(got)
+    return ValueError(f"{field} must {rule}, got {shown}; {remedy}")
+
+
+class Said(str):
+    """Words that an error shows as they are, without quotes."""
