@@ -12,7 +12,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fitcast.units import GB, GIB, KIB, MIB, show_bytes
 
@@ -36,6 +36,16 @@ class Verdict:
 
     def __repr__(self) -> str:
         return self.message
+
+
+class Mistake(NamedTuple):
+    """A mistake that learners make: what is wrong, in a sentence, and the answer it leads to.
+
+    For an exercise that asks for a function the answer is a function with the same mistake.
+    """
+
+    sentence: str
+    answer: Any
 
 
 def right(message: str) -> Verdict:
@@ -120,7 +130,7 @@ def check_number(
     answer: object,
     target: float,
     *,
-    mistakes: Mapping[str, float] | None = None,
+    mistakes: Sequence[Mistake] = (),
     takeaway: str = "that is the number.",
 ) -> Verdict:
     """Whether a number is the target.
@@ -128,16 +138,16 @@ def check_number(
     Args:
         answer: The learner's.
         target: The right number.
-        mistakes: What is wrong with the answer, in a sentence, to the number that it leads to.
+        mistakes: Those that have a sentence of their own, each with its number.
         takeaway: Follows "Right: ".
     """
     if not is_number(answer):
         return not_yet(f"a number is asked for, got {type(answer).__name__}.")
     if answer == target:
         return right(takeaway)
-    for sentence, number in (mistakes or {}).items():
-        if math.isclose(answer, number):
-            return not_yet(sentence)
+    for mistake in mistakes:
+        if math.isclose(answer, mistake.answer):
+            return not_yet(mistake.sentence)
     if answer <= 0:
         return not_yet(f"{answer} is not above 0.")
     ratio = max(answer / target, target / answer)
@@ -155,7 +165,7 @@ def check_function(
     cases: Sequence[tuple],
     expected: Sequence,
     *,
-    mistakes: Mapping[str, Callable] | None = None,
+    mistakes: Sequence[Mistake] = (),
     takeaway: str = "on every case.",
 ) -> Verdict:
     """Whether a function returns what is expected on every case.
@@ -164,15 +174,15 @@ def check_function(
         answer: The learner's function.
         cases: Arguments of each call.
         expected: Result of each: a number, or a list of numbers.
-        mistakes: What is wrong, in a sentence, to a function that makes the same mistake.
+        mistakes: Those that have a sentence of their own, each with a function that makes it.
         takeaway: Follows "Right: ".
     """
     for case, wanted in zip(cases, expected, strict=True):
         result = call(answer, *copy.deepcopy(case))  # an answer may write into what it is given
         if not equal(result, wanted):
-            for sentence, mistaken in (mistakes or {}).items():
-                if equal(result, mistaken(*case)):
-                    return not_yet(sentence)
+            for mistake in mistakes:
+                if equal(result, mistake.answer(*case)):
+                    return not_yet(mistake.sentence)
             return not_yet(
                 f"{describe(case)} should give {describe(wanted)}, got {describe(result)}."
             )

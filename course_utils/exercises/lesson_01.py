@@ -9,6 +9,7 @@ import torch
 
 from course_utils.data import BUNDLED, named
 from course_utils.exercises.checks import (
+    Mistake,
     Verdict,
     check,
     check_function,
@@ -60,24 +61,31 @@ def check_saved_numbers(answer: Callable) -> Verdict:
         answer,
         list(counted),
         list(counted.values()),
-        mistakes={
-            "that counts bytes; count numbers, float32 makes 4 bytes of each.": lambda *case: (
-                4 * counted[case]
+        mistakes=[
+            Mistake(
+                "that counts bytes; count numbers, float32 makes 4 bytes of each.",
+                lambda *case: 4 * counted[case],
             ),
-            "key and value are kv numbers wide each, not hidden (grouped-query attention).": without(
-                lambda hidden, kv, intermediate, heads: 2 * (kv - hidden)
+            Mistake(
+                "key and value are kv numbers wide each, not hidden (grouped-query attention).",
+                without(lambda hidden, kv, intermediate, heads: 2 * (kv - hidden)),
             ),
-            "attention also keeps one number for each head, its log-sum-exp.": without(
-                lambda hidden, kv, intermediate, heads: heads
+            Mistake(
+                "attention also keeps one number for each head, its log-sum-exp.",
+                without(lambda hidden, kv, intermediate, heads: heads),
             ),
-            "attention keeps its output too: o_proj needs it.": without(
-                lambda hidden, kv, intermediate, heads: hidden
+            Mistake(
+                "attention keeps its output too: o_proj needs it.",
+                without(lambda hidden, kv, intermediate, heads: hidden),
             ),
-            "the MLP keeps 4 tensors: gate's output, silu's, up's, and the product that down reads.": without(
-                lambda hidden, kv, intermediate, heads: intermediate
+            Mistake(
+                "the MLP keeps 4 tensors: gate's output, silu's, up's, and the product that down "
+                "reads.",
+                without(lambda hidden, kv, intermediate, heads: intermediate),
             ),
-        },
-        takeaway=f"to the byte, for {', '.join(map(named, MODELS))}. Nothing in it is sequence x sequence.",
+        ],
+        takeaway=f"to the byte, for {', '.join(map(named, MODELS))}. Nothing in it is "
+        "sequence x sequence.",
     )
 
 
@@ -136,15 +144,22 @@ def check_logits_at_peak(answer: float, report: MemoryReport, vocab_size: int) -
     return check_number(
         answer,
         held,
-        mistakes={
-            "that is one copy of the logits; more than one is alive at the peak.": logits[
-                0
-            ].n_bytes,
-            "that has the embedding matrix in it: (vocabulary, hidden), so its last dimension is "
-            "hidden.": sum(b.n_bytes for b in report.largest if vocab_size in b.shape),
-            "that is everything at the peak; pick the tensors whose last dimension is the "
-            "vocabulary.": report.peak_bytes,
-        },
-        takeaway=f"{len(logits)} copies, {held / report.peak_bytes:.0%} of the peak of a model with "
-        f"a vocabulary of only {vocab_size:,}.",
+        mistakes=[
+            Mistake(
+                "that is one copy of the logits; more than one is alive at the peak.",
+                logits[0].n_bytes,
+            ),
+            Mistake(
+                "that has the embedding matrix in it: (vocabulary, hidden), so its last dimension "
+                "is hidden.",
+                sum(block.n_bytes for block in report.largest if vocab_size in block.shape),
+            ),
+            Mistake(
+                "that is everything at the peak; pick the tensors whose last dimension is the "
+                "vocabulary.",
+                report.peak_bytes,
+            ),
+        ],
+        takeaway=f"{len(logits)} copies, {held / report.peak_bytes:.0%} of the peak of a model "
+        f"with a vocabulary of only {vocab_size:,}.",
     )

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import torch
 
 from course_utils.exercises.checks import (
+    Mistake,
     Verdict,
     call,
     check,
@@ -59,23 +60,34 @@ def check_schedule(answer: Callable) -> Verdict:
         answer,
         cases,
         [scheduled(*case) for case in cases],
-        mistakes={
-            "those are micro batches; an optimizer step comes after `accumulation` of them.": mistaken(
-                lambda batches, accumulation: batches
+        mistakes=[
+            Mistake(
+                "those are micro batches; an optimizer step comes after `accumulation` of them.",
+                mistaken(lambda batches, accumulation: batches),
             ),
-            "the last micro batches of an epoch make a step too, even if fewer than `accumulation` are "
-            "left: round up.": mistaken(lambda batches, accumulation: batches // accumulation),
-            "accumulation does not run on into the next epoch: round up for each epoch, then "
-            "multiply.": mistaken(runs_on=True),
-            "warm-up is a share of the optimizer steps, not of the micro batches.": mistaken(
-                warms_batches=True
+            Mistake(
+                "the last micro batches of an epoch make a step too, even if fewer than "
+                "`accumulation` are left: round up.",
+                mistaken(lambda batches, accumulation: batches // accumulation),
             ),
-            "a share of a warm-up step is rounded up.": mistaken(floors=True),
-            "`logging_steps` counts optimizer steps, not micro batches.": mistaken(
-                logs_batches=True
+            Mistake(
+                "accumulation does not run on into the next epoch: round up for each epoch, then "
+                "multiply.",
+                mistaken(runs_on=True),
             ),
-            "each of the ranks has only its share of the examples.": mistaken(one_rank=True),
-        },
+            Mistake(
+                "warm-up is a share of the optimizer steps, not of the micro batches.",
+                mistaken(warms_batches=True),
+            ),
+            Mistake("a share of a warm-up step is rounded up.", mistaken(floors=True)),
+            Mistake(
+                "`logging_steps` counts optimizer steps, not micro batches.",
+                mistaken(logs_batches=True),
+            ),
+            Mistake(
+                "each of the ranks has only its share of the examples.", mistaken(one_rank=True)
+            ),
+        ],
         takeaway="as transformers' Trainer counted, in four runs.",
     )
 
@@ -140,23 +152,29 @@ def check_accumulation(answer: Callable) -> Verdict:
     if not (error := relative_error(found, exact)) <= 1e-12:  # NaN is not either
         number = len(micro_batches)
         labelled = [int((m["labels"] != IGNORED).sum()) for m in micro_batches]
-        for sentence, weights in {
-            "that is the mean of the micro batches' means: weigh each by its labelled tokens.": [
-                1 / number
-            ]
-            * number,
-            "that adds the means up; divide, or more micro batches make longer steps.": [1]
-            * number,
-            "a label at position 0 is nobody's target: count labels[:, 1:].": [
-                n / sum(labelled) for n in labelled
-            ],
-            "only the last micro batch is left: clear gradients before the loop, not in it.": [0]
-            * (number - 1)
-            + [labelled_tokens(micro_batches[-1]) / labelled_tokens(batch)],
-            "each mean is multiplied by its tokens, but nothing divides by all of them.": [
-                labelled_tokens(m) for m in micro_batches
-            ],
-        }.items():
+        last = labelled_tokens(micro_batches[-1]) / labelled_tokens(batch)
+        for sentence, weights in (
+            Mistake(
+                "that is the mean of the micro batches' means: weigh each by its labelled tokens.",
+                [1 / number] * number,
+            ),
+            Mistake(
+                "that adds the means up; divide, or more micro batches make longer steps.",
+                [1] * number,
+            ),
+            Mistake(
+                "a label at position 0 is nobody's target: count labels[:, 1:].",
+                [n / sum(labelled) for n in labelled],
+            ),
+            Mistake(
+                "only the last micro batch is left: clear gradients before the loop, not in it.",
+                [0] * (number - 1) + [last],
+            ),
+            Mistake(
+                "each mean is multiplied by its tokens, but nothing divides by all of them.",
+                [labelled_tokens(m) for m in micro_batches],
+            ),
+        ):
             if relative_error(found, run(weighted(weights))[0]) < 1e-9:
                 return not_yet(sentence)
         return not_yet(
@@ -280,19 +298,25 @@ def check_rank_loss(answer: Callable) -> Verdict:
         found = averaged(answer)
         if relative_error(found, exact) < 1e-12:
             continue
-        for sentence, mistaken in {
-            "that is each rank's own mean: a rank with 3 tokens counts as much as one with 45.": lambda loss_sum, mine, total, ranks: (
-                loss_sum / mine
+        for sentence, mistaken in (
+            Mistake(
+                "that is each rank's own mean: a rank with 3 tokens counts as much as one with 45.",
+                lambda loss_sum, mine, total, ranks: loss_sum / mine,
             ),
-            "DDP divides by the number of ranks once more: the update is "
-            f"{ranks} times too small.": lambda loss_sum, mine, total, ranks: loss_sum / total,
-            "that is a sum over tokens: it grows with the batch.": lambda loss_sum, mine, total, ranks: (
-                loss_sum
+            Mistake(
+                "DDP divides by the number of ranks once more: the update is "
+                f"{ranks} times too small.",
+                lambda loss_sum, mine, total, ranks: loss_sum / total,
             ),
-            "multiplied by the ranks, but still divided by the rank's own tokens.": lambda loss_sum, mine, total, ranks: (
-                loss_sum * ranks / mine
+            Mistake(
+                "that is a sum over tokens: it grows with the batch.",
+                lambda loss_sum, mine, total, ranks: loss_sum,
             ),
-        }.items():
+            Mistake(
+                "multiplied by the ranks, but still divided by the rank's own tokens.",
+                lambda loss_sum, mine, total, ranks: loss_sum * ranks / mine,
+            ),
+        ):
             if relative_error(found, averaged(mistaken)) < 1e-9:
                 return not_yet(sentence)
         return not_yet(

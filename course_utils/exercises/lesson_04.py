@@ -10,6 +10,7 @@ import torch
 
 from course_utils.data import BUNDLED, named
 from course_utils.exercises.checks import (
+    Mistake,
     Verdict,
     call,
     check,
@@ -64,20 +65,29 @@ def check_spacing(answer: Callable) -> Verdict:
         answer,
         cases,
         [next_up(*case) for case in cases],
-        mistakes={
-            "that is the distance at 1.0; it grows with the number.": lambda x, dtype: eps(dtype),
-            "that scales smoothly with the number; the distance is the same from one power of two to "
-            "the next.": lambda x, dtype: x * eps(dtype),
-            "round the power down, not to the nearest: 1.5 lies between 2**0 and 2**1.": lambda x, dtype: (
-                2.0 ** round(math.log2(x)) * eps(dtype)
+        mistakes=[
+            Mistake(
+                "that is the distance at 1.0; it grows with the number.",
+                lambda x, dtype: eps(dtype),
             ),
-            "you divided by the power of two where the distance grows with it.": lambda x, dtype: (
-                eps(dtype) / 2.0 ** math.floor(math.log2(x))
+            Mistake(
+                "that scales smoothly with the number; the distance is the same from one power of "
+                "two to the next.",
+                lambda x, dtype: x * eps(dtype),
             ),
-            "that is half of it: the update that just fails to move the number.": lambda x, dtype: (
-                next_up(x, dtype) / 2
+            Mistake(
+                "round the power down, not to the nearest: 1.5 lies between 2**0 and 2**1.",
+                lambda x, dtype: 2.0 ** round(math.log2(x)) * eps(dtype),
             ),
-        },
+            Mistake(
+                "you divided by the power of two where the distance grows with it.",
+                lambda x, dtype: eps(dtype) / 2.0 ** math.floor(math.log2(x)),
+            ),
+            Mistake(
+                "that is half of it: the update that just fails to move the number.",
+                lambda x, dtype: next_up(x, dtype) / 2,
+            ),
+        ],
         takeaway="equal to the next pattern of bits, for every number and format.",
     )
 

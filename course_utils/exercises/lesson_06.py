@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from course_utils.data import BUNDLED
-from course_utils.exercises.checks import Verdict, check, check_function, not_yet, right
+from course_utils.exercises.checks import (
+    Mistake,
+    Verdict,
+    check,
+    check_function,
+    not_yet,
+    right,
+)
 from fitcast import models
 from fitcast.forecasting.forecast import forecast
 from fitcast.forecasting.load import blueprint
@@ -50,20 +57,24 @@ def check_trainable(answer: Callable) -> Verdict:
         answer,
         cases,
         counted,
-        mistakes={
-            "that is one layer; every layer has its own adapters.": lambda layers, hidden, kv, rank: (
-                truth[layers, hidden, kv, rank] // layers
+        mistakes=[
+            Mistake(
+                "that is one layer; every layer has its own adapters.",
+                lambda layers, *rest: truth[layers, *rest] // layers,
             ),
-            "key and value come out kv wide, not hidden (grouped-query attention).": lambda layers, hidden, kv, rank: (
-                layers * rank * 8 * hidden
+            Mistake(
+                "key and value come out kv wide, not hidden (grouped-query attention).",
+                lambda layers, hidden, kv, rank: layers * rank * 8 * hidden,
             ),
-            "an adapter is two matrices, A (rank x in) and B (out x rank); you counted A only.": lambda layers, hidden, kv, rank: (
-                layers * rank * 4 * hidden
+            Mistake(
+                "an adapter is two matrices, A (rank x in) and B (out x rank); you counted A only.",
+                lambda layers, hidden, kv, rank: layers * rank * 4 * hidden,
             ),
-            "that is the size of the weights beside the adapters.": lambda layers, hidden, kv, rank: (
-                layers * 2 * (hidden * hidden + hidden * kv)
+            Mistake(
+                "that is the size of the weights beside the adapters.",
+                lambda layers, hidden, kv, rank: layers * 2 * (hidden * hidden + hidden * kv),
             ),
-        },
+        ],
         takeaway=f"{counted[1]:,} for Llama-3.2-1B, the number that everybody quotes.",
     )
 
@@ -84,22 +95,28 @@ def check_labels(answer: Callable, rows: Sequence[dict], prompt_lengths: Sequenc
         answer,
         cases,
         [list(row["labels"]) for row in rows],
-        mistakes={
-            "the prompt's tokens are learned, the answer's are not: swap the two.": lambda ids, n: (
-                ids[:n] + [ignored] * (len(ids) - n)
+        mistakes=[
+            Mistake(
+                "the prompt's tokens are learned, the answer's are not: swap the two.",
+                lambda ids, n: ids[:n] + [ignored] * (len(ids) - n),
             ),
-            "labels are not shifted here: the model compares position i with label i + 1 itself.": lambda ids, n: (
-                [ignored] * (n - 1) + ids[n:] + [ignored]
+            Mistake(
+                "labels are not shifted here: the model compares position i with label i + 1 "
+                "itself.",
+                lambda ids, n: [ignored] * (n - 1) + ids[n:] + [ignored],
             ),
-            "0 is a token, and would be learned; -100 is what cross entropy skips.": lambda ids, n: (
-                [0] * n + ids[n:]
+            Mistake(
+                "0 is a token, and would be learned; -100 is what cross entropy skips.",
+                lambda ids, n: [0] * n + ids[n:],
             ),
-            "the answer's last token is missing: it says stop, and without it generation never ends.": lambda ids, n: (
-                [ignored] * n + ids[n:-1] + [ignored]
+            Mistake(
+                "the answer's last token is missing: it says stop, and without it generation never "
+                "ends.",
+                lambda ids, n: [ignored] * n + ids[n:-1] + [ignored],
             ),
-            "every token has a label: nothing is masked.": lambda ids, n: list(ids),
-            "labels must be as many as tokens.": lambda ids, n: ids[n:],
-        },
+            Mistake("every token has a label: nothing is masked.", lambda ids, n: list(ids)),
+            Mistake("labels must be as many as tokens.", lambda ids, n: ids[n:]),
+        ],
         takeaway="the loss sees the answer and its end, nothing else.",
     )
 

@@ -1,4 +1,4 @@
-"""Every picture and control of the lessons, each under `figures.`; loaded when it is first drawn."""
+"""Every picture and control of the lessons, each under `figures.`; loaded when first drawn."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Each rung of the ladder keeps the changes of those before it. Forecasts are made here and now;
 measurements come from `recorded` (a GPU with a T4's kernels and memory), and from this machine when
-it has a GPU. Not modelled: what the levers do to the loss, which is nothing (tests/fitcast/step/test_levers.py).
+it has a GPU. Not modelled: what the levers do to the loss, which is nothing
+(tests/fitcast/step/test_levers.py).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Rung:
 
     @property
     def ideal_tokens_per_second(self) -> float:
-        """Tokens per second by roofline on the forecast's GPU, at `fit.UTILISATION`."""
+        """Tokens per second by roofline on the forecast's GPU, at `search.UTILISATION`."""
         return tokens_per_second(self.recipe, self.forecast)
 
 
@@ -90,17 +91,15 @@ def usual(model: str) -> Rung:
 
 def held_to_a_t4() -> str:
     """How the ladder's two ends did when they had a T4's memory and no more, a line each."""
-    ends = [row for row in recorded.rows("ladder") if row["limited"]]
-    return "\n".join(
-        f"{row['name']}: {row['outcome']}"
-        + (
-            f", {show_bytes(row['peak_allocated_bytes'])}, {row['tokens_per_second']:,.0f} tokens a "
-            "second"
-            if row["outcome"] == TRAINED
-            else ""
-        )
-        for row in ends
-    )
+
+    def line(row: dict[str, Any]) -> str:
+        said = f"{row['name']}: {row['outcome']}"
+        if row["outcome"] == TRAINED:
+            said += f", {show_bytes(row['peak_allocated_bytes'])}"
+            said += f", {row['tokens_per_second']:,.0f} tokens a second"
+        return said
+
+    return "\n".join(line(row) for row in recorded.rows("ladder") if row["limited"])
 
 
 def fastest(group: str, count: int) -> list[Rung]:

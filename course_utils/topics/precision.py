@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fitcast import gpus
+from fitcast.memory.operations import OperationLog as OperationLog  # shown beside the formats
 from fitcast.memory.operations import name_of
 
 FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

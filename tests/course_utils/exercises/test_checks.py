@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from course_utils.exercises.checks import (
+    Mistake,
     check,
     check_function,
     check_number,
@@ -17,7 +18,7 @@ from course_utils.exercises.lesson_03 import check_accumulation, check_search
 from fitcast.units import MIB
 
 TARGET = 512 * MIB
-HINTS = {"you forgot the float32 copy.": 256 * MIB}
+HINTS = [Mistake("you forgot the float32 copy.", 256 * MIB)]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def forgot_return(n):
 )
 def test_function(answer, start):
     verdict = check_function(
-        answer, [(3,)], [[3, 6]], mistakes={"you forgot to double.": lambda n: [n, n]}
+        answer, [(3,)], [[3, 6]], mistakes=[Mistake("you forgot to double.", lambda n: [n, n])]
     )
     assert repr(verdict).startswith(start)
 
@@ -106,7 +107,9 @@ def test_an_answer_may_write_into_what_it_is_given():
         return numbers
 
     cases = [([1, 2],)]
-    verdict = check_function(double_all, cases, [[2, 4]], mistakes={"not doubled.": lambda n: n})
+    verdict = check_function(
+        double_all, cases, [[2, 4]], mistakes=[Mistake("not doubled.", lambda n: n)]
+    )
     assert verdict.passed and cases == [([1, 2],)]
 
 
