@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jupytext
@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     # Sums are added up in one order on every machine, and no thread spins for a core it shares.
     "OMP_NUM_THREADS": "1",
-    # ipykernel captures C-level stderr unless it believes that pytest runs; nbval makes it so.
+    # ipykernel captures C-level stderr unless it believes that pytest runs.
     "PYTEST_CURRENT_TEST": "a lesson, headless",
 }
 METADATA = {
@@ -74,12 +74,20 @@ def from_script(script: Path) -> NotebookNode:
     return notebook
 
 
-def execute(notebook: NotebookNode, folder: Path) -> None:
+def execute(
+    notebook: NotebookNode,
+    folder: Path,
+    kernel: str = "python3",
+    environment: Mapping[str, str] | None = None,
+) -> None:
     """Run all cells in place, in a fresh kernel that starts in `folder`, as a learner's does.
 
     Args:
         notebook: Gets its outputs; on failure, those up to the failing cell.
         folder: The kernel's working directory.
+        kernel: Which of Jupyter's kernels.
+        environment: The kernel's environment variables; if not given, this process's and those
+            of `ENVIRONMENT`.
 
     Raises:
         LessonError: A cell raised without the tag `raises-exception`, ran too long, or took the
@@ -93,7 +101,7 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
     client = NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT_SECONDS,
-        kernel_name="python3",
+        kernel_name=kernel,
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
         store_widget_state=False,
@@ -102,7 +110,8 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
         on_cell_execute=started,
     )
     try:
-        asyncio.run(client.async_execute(env={**os.environ, **ENVIRONMENT}))  # in any thread
+        surroundings = {**os.environ, **ENVIRONMENT} if environment is None else dict(environment)
+        asyncio.run(client.async_execute(env=surroundings))  # in any thread
     except CellExecutionError as error:
         raised = [out for out in running["cell"].outputs if out.output_type == "error"]
         what = "\n".join(raised[-1].traceback) if raised else f"{error.ename}: {error.evalue}"
