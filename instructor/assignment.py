@@ -11,6 +11,7 @@ import functools
 import hashlib
 import hmac
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,12 +157,20 @@ class Assignment:
 
 
 def names() -> tuple[str, ...]:
-    """The assignments that there are."""
-    return tuple(sorted(path.stem for path in ASSIGNMENTS.glob("[a-z]*.py")))
+    """The assignments that there are: files, and folders with a file for each exercise."""
+    paths = [*ASSIGNMENTS.glob("[a-z]*.py"), *ASSIGNMENTS.glob("[a-z]*/__init__.py")]
+    return tuple(sorted(p.stem if p.stem != "__init__" else p.parent.name for p in paths))
+
+
+def sources(assignment: Assignment) -> list[Path]:
+    """Its py:percent files in the notebook's order: its own, then those of exercises apart."""
+    own = sys.modules[f"{__package__}.assignments.{assignment.name}"].__file__
+    apart = [exercise.solution.__code__.co_filename for exercise in assignment.exercises]
+    return [Path(name) for name in dict.fromkeys([own, *apart])]
 
 
 def load(name: str) -> Assignment:
-    """The assignment whose source is `instructor/assignments/NAME.py`.
+    """The assignment whose source is `instructor/assignments/NAME.py`, or the folder NAME.
 
     Raises:
         ValueError: There is none of that name.

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from instructor.assignment import load, numbers
-from instructor.grade import grade
+from instructor.grade.grade import grade
 from tests.instructor import attacks
 from tests.instructor.classroom import SECRET, notebook, student, table_function, write_class
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .assignment import Case, Exercise, Numbers
-from .selfcheck import TooMany, oracle, same
+from .build.selfcheck import TooMany, oracle, same
 
 MOST_DRAWS = 200
 # Whose public numbers are in the notebook for all. No roster has an id with a space in front.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -104,7 +103,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.write_text(page(), "utf-8")
     print(f"minutes, prompts and right answers in {out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

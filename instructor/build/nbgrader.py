@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 
-import jupytext
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from .assignment import ASSIGNMENTS, Assignment, Case, Exercise, Numbers
-from .build import METADATA, self_check_source
+from ..assignment import Assignment, Case, Exercise, Numbers
+from .notebooks import METADATA, self_check_source, source_cells
 
 CLASS = "the whole class"  # whose numbers an nbgrader class has
 
@@ -31,10 +30,8 @@ def nbgrader_source(assignment: Assignment, secret: str) -> NotebookNode:
     exercises = {exercise.function: exercise for exercise in assignment.exercises}
     own = Numbers(assignment.name, CLASS, secret)
     cells: list[NotebookNode] = []
-    for cell in jupytext.read(ASSIGNMENTS / f"{assignment.name}.py").cells:
+    for cell in source_cells(assignment):
         tags = cell.metadata.get("tags", [])
-        if "hidden" in tags:
-            continue
         if cell.cell_type == "markdown":
             cells.append(new_markdown_cell(cell.source))
         elif "exercise" not in tags:

@@ -100,7 +100,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{len(files)} files in {options.out}, {packed}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

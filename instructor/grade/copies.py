@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..sandbox.source import shape
 from .marking import Mark, Outcome, equal, show
-from .source import shape
 
 LONG_PARTS = 60  # of a function, from which on the same letters are no accident, in no number
 SHORT_PARTS = 15  # of a wrong one

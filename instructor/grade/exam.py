@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .assignment import Case, Exercise
-from .talk import End, Job, Questions, line
+from ..assignment import Case, Exercise
+from ..sandbox.talk import End, Job, Questions, line
 
 MOST_ASKED = 10_000  # questions, after which a child that asks on is ended
 LIVES = {"time": 2, "idle": 1}  # children that may end this way; else one for each case

@@ -18,26 +18,17 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-# Before the imports below, which Windows does not have either.
-if __name__ == "__main__" and not importlib.util.find_spec("resource"):
-    print(
-        "Nothing graded: grading must run on Linux or macOS, got a system without Unix's limits "
-        "on processes, such as Windows; use WSL or a Linux container",
-        file=sys.stderr,
-    )
-    sys.exit(2)
-
-from .assignment import Assignment, load, names, read_secret
-from .cage import LEVELS
-from .class_report import class_report
-from .feedback import feedback
+from ..assignment import Assignment, load, names, read_secret
+from ..report.class_report import class_report
+from ..report.feedback import feedback
+from ..report.table import table
+from ..sandbox.box import Sandbox
+from ..sandbox.cage import LEVELS
 from .grading import Grader
 from .journal import Journal
 from .results import ClassResult, write
 from .roster import file_name, read_roster
-from .sandbox import Sandbox
 from .submissions import collect
-from .table import table
 
 BAR = 30  # characters
 WEAK = """This machine offers no sandbox that holds against an attack, only one against accidents:
@@ -191,7 +182,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"at: {options.out}, {options.out.parent / 'class_report.html'}, feedback/"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,28 +13,28 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from ..assignment import Assignment, Case, Exercise, numbers
+from ..sandbox.box import Sandbox
+from ..sandbox.reading import Reading
 from . import copies
-from .assignment import Assignment, Case, Exercise, numbers
 from .exam import Exam
 from .journal import Journal, key_of
 from .marking import Mark, mark, show
-from .reading import Reading
 from .results import ClassResult, Result
-from .sandbox import Sandbox
 from .submissions import Names, Refused, Submission
 
 # What answers depend on besides the submission: the code that reads and runs it.
 ENGINE = [
-    Path(__file__).with_name(name).read_bytes()
+    (Path(__file__).parent.parent / name).read_bytes()
     for name in (
-        "source.py",
-        "child.py",
-        "forkserver.py",
-        "cage.py",
-        "syscalls.py",
-        "talk.py",
-        "exam.py",
-        "reading.py",
+        "grade/exam.py",
+        "sandbox/cage.py",
+        "sandbox/child.py",
+        "sandbox/forkserver.py",
+        "sandbox/reading.py",
+        "sandbox/source.py",
+        "sandbox/syscalls.py",
+        "sandbox/talk.py",
     )
 ]
 NOBODYS = "neither its name nor its STUDENT_ID is in the roster"

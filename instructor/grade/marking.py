@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .assignment import TOO_MANY, Case, Exercise
+from ..assignment import TOO_MANY, Case, Exercise
+from ..build.selfcheck import same
 from .rubric import show_points
-from .selfcheck import same
 
 LONGEST_SHOWN = 80  # characters of an answer
 MISTAKE_TOLERANCE = 1e-9  # relative, as in the notebook's self-check

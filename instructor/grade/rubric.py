@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .assignment import Assignment, Exercise, Numbers
+from ..assignment import Assignment, Exercise, Numbers
 
 SAMPLE = Numbers("", "sample", "names and points are the same for every student")
 
@@ -19,9 +19,9 @@ def rubric(assignment: Assignment) -> str:
         [
             f"# Rubric: {assignment.title}",
             "",
-            f"{show_points(assignment.points)} points, about {minutes} minutes for a student who has "
-            f"worked through {assignment.lesson}. An exercise is a function; each case that it gets "
-            "right earns the case's points, whatever the others do.",
+            f"{show_points(assignment.points)} points, about {minutes} minutes for a student who "
+            f"has worked through {assignment.lesson}. An exercise is a function; each case that it "
+            "gets right earns the case's points, whatever the others do.",
             "",
             "| | exercise | function | points | minutes | background |",
             "|---|---|---|---|---|---|",

@@ -6,10 +6,10 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from .assignment import Assignment
+from ..assignment import Assignment
+from ..grade.results import ClassResult, Result
+from ..grade.rubric import show_points
 from .page import code, escape, page, sentence
-from .results import ClassResult, Result
-from .rubric import show_points
 
 BINS = 10
 MOST_MISTAKES = 15

@@ -5,11 +5,11 @@ It holds no number of a hidden case, nor anything about other students.
 
 from __future__ import annotations
 
-from .assignment import Assignment
-from .marking import Mark, Outcome, points_of
+from ..assignment import Assignment
+from ..build.selfcheck import show_call
+from ..grade.marking import Mark, Outcome, points_of
+from ..grade.results import Result
 from .page import code, escape, page, sentence
-from .results import Result
-from .selfcheck import show_call
 
 SIGNS = {
     "right": ("good", "✓ right"),

@@ -6,9 +6,9 @@ import csv
 import io
 from collections.abc import Sequence
 
-from .assignment import Assignment
-from .results import Result
-from .rubric import show_points
+from ..assignment import Assignment
+from ..grade.results import Result
+from ..grade.rubric import show_points
 
 # What makes a spreadsheet take a text for a formula; the wide forms count in some.
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20", "|", "%")

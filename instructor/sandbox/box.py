@@ -33,7 +33,7 @@ STALL_SECONDS = 2.0  # of this process, stopped or starved; children then waited
 START = """import os, sys
 os.dup2({descriptor}, {channel}, inheritable=False)
 sys.path.insert(0, {root!r})
-from instructor.forkserver import main
+from instructor.sandbox.forkserver import main
 sys.path.remove({root!r})
 main()"""
 SAYS = {
@@ -105,7 +105,7 @@ class Sandbox:
         start = START.format(
             descriptor=theirs.fileno(),
             channel=CHANNEL,
-            root=str(Path(__file__).resolve().parent.parent),
+            root=str(Path(__file__).resolve().parent.parent.parent),
         )
         with theirs:
             self._server = subprocess.Popen(

@@ -10,7 +10,7 @@ import random
 import zipfile
 from dataclasses import dataclass
 
-from instructor.submissions import MOST_BYTES
+from instructor.grade.submissions import MOST_BYTES
 from tests.instructor.classroom import SOLUTIONS, honest
 
 BATCH = "def effective_batch(a, b, c):\n"

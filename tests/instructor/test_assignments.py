@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from instructor.assignment import TOO_MANY, Numbers, load, names, numbers
-from instructor.build import public_cases
+from instructor.build.notebooks import public_cases
+from instructor.build.selfcheck import NOT_ATTEMPTED, TooMany, judge, oracle, same
 from instructor.cases import EVERYBODY, Idea, exercise
-from instructor.selfcheck import NOT_ATTEMPTED, TooMany, judge, oracle, same
 from tools.notebooks import ROOT
 
 SECRET = "a secret for tests, nobody's class"

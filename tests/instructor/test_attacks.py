@@ -16,9 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from instructor import cage
-from instructor.grade import grade
-from instructor.sandbox import Sandbox
+from instructor.grade.grade import grade
+from instructor.sandbox import cage
+from instructor.sandbox.box import Sandbox
 from tests.instructor.attacks import CODE, FILES, cells
 from tests.instructor.classroom import HIDDEN_TEXT, TINY, honest, write_class
 

@@ -12,11 +12,12 @@ import jupytext
 import nbformat
 import pytest
 
-from instructor.assignment import ASSIGNMENTS, load, names, numbers
-from instructor.build import METADATA, answer_key, build, main, student_notebook
-from instructor.roster import file_name, read_roster
-from instructor.rubric import rubric
-from instructor.selfcheck import NOT_ATTEMPTED, same
+from instructor.assignment import load, names, numbers, sources
+from instructor.build.build import build, main
+from instructor.build.notebooks import METADATA, answer_key, student_notebook
+from instructor.build.selfcheck import NOT_ATTEMPTED, same
+from instructor.grade.roster import file_name, read_roster
+from instructor.grade.rubric import rubric
 from tools.notebooks import METADATA as LESSONS
 from tools.notebooks import ROOT, execute
 
@@ -89,7 +90,7 @@ def test_key_passes_every_check(name):
 def leaks(notebook, name: str, student: str | None) -> list[str]:
     """What a student must not see, and would: solutions, the secret, hidden cells, instances."""
     text = nbformat.writes(notebook) + "\n".join(cell.source for cell in notebook.cells)
-    cells = jupytext.read(ASSIGNMENTS / f"{name}.py").cells
+    cells = [c for path in sources(load(name)) for c in jupytext.read(path).cells]
     hidden = [cell.source for cell in cells if "hidden" in cell.metadata.get("tags", [])]
     private = {SECRET, "BEGIN SOLUTION", "END SOLUTION"}
     private |= {
@@ -270,11 +271,12 @@ def test_file_names_are_safe_and_different():
 
 
 def test_a_missing_exercise_cell_is_refused(tmp_path, monkeypatch):
-    source = (ASSIGNMENTS / "loss_scaling.py").read_text("utf-8")
-    (tmp_path / "loss_scaling.py").write_text(
-        source.replace('tags=["exercise"]', 'tags=["setup"]', 1), "utf-8"
+    (path,) = sources(load("loss_scaling"))
+    spoilt = tmp_path / "loss_scaling.py"
+    spoilt.write_text(
+        path.read_text("utf-8").replace('tags=["exercise"]', 'tags=["setup"]', 1), "utf-8"
     )
-    monkeypatch.setattr("instructor.build.ASSIGNMENTS", tmp_path)
+    monkeypatch.setattr("instructor.build.notebooks.sources", lambda assignment: [spoilt])
     with pytest.raises(ValueError, match="got none for lost_gradients"):
         student_notebook(load("loss_scaling"))
 
@@ -290,7 +292,7 @@ def house(tmp_path):
         "Makefile",
         "instructor/verbs.mk",
         "requirements.txt",
-        "constraints.txt",
+        "requirements.lock",
         "pyproject.toml",
         "class/effective_batch/graded/grades.csv",
     ):

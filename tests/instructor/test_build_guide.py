@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from instructor import cage
 from instructor.assignment import load, names
-from instructor.discussion import main, page
+from instructor.build.discussion import main, page
+from instructor.sandbox import cage
 from tools.notebooks import LESSONS, ROOT
 
 GUIDE = (ROOT / "instructor" / "README.md").read_text("utf-8")

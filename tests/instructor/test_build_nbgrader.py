@@ -3,8 +3,8 @@
 import pytest
 
 from instructor.assignment import load, names
-from instructor.build import main
-from instructor.nbgrader_source import nbgrader_source
+from instructor.build.build import main
+from instructor.build.nbgrader import nbgrader_source
 
 SECRET = "the instructor's, of this test"
 

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from instructor.release import FOLDER, main, state, student_files, write_zip
+from instructor.build.release import FOLDER, main, state, student_files, write_zip
 from tools.notebooks import ROOT
 
 
@@ -89,8 +89,8 @@ def test_no_repository_is_said(tmp_path, monkeypatch, capsys):
     with pytest.raises(OSError, match="git is not installed"):
         student_files(tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr("instructor.release.ROOT", tmp_path)
-    monkeypatch.setattr("instructor.release.student_files", lambda: student_files(tmp_path))
+    monkeypatch.setattr("instructor.build.release.ROOT", tmp_path)
+    monkeypatch.setattr("instructor.build.release.student_files", lambda: student_files(tmp_path))
     assert main([]) == 2
     assert "Nothing packed: the folder must be a git repository" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from instructor.selfcheck import check, judge, same, unfinished
+from instructor.build.selfcheck import check, judge, same, unfinished
 
 CASE = {
     "arguments": [[1, 2]],

@@ -14,9 +14,10 @@ from datetime import UTC, datetime, timedelta
 import nbformat
 import pytest
 
-from instructor import copies, grading, marking, results, source
 from instructor.assignment import Case, load, numbers
-from instructor.grade import grade, local_time, main
+from instructor.grade import copies, grading, marking, results
+from instructor.grade.grade import grade, local_time, main
+from instructor.sandbox import source
 from tests.instructor.classroom import (
     SECRET,
     SOLUTIONS,
@@ -113,7 +114,7 @@ def test_interrupted_run_resumes(tmp_path):
     files = {f"tiny_{s.student_id}.ipynb": s.data for s in students}
     arguments = write_class(tmp_path, {s.student_id: s.name for s in students}, files)
     code = (
-        "import sys; from pathlib import Path; from instructor.grade import grade; "
+        "import sys; from pathlib import Path; from instructor.grade.grade import grade; "
         "from tests.instructor.classroom import TINY; grade(TINY, *map(Path, sys.argv[1:]))"
     )
     process = subprocess.Popen(
@@ -527,7 +528,7 @@ def test_due_time_with_a_zone_is_turned_into_local_time():
 
 def test_grader_imports_no_torch():
     code = (
-        "import sys, instructor.grade; "
+        "import sys, instructor.grade.grade; "
         "print(sorted({'torch', 'numpy', 'nbformat'} & set(sys.modules)))"
     )
     done = subprocess.run(

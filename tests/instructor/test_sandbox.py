@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from instructor import cage, sandbox, syscalls, talk
-from instructor.grade import grade, main
-from instructor.sandbox import Sandbox
-from instructor.talk import End, Questions, Talk
+from instructor.grade.grade import grade, main
+from instructor.sandbox import cage, syscalls, talk
+from instructor.sandbox.box import START, Sandbox
+from instructor.sandbox.talk import End, Questions, Talk
 from tests.instructor.classroom import TINY, honest, write_class
 from tools.notebooks import ROOT
 
@@ -182,17 +182,18 @@ def test_probe_finds_a_cage_that_leaks(monkeypatch):
     """Each level's walls are taken down in turn; the self-test has to see it."""
     if sys.platform != "linux":
         pytest.skip("Linux's levels")
-    start = "from instructor import cage; cage.{} = lambda *a, **k: None;"
+    start = "from instructor.sandbox import cage; cage.{} = lambda *a, **k: None;"
     for level, wall, sees in [
         ("landlock", "landlock", "read a file of the grader"),
         ("seccomp", "syscalls.restrict", "read a file of the grader"),
         ("hook", "hook", "read a file of the grader"),
         ("landlock", "limit", "take 8 GiB"),
     ]:
-        broken = sandbox.START.replace(
-            "from instructor.forkserver", f"{start.format(wall)}\nfrom instructor.forkserver"
+        broken = START.replace(
+            "from instructor.sandbox.forkserver",
+            f"{start.format(wall)}\nfrom instructor.sandbox.forkserver",
         )
-        monkeypatch.setattr(sandbox, "START", broken)
+        monkeypatch.setattr("instructor.sandbox.box.START", broken)
         with pytest.raises(ValueError, match=f"a child could:.*{sees}"):
             Sandbox(level)
         monkeypatch.undo()
@@ -221,7 +222,7 @@ def test_weak_level_is_refused_with_a_warning(tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match="could read your secret"):
         grade(TINY, *arguments, level="hook")
     assert not (tmp_path / "out/grades.csv").exists()
-    monkeypatch.setattr("instructor.grade.load", lambda name: TINY)
+    monkeypatch.setattr("instructor.grade.grade.load", lambda name: TINY)
     line = [
         "tiny",
         str(arguments[0]),
@@ -263,7 +264,7 @@ def test_as_an_ordinary_user(level):
         os.chmod(folder, 0o755)
         program = (
             f"import sys; sys.path.insert(0, {folder!r})\n"
-            "from instructor.sandbox import Sandbox\n"
+            "from instructor.sandbox.box import Sandbox\n"
             f"with Sandbox({level!r}) as box: print('in force:', box.level)"
         )
         done = subprocess.run(

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from instructor import source, submissions
-from instructor.grade import grade
-from instructor.journal import key_of
-from instructor.submissions import Names, Refused, collect
-from instructor.table import safe
+from instructor.grade import submissions
+from instructor.grade.grade import grade
+from instructor.grade.journal import key_of
+from instructor.grade.submissions import Names, Refused, collect
+from instructor.report.table import safe
+from instructor.sandbox import source
 from tests.instructor.classroom import SOLUTIONS, TINY, honest, notebook, write_class, zipped
 
 ROWS = [

@@ -1,0 +1,1 @@
+"""What is handed out: notebooks, the answer key, the archive for students."""

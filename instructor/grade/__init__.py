@@ -1,0 +1,1 @@
+"""From what came back to points: whose it is, what it answered, what that earns."""

@@ -1,0 +1,1 @@
+"""What grading writes: the grade list, a page for each student, the class at a glance."""
