@@ -1,0 +1,96 @@
+"""What a step is told when it asks a tensor for its numbers: a stated answer, never a guess.
+
+Fake tensors hold no numbers. Trainers ask for some all the same: a loss to log, a gradient norm,
+whether a loss is NaN, which positions of a mask are set. Each question has one answer here:
+
+- a number (`.item()`, `float(...)`, `int(...)`): 1, and `False` for a truth value, so that no loss
+  is NaN, no gradient has overflowed and no early exit is taken;
+- which positions are set (`x[mask]`, `nonzero`, `masked_select`): all of them, which is the most
+  memory that the answer can cost: every token carries a label, no row is padding.
+
+A step of the reader's own is told nothing: there the question is an error that names the line
+(`forecast_step`). Not modelled: control flow that follows the numbers, other than these answers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+MASKS = (torch.bool, torch.uint8)
+
+
+class Answers(TorchDispatchMode):
+    """Inside, a question for numbers is answered. Enter it after all other modes.
+
+    Attributes:
+        asked: Names of the questions that came, and how often.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.asked: dict[str, int] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else every operation pays for telling torch.compile to stay away
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten.index.Tensor and any(is_mask(index) for index in args[1]):
+            self._note(func)
+            return func(args[0], positions(args[1]))
+        answer = ANSWERS.get(func)
+        if answer is None:
+            return func(*args, **kwargs)
+        self._note(func)
+        return answer(*args, **kwargs)
+
+    def _note(self, func) -> None:
+        name = func.name()
+        self.asked[name] = self.asked.get(name, 0) + 1
+
+
+def number(tensor: torch.Tensor) -> bool | int | float:
+    """The answer to `tensor.item()`: 1, or `False` where the question is a truth value."""
+    if tensor.dtype == torch.bool:
+        return False
+    return 1.0 if tensor.is_floating_point() else 1
+
+
+def all_positions(tensor: torch.Tensor) -> torch.Tensor:
+    """Indices of all elements, (elements, dimensions) int64, as if none were zero."""
+    return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.long)
+
+
+def all_elements(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Every element, (elements,), as if the mask were true everywhere."""
+    return tensor.new_empty((max(tensor.numel(), mask.numel()),))
+
+
+def is_mask(index: object) -> bool:
+    """Whether an index is a mask, whose true positions only its numbers tell."""
+    return isinstance(index, torch.Tensor) and index.dtype in MASKS
+
+
+def positions(indices: list) -> list:
+    """Masks among indices turned into the positions of all their elements.
+
+    As CUDA's `index` does before its kernel: one int64 for each dimension of the mask. Source:
+    aten/src/ATen/native/IndexingUtils.h, `expandTensors`.
+    """
+    found = []
+    for index in indices:
+        if is_mask(index):
+            found += [index.new_empty(index.numel(), dtype=torch.long) for _ in index.shape]
+        else:
+            found.append(index)
+    return found
+
+
+ANSWERS = {
+    aten._local_scalar_dense.default: number,
+    aten.nonzero.default: all_positions,
+    aten.masked_select.default: all_elements,
+}
