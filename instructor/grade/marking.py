@@ -95,6 +95,11 @@ class Mark:
         return math.fsum(outcome.earned for outcome in self.outcomes)
 
     @property
+    def right(self) -> bool:
+        """Whether every case is right."""
+        return bool(self.outcomes) and all(o.verdict == "right" for o in self.outcomes)
+
+    @property
     def unfinished(self) -> bool:
         """Whether the student left the `...` everywhere."""
         return bool(self.outcomes) and all(o.verdict == "unfinished" for o in self.outcomes)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+
+from markupsafe import Markup
 
 from ..assignment import Assignment
 from ..grade.results import ClassResult, Result
 from ..grade.rubric import show_points
-from .page import code, escape, page, sentence
+from .page import code, page, sentence
 
 BINS = 10
+LINE_BREAK = Markup("<br>")
 MOST_MISTAKES = 15
 ALIKE = """Evidence for a conversation, no verdict: working together or a common source explain some
 of it. The published solution stands in the course's public repository: who has it has read it
@@ -22,48 +25,20 @@ function works."""
 def class_report(assignment: Assignment, found: ClassResult) -> str:
     """The page. It names students: for the instructor alone."""
     graded = [result for result in found.results if result.status == "graded"]
-    parts = [
-        f"<h1>{escape(assignment.title)}</h1>\n<p>The class, for the instructor.</p>",
-        _summary(assignment, found, graded),
-    ]
-    if graded:
-        parts += [_histogram(assignment, graded), _hardest(assignment, graded), _mistakes(graded)]
-    parts += [
-        _table(
-            "Look alike",
-            ALIKE,
-            ("students", "what is alike"),
-            [(", ".join(a.students), sentence(a.evidence)) for a in found.alike],
-        ),
-        _table(
-            "To look at",
-            "",
-            ("student", "what"),
-            [(r.student_id, "<br>".join(map(sentence, r.flags))) for r in found.results if r.flags],
-        ),
-        _table(
-            "Files that were not graded",
-            "",
-            ("file", "why"),
-            [(name, sentence(why)) for name, why in found.ungraded],
-        ),
-        _table(
-            "Late",
-            "By the time that the folder or zip has.",
-            ("student", "by"),
-            [(r.student_id, escape(r.late)) for r in found.results if r.late],
-        ),
-        _table(
-            "Missing",
-            "",
-            ("student", "name"),
-            [(r.student_id, escape(r.row["name"])) for r in found.results if r.status == "missing"],
-        ),
-    ]
-    return page(f"The class: {assignment.title}", "\n".join(filter(None, parts)))
+    bars = _bars(assignment, graded) if graded else []
+    return page(
+        "class_report",
+        assignment=assignment,
+        found=found,
+        summary=_summary(assignment, found, graded),
+        bars=bars,
+        words=", ".join(f"{bar['range'].replace('-', ' to ')} %: {bar['count']}" for bar in bars),
+        sections=[*_exercises(assignment, graded), *_students(found)],
+        line_break=LINE_BREAK,
+    )
 
 
-def _summary(assignment: Assignment, found: ClassResult, graded: Sequence[Result]) -> str:
+def _summary(assignment: Assignment, found: ClassResult, graded: Sequence[Result]) -> list[str]:
     counts = Counter(result.status for result in found.results)
     late = sum(bool(result.late) for result in found.results)
     lines = [
@@ -77,79 +52,105 @@ def _summary(assignment: Assignment, found: ClassResult, graded: Sequence[Result
             f"{statistics.median(scores):.1f}, mean {statistics.fmean(scores):.1f}, from "
             f"{show_points(min(scores))} to {show_points(max(scores))}."
         )
-    weak = "note" if found.sandbox.startswith("WEAK") else "soft"
-    return (
-        f"<p>{'<br>'.join(lines)}</p>\n<p class='{weak}'>Sandbox in force: "
-        f"{escape(found.sandbox)}.</p>"
-    )
+    return lines
 
 
-def _histogram(assignment: Assignment, graded: Sequence[Result]) -> str:
+def _bars(assignment: Assignment, graded: Sequence[Result]) -> list[dict]:
+    """The histogram's bars: students by share of the points, in tenths."""
     counts = [0] * BINS
     for result in graded:
         counts[min(BINS - 1, int(BINS * result.score / assignment.points))] += 1
-    width, height, floor = 620, 220, 180
-    highest = max(counts)
-    bars = []
-    for index, count in enumerate(counts):
-        tall = round(150 * count / highest)
-        x = 10 + index * 60
-        low, high = 100 * index // BINS, 100 * (index + 1) // BINS
-        bars.append(
-            f"<rect x='{x}' y='{floor - tall}' width='52' height='{tall}'/>"
-            f"<text x='{x + 26}' y='{floor - tall - 6}' text-anchor='middle'>{count}</text>"
-            f"<text x='{x + 26}' y='{floor + 18}' text-anchor='middle'>{low}-{high}</text>"
-        )
-    words = ", ".join(
-        f"{100 * i // BINS} to {100 * (i + 1) // BINS} %: {count}" for i, count in enumerate(counts)
-    )
-    return (
-        "<h2>Scores</h2>\n<figure>\n"
-        f"<svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' role='img' "
-        f"aria-label='Students by score. {words}'>\n{''.join(bars)}"
-        f"<line x1='4' y1='{floor}' x2='{width - 4}' y2='{floor}'/>"
-        f"<text x='{width // 2}' y='{height - 6}' text-anchor='middle'>percent of the points"
-        "</text>\n</svg>\n<figcaption class='soft'>Students by percent of the points."
-        "</figcaption>\n</figure>"
-    )
+    return [
+        {
+            "x": 10 + 60 * index,
+            "tall": round(150 * count / max(counts)),
+            "count": count,
+            "range": f"{100 * index // BINS}-{100 * (index + 1) // BINS}",
+        }
+        for index, count in enumerate(counts)
+    ]
 
 
-def _hardest(assignment: Assignment, graded: Sequence[Result]) -> str:
+def _exercises(assignment: Assignment, graded: Sequence[Result]) -> list[tuple]:
+    """What the exercises say about the class, as arguments of the template's `table`."""
+    if not graded:
+        return []
+    return [
+        (
+            "Hardest first",
+            (
+                "exercise",
+                "points earned",
+                "not attempted or not found",
+                "commonest mistake",
+                "background",
+            ),
+            _hardest(assignment, graded),
+        ),
+        (
+            "Commonest mistakes",
+            ("mistake", "where", "students", "what to say"),
+            _mistakes(graded),
+        ),
+    ]
+
+
+def _students(found: ClassResult) -> list[tuple]:
+    """Whom and which files to look at, as arguments of the template's `table`."""
+    return [
+        (
+            "Look alike",
+            ("students", "what is alike"),
+            [(", ".join(a.students), sentence(a.evidence)) for a in found.alike],
+            ALIKE,
+        ),
+        (
+            "To look at",
+            ("student", "what"),
+            [
+                (r.student_id, LINE_BREAK.join(map(sentence, r.flags)))
+                for r in found.results
+                if r.flags
+            ],
+        ),
+        (
+            "Files that were not graded",
+            ("file", "why"),
+            [(name, sentence(why)) for name, why in found.ungraded],
+        ),
+        (
+            "Late",
+            ("student", "by"),
+            [(r.student_id, r.late) for r in found.results if r.late],
+            "By the time that the folder or zip has.",
+        ),
+        (
+            "Missing",
+            ("student", "name"),
+            [(r.student_id, r.row["name"]) for r in found.results if r.status == "missing"],
+        ),
+    ]
+
+
+def _hardest(assignment: Assignment, graded: Sequence[Result]) -> list[tuple]:
     rows = []
     for index, exercise in enumerate(assignment.exercises):
         marks = [result.marks[index] for result in graded]
         share = statistics.fmean(mark.earned for mark in marks) / exercise.points
         common = Counter(name for mark in marks for name in mark.mistakes).most_common(1)
         rest = sum(mark.unfinished or bool(mark.problem) for mark in marks)
-        rows.append(
-            (
-                share,
-                index,
-                (
-                    f"{escape(exercise.title)} {code(exercise.function, 'name')}",
-                    f"{100 * share:.0f} %",
-                    str(rest),
-                    escape(f"{common[0][0]} ({common[0][1]})") if common else "",
-                    escape(exercise.reread),
-                ),
-            )
+        cells = (
+            Markup("{} {}").format(exercise.title, code(exercise.function, "name")),
+            f"{100 * share:.0f} %",
+            rest,
+            f"{common[0][0]} ({common[0][1]})" if common else "",
+            exercise.reread,
         )
-    return _table(
-        "Hardest first",
-        "",
-        (
-            "exercise",
-            "points earned",
-            "not attempted or not found",
-            "commonest mistake",
-            "background",
-        ),
-        [row for _, _, row in sorted(rows)],
-        raw=True,
-    )
+        rows.append((share, index, cells))
+    return [cells for _, _, cells in sorted(rows)]
 
 
-def _mistakes(graded: Sequence[Result]) -> str:
+def _mistakes(graded: Sequence[Result]) -> list[tuple]:
     counts: Counter = Counter()
     sentences = {}
     for result in graded:
@@ -159,35 +160,7 @@ def _mistakes(graded: Sequence[Result]) -> str:
                 counts[place] += 1
                 sentences[place] = mark.exercise.mistakes.get(name, "")
     rows = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_MISTAKES]
-    return _table(
-        "Commonest mistakes",
-        "",
-        ("mistake", "where", "students", "what to say"),
-        [
-            (escape(name), code(function, "name"), str(count), sentence(sentences[function, name]))
-            for (function, name), count in rows
-        ],
-        raw=True,
-    )
-
-
-def _table(
-    title: str, note: str, heads: Sequence[str], rows: Iterable[Sequence[str]], raw: bool = False
-) -> str:
-    """A section with a table, or nothing for no rows. Its cells are HTML, the first one text."""
-    lines = [
-        "<tr><th scope='row'>"
-        + (first if raw else escape(first))
-        + "</th>"
-        + "".join(f"<td>{cell}</td>" for cell in rest)
-        + "</tr>"
-        for first, *rest in rows
+    return [
+        (name, code(function, "name"), count, sentence(sentences[function, name]))
+        for (function, name), count in rows
     ]
-    if not lines:
-        return ""
-    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in heads)
-    about = f"<p class='soft'>{escape(note)}</p>\n" if note else ""
-    return (
-        f"<h2>{escape(title)}</h2>\n{about}<div class='wide'><table><thead><tr>{head}</tr>"
-        "</thead>\n<tbody>" + "\n".join(lines) + "</tbody></table></div>"
-    )
