@@ -61,23 +61,30 @@ def show_call(name, case):
     return text if len(text) < 160 else f"{text[:150]} ...)"
 
 
+def attempt(name, function, case, mistakes):
+    """The function's answer to one case, and the sentence that ends the check; one is None."""
+    arguments = copy.deepcopy(case["arguments"])
+    if case["oracle"]:
+        arguments.append(oracle(case))
+    try:
+        answer = function(*arguments)
+    except TooMany:
+        return None, f"Not yet: {mistakes['too many questions']}"
+    except (Exception, SystemExit) as error:
+        if "llipsis" in str(error):
+            return None, NOT_ATTEMPTED
+        return None, f"Not yet: {show_call(name, case)} raised {type(error).__name__}: {error}"
+    return answer, NOT_ATTEMPTED if unfinished(answer) else None
+
+
 def judge(name, function, cases, mistakes):
     """One sentence about a function: its public cases, or the mistake that explains them all."""
     answers = []
     for case in cases:
-        arguments = copy.deepcopy(case["arguments"])
-        if case["oracle"]:
-            arguments.append(oracle(case))
-        try:
-            answers.append(function(*arguments))
-        except TooMany:
-            return f"Not yet: {mistakes['too many questions']}"
-        except (Exception, SystemExit) as error:
-            if "llipsis" in str(error):
-                return NOT_ATTEMPTED
-            return f"Not yet: {show_call(name, case)} raised {type(error).__name__}: {error}"
-        if unfinished(answers[-1]):
-            return NOT_ATTEMPTED
+        answer, problem = attempt(name, function, case, mistakes)
+        if problem:
+            return problem
+        answers.append(answer)
     fits = [
         same(a, case["expected"], case["rel_tolerance"])
         for a, case in zip(answers, cases, strict=True)
@@ -91,7 +98,12 @@ def judge(name, function, cases, mistakes):
         ]
         if all(explained):
             return f"Not yet: {sentence}"
-    answer, case = answers[fits.index(False)], cases[fits.index(False)]
+    wrong = fits.index(False)
+    return wrong_answer(name, answers[wrong], cases[wrong])
+
+
+def wrong_answer(name, answer, case):
+    """What to say of an answer that no known mistake explains."""
     if answer is None:
         return f"Not yet: {show_call(name, case)} returns nothing; is a `return` missing?"
     kind = "" if type(answer) is type(case["expected"]) else f" ({type(answer).__name__})"
