@@ -97,25 +97,65 @@ class Gpu:
 
 # total_bytes: `torch.cuda.mem_get_info()` on T4 and H200; the others by out-of-memory messages, to
 # 1 %. context_bytes: measured on T4 and H200; the others take the H200's. The rest: data sheets.
-T4, L4, A10, A100, H100, H200 = (
-    Gpu(
-        name=name,
-        total_bytes=total * MIB,
-        capability=capability,
-        context_bytes=context * MIB,
-        multiprocessors=sms,
-        matmul_flops=half * 1e12,
-        float32_flops=single * 1e12,
-        bandwidth=gigabytes * 1e9,
-    )
-    for name, total, capability, sms, context, half, single, gigabytes in (
-        ("T4", 14912, (7, 5), 40, 141, 65, 8.1, 320),
-        ("L4", 22563, (8, 9), 58, 685, 121, 30.3, 300),
-        ("A10", 22589, (8, 6), 72, 685, 125, 31.2, 600),
-        ("A100-40", 40448, (8, 0), 108, 685, 312, 19.5, 1555),
-        ("H100", 81003, (9, 0), 132, 685, 989, 67, 3350),
-        ("H200", 143166, (9, 0), 132, 685, 989, 67, 4800),
-    )
+T4 = Gpu(
+    name="T4",
+    total_bytes=14912 * MIB,
+    capability=(7, 5),
+    multiprocessors=40,
+    context_bytes=141 * MIB,
+    matmul_flops=65e12,
+    float32_flops=8.1e12,
+    bandwidth=320e9,
+)
+L4 = Gpu(
+    name="L4",
+    total_bytes=22563 * MIB,
+    capability=(8, 9),
+    multiprocessors=58,
+    context_bytes=685 * MIB,
+    matmul_flops=121e12,
+    float32_flops=30.3e12,
+    bandwidth=300e9,
+)
+A10 = Gpu(
+    name="A10",
+    total_bytes=22589 * MIB,
+    capability=(8, 6),
+    multiprocessors=72,
+    context_bytes=685 * MIB,
+    matmul_flops=125e12,
+    float32_flops=31.2e12,
+    bandwidth=600e9,
+)
+A100 = Gpu(
+    name="A100-40",
+    total_bytes=40448 * MIB,
+    capability=(8, 0),
+    multiprocessors=108,
+    context_bytes=685 * MIB,
+    matmul_flops=312e12,
+    float32_flops=19.5e12,
+    bandwidth=1555e9,
+)
+H100 = Gpu(
+    name="H100",
+    total_bytes=81003 * MIB,
+    capability=(9, 0),
+    multiprocessors=132,
+    context_bytes=685 * MIB,
+    matmul_flops=989e12,
+    float32_flops=67e12,
+    bandwidth=3350e9,
+)
+H200 = Gpu(
+    name="H200",
+    total_bytes=143166 * MIB,
+    capability=(9, 0),
+    multiprocessors=132,
+    context_bytes=685 * MIB,
+    matmul_flops=989e12,
+    float32_flops=67e12,
+    bandwidth=4800e9,
 )
 PRESETS = {gpu.name: gpu for gpu in (T4, L4, A10, A100, H100, H200)}
 
@@ -190,6 +230,57 @@ def detect() -> Gpu | None:
         total_bytes=card.total_memory,
         multiprocessors=card.multi_processor_count,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A GPU of this machine as its driver describes it: never the emulated one.
+
+    Attributes:
+        name: As the driver says it, such as "Tesla T4".
+        capability: CUDA compute capability, (major, minor).
+        total_bytes: The card's memory.
+        free_bytes: Of these, what no program holds; `None` when the card does not answer.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    total_bytes: int
+    free_bytes: int | None
+
+
+def cards() -> tuple[Card, ...]:
+    """Every GPU that PyTorch sees, in its order: `cuda:0` first. Empty without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    found = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        try:
+            free = torch.cuda.mem_get_info(index)[0]
+        except RuntimeError:  # no room for a context, or another program has it for itself
+            free = None
+        found.append(
+            Card(
+                name=card.name,
+                capability=(card.major, card.minor),
+                total_bytes=card.total_memory,
+                free_bytes=free,
+            )
+        )
+    return tuple(found)
+
+
+def compiled_for() -> tuple[str, ...]:
+    """What this PyTorch holds kernels for: "sm_75" as machine code, "compute_90" as PTX.
+
+    Empty for a PyTorch without CUDA.
+    """
+    import torch
+
+    return tuple(torch.cuda.get_arch_list())
 
 
 def describe(gpu: Gpu | None) -> str:

@@ -5,9 +5,14 @@ Not modelled: whether a given run fits (`forecast`), whether its weights can be 
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import shutil
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 from fitcast import gpus
 from fitcast.training.versions import FLOORS, Finding, drifted, installed, numbers, record
@@ -15,13 +20,22 @@ from fitcast.units import GIB, show_bytes
 
 DISK_BYTES = 5 * GIB  # a 16-bit checkpoint of Llama-3.2-1B, its adapters and room to write them
 TORCHAO_FLOOR = (0, 16)
+DEVICES = Path("/dev")  # where Linux shows a program the NVIDIA cards that it may use
+
+
+@dataclass(frozen=True)
+class Space(Finding):
+    """A finding about memory or disk, with its numbers; bytes, `None` when nobody can say."""
+
+    total_bytes: int | None = None
+    free_bytes: int | None = None
 
 
 def doctor() -> list[Finding]:
     """Everything looked at, in the order in which a run would meet it."""
-    card = [_gpu(), _precision()] if installed("torch") else []
+    cards = [*_gpus(), _precision()] if installed("torch") else []
     hub = [_hub()] if installed("huggingface_hub") else []
-    return [_python(), *map(_package, FLOORS), _torchao(), _drift(), *card, _disk(), *hub]
+    return [_python(), *map(_package, FLOORS), _torchao(), _drift(), *cards, _disk(), *hub]
 
 
 def _python() -> Finding:
@@ -68,20 +82,86 @@ def _drift() -> Finding:
     )
 
 
-def _gpu() -> Finding:
-    gpu = gpus.detect()
-    if gpu is None:
-        return Finding("GPU", "none: bytes are counted on the CPU and forecast for a T4")
-    free = gpus.free_bytes() or 0
-    found = f"{gpu.name}, {show_bytes(gpu.total_bytes)}, {show_bytes(free)} free"
-    busy = free < gpu.total_bytes // 2
-    return Finding(
-        "GPU",
-        found,
-        "another program or notebook holds most of it: see nvidia-smi, restart that kernel"
-        if busy
-        else None,
+def _gpus() -> list[Finding]:
+    """One finding a card: `Trainer`, started as one process, uses all that it sees."""
+    compiled = gpus.compiled_for()
+    cards = gpus.cards()
+    found: list[Finding] = [_card(index, card, compiled) for index, card in enumerate(cards)]
+    if emulated := os.environ.get(gpus.EMULATE_VARIABLE):
+        found.append(Finding("emulated", f"{emulated}, by {gpus.EMULATE_VARIABLE}"))
+    return found if cards else [_no_card()]
+
+
+def _card(index: int, card: gpus.Card, compiled: tuple[str, ...]) -> Space:
+    free, hide = card.free_bytes, f"hide GPU {index} from it with CUDA_VISIBLE_DEVICES"
+    fix = None
+    if not has_kernels(card.capability, compiled):
+        needed = "sm_{}{}".format(*card.capability)
+        fix = (
+            f"this PyTorch has kernels for {', '.join(compiled)} and none for {needed}: install a "
+            f"build that has it, see pytorch.org/get-started/previous-versions, or {hide}"
+        )
+    elif free is None:
+        fix = f"the card does not answer: see nvidia-smi for who holds it, or {hide}"
+    elif free < card.total_bytes // 2:
+        fix = "another program or notebook holds most of it: see nvidia-smi, restart that kernel"
+    capability = "{}.{}".format(*card.capability)
+    room = "memory unknown" if free is None else f"{show_bytes(free)} free"
+    return Space(
+        f"GPU {index}",
+        f"{card.name}, compute capability {capability}, {show_bytes(card.total_bytes)}, {room}",
+        fix,
+        card.total_bytes,
+        free,
     )
+
+
+def has_kernels(capability: tuple[int, int], compiled: Iterable[str]) -> bool:
+    """Whether a card of this compute capability runs what a PyTorch was compiled for.
+
+    Machine code ("sm_80") runs on its own major version, from its minor version on; PTX
+    ("compute_80") is translated for that card and for every later one. A letter behind binds it
+    closer: "sm_90a" runs on 9.0 alone, "sm_100f" within its major version.
+
+    Args:
+        capability: (major, minor) of the card.
+        compiled: As from `gpus.compiled_for`. With none of these in it (a PyTorch for AMD says
+            "gfx942") there is nothing to compare, and the answer is yes.
+
+    Source: CUDA C++ Programming Guide, "Binary Compatibility", "PTX Compatibility" and
+    "Architecture-Specific Features".
+
+    Example:
+        >>> has_kernels((8, 6), ["sm_80"]), has_kernels((6, 0), ["sm_70", "compute_90"])
+        (True, False)
+    """
+    known = [
+        (kind, (int(major), int(minor)), bound)
+        for kind, major, minor, bound in re.findall(
+            r"\b(sm|compute)_(\d+)(\d)([af]?)\b", " ".join(compiled)
+        )
+    ]
+    return not known or any(_runs(capability, *architecture) for architecture in known)
+
+
+def _runs(card: tuple[int, int], kind: str, built: tuple[int, int], bound: str) -> bool:
+    if bound == "a":
+        return card == built
+    if kind == "compute" and not bound:
+        return card >= built
+    return card[0] == built[0] and card >= built
+
+
+def _no_card() -> Finding:
+    """No GPU is fine; one that is there and that this PyTorch does not see is not."""
+    here = sorted(path.name for path in DEVICES.glob("nvidia[0-9]*"))
+    fix = None
+    if here and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        fix = (
+            f"PyTorch {installed('torch')} does not see {', '.join(here)} of {DEVICES}: install a "
+            "build with CUDA that this driver can run, see pytorch.org/get-started"
+        )
+    return Finding("GPU", "none: bytes are counted on the CPU and forecast for a T4", fix)
 
 
 def _precision() -> Finding:
@@ -89,14 +169,15 @@ def _precision() -> Finding:
     return Finding("precision", f"{choice.dtype or 'float32'} ({choice.reason})")
 
 
-def _disk() -> Finding:
-    free = shutil.disk_usage(".").free
-    return Finding(
+def _disk() -> Space:
+    disk = shutil.disk_usage(".")
+    missing = DISK_BYTES - disk.free
+    return Space(
         "disk",
-        f"{show_bytes(free)} free",
-        None
-        if free >= DISK_BYTES
-        else f"free {show_bytes(DISK_BYTES - free)}, or work in another folder",
+        f"{show_bytes(disk.free)} free",
+        f"free {show_bytes(missing)}, or work in another folder" if missing > 0 else None,
+        disk.total,
+        disk.free,
     )
 
 
