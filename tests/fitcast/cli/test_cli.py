@@ -1,7 +1,9 @@
-"""The command line: exit codes, JSON, refusals in one sentence, progress when it takes long."""
+"""The command line: exit codes, text and JSON of every verb, progress when it takes long."""
 
+import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -10,11 +12,27 @@ import pytest
 
 from course_utils.data import BUNDLED
 from fitcast.cli import main as cli
-from fitcast.forecasting.forecast import forecast
-from fitcast.gpus import T4
+from fitcast.cli import options
+from fitcast.cli.progress import Progress
+from fitcast.forecasting import search
+from fitcast.forecasting.forecast import NO_MEMORY, checked_config, forecast
+from fitcast.gpus import A10, T4
 from fitcast.recipe import TrainRecipe
 
-SMALL = ["--model", BUNDLED, "--sequence-length", "64"]
+SMALL = ["--model", BUNDLED, "--sequence-length", "64", "--micro-batch-size", "2"]
+# In Python: what SMALL says, and the precision that suits a T4.
+RECIPE = TrainRecipe(model=BUNDLED, sequence_length=64, micro_batch_size=2, amp_dtype="float16")
+TOO_LARGE = ["--model", "llama-3.2-1b", "--sequence-length", "2048", "--micro-batch-size", "12"]
+
+
+def asked(*words: str) -> TrainRecipe:
+    return options.recipe_of(options.parse(words))
+
+
+def told(capsys, *words: str, code: int = 0):
+    """The JSON that a command prints."""
+    assert cli.main([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
 
 
 def test_forecast_that_fits_exits_0_and_shows_where_bytes_go(capsys):
@@ -25,98 +43,74 @@ def test_forecast_that_fits_exits_0_and_shows_where_bytes_go(capsys):
 
 
 def test_forecast_that_does_not_fit_exits_3(capsys):
-    arguments = [
-        "forecast",
-        "--model",
-        "llama-3.2-1b",
-        "--sequence-length",
-        "2048",
-        "--micro-batch-size",
-        "12",
-    ]
-    assert cli.main(arguments) == 3
+    assert cli.main(["forecast", *TOO_LARGE]) == 3
     assert capsys.readouterr().out.startswith("does not fit a T4")
 
 
 def test_json_is_what_the_library_says(capsys):
-    assert (
-        cli.main(
-            [
-                "forecast",
-                *SMALL,
-                "--json",
-                "--amp-dtype",
-                "float16",
-                "--no-double-quant",
-                "--lora-targets",
-                "q_proj,v_proj",
-                "--checkpointed-layers",
-                "0",
-            ]
-        )
-        == 0
-    )
-    told = json.loads(capsys.readouterr().out)
-    recipe = TrainRecipe(
-        model=BUNDLED,
-        sequence_length=64,
-        amp_dtype="float16",
-        double_quant=False,
-        lora_targets=("q_proj", "v_proj"),
-        checkpointed_layers=0,
+    levers = ["--no-double-quant", "--lora-targets", "q_proj,v_proj", "--checkpointed-layers", "0"]
+    said = told(capsys, "forecast", *SMALL, "--amp-dtype", "float16", *levers)
+    recipe = dataclasses.replace(
+        RECIPE, double_quant=False, lora_targets=("q_proj", "v_proj"), checkpointed_layers=0
     )
     f = forecast(recipe, T4)
-    assert told["peak_allocated_bytes"] == f.peak_allocated_bytes
-    assert tuple(told["device_bytes"]) == f.device_bytes
-    assert told["composition"] == f.composition and told["fits"] is True
-    assert told["recipe"]["lora_targets"] == ["q_proj", "v_proj"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "lama-8b"], "model must be one of"),
-        (["--gpu", "T5"], "gpu must be one of T4"),
-        (["--sequence-length", "-4"], "sequence_length must be a whole number"),
-        (["--micro-batch-size", "0"], "micro_batch_size must be a whole number"),
-        (["--amp-dtype", "bfloat16"], "amp_dtype must be 'float16' on a T4"),
-        (["--lora-targets", "qkv"], "lora_targets must name linear layers"),
-        (["--checkpointed-layers", "half"], "checkpointed_layers must be a whole number"),
-        (["--lora-rank", "none"], "lora_rank must be a number when base is 'nf4'"),
-    ],
-)
-def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
-    assert cli.main(["forecast", *SMALL, *arguments]) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and message in told.err
-    assert len([line for line in told.err.splitlines() if not line.startswith("...")]) == 1
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["predict"], ["forecast", "--loss", "half"], ["forecast", "--sequence-length", "long"]],
-)
-def test_what_argparse_refuses_exits_2_too(capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 2
+    assert said["peak_allocated_bytes"] == f.peak_allocated_bytes
+    assert tuple(said["device_bytes"]) == f.device_bytes
+    assert said["composition"] == f.composition and said["fits"] is True
+    assert said["recipe"]["lora_targets"] == ["q_proj", "v_proj"]
 
 
 def test_amp_none_is_not_the_same_as_not_said():
-    parse = cli.parser().parse_args
-    assert cli.recipe_of(parse(["forecast"])).amp_dtype == "float16"
-    assert cli.recipe_of(parse(["forecast", "--gpu", "A10"])).amp_dtype == "bfloat16"
-    assert cli.recipe_of(parse(["forecast", "--amp-dtype", "none"])).amp_dtype is None
+    assert asked("forecast", *SMALL).amp_dtype == "float16"
+    assert asked("forecast", *SMALL, "--gpu", "A10").amp_dtype == "bfloat16"
+    assert asked("forecast", *SMALL, "--amp-dtype", "none").amp_dtype is None
 
 
-def test_fit_names_settings_and_levers(capsys):
-    arguments = ["fit", *SMALL, "--target-effective-batch", "2"]
+def test_every_field_is_an_option_or_changes_no_byte():
+    fields = {field.name for field in dataclasses.fields(TrainRecipe)}
+    grouped = [name for names in options.GROUPS.values() for name in names]
+    assert sorted([*grouped, *options.NOT_ASKED]) == sorted(fields)
+    assert set(options.NOT_ASKED) <= set(NO_MEMORY)
+
+
+@pytest.mark.parametrize("verb", ["forecast", "fit", "levers"])
+def test_help_has_its_groups_and_explains_each_option(capsys, verb):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert out.startswith(f"usage: fitcast {verb} --model NAME [option ...]")
+    titles = [line.split(" (")[0].rstrip(":") for line in out.splitlines() if line[:1].isalpha()]
+    wanted = ["options", "model", "batch", "levers", "card", "output"]
+    assert [title for title in titles if title in wanted] == wanted
+    about = options._field_docs() | options.IN_OTHER_WORDS
+    assert [f for fs in options.GROUPS.values() for f in fs if f != "model" and not about[f]] == []
+    assert "None" not in out and "`" not in out
+    assert "(required)" in out and ("--target-effective-batch" in out) is (verb == "fit")
+
+
+def test_fit_names_settings_and_the_command_for_what_comes_next(capsys):
+    arguments = ["fit", *SMALL]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "tokens/s" in out and "one change at a time" in out and "micro batch" in out
-    assert cli.main([*arguments, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["fits"] and told["levers"][0].keys() == {"change", "saved_bytes", "speedup"}
+    again = shlex.split(out.splitlines()[-1])
+    assert again[:2] == ["fitcast", "levers"]
+    said = told(capsys, *arguments)
+    assert said["fits"] and said["tokens_per_second"] > 0 and said["utilisation"] == 0.6
+    # What it found can be asked for, by a reader and by a program.
+    words = shlex.split(said["command"])
+    assert words[:2] == ["fitcast", "forecast"]
+    found = dataclasses.asdict(asked(*words[1:]))
+    assert found | {"lora_targets": list(found["lora_targets"])} == said["recipe"]
+    assert asked(*again[1:]) == asked(*words[1:])
+
+
+def test_the_command_names_the_card():
+    gpu_words = shlex.split(options.command_line("forecast", RECIPE.for_gpu(A10), A10))
+    asked_for = options.parse(gpu_words[1:])
+    assert options.gpu_of(asked_for) == A10
+    assert options.recipe_of(asked_for) == RECIPE.for_gpu(A10)
 
 
 def test_fit_that_finds_nothing_exits_3_with_one_sentence(capsys):
@@ -129,50 +123,92 @@ def test_fit_that_finds_nothing_exits_3_with_one_sentence(capsys):
     assert "one sequence of 16 tokens" in said
 
 
-def test_doctor_tells_of_this_machine(capsys, monkeypatch):
-    assert cli.main(["doctor", "--json"]) == 0
-    told = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert told["python"]["found"].startswith(".".join(map(str, sys.version_info[:2])))
-    assert all(finding["fix"] is None for finding in told.values())
-    monkeypatch.setitem(cli.sys.modules["fitcast.cli.doctor"].FLOORS, "peft", (99, 0))
-    assert cli.main(["doctor"]) == 3
-    assert "-> pip install 'peft>=99.0'" in capsys.readouterr().out
+def test_levers_says_what_each_change_saves_and_costs(capsys):
+    said = told(capsys, "levers", *SMALL)
+    base = forecast(RECIPE, T4)
+    assert said["peak_allocated_bytes"] == base.peak_allocated_bytes
+    by_name = {lever["change"]: lever for lever in said["levers"]}
+    lean = by_name["lean loss"]
+    assert lean["options"] == ["--loss", "lean"] and lean["fits"] is True
+    after = forecast(dataclasses.replace(RECIPE, loss="lean"), T4)
+    assert lean["peak_allocated_bytes"] == after.peak_allocated_bytes
+    assert lean["saved_bytes"] == base.peak_allocated_bytes - after.peak_allocated_bytes > 0
+    assert [x["saved_bytes"] for x in said["levers"]] == sorted(
+        (x["saved_bytes"] for x in said["levers"]), reverse=True
+    )
+    assert cli.main(["levers", *SMALL]) == 0
+    verdict, head, *rows = capsys.readouterr().out.splitlines()
+    assert verdict == str(base) and head.split()[-4:] == ["peak", "speed", "fits", "option"]
+    assert len(rows) == len(by_name)
+    (row,) = [row for row in rows if row.strip().startswith("lean loss")]
+    assert row.endswith("yes   --loss lean") and " -" in row and " x " in row
 
 
-def test_doctor_needs_none_of_what_it_looks_for():
-    code = """
-import sys
-from importlib import metadata
-version, missing = metadata.version, {"torch", "transformers", "peft", "bitsandbytes"}
-sys.modules.update(dict.fromkeys(missing))  # None makes an import of it fail
+def test_levers_of_a_recipe_that_does_not_fit_exits_3(capsys, monkeypatch):
+    monkeypatch.setattr(search, "levers", lambda recipe, gpu, progress: ())
+    said = told(capsys, "levers", *TOO_LARGE, code=3)
+    assert said["fits"] is False and said["levers"] == []
 
-def asked(name):
-    if name in missing:
-        raise metadata.PackageNotFoundError(name)
-    return version(name)
 
-metadata.version = asked
-from fitcast.cli.main import main
-sys.exit(main(["doctor"]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 3, done.stderr
-    assert done.stdout.count("not installed\n") == 4 and "pip install 'torch>=2.11'" in done.stdout
+def test_options_of_a_change_are_that_change():
+    """Typed behind the recipe's own, they ask for exactly what was weighed."""
+    layers = checked_config(RECIPE).num_hidden_layers
+    changes = search.single_changes(RECIPE, layers)
+    assert len(changes) > 15
+    for name, fields in changes.items():
+        try:
+            changed = dataclasses.replace(RECIPE, **fields)
+        except ValueError:  # this recipe excludes it
+            continue
+        words = options.as_options(changed, RECIPE)
+        assert asked("levers", *SMALL, *words) == changed, name
+
+
+def keys_and_values(data):
+    """Each value of nested JSON with the last key above it."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from ((k or key, v) for k, v in keys_and_values(value))
+    elif isinstance(data, list):
+        for value in data:
+            yield from keys_and_values(value)
+    else:
+        yield None, data
+
+
+def test_numbers_in_json_have_their_types(capsys):
+    answers = [
+        told(capsys, "forecast", *SMALL),
+        told(capsys, "fit", *SMALL),
+        told(capsys, "levers", *SMALL),
+        told(capsys, "doctor"),
+    ]
+    seen = set()
+    for key, value in keys_and_values(answers):
+        if key.endswith("_bytes") or key == "flops":
+            seen.add(key)
+            assert type(value) is int or (key, value) == ("total_bytes", None), (key, value)
+    assert {"peak_allocated_bytes", "device_bytes", "saved_bytes", "free_bytes", "flops"} <= seen
+    forecast_answer = answers[0]
+    assert all(type(n) is int for n in forecast_answer["composition"].values())
+    assert all(type(n) is int for n in forecast_answer["phase_peaks"].values())
+    assert type(forecast_answer["ideal_seconds"]) is float
+    assert [type(n) for n in forecast_answer["peak_reserved_bytes"]] == [int, int]
 
 
 def test_progress_is_shown_after_a_second_and_not_before(capsys):
-    progress = cli.Progress()
+    progress = Progress()
     progress("first thing")
     progress.stop()
     assert capsys.readouterr().err == ""
-    progress = cli.Progress()
+    progress = Progress()
     time.sleep(1.1)
     progress("second thing")
     progress.stop()
     assert capsys.readouterr().err.splitlines() == ["... forecasting", "... second thing"]
 
 
-def test_module_runs_as_a_program():
+def test_the_old_door_answers_and_points_to_the_new_one():
     done = subprocess.run(
         [sys.executable, "-m", "course_utils", "forecast", *SMALL, "--json"],
         capture_output=True,
@@ -180,16 +216,46 @@ def test_module_runs_as_a_program():
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["gpu"] == "T4"
+    first = done.stderr.splitlines()[0]
+    assert first.startswith("`python -m course_utils` is now `fitcast`")
 
 
-def test_a_reader_who_has_seen_enough_is_no_error():
+def into_a_closed_pipe(*arguments: str) -> subprocess.CompletedProcess:
     reads, writes = os.pipe()
     os.close(reads)  # as `| head -1` does, only at once
     done = subprocess.run(
-        [sys.executable, "-m", "course_utils", "doctor"],
-        stdout=writes,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, *arguments], stdout=writes, stderr=subprocess.PIPE, text=True
     )
     os.close(writes)
+    return done
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    done = into_a_closed_pipe("-m", "fitcast", "doctor")
     assert (done.returncode, "BrokenPipe" in done.stderr) == (0, False), done.stderr
+
+
+def test_a_reader_who_has_seen_enough_does_not_change_the_verdict():
+    code = """
+import sys
+from fitcast.cli import main
+main.COMMANDS["doctor"] = lambda asked, progress: (3, "line\\n" * 100_000)
+sys.exit(main.main(["doctor"]))
+"""
+    done = into_a_closed_pipe("-c", code)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_ctrl_c_ends_without_a_traceback(capsys, monkeypatch):
+    def interrupted(asked, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "fit", interrupted)
+    assert cli.main(["fit", *SMALL]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_nothing_asked_is_answered_with_help(capsys):
+    assert cli.main([]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and all(f"fitcast {verb}" in told.err for verb in options.VERBS)

@@ -1,22 +1,119 @@
-"""What a reader types: small slips are forgiven, an absurd number is refused by name."""
+"""What a stranger types: slips are forgiven or met by the right name, absurd numbers refused."""
 
 import pytest
 
 from course_utils.data import BUNDLED
 from fitcast.cli import main as cli
+from fitcast.cli import options
 
 SMALL = ["--model", BUNDLED, "--sequence-length", "64"]
 
 
-def test_targets_may_be_written_with_spaces():
-    asked = cli.parser().parse_args(["forecast", *SMALL, "--lora-targets", "q_proj, v_proj"])
-    assert cli.recipe_of(asked).lora_targets == ("q_proj", "v_proj")
+def refused(capsys, *words: str) -> str:
+    """The one sentence with which a command is refused."""
+    assert cli.main(words) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    (said,) = [line for line in told.err.splitlines() if not line.startswith("...")]
+    return said
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("utilisation", "7"), ("target-effective-batch", "100003")]
+    ("arguments", "message"),
+    [
+        (["--model", "lama-8b"], "model must be one of"),
+        (["--gpu", "T5"], "gpu must be one of T4"),
+        (["--gpu", "P100"], "for another card use fitcast.Gpu(...) in Python"),
+        (["--sequence-length", "-4"], "sequence_length must be a whole number"),
+        (["--sequence-length", "2k"], "sequence_length must be a whole number from 2 to"),
+        (["--sequence-length", "none"], "sequence_length must be a whole number"),
+        (["--micro-batch-size", "0"], "micro_batch_size must be a whole number"),
+        (["--micro-batch-size", "\u00b2"], "micro_batch_size must be a whole number"),
+        (["--lora-dropout", "little"], "lora_dropout must be a number from 0 to 1"),
+        (["--lora-dropout", "nan"], "lora_dropout must be a number from 0 to 1"),
+        (["--amp-dtype", "bfloat16"], "amp_dtype must be 'float16' on a T4"),
+        (["--lora-targets", "qkv"], "lora_targets must name linear layers"),
+        (["--checkpointed-layers", "half"], "checkpointed_layers must be a whole number"),
+        (["--lora-rank", "none"], "lora_rank must be a number when base is 'nf4'"),
+    ],
 )
-def test_an_absurd_number_is_refused_by_the_name_of_its_option(capsys, option, value):
-    assert cli.main(["fit", *SMALL, f"--{option}", value]) == 2
-    told = capsys.readouterr().err
-    assert f"error: {option.replace('-', '_')} must be " in told and f"got {value}" in told
+def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
+    assert message in refused(capsys, "forecast", *SMALL, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["forcast"], "verb must be one of forecast, fit, levers, doctor, got 'forcast'; did you "
+         "mean 'forecast'?"),
+        (["lever", "--help"], "did you mean 'levers'?"),
+        (["predict"], "verb must be one of forecast, fit, levers, doctor, got 'predict'"),
+        (["forecast", *SMALL, "--sequense-length", "64"], "did you mean --sequence-length?"),
+        (["forecast", "--modle", "llama-3.1-8b"], "did you mean --model?"),
+        (["forecast", *SMALL, "--micro", "4"], "did you mean --micro-batch-size?"),
+        (["forecast", *SMALL, "-json"], "did you mean --json?"),
+        (["forecast", *SMALL, "--offload-checkpoint=yes"], "mean --offload-checkpoints?"),
+        (["forecast", *SMALL, "--target-effective-batch", "8"], "`fitcast forecast` has"),
+        (["forecast", "llama-3.1-8b"], "write --model llama-3.1-8b"),
+        (["forecast", *SMALL, "T4"], "an option begins with --"),
+        (["doctor", "--jsn"], "did you mean --json?"),
+        (["forecast", *SMALL, "--loss", "chunkd"], "loss must be one of full, chunked, lean, got "
+         "'chunkd'; did you mean 'chunked'?"),
+        (["forecast", *SMALL, "--optimizer", "adam"], "did you mean 'adamw'?"),
+        (["forecast", *SMALL, "--amp-dtype", "bf16"], "did you mean 'bfloat16'?"),
+        (["forecast", *SMALL, "--gpu", "A100"], "did you mean 'A100-40'?"),
+        (["forecast", "--model", "lama-3.1-8b"], "did you mean 'llama-3.1-8b'?"),
+        (["forecast"], "--model must say what is trained: llama-3.2-1b, "),
+        (["levers", "--model"], "--model: expected one argument; see `fitcast levers --help`"),
+        (["forecast", *SMALL, "--padded=yes"], "see `fitcast forecast --help`"),
+        (["fit", *SMALL, "--utilisation", "most"], "utilisation must be a number, got 'most'"),
+        (["fit", *SMALL, "--utilisation", "7"], "utilisation must be above 0"),
+        (["fit", *SMALL, "--target-effective-batch", "100003"], "target_effective_batch must be a"),
+        (["fit", *SMALL, "--target-effective-batch", "8.5"], "must be a whole number, got '8.5'"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_met_by_the_right_name(capsys, words, message):
+    said = refused(capsys, *words)
+    assert said.startswith("error: ") and message in said
+
+
+def test_nothing_is_suggested_where_nothing_is_alike(capsys):
+    assert "did you mean" not in refused(capsys, "doctor", "--model", "llama-3.1-8b")
+
+
+def test_a_folder_without_a_config_is_named(capsys, tmp_path):
+    said = refused(capsys, "forecast", "--model", str(tmp_path))
+    assert f"{tmp_path}/config.json" in said and "save_pretrained" in said
+
+
+def test_a_folder_that_may_not_be_read_is_named(capsys, monkeypatch):
+    def denied(asked, progress):
+        raise PermissionError(13, "Permission denied", "/root/model/config.json")
+
+    monkeypatch.setitem(cli.COMMANDS, "forecast", denied)
+    assert "/root/model/config.json" in refused(capsys, "forecast", *SMALL)
+
+
+def test_a_hub_id_without_network_is_refused_by_name(capsys):
+    said = refused(capsys, "forecast", "--model", "meta-llama/Llama-3.2-1B")
+    assert "model must be reachable on the hub, got 'meta-llama/Llama-3.2-1B'" in said
+
+
+def test_targets_may_be_written_with_spaces():
+    asked = options.parse(["forecast", *SMALL, "--lora-targets", "q_proj, v_proj"])
+    assert options.recipe_of(asked).lora_targets == ("q_proj", "v_proj")
+
+
+def test_names_of_trainer_trl_and_peft_are_understood():
+    theirs = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps=8"]
+    theirs += ["--max_length", "128", "--lora_r", "8", "--target_modules", "all-linear"]
+    recipe = options.recipe_of(options.parse(["forecast", "--model", BUNDLED, *theirs]))
+    assert (recipe.micro_batch_size, recipe.gradient_accumulation_steps) == (4, 8)
+    assert (recipe.sequence_length, recipe.lora_rank) == (128, 8)
+    assert recipe.lora_targets == "all-linear"
+
+
+def test_letter_case_of_choices_does_not_matter():
+    asked = options.parse(["Forecast", *SMALL, "--gpu", "h200", "--loss", "Chunked"])
+    assert options.gpu_of(asked).name == "H200"
+    assert options.recipe_of(asked).loss == "chunked"

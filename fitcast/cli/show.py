@@ -1,0 +1,143 @@
+"""Answers as text for readers and as JSON for programs.
+
+In JSON, bytes and operations are integers, two bounds are a pair, and nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fitcast.cli.options import as_options, command_line
+from fitcast.recipe import TrainRecipe
+from fitcast.units import show_bytes
+
+if TYPE_CHECKING:
+    from fitcast.forecasting.forecast import Forecast
+    from fitcast.forecasting.search import Fit, Lever
+    from fitcast.training.versions import Finding
+
+FORECAST_FIELDS = (
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "device_bytes",
+    "margin_bytes",
+    "fits",
+    "composition",
+    "phase_peaks",
+    "peak_phase",
+    "peak_operation",
+    "peak_module",
+    "loaded_bytes",
+    "resident_bytes",
+    "saved_activation_bytes",
+    "flops",
+    "ideal_seconds",
+)
+
+
+def as_json(answer: object) -> str:
+    """An answer of the functions below, for programs."""
+    return json.dumps(answer, indent=1)
+
+
+def forecast_data(recipe: TrainRecipe, f: Forecast) -> dict[str, Any]:
+    """A forecast and what it is about, as JSON's types."""
+    numbers = {name: getattr(f, name) for name in FORECAST_FIELDS}
+    return {"recipe": dataclasses.asdict(recipe), "gpu": f.gpu.name} | numbers
+
+
+def forecast_text(f: Forecast) -> str:
+    """The verdict, then who holds the bytes at the peak, then the peak of each phase."""
+    phases = ((f"peak in {phase}", n_bytes) for phase, n_bytes in f.phase_peaks.items())
+    rows = (*f.composition.items(), *phases)
+    return "\n".join([str(f), *(f"  {name:18}{show_bytes(n):>12}" for name, n in rows)])
+
+
+def fit_data(best: Fit) -> dict[str, Any]:
+    """Settings that were found, their forecast and speed, and the command that asks for them."""
+    return forecast_data(best.recipe, best.forecast) | {
+        "tokens_per_second": best.tokens_per_second,
+        "utilisation": best.utilisation,
+        "command": command_line("forecast", best.recipe, best.forecast.gpu),
+    }
+
+
+def fit_text(best: Fit) -> str:
+    """The same for a reader."""
+    r = best.recipe
+    settings = [
+        f"micro batch {r.micro_batch_size} x {r.gradient_accumulation_steps} accumulated x "
+        f"{r.world_size} GPUs",
+        f"{r.checkpointed_layers} layers checkpointed",
+        f"{r.loss} loss",
+        f"{r.attention} attention",
+    ]
+    if r.offload_checkpoints:
+        settings.append("checkpoints on the host")
+    return (
+        f"{best.forecast}\n  {', '.join(settings)}\n"
+        f"  about {best.tokens_per_second:.0f} tokens/s a GPU at {best.utilisation:.0%} of its "
+        f"peak\nfrom there, one change at a time:\n"
+        f"  {command_line('levers', r, best.forecast.gpu)}"
+    )
+
+
+def levers_data(recipe: TrainRecipe, before: Forecast, levers: Iterable[Lever]) -> dict[str, Any]:
+    """A recipe's forecast, and below it each single change with its own."""
+    changes = [
+        {
+            "change": lever.change,
+            "options": as_options(lever.recipe, recipe),
+            "saved_bytes": lever.saved_bytes,
+            "speedup": lever.speedup,
+            "fits": lever.forecast.fits,
+            "peak_allocated_bytes": lever.forecast.peak_allocated_bytes,
+            "device_bytes": lever.forecast.device_bytes,
+            "margin_bytes": lever.forecast.margin_bytes,
+        }
+        for lever in levers
+    ]
+    return forecast_data(recipe, before) | {"levers": changes}
+
+
+def levers_text(recipe: TrainRecipe, before: Forecast, levers: Iterable[Lever]) -> str:
+    """The same as a table, the change that saves most first."""
+    rows = [("one change at a time", "peak", "speed", "fits", "option")]
+    for lever in levers:
+        sign = "-" if lever.saved_bytes > 0 else "+" if lever.saved_bytes < 0 else ""
+        rows.append(
+            (
+                lever.change,
+                sign + show_bytes(abs(lever.saved_bytes)),
+                f"x {lever.speedup:.2f}",
+                "yes" if lever.forecast.fits else "no",
+                " ".join(as_options(lever.recipe, recipe)),
+            )
+        )
+    return f"{before}\n{_table(rows)}"
+
+
+def _table(rows: Sequence[tuple[str, str, str, str, str]]) -> str:
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(
+        f"  {change:{width}}  {peak:>12}  {speed:>7}  {fits:4}  {option}".rstrip()
+        for change, peak, speed, fits, option in rows
+    )
+
+
+def doctor_data(findings: Iterable[Finding]) -> list[dict[str, Any]]:
+    """What was looked at; memory and disk also as integers."""
+    return [dataclasses.asdict(finding) for finding in findings]
+
+
+def doctor_text(findings: Iterable[Finding]) -> str:
+    """One line a finding, and below it what to do about it."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{'mend' if finding.fix else 'ok':5}{finding.name:14}{finding.found}")
+        if finding.fix:
+            lines.append(f"{'':19}-> {finding.fix}")
+    return "\n".join(lines)
