@@ -5,17 +5,20 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
-CONSTRAINTS ?= constraints.txt
+# LOCK=/dev/null: the newest releases, as the drift alarm takes them.
+LOCK ?= requirements.lock
+# HASHES=1: only files whose hashes stand in the lock, as on GitHub; without it the lock's versions,
+# so that another build of one of them will do, PyTorch's for CPUs above all.
+HASHES ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
-# LOCK=.github/locked.txt: only files with the hashes that stand there, as on GitHub.
-LOCK ?=
+PYTEST := $(BIN)/python -m pytest
 # The tests that need no torch: they start at once, and find what is out of place.
-HOUSE := tests/house/test_architecture.py tests/fitcast/test_units.py
+QUICK := tests/house/test_security.py tests/house/test_verbs.py tests/fitcast/test_units.py
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
-READY := .venv/ready-$(shell cat requirements.txt $(CONSTRAINTS) $(LOCK) pyproject.toml | cksum | tr ' ' -)
+READY := .venv/ready-$(shell (cat requirements.txt $(LOCK) pyproject.toml; echo "$(HASHES)") | cksum | tr ' ' -)
 
-.PHONY: help lessons test lab execute stamp test-colab test-browser lint bench clean
-lessons test execute stamp lint bench: export HF_HUB_OFFLINE := 1
+.PHONY: help lessons test test-all lab execute stamp lock test-colab test-browser lint bench clean
+lessons test test-all execute stamp lint bench: export HF_HUB_OFFLINE := 1
 
 help: ## show these verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
@@ -24,15 +27,18 @@ lessons: $(READY) ## execute every lesson into build/ and write the report; less
 	@echo "Executing the lessons into build/"
 	@$(BIN)/python -m tools.report
 
-test: $(READY) ## run every test: package, notebooks (strict), house (ARGS="-k ledger" for some)
-	@echo "Testing the package, the notebooks and the house"
+test: $(READY) ## what a change can break, in 5 minutes; lessons compared strictly (ARGS="-k ledger" for some)
 ifdef ARGS
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 else
-	@$(BIN)/python -m pytest --quiet $(HOUSE)
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
-		$(HOUSE:%=--ignore=%)
+	@echo "Testing the packages, the lessons and the house (make test-all: what takes longer, too)"
+	@$(PYTEST) --quiet $(QUICK)
+	@$(PYTEST) -m "not slow" --numprocesses 2 --dist loadgroup $(QUICK:%=--ignore=%)
 endif
+
+test-all: $(READY) ## every test: all recorded rows, kills and planted faults; prints the coverage
+	@echo "Testing everything"
+	@$(PYTEST) --numprocesses 2 --dist loadgroup --cov --cov-report term:skip-covered $(ARGS)
 
 lab: $(READY) ## open JupyterLab on the lessons
 	@echo "Opening JupyterLab on lessons/ (stop it with Ctrl-C)"
@@ -48,17 +54,27 @@ stamp: $(READY) ## author's verb: badges, set-up cells, numbers outside the less
 	@$(BIN)/python -m tools.cheat_sheet
 	@$(BIN)/python -m tools.beyond_one_gpu
 
+lock: $(READY) ## author's verb: write requirements.lock for what pyproject.toml asks (UPGRADE=torch raises one)
+	@echo "Resolving $(LOCK)"
+	@$(PIP) --quiet uv
+	@$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --extra browser --universal \
+		--python-version 3.11 --generate-hashes --no-annotate --custom-compile-command 'make lock' \
+		$(UPGRADE:%=--upgrade-package %) --output-file $(LOCK)
+
 test-colab: $(READY) ## set-up cell and lessons on Colab's packages, in .venv-colab (LESSON=01 for one)
 	@echo "Testing on Colab's packages"
 	@$(BIN)/python -m tools.colab_leg $(LESSON)
 
 test-browser: $(READY)-browser ## every lesson in JupyterLab, used in a browser (LESSON=01 for one)
 	@echo "Testing in a browser; pictures go to build/browser/"
-	@$(BIN)/python -m pytest tests/browser $(if $(LESSON),--lesson $(LESSON)) $(ARGS)
+	@$(PYTEST) tests/browser $(if $(LESSON),--lesson $(LESSON)) $(ARGS)
 
-lint: $(READY) ## check style with ruff
-	@echo "Checking style"
+lint: $(READY) ## check style, format, who imports whom, and types
+	@echo "Checking style, format, imports and types"
 	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check --quiet . || { echo "make format" >&2; exit 1; }
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/python -m pyright
 
 bench: $(READY) ## measure what the package promises
 	@echo "Measuring"
@@ -71,7 +87,7 @@ bench: $(READY) ## measure what the package promises
 
 clean: ## remove build/ and caches; .venv stays
 	@echo "Removing build/ and caches"
-	@rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	@rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache .coverage*
 	@find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) \
 		-exec rm -rf {} +
 
@@ -81,8 +97,9 @@ $(READY) $(READY)-browser:
 		|| { echo "Python 3.11 or newer is needed, $(PYTHON) is not: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "Setting up .venv (the first time: some minutes and about 1 GB)"
 	@$(PYTHON) -m venv .venv
-	$(if $(LOCK),@$(PIP) --quiet --only-binary :all: --require-hashes --requirement $(LOCK))
-	@$(PIP) --constraint $(CONSTRAINTS) $(if $(LOCK),--no-index) --quiet setuptools
-	@$(PIP) --constraint $(CONSTRAINTS) $(if $(LOCK),--no-index) --no-build-isolation --editable '.[dev]' $(BROWSER) | sed -u -E '/already satisfied|^(Installing collected|Successfully)/d'
+	$(if $(HASHES),@$(PIP) --quiet --only-binary :all: --require-hashes --requirement $(LOCK))
+	@sed -nE 's/^([^ #]+==[^ ]+( ;[^\\]+)?) \\$$/\1/p' $(LOCK) > .venv/pins.txt
+	@$(PIP) --constraint .venv/pins.txt $(if $(HASHES),--no-index) --quiet setuptools
+	@$(PIP) --constraint .venv/pins.txt $(if $(HASHES),--no-index) --no-build-isolation --editable '.[dev]' $(BROWSER) | sed -u -E '/already satisfied|^(Installing collected|Successfully)/d'
 	@rm -f .venv/ready-*
 	@touch $@ $(READY)

@@ -81,14 +81,13 @@ def test_welcome_is_the_banner_and_the_remarks(runtime):
 
 
 def pins(name: str) -> dict[str, str]:
-    lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
-    return dict(line.split("==") for line in lines if line)
+    return dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / name).read_text(), re.MULTILINE))
 
 
 def test_the_record_is_of_the_pins_of_today():
     seen = verified.record()
     assert seen["colab_image"] in (ROOT / "constraints-colab.txt").read_text()
-    for side, file in (("pins", "constraints.txt"), ("colab", "constraints-colab.txt")):
+    for side, file in (("pins", "requirements.lock"), ("colab", "constraints-colab.txt")):
         now = pins(file)
         assert seen[side] == {name: now[name] for name in seen[side]}, "run make test-colab"
         assert len(seen[side]) >= 8
