@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.notebooks import ENVIRONMENT
+from tools.surroundings import ENVIRONMENT
 
 BROWSER_TESTS = Path(__file__).parent / "browser"
 # The modules that take longest start first, so that no worker is left alone with one at the end.

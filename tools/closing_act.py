@@ -1,13 +1,13 @@
 """The course's closing act as a picture: an 8B model's step, one change after the other, on a T4.
 
-Drawn from `course_utils/data/recorded_runs.json` as SVG text, without matplotlib, so that the same recording
-gives the same file on every machine. `make stamp` writes it to docs/ and its words to README.
+Drawn from `course_utils/data/recorded_runs.json` as SVG text, without matplotlib, so that the same
+recording gives the same file on every machine. `make stamp` writes it to docs/ and its words to
+README.
 """
 
 from html import escape
 from typing import Any
 
-from course_utils.figures.base import GRID, INK, LINES
 from course_utils.topics import recorded
 from fitcast.gpus import T4
 from fitcast.units import GIB, show_bytes
@@ -54,6 +54,9 @@ def _text(x: float, y: float, words: str, **attributes: str) -> str:
 
 def svg() -> str:
     """The picture: a bar and a speed for each rung, the T4's end as a line."""
+    # Here, since matplotlib comes along, which nothing else of this tool and of tools.stamp needs.
+    from course_utils.figures.base import GRID, INK, LINES
+
     rows, recipe = rungs(), rungs()[0]["recipe"]
     scale = (WIDTH - LEFT - RIGHT) / (AXIS_GIB * GIB)
     bottom = TOP + ROW * len(rows)

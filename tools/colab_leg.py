@@ -1,6 +1,6 @@
 """The course as a Colab runtime sees it, on its packages: set-up cell, some tests, every lesson.
 
-    python -m tools.colab_leg         # all lessons; then data/verified.json says when and with what
+    python -m tools.colab_leg         # all lessons; then verified.json says when and with what
     python -m tools.colab_leg 01 06   # these
 
 Makes `.venv-colab` from constraints-colab.txt, with `python3.13` (Colab's) when there is one. Works
@@ -26,13 +26,15 @@ import nbformat
 from course_utils.topics import welcome
 from fitcast.training import versions
 from tools import stamp
-from tools.notebooks import CELL_TIMEOUT_SECONDS, ENVIRONMENT, ROOT, lesson_scripts
+from tools.notebooks import ENVIRONMENT, ROOT, LessonError, clean, execute, lesson_scripts
+from tools.reproduce import differences
 
 HOME = ROOT / ".venv-colab"
 PYTHON = HOME / "bin" / "python"
 PINS = ROOT / "constraints-colab.txt"
 KERNEL = "colab"
-TESTS = ("course_utils/figures/test_widgets.py", "fitcast/memory/test_flops.py",  # controls under ipywidgets 7; what torch counts
+# Controls under ipywidgets 7, what torch counts, forecasts.
+TESTS = ("course_utils/figures/test_widgets.py", "fitcast/memory/test_flops.py",
          "fitcast/forecasting/test_forecast.py::test_other_packages_forecast_the_same",
          "fitcast/forecasting/test_forecast.py::test_events_of_a_step_are_those_of_the_gpu",
          "course_utils/topics/test_recorded.py::test_who_holds_what_is_as_forecast")  # fmt: skip
@@ -185,23 +187,24 @@ def as_on_colab(lesson: str, folder: Path) -> Path:
     return copy
 
 
-def run_lesson(notebook: Path, environment: dict[str, str]) -> int:
-    """Number of cells, all of which reproduced on Colab's packages.
+def run_lesson(expected: Path, environment: dict[str, str]) -> int:
+    """Number of code cells, all of which reproduced on Colab's packages.
 
     Raises:
         LegError: A cell failed or shows something else.
     """
-    command = [sys.executable, "-m", "pytest", "--quiet", "--nbval", "--color=no"]
-    command += ["--nbval-kernel-name", KERNEL, f"--nbval-cell-timeout={CELL_TIMEOUT_SECONDS}"]
-    command += ["-o", "verbosity_assertions=2", "-p", "no:cacheprovider"]
-    command += ["--rootdir", notebook.parent, notebook]
-    done = subprocess.run(
-        command, cwd=notebook.parent, env=environment, capture_output=True, text=True
-    )
-    passed = re.search(r"(\d+) passed", done.stdout)
-    if done.returncode or not passed:
-        raise LegError(f"{notebook.stem} differs\n{done.stdout}{done.stderr}")
-    return int(passed[1])
+    notebook = nbformat.read(expected, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    try:
+        execute(notebook, expected.parent, KERNEL, environment)
+    except LessonError as error:
+        raise LegError(f"{expected.stem}: {error}") from error
+    clean(notebook)
+    if found := differences(nbformat.read(expected, as_version=4), notebook):
+        raise LegError("\n\n".join([f"{expected.stem} differs", *found]))
+    return sum(cell.cell_type == "code" for cell in notebook.cells)
 
 
 def run_tests(folder: Path, environment: dict[str, str]) -> int:
@@ -224,7 +227,7 @@ def run_tests(folder: Path, environment: dict[str, str]) -> int:
 def write_record(path: Path = versions.PATH) -> None:
     """Today's date and the versions of both sides, for the line that every lesson prints."""
     sides = {}
-    for side, pins in (("pins", ROOT / "constraints.txt"), ("colab", PINS)):
+    for side, pins in (("pins", ROOT / "requirements.lock"), ("colab", PINS)):
         known = dict(re.findall(r"^([\w-]+)==(\S+)", pins.read_text("utf-8"), re.MULTILINE))
         sides[side] = {name: known[name] for name in SEEN if name in known}
     image = re.search(r"image of (\d{4}-\d\d-\d\d)", PINS.read_text("utf-8"))[1]
@@ -248,7 +251,7 @@ def main(numbers: list[str]) -> int:
         run_set_up_cell(folder, environment, now)
         print(f"set-up cell: installs bitsandbytes {now.bitsandbytes} and nothing else", flush=True)
         print(f"{run_tests(folder, environment)} tests pass there", flush=True)
-        environment["JUPYTER_PATH"] = str(add_kernel(base))
+        os.environ["JUPYTER_PATH"] = str(add_kernel(base))
         for script in scripts:
             start = time.perf_counter()
             try:

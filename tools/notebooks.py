@@ -14,21 +14,11 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
-ROOT = Path(__file__).resolve().parents[1]
+from tools.surroundings import ENVIRONMENT, ROOT
+
 LESSONS = ROOT / "lessons"
 CELL_TIMEOUT_SECONDS = 180
 
-# Every headless run, the tests included, sees the same machine-independent surroundings.
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars obey it too
-    "TOKENIZERS_PARALLELISM": "false",
-    # Sums are added up in one order on every machine, and no thread spins for a core it shares.
-    "OMP_NUM_THREADS": "1",
-    # ipykernel captures C-level stderr unless it believes that pytest runs.
-    "PYTEST_CURRENT_TEST": "a lesson, headless",
-}
 METADATA = {
     "accelerator": "GPU",
     "colab": {"gpuType": "T4", "provenance": []},

@@ -54,7 +54,8 @@ def fingerprint(script: Path) -> str:
     """Checksum of everything that can change what the lesson shows."""
     found = hashlib.sha256()
     packages = (path for name in ("fitcast", "course_utils") for path in (ROOT / name).rglob("*"))
-    ours = [script, Path(__file__), ROOT / "tools" / "notebooks.py", *sorted(packages)]
+    tools = (ROOT / "tools" / name for name in ("notebooks.py", "surroundings.py", "reproduce.py"))
+    ours = [script, *tools, *sorted(packages)]
     for path in ours:
         if path.is_file() and "__pycache__" not in path.parts:
             found.update(f"\n{path}\n".encode() + path.read_bytes())

@@ -2,7 +2,7 @@
 
     python -m tools.stamp
 
-The address and the version come from pyproject.toml, bitsandbytes' version from constraints.txt.
+The address and the version come from pyproject.toml, bitsandbytes' version from requirements.lock.
 From them it writes each lesson's badge and set-up cell (in the `.py` and in the `.ipynb`, whose
 other outputs stay), README's table of lessons, its picture and example outputs, CITATION.cff and
 `__version__`.
@@ -76,9 +76,9 @@ class Facts:
 
 
 def facts(root: Path = ROOT) -> Facts:
-    """The facts as they stand in pyproject.toml and constraints.txt."""
+    """The facts as they stand in pyproject.toml and requirements.lock."""
     project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
-    pins = (root / "constraints.txt").read_text("utf-8")
+    pins = (root / "requirements.lock").read_text("utf-8")
     return Facts(
         repository=project["urls"]["Repository"],
         version=project["version"],

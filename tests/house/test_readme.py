@@ -1,6 +1,5 @@
-"""README and CONTRIBUTING, held: every command is run or is a verb that exists, every link leads
-somewhere (also in the lessons and beside them), the picture has its words, and a reader finds what
-the course is on the first screen.
+"""README and CONTRIBUTING, held: every command is run or is a verb that exists, every link and file
+name leads somewhere (also in the lessons and beside them), and what is shown is what it prints.
 """
 
 import re
@@ -14,12 +13,15 @@ import yaml
 
 from fitcast.units import GIB
 from tools import closing_act, stamp
-from tools.notebooks import LESSONS, ROOT, lesson_scripts
+from tools.notebooks import LESSONS, lesson_scripts
+from tools.surroundings import ROOT
 
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 SHEETS = sorted(path.name for path in LESSONS.glob("*.md"))
-COMMAND = r"(?:make|pip|pip-compile|conda|git|(?:\.venv/bin/)?python3?(?:\.\d+)?|\.ci/run)\b"
-FIRST_SCREEN = 900  # characters of text before the lessons, the picture's words aside
+# What of a command line says that it is one of ours, or one that we can look up.
+COMMAND = (
+    r"(?:make|pip|conda|git|(?:\.venv/bin/)?(?:python3?(?:\.\d+)?|fitcast|pre-commit)|\.ci/run)\b"
+)
 
 
 def text(name: str) -> str:
@@ -60,14 +62,24 @@ def trouble(command: str) -> str:
         unknown = {word for word in words[1:] if "=" not in word} - verbs()
         return f"make has no {sorted(unknown)}" if unknown or len(words) == 1 else ""
     if words[0].endswith("python") and words[1:2] == ["-m"]:
-        cheap = words[2:] == ["course_utils", "doctor"] or "--help" in words
-        arguments = command.split(" | ")[0].split()[1:] + ([] if cheap else ["--help"])
-        return run([sys.executable, *arguments])
+        return run([sys.executable, *_cheap(command.split()[1:])])
+    if words[0].removeprefix(".venv/bin/") == "fitcast":
+        return run([sys.executable, "-m", "fitcast", *_cheap(command.split()[1:])])
+    if words[0].removeprefix(".venv/bin/") == "pre-commit" and words[1:] == ["install"]:
+        return run([sys.executable, "-m", "pre_commit", "validate-config"])
+    if words[:2] == ["pip", "install"]:
+        return "" if set(words[2:]) <= {"-q", ".", "--editable", "fitcast"} else f"pip {words[2:]}"
     if words[:3] == ["conda", "env", "create"]:
         return environment(ROOT / words[-1])
     if words[0] == ".ci/run":
         return run(["bash", "-n", ".ci/run"])
     return f"nobody has said how to test {command!r}"
+
+
+def _cheap(arguments: list[str]) -> list[str]:
+    """A command's arguments without its pipe; what would compute is asked for its help instead."""
+    own = " ".join(arguments).split(" | ")[0].split()
+    return own if own[-1] in ("doctor", "--help") else [*own, "--help"]
 
 
 def environment(path) -> str:
@@ -78,7 +90,7 @@ def environment(path) -> str:
               if isinstance(part, dict)]  # fmt: skip
     named = [line.split()[1] for line in pip if line.startswith(("--constraint", "--requirement"))]
     missing = [name for name in named if not (ROOT / name).exists()]
-    return f"{missing} does not exist" if missing or len(named) != 2 else ""
+    return f"{missing} does not exist" if missing or not named else ""
 
 
 def dead_links(page: str, folder: Path = ROOT) -> list[str]:
@@ -96,8 +108,8 @@ def prose(lesson: Path) -> str:
 
 def dead_names(page: str) -> list[str]:
     """Files and folders of the repository named in backticks that are not there."""
-    folders = r"(?:lessons|course_utils|tools|tests|instructor|docs|\.github|\.ci)/[\w./-]*"
-    files = r"[\w.-]+\.(?:txt|toml|yml|cff|md)"
+    folders = r"(?:lessons|fitcast|course_utils|tools|tests|instructor|docs|\.github|\.ci)/[\w./-]*"
+    files = r"[\w.-]+\.(?:txt|lock|toml|yml|cff|md)"
     named = re.findall(rf"`({folders}|{files})`", page)
     return [name for name in named if "NN_topic" not in name and not (ROOT / name).exists()]
 
@@ -113,17 +125,16 @@ def test_command_works(name, command):
 
 def test_commands_are_found():
     readme = [command for name, command in ALL if name == "README.md"]
-    assert {"make lessons", "make test", "make lab", "conda env create -f environment.yml"} <= {
-        *readme
-    }
-    assert sum(" forecast " in command for command in readme) == 2
+    assert {"make lessons", "make test"} <= set(readme)
+    assert sum(" forecast " in command for command in readme) >= 2
     assert len(ALL) > 20
 
 
 @pytest.mark.parametrize(
     "command",
-    ["make tests", "make", "python -m course_utils forecst", "conda env create -f env.yml",
-     "python -m tools.no_such", "sudo rm x"],
+    ["make tests", "make", "python -m fitcast forecst", "fitcast forecst",
+     ".venv/bin/pre-commit instal", "conda env create -f env.yml", "python -m tools.no_such",
+     "sudo rm x"],
 )  # fmt: skip
 def test_planted_command_is_caught(command):
     assert trouble(command) != ""
@@ -174,54 +185,47 @@ def test_planted_dead_ends_are_caught():
     ]  # fmt: skip
 
 
-def test_first_screen_says_what_for_whom_and_shows_the_closing_act():
-    readme = text("README.md")
-    opening, lessons = readme.split("<!-- lessons: make stamp -->")
-    words = re.sub(r"!\[[^]]*\]\([^)]*\)", "", opening)
-    assert len(words) < FIRST_SCREEN
-    for part in ("memory", "fine-tuning", "for people who", "T4", "out of memory", "No GPU"):
-        assert part in words
-    assert f"![{closing_act.alt()}](docs/closing_act.svg)" in opening
-    table = lessons.split("<!-- end of lessons -->")[0]
-    for script in lesson_scripts():
-        said = stamp.opening(script.read_text("utf-8"))
-        (row,) = [line for line in table.splitlines() if line.startswith(f"| {said['number']} |")]
-        for part in (said["question"], said["minutes"], said["hardware"], "Open in Colab"):
-            assert part in row
-    order = ["make lessons ", "## The map", "## How it works", "## How the numbers are made",
-             "## Contribute", "## Licence and citation"]  # fmt: skip
-    assert [lessons.index(part) for part in order] == sorted(map(lessons.index, order))
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=str)
-def test_workflows_run_what_exists(path):
-    workflow = yaml.safe_load(path.read_text("utf-8"))
+def runs(workflow: dict) -> list[str]:
+    """The lines of a workflow that are commands of this repository."""
     lines = []
     for job in workflow["jobs"].values():
-        include = job["strategy"]["matrix"].get("include", [])
-        steps = [step["run"] for step in job["steps"]]
+        include = job.get("strategy", {}).get("matrix", {}).get("include", [])
+        steps = [step.get("run", "") for step in job["steps"]]
         lines += [each["run"] for each in include] + "\n".join(steps).splitlines()
-    ours = [line for line in lines if re.match(r"make |\.ci/run|\.venv", line)]
-    assert ours and [trouble(line.removesuffix(" || true")) for line in ours] == [""] * len(ours)
+    return [line for line in lines if re.match(r"make |\.ci/run|\.venv", line)]
 
 
-def test_ci_runs_tests_browser_and_colab():
-    jobs = yaml.safe_load(text(".github/workflows/ci.yml"))["jobs"]
-    last = {name: job["steps"][-1]["run"] for name, job in jobs.items()}
-    assert last == {"test": ".ci/run", "browser": "make test-browser", "colab": "make test-colab"}
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_run_what_exists(path):
+    found = runs(yaml.safe_load(path.read_text("utf-8")))
+    assert found and [trouble(line.removesuffix(" || true")) for line in found] == [""] * len(found)
 
 
-def test_drift_is_looked_for_every_week():
-    drift = yaml.safe_load(text(".github/workflows/drift.yml"))
-    (when,) = drift[True]["schedule"]  # YAML reads the key `on` as true
-    assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", when["cron"])
-    included = drift["jobs"]["run"]["strategy"]["matrix"]["include"]
-    runs = {each["name"]: each["run"] for each in included}
-    assert runs.keys() == {"pins", "newest", "colab"}
-    newest = ["make", "--dry-run", *runs["newest"].split()[1:]]
-    shown = subprocess.check_output(newest, cwd=ROOT, text=True)
-    assert "--constraint /dev/null" in shown and "constraints.txt" not in shown
-    assert re.search(r"touch \.venv/ready-\d", shown), "set up anew: these are other pins"
+def test_ci_runs_what_readme_says_and_the_rest_runs_every_night():
+    (command,) = [line for line in text(".ci/run").splitlines() if line.startswith("make ")]
+    assert command.removesuffix(" </dev/null") == "make lint test"
+    assert "`make lint test`" in text("README.md") + text("CONTRIBUTING.md")
+    every_night = {
+        "engine": "make test-all",
+        "browser": "make test-browser",
+        "colab": "make test-colab",
+    }
+    for path in WORKFLOWS:
+        workflow = yaml.safe_load(path.read_text("utf-8"))
+        when = workflow[True]  # YAML reads the key `on` as true
+        if path.stem == "ci":
+            assert runs(workflow) == [".ci/run"]
+            assert when["push"] == {"branches": ["main"]}, "a pull request has its own run"
+        else:
+            days = "1" if path.stem == "drift" else r"\*"
+            assert re.fullmatch(rf"\d+ \d+ \* \* {days}", when["schedule"][0]["cron"])
+        if path.stem in every_night:
+            assert runs(workflow) == [every_night[path.stem]]
+            for pattern in when["pull_request"]["paths"]:
+                assert (ROOT / pattern.removesuffix("/**")).exists(), pattern
 
 
 def test_licence_and_citation_agree():
