@@ -21,6 +21,7 @@ from fitcast.gpus import T4
 from fitcast.memory.stream import later_step
 from fitcast.recipe import TrainRecipe
 from fitcast.units import GIB, KIB, MIB
+from tests.sample import sampled
 from tools import measure_steps
 from tools.notebooks import ROOT
 
@@ -61,29 +62,41 @@ def untied(tmp_path_factory):
     return folders
 
 
+def row_id(row):
+    """What was run, of a row of either kind, e.g. `llama-8b-4-2048-32-full-stock-0.0`."""
+    known = {field.name for field in dataclasses.fields(TrainRecipe)}
+    recipe = row.get("recipe") or {key: row[key] for key in row if key in known}
+    return "-".join(str(value) for value in recipe.values())
+
+
+def forecast_of(row, untied):
+    return forecast(
+        TrainRecipe(
+            model=str(untied[row["model"]]),
+            amp_dtype="float16",
+            loss=row["loss"],
+            micro_batch_size=row["micro_batch_size"],
+            sequence_length=row["sequence_length"],
+            checkpointed_layers=row["checkpointed_layers"],
+            lora_dropout=row["lora_dropout"],
+            attention=ATTENTION[row["attention"]],
+        ),
+        H200_WITH_T4_KERNELS,
+    )
+
+
+def forecast_of_held(row):
+    return forecast(TrainRecipe(**row["recipe"]), KERNELS[row["kernels"]])
+
+
 @pytest.fixture(scope="module")
 def forecasts(untied):
-    return [
-        forecast(
-            TrainRecipe(
-                model=str(untied[row["model"]]),
-                amp_dtype="float16",
-                loss=row["loss"],
-                micro_batch_size=row["micro_batch_size"],
-                sequence_length=row["sequence_length"],
-                checkpointed_layers=row["checkpointed_layers"],
-                lora_dropout=row["lora_dropout"],
-                attention=ATTENTION[row["attention"]],
-            ),
-            H200_WITH_T4_KERNELS,
-        )
-        for row in ROWS
-    ]
+    return [forecast_of(row, untied) for row in ROWS]
 
 
 @pytest.fixture(scope="module")
 def held():
-    return [forecast(TrainRecipe(**row["recipe"]), KERNELS[row["kernels"]]) for row in HELD]
+    return [forecast_of_held(row) for row in HELD]
 
 
 def errors(forecasts, rows):
@@ -107,6 +120,17 @@ def assert_reserved_is_held(forecasts, rows):
     assert max(widths) <= 0.2
 
 
+@pytest.mark.parametrize("row", sampled(ROWS, name=row_id))
+def test_peak_of_a_row(row, untied):
+    assert errors([forecast_of(row, untied)], [row])[0] <= 0.002
+
+
+@pytest.mark.parametrize("row", sampled(HELD, name=row_id))
+def test_peak_of_a_row_that_was_forecast_before_it_was_measured(row):
+    assert errors([forecast_of_held(row)], [row])[0] <= 0.02
+
+
+@pytest.mark.slow
 def test_peak_of_the_48_rows(forecasts):
     found = errors(forecasts, ROWS)
     assert len(found) == 48
@@ -114,10 +138,12 @@ def test_peak_of_the_48_rows(forecasts):
     assert max(found) <= 0.002  # asked for: 0.02
 
 
+@pytest.mark.slow
 def test_reserved_interval_of_the_48_rows(forecasts):
     assert_reserved_is_held(forecasts, ROWS)
 
 
+@pytest.mark.slow
 def test_rows_that_were_forecast_before_they_were_measured(held):
     """No rule was written by them: what the forecast is worth for a recipe nobody has looked at."""
     assert [
@@ -154,6 +180,7 @@ def test_other_packages_forecast_the_same(group, name):
     assert f.fits is then["fits"]
 
 
+@pytest.mark.slow
 def test_resident_of_the_rows_that_tell(forecasts):
     # The file's 8B rows ran after others in one process: its two cuBLAS workspaces were there.
     for f, row in zip(forecasts, ROWS, strict=True):
