@@ -25,6 +25,7 @@ ENDED = {
     "left": "it ended the process instead of returning (`exit`, `os._exit`)",
     "crash": "it crashed Python",
     "flood": "its answer is far too long",
+    "deep": "its answer is nested far too deep",
     "garbage": "it meddled with the grader's pipe instead of returning",
     "finished": "it ended without an answer",
 }

@@ -17,13 +17,13 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import cage
 from .child import CHANNEL
-from .probe import PROBE, Probe
+from .probe import Probe
 from .reading import Reading
 from .talk import End, Job, Talk
 
@@ -36,12 +36,24 @@ sys.path.insert(0, {root!r})
 from instructor.sandbox.forkserver import main
 sys.path.remove({root!r})
 main()"""
+READABLE = b'{"cells": [{"cell_type": "code", "source": "def f(): return 1"}]}'
+MEMORY_SHARE, MOST_MEMORY = 0.5, 4 << 30  # of the machine's, for all children; bytes at most
+CONTAINER = Path("/sys/fs/cgroup/memory.max")
 SAYS = {
     "namespaces": "namespaces and seccomp: own root folder, no network, no other process",
     "landlock": "Landlock and seccomp: no other file, no network, no other process",
     "seccomp": "seccomp: no file, no network, no other process",
     "hook": "WEAK: Python's audit hook and limits only, which keep out accidents, not attackers",
 }
+NOT_HELD = ("a bug in the kernel", "whoever means it")
+
+
+def memory_bytes() -> int:
+    """How much all children together may take: half of what machine and container have."""
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if CONTAINER.is_file() and (text := CONTAINER.read_text().strip()).isdigit():
+        have = min(have, int(text))
+    return min(int(MEMORY_SHARE * have), MOST_MEMORY)
 
 
 class Sandbox:
@@ -62,8 +74,7 @@ class Sandbox:
                 "leave it out for the strongest"
             )
         self.torch, self.passed_over, self._server = torch, {}, None
-        self._folder = tempfile.TemporaryDirectory(prefix="grading-")
-        os.chmod(self._folder.name, 0o711)
+        self.memory_bytes = memory_bytes()
         for candidate in [level] if level else cage.LEVELS:
             problem = self._start(candidate) or self._problem()
             if problem is None:
@@ -71,7 +82,6 @@ class Sandbox:
                 return
             self.passed_over[candidate] = problem
             self._stop()
-        self._folder.cleanup()
         raise ValueError(
             f"sandbox must hold on this machine, got {self.passed_over}; "
             "grade on another one, e.g. a container of Linux 5.13 or newer"
@@ -79,8 +89,10 @@ class Sandbox:
 
     @property
     def says(self) -> str:
-        """What is in force, for people."""
-        return SAYS[self.level]
+        """What is in force, what was tried and what is not held, for people, in a line."""
+        held = f"none of {self.tried} ways out that were tried here led out"
+        memory = f"{self.memory_bytes / 2**30:.1f} GiB for all children together"
+        return f"{SAYS[self.level]}; {held}; {memory}; not held: {NOT_HELD[self.level == 'hook']}"
 
     def _start(self, level: str) -> str | None:
         """Start the server; what is wrong with the level here."""
@@ -97,8 +109,8 @@ class Sandbox:
         order = {
             "level": level,
             "readable": readable,
-            "folder": self._folder.name,
             "packages": sorted({paths["purelib"], paths["platlib"]}) if self.torch else [],
+            "grader": os.getpid(),
         }
         self._orders, theirs = socket.socketpair()
         threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
@@ -122,21 +134,22 @@ class Sandbox:
 
     def _problem(self) -> str | None:
         """What a child can do that it should not, or cannot do that it should."""
-        cells = [{"cell_type": "code", "source": PROBE}]
-        reading = Reading(json.dumps({"cells": cells}).encode(), ["escapes"])
-        for _ in self.run([reading]):
-            pass
-        if "functions" not in reading.about:
+        reading = Reading(READABLE, ["f"])
+        with tempfile.TemporaryDirectory(prefix="grading-") as folder:
+            # Open to all, so that only the sandbox can forbid it.
+            os.chmod(folder, 0o777)
+            path = Path(folder, "secret")
+            path.write_text("of the grader")
+            path.chmod(0o644)
+            probe = Probe(str(path), folder)
+            for _ in self.run([reading, probe]):
+                pass
+        if "functions" not in (reading.about or {}):
             return "a child could not read a notebook"
-        path = Path(self._folder.name, "secret")
-        path.write_text("of the grader")
-        path.chmod(0o644)
-        probe = Probe(reading.about["functions"]["escapes"]["source"], str(path), self._folder.name)
-        for _ in self.run([probe]):
-            pass
-        if probe.found == []:
-            return None
-        return f"a child could: {', '.join(probe.found)}" if probe.found else "its child failed"
+        if probe.found is None:
+            return "its child failed"
+        self.tried = probe.tried
+        return f"a child could: {', '.join(probe.found)}" if probe.found else None
 
     def run(self, jobs: Iterable[Job], at_once: int | None = None) -> Iterator[Job]:
         """Do jobs, several at a time; yields each when its child is gone.
@@ -148,18 +161,10 @@ class Sandbox:
         seen, stalled = time.monotonic(), 0.0
         with selectors.DefaultSelector() as selector:
             while True:
-                while len(talks) < MOST_WAITING * at_once and at_once > sum(
-                    seen - talk.started < YOUNG_SECONDS for talk in talks
+                while self._room(talks, at_once, seen) and (
+                    job := self._next(source, waiting, talks)
                 ):
-                    job = waiting.pop(0) if waiting else next(source, None)
-                    if job is None:
-                        break
-                    talk = Talk(job, self._orders)
-                    selector.register(
-                        talk.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, talk
-                    )
-                    selector.register(talk.status, selectors.EVENT_READ, talk)
-                    talks.add(talk)
+                    talks.add(self._begin(selector, job))
                 if not talks:
                     return
                 events = selector.select(YOUNG_SECONDS)
@@ -180,6 +185,29 @@ class Sandbox:
                         continue
                     waiting += talk.job.ended(end)
                     yield talk.job
+
+    @staticmethod
+    def _room(talks: Collection[Talk], at_once: int, now: float) -> bool:
+        """Whether one child more may run beside these."""
+        young = sum(now - talk.started < YOUNG_SECONDS for talk in talks)
+        return young < at_once and len(talks) < MOST_WAITING * at_once
+
+    def _next(
+        self, source: Iterator[Job], waiting: list[Job], talks: Collection[Talk]
+    ) -> Job | None:
+        """The next job, if there is one and all children together have the memory for it."""
+        job = waiting.pop(0) if waiting else next(source, None)
+        taken = sum(talk.job.memory_bytes for talk in talks)
+        if job is None or not talks or taken + job.memory_bytes <= self.memory_bytes:
+            return job
+        waiting.insert(0, job)
+        return None
+
+    def _begin(self, selector: selectors.BaseSelector, job: Job) -> Talk:
+        talk = Talk(job, self._orders)
+        selector.register(talk.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, talk)
+        selector.register(talk.status, selectors.EVENT_READ, talk)
+        return talk
 
     @staticmethod
     def _close(selector: selectors.BaseSelector, talk: Talk) -> End:
@@ -219,4 +247,3 @@ class Sandbox:
 
     def __exit__(self, *_: Any) -> None:
         self._stop()
-        self._folder.cleanup()

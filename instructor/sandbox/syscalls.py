@@ -1,7 +1,9 @@
 """The calls to Linux that a student's code may make, as a seccomp filter; all others fail.
 
 A list of what is allowed, because a list of what is forbidden is out of date with the next kernel.
-No process, thread, socket, signal, mount, trace or new program is on it.
+No process, thread, socket, signal, mount, trace or new program is on it. Calls that are many calls
+in one (`fcntl`, `ioctl`) are allowed for the commands that Python needs: others make the kernel
+signal another process when data comes, enlarge pipes, lock or watch files.
 Numbers: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h of Linux.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import struct
+from collections.abc import Sequence
 
 # name: number on x86-64, number on arm64 (0 stands for none there; read has its own line)
 ALLOWED = {
@@ -24,7 +27,6 @@ ALLOWED = {
     "rt_sigaction": (13, 134),
     "rt_sigprocmask": (14, 135),
     "rt_sigreturn": (15, 139),
-    "ioctl": (16, 29),
     "pread64": (17, 67),
     "pwrite64": (18, 68),
     "readv": (19, 65),
@@ -37,7 +39,6 @@ ALLOWED = {
     "getpid": (39, 172),
     "exit": (60, 93),
     "uname": (63, 160),
-    "fcntl": (72, 25),
     "fsync": (74, 82),
     "ftruncate": (77, 46),
     "getcwd": (79, 17),
@@ -68,7 +69,6 @@ ALLOWED = {
     "ppoll": (271, 73),
     "dup3": (292, 24),
     "getrandom": (318, 278),
-    "membarrier": (324, 283),
     "statx": (332, 291),
     "rseq": (334, 293),
     "faccessat2": (439, 439),
@@ -80,11 +80,19 @@ ALLOWED = {
     "select": (23, 0),
     "dup2": (33, 0),
     "readlink": (89, 0),
-    "arch_prctl": (158, 0),
     "time": (201, 0),
 }
 READ = (0, 63)
-# Only where something else decides which files they reach: a mount namespace or Landlock.
+# Allowed for some commands, which the kernel takes from the low half of the second argument.
+# Numbers: include/uapi/asm-generic/fcntl.h, ioctls.h; include/uapi/linux/fcntl.h.
+COMMANDS = {
+    "fcntl": ((72, 25), (0, 1, 2, 3, 1030)),  # F_DUPFD, _GETFD, _SETFD, _GETFL, F_DUPFD_CLOEXEC
+    "ioctl": ((16, 29), (0x5401, 0x5413, 0x5450, 0x5451)),  # TCGETS, TIOCGWINSZ, FION-, FIOCLEX
+}
+# Where Landlock decides which files are reached: to open one that is there. Number, flags' place.
+OPENING = {"openat": ((257, 56), 2), "open": ((2, 0), 1)}
+MAKING = 0o100 | 0o20000000  # O_CREAT, __O_TMPFILE
+# Where a root folder of its own decides: what makes and removes files, in memory of limited size.
 FILES = {
     "openat": (257, 56),
     "mkdirat": (258, 34),
@@ -98,7 +106,9 @@ FILES = {
     "unlink": (87, 0),
 }
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_*
-LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
+# BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JSET|K, BPF_RET|K of linux/bpf_common.h
+LOAD, JUMP_IF_EQUAL, JUMP_IF_ANY, RETURN = 0x20, 0x15, 0x45, 0x06
+NUMBER, MACHINE, ARGUMENTS = 0, 4, 16  # offsets in `struct seccomp_data`
 PASS, REFUSE, KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000  # REFUSE gives EPERM
 NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 38, 22, 2
 
@@ -114,24 +124,63 @@ def supported() -> bool:
     return platform.system() == "Linux" and platform.machine() in MACHINES
 
 
-def program(files: bool) -> bytes:
+def program(files: str) -> bytes:
     """The filter, as instructions of the kernel's packet filter.
 
     Args:
-        files: Whether files may be opened.
+        files: `none` can be opened; `read`, those that are there; or `all`, and new ones be made.
     """
     column, machine = MACHINES[platform.machine()]
-    rows = [*ALLOWED.values(), *(FILES.values() if files else ())]
-    numbers = [READ[column], *(row[column] for row in rows if row[column])]
-    steps = [(LOAD, 0, 0, 4), (JUMP_IF_EQUAL, 1, 0, machine), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-    steps += [
-        (JUMP_IF_EQUAL, len(numbers) - index, 0, number) for index, number in enumerate(numbers)
+    rows = [*ALLOWED.values(), *(FILES.values() if files == "all" else ())]
+    plain = [READ[column], *(row[column] for row in rows if row[column])]
+    guarded = [(row[column], _allow_commands(commands)) for row, commands in COMMANDS.values()]
+    if files == "read":
+        guarded += [(row[column], _no_new(at)) for row, at in OPENING.values() if row[column]]
+    # Jumps lead forward only: numbers, the refusal, a block for each guarded call, PASS.
+    behind = len(guarded) + 1 + sum(len(block) for _, block in guarded)  # the plain numbers
+    steps = [
+        (LOAD, 0, 0, MACHINE),
+        (JUMP_IF_EQUAL, 1, 0, machine),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, NUMBER),
     ]
-    steps += [(RETURN, 0, 0, REFUSE), (RETURN, 0, 0, PASS)]
+    steps += [
+        (JUMP_IF_EQUAL, len(plain) - 1 - index + behind, 0, number)
+        for index, number in enumerate(plain)
+    ]
+    start = 1  # the first block stands behind the refusal
+    for index, (number, block) in enumerate(guarded):
+        steps.append((JUMP_IF_EQUAL, len(guarded) - 1 - index + start, 0, number))
+        start += len(block)
+    steps.append((RETURN, 0, 0, REFUSE))
+    for _, block in guarded:
+        steps += block
+    steps.append((RETURN, 0, 0, PASS))
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 
-def prepared(files: bool) -> Program:
+def _allow_commands(commands: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """A block that passes the calls whose second argument is one of these."""
+    count = len(commands)
+    return [
+        (LOAD, 0, 0, ARGUMENTS + 8),
+        *((JUMP_IF_EQUAL, count - index, 0, one) for index, one in enumerate(commands)),
+        (RETURN, 0, 0, REFUSE),
+        (RETURN, 0, 0, PASS),
+    ]
+
+
+def _no_new(argument: int) -> list[tuple[int, int, int, int]]:
+    """A block that passes the calls whose flags, the argument of that place, make no file."""
+    return [
+        (LOAD, 0, 0, ARGUMENTS + 8 * argument),
+        (JUMP_IF_ANY, 0, 1, MAKING),
+        (RETURN, 0, 0, REFUSE),
+        (RETURN, 0, 0, PASS),
+    ]
+
+
+def prepared(files: str) -> Program:
     """The filter as `restrict` takes it; made once, before the fork server forks."""
     code = program(files)
     return Program(len(code) // 8, code)

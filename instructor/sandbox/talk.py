@@ -17,10 +17,12 @@ import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .forkserver import ENDED, HUNG_UP, IDLE, ORDER, TIME
 
 LONGEST_MESSAGE = 1 << 16  # bytes that a child may send at once
+DEEPEST = 50  # lists in lists, or dictionaries; what is deeper crashes what writes it down
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class End:
 
     Args:
         how: `finished`, `time`, `idle` (it waited), `memory`, `left` (it ended itself), `crash`,
-            `flood` (it sent too much) or `garbage` (it sent what no answer is).
+            `flood` (it sent too much), `deep` (it sent lists in lists in lists ...) or `garbage`
+            (it sent what no answer is).
         detail: A few words more, e.g. the signal.
         by_clock: Whether a clock on the wall decided.
     """
@@ -126,10 +129,14 @@ class Talk:
             return self.stop(End("flood"))
         try:
             message = json.loads(line)
-        except (ValueError, RecursionError):
+        except RecursionError:
+            return self.stop(End("deep"))
+        except (ValueError, MemoryError):
             message = None
         if not isinstance(message, dict):
             return self.stop(End("garbage"))
+        if not shallow(message):
+            return self.stop(End("deep"))
         try:
             reply = self.job.receive(message)
         except ValueError:
@@ -158,6 +165,25 @@ class Talk:
         if code < 0:
             return End("crash", signal.Signals(-code).name)
         return End("left", str(code)) if code else End("finished")
+
+
+def shallow(value: Any) -> bool:
+    """Whether nothing in a JSON value is nested deeper than `DEEPEST`.
+
+    Every value of a child passes here: parsers differ in how deep they follow (Python 3.13.0's to
+    about 10 000), and what one has read another may not be able to write.
+    """
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            part
+            for one in level
+            if isinstance(one, list | dict)
+            for part in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return True
+    return False
 
 
 def line(message: dict) -> bytes:

@@ -12,10 +12,17 @@ import pytest
 
 from instructor.grade.grade import grade, main
 from instructor.sandbox import cage, syscalls, talk
-from instructor.sandbox.box import START, Sandbox
+from instructor.sandbox.box import START, Sandbox, memory_bytes
 from instructor.sandbox.talk import End, Questions, Talk
 from tests.instructor.classroom import TINY, honest, write_class
 from tools.notebooks import ROOT
+
+
+def running():
+    """The command lines of all processes."""
+    return subprocess.run(
+        ["ps", "-ewwo", "args="], capture_output=True, text=True, check=True
+    ).stdout
 
 
 class Ask(Questions):
@@ -79,10 +86,10 @@ def test_children_share_nothing(box):
     look = "import os\ndef f(): return os.listdir('.')"
     (first,) = ask(box, write)
     (second,) = ask(box, look)
-    if box.level == "seccomp":
-        assert first.reply["type"] == "PermissionError"
-    else:
+    if box.level == "namespaces":
         assert (first.reply["value"], second.reply["value"]) == (["left"], [])
+    else:  # where no file is its own, it makes none
+        assert first.reply["type"] == "PermissionError"
 
 
 def test_same_order_of_a_set_and_same_chance_in_every_child(box):
@@ -188,6 +195,8 @@ def test_probe_finds_a_cage_that_leaks(monkeypatch):
         ("seccomp", "syscalls.restrict", "read a file of the grader"),
         ("hook", "hook", "read a file of the grader"),
         ("landlock", "limit", "take 8 GiB"),
+        ("landlock", "syscalls.restrict", "have the kernel signal the grader, .*call io_uring"),
+        ("namespaces", "syscalls.restrict", "choose the kernel's signal, .*call userfaultfd"),
     ]:
         broken = START.replace(
             "from instructor.sandbox.forkserver",
@@ -305,6 +314,197 @@ def test_filter_allows_no_process_network_or_trace():
     allowed = {row[0] for row in [*syscalls.ALLOWED.values(), *syscalls.FILES.values()]}
     assert not allowed & set(forbidden.values())
     assert 257 not in {row[0] for row in syscalls.ALLOWED.values()}, "files are a choice"
+    guarded = {"fcntl": 72, "ioctl": 16, "prctl": 157, "arch_prctl": 158}
+    assert not allowed & set(guarded.values())
+
+
+# by fcntl.h, fcntl(2) and asm-generic/ioctls.h, sockios.h: what signals, enlarges, locks, watches
+OTHERS = {
+    "fcntl F_SETOWN": "fcntl.fcntl(3, 8, PARENT)",
+    "fcntl F_SETOWN_EX": "fcntl.fcntl(3, 15, struct.pack('ii', 1, PARENT))",
+    "fcntl F_SETSIG": "fcntl.fcntl(3, 10, 9)",
+    "fcntl F_SETFL O_ASYNC": "fcntl.fcntl(3, 4, 0o20002)",
+    "fcntl F_NOTIFY": "fcntl.fcntl(0, 1026, 1)",
+    "fcntl F_SETLEASE": "fcntl.fcntl(0, 1024, 0)",
+    "fcntl F_SETLK": "fcntl.fcntl(1, 6, struct.pack('hhqqi', 1, 0, 0, 0, 0))",
+    "fcntl F_OFD_SETLK": "fcntl.fcntl(1, 37, struct.pack('hhqqi', 1, 0, 0, 0, 0))",
+    "fcntl F_SETPIPE_SZ": "fcntl.fcntl(4, 1031, 1 << 20)",
+    "fcntl F_ADD_SEALS": "fcntl.fcntl(1, 1033, 1)",
+    "fcntl beyond 32 bits": "libc.fcntl(3, ctypes.c_long((1 << 32) + 8), PARENT)",
+    "ioctl FIOASYNC": "fcntl.ioctl(3, 0x5452, struct.pack('i', 1))",
+    "ioctl FIOSETOWN": "fcntl.ioctl(3, 0x8901, struct.pack('i', PARENT))",
+    "ioctl SIOCSPGRP": "fcntl.ioctl(3, 0x8902, struct.pack('i', PARENT))",
+    "ioctl TIOCSTI": "fcntl.ioctl(0, 0x5412, b'x')",
+    "ioctl FIONBIO": "fcntl.ioctl(3, 0x5421, struct.pack('i', 1))",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_way_round_by_fcntl_or_ioctl(box, name):
+    """`fcntl` once had the kernel kill others on a child's behalf (F_SETSIG 9, O_ASYNC)."""
+    if box.level == "hook" and "libc" in OTHERS[name]:
+        pytest.skip("a hook does not see what ctypes does")
+    body = (
+        "import ctypes, fcntl, struct\n"
+        "def f():\n"
+        "    libc = ctypes.CDLL(None, use_errno=True)\n"
+        f"    done = {OTHERS[name].replace('PARENT', str(os.getpid()))}\n"
+        "    return [done, ctypes.get_errno()]"
+    )
+    if box.level == "hook":
+        body = body.replace("    libc = ctypes.CDLL(None, use_errno=True)\n", "")
+    (job,) = ask(box, body)
+    if "value" in job.reply:
+        assert job.reply["value"] == [-1, 1]
+    else:
+        assert job.reply["type"] == "PermissionError", job.reply
+
+
+def test_what_python_itself_needs_of_them_is_allowed(box):
+    if box.level == "hook":
+        pytest.skip("a hook refuses fcntl altogether")
+    body = (
+        "import fcntl, os\n"
+        "def f():\n"
+        "    copy = os.dup(1)\n"
+        "    os.set_inheritable(copy, True)\n"
+        "    os.set_inheritable(copy, False)\n"
+        "    return [os.get_inheritable(copy), fcntl.fcntl(copy, fcntl.F_GETFL) & 3, os.isatty(1)]"
+    )
+    (job,) = ask(box, body)
+    assert job.reply["value"] == [False, 2, False]
+
+
+MAKES = {
+    "a file": "open(PLACE + 'x', 'w')",
+    "a file without a name": "os.open(PLACE, os.O_TMPFILE | os.O_RDWR)",
+    "a folder": "os.mkdir(PLACE + 'x')",
+    "a link": "os.symlink('x', PLACE + 'y')",
+    "a hard link": "os.link('/dev/null', PLACE + 'y')",
+    "a pipe": "os.mkfifo(PLACE + 'x')",
+    "a device": "os.mknod(PLACE + 'x')",
+}
+
+
+@pytest.mark.parametrize("what", MAKES)
+def test_nothing_is_made_outside_of_memory(box, what, tmp_path):
+    if box.level == "hook" and what in ("a pipe", "a device"):
+        pytest.skip("a hook is not told of it")
+    os.chmod(tmp_path, 0o777)
+    for place in (f"{tmp_path}/", "/tmp/", "/dev/shm/"):
+        make = MAKES[what].replace("PLACE", repr(place))
+        (job,) = ask(box, f"import os\ndef f():\n    {make}\n    return 1")
+        own = box.level == "namespaces" and place == "/tmp/" and "link" not in what
+        if own and what in ("a file", "a folder", "a file without a name"):
+            continue  # its own temp folder, in memory
+        assert job.reply.get("type") in ("PermissionError", "FileNotFoundError"), (place, job.reply)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_temp_folder_in_memory_has_an_end(box):
+    if box.level != "namespaces":
+        pytest.skip("there is none at the other levels")
+    body = """import os
+def f():
+    size = 0
+    try:
+        for n in range(10_000):
+            with open(str(n), "wb", buffering=0) as file:
+                size += file.write(bytes(1 << 16))
+    except OSError as error:
+        return [size, error.errno]"""
+    (job,) = ask(box, body)
+    size, errno = job.reply["value"]
+    assert size <= 4 << 20 and errno == 28  # ENOSPC
+    nest = """import os
+def f():
+    for n in range(5000):
+        os.mkdir("d")
+        os.chdir("d")"""
+    (job,) = ask(box, nest)
+    assert job.reply["type"] in ("OSError", "PermissionError"), job.reply
+
+
+def test_all_children_together_have_a_limit(box, monkeypatch):
+    if box.level != "namespaces":
+        pytest.skip("the same at every level")
+    running, most = set(), []
+    begin, close = Sandbox._begin, Sandbox._close
+
+    def begins(self, selector, job):
+        talk = begin(self, selector, job)
+        running.add(talk)
+        most.append(sum(one.job.memory_bytes for one in running))
+        return talk
+
+    def closes(selector, talk):
+        running.discard(talk)
+        return close(selector, talk)
+
+    monkeypatch.setattr(Sandbox, "_begin", begins)
+    monkeypatch.setattr(Sandbox, "_close", staticmethod(closes))
+    monkeypatch.setattr(box, "memory_bytes", 3 * Ask.memory_bytes)
+    jobs = [Ask("import time\ndef f(): time.sleep(0.05)") for _ in range(12)]
+    jobs[5].memory_bytes = 8 * Ask.memory_bytes  # more than there is: alone, then
+    assert len(list(box.run(iter(jobs), at_once=10))) == 12
+    assert sorted(set(most))[-1] == 8 * Ask.memory_bytes
+    assert sorted(set(most))[-2] == 3 * Ask.memory_bytes
+
+
+def test_memory_in_all_knows_the_container(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("instructor.sandbox.box.CONTAINER", limit)
+    machine = memory_bytes()
+    limit.write_text("max\n")
+    assert memory_bytes() == machine <= 4 << 30
+    limit.write_text(f"{1 << 30}\n")
+    assert memory_bytes() == 512 << 20
+
+
+def test_nothing_is_left_of_a_killed_grader(tmp_path):
+    """SIGKILL gives nobody time to tidy up; so there is nothing to tidy."""
+    code = (
+        "import sys; from pathlib import Path; from instructor.sandbox.box import Sandbox\n"
+        "from tests.instructor.test_sandbox import Ask\n"
+        "with Sandbox() as box:\n    print('ready', flush=True)\n"
+        "    list(box.run([Ask('import time\\ndef f(): time.sleep(60)')] * 3))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert list(tmp_path.iterdir()) == []
+    mine = f'"grader": {process.pid}'
+    deadline = time.monotonic() + 10
+    while mine in running() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert mine not in running()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can lose it")
+@pytest.mark.parametrize("level", ["landlock", "seccomp"])
+def test_root_that_may_not_become_nobody(level):
+    """A container's root without CAP_SETUID and CAP_SETGID: it stays root, and reaches nothing."""
+    code = (
+        "import ctypes, os, sys\n"
+        "for number in (6, 7): ctypes.CDLL(None).prctl(24, number, 0, 0, 0)\n"
+        "os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    )
+    program = (
+        "from instructor.sandbox.box import Sandbox\n"
+        f"with Sandbox({level!r}) as box: print('in force:', box.level)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == f"in force: {level}\n", done.stderr
 
 
 class Silent(Questions):
@@ -324,10 +524,12 @@ class Silent(Questions):
         (b'"' + b"x" * (talk.LONGEST_MESSAGE + 1) + b'"\n', "flood"),
         (b"[1]\n", "garbage"),
         (b"{\n", "garbage"),
-        (b"[" * 60_000 + b"\n", "garbage"),
+        (b"[" * 60_000 + b"\n", "deep"),
         (b"9" * 60_000 + b"\n", "garbage"),
         (b'{"nonce": "other"}\n', "garbage"),
         (b"\xff\xfe\n", "garbage"),
+        (b'{"nonce": "n", "value": ' + b"[" * 60 + b"]" * 60 + b"}\n", "deep"),
+        (b'{"nonce": "n", "value": ' + b'{"a": ' * 900 + b"1" + b"}" * 900 + b"}\n", "deep"),
     ],
 )
 def test_what_a_child_may_not_send(data, how):
