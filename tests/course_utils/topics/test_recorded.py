@@ -11,6 +11,7 @@ from fitcast.forecasting.forecast import forecast
 from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
 from fitcast.units import GIB, MIB
+from tests.sample import sampled
 from tools.notebooks import ROOT, from_script, lesson_scripts
 from tools.record_gpu_run import GROUPS, LADDER, needing_cuda, sha
 
@@ -27,7 +28,7 @@ def ids(row):
     return f"{row['group']}: {row['name']}"
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if "recipe" in row], ids=ids)
+@pytest.mark.parametrize("row", sampled([row for row in ROWS if "recipe" in row], name=ids))
 def test_todays_forecast_is_the_recorded_one_and_agrees_with_the_gpu(row):
     f = forecast(TrainRecipe(**row["recipe"]), T4)
     assert row["forecast"] == {
