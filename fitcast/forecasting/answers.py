@@ -22,7 +22,7 @@ MASKS = (torch.bool, torch.uint8)
 
 
 class Answers(TorchDispatchMode):
-    """Inside, a question for numbers is answered. Enter it after all other modes.
+    """Inside, a question for numbers is answered. Enter it after the fake tensors.
 
     Attributes:
         asked: Names of the questions that came, and how often.

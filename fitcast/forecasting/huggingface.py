@@ -198,7 +198,11 @@ def _train(run: Run, gpu: Gpu) -> Stream:
         trainer, batch = _trainer(run, folder, ledger)
         with contextlib.ExitStack() as stack:
             for context in (padding(run.padded), trl_kernels(), pretend_cuda(gpu),
-                            fake.fake_tensors(), ledger, kernels, Answers()):  # fmt: skip
+                fake.fake_tensors(),
+                Answers(),  # below the ledger: how many hold a gradient is counted from the top
+                ledger,
+                kernels,
+            ):  # fmt: skip
                 stack.enter_context(context)
             place(trainer.model, run.dtype, ledger)
             ledger.watch(trainer.model)
