@@ -33,12 +33,12 @@ ifdef ARGS
 else
 	@echo "Testing the packages, the lessons and the house (make test-all: what takes longer, too)"
 	@$(PYTEST) --quiet $(QUICK)
-	@$(PYTEST) -m "not slow" --numprocesses 2 --dist loadgroup $(QUICK:%=--ignore=%)
+	@$(PYTEST) -m "not slow" --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(QUICK:%=--ignore=%)
 endif
 
 test-all: $(READY) ## every test: all recorded rows, kills and planted faults; prints the coverage
 	@echo "Testing everything"
-	@$(PYTEST) --numprocesses 2 --dist loadgroup --cov --cov-report term:skip-covered $(ARGS)
+	@$(PYTEST) --numprocesses 2 --dist loadgroup --no-loadscope-reorder --cov --cov-report term:skip-covered $(ARGS)
 
 lab: $(READY) ## open JupyterLab on the lessons
 	@echo "Opening JupyterLab on lessons/ (stop it with Ctrl-C)"

@@ -50,7 +50,14 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """In the order of `LONGEST`, then as they were."""
+    """In the order of `LONGEST`; a module stays on one worker, whose forecasts it finds again.
+
+    The lessons are executed one by one, on whichever worker is free.
+    """
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    for item in items:
+        alone = item.name.startswith("test_lesson_reproduces")
+        item.add_marker(pytest.mark.xdist_group(item.name if alone else str(item.path)))

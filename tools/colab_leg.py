@@ -108,7 +108,7 @@ def surroundings(origin: Path, now: stamp.Facts) -> dict[str, str]:
     """Environment of a Colab runtime whose GitHub is `origin`."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     return inherited | ENVIRONMENT | {
-        versions.COLAB_VARIABLE: "release-colab",
+        welcome.COLAB_VARIABLE: "release-colab",
         "CUDA_VISIBLE_DEVICES": "",  # the outputs to compare with are a CPU's
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf",
@@ -166,7 +166,7 @@ def add_kernel(folder: Path) -> Path:
     """A folder for JUPYTER_PATH with the kernel of `.venv-colab`."""
     spec = folder / "jupyter" / "kernels" / KERNEL / "kernel.json"
     spec.parent.mkdir(parents=True)
-    argv = [str(PYTHON), "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+    argv = [str(PYTHON), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec.write_text(json.dumps({"argv": argv, "display_name": KERNEL, "language": "python"}))
     return folder / "jupyter"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from course_utils.topics import welcome
 from fitcast.training import versions
@@ -62,7 +63,7 @@ def test_lesson_is_stamped(script):
         (f"-qb {NOW.tag}", "-qb v0.0.9"),
         (f"bitsandbytes=={NOW.bitsandbytes}", "bitsandbytes"),
         ("--no-deps ", ""),
-        ("print(verified.welcome())", "print('welcome')"),
+        ("print(welcome())", "print('welcome')"),
     ],
     ids=["branch", "gist", "other lesson", "wrong tag", "unpinned", "with deps", "other cell"],
 )
@@ -168,7 +169,7 @@ def test_an_old_past_runtime_is_told_what_to_choose(runtime, tmp_path):
 
 
 def test_elsewhere_it_fetches_nothing():
-    environment = {k: v for k, v in os.environ.items() if k != versions.COLAB_VARIABLE}
+    environment = {k: v for k, v in os.environ.items() if k != welcome.COLAB_VARIABLE}
     done = subprocess.run([sys.executable, "-c", NOW.setup], cwd=LESSONS, env=environment,
                           capture_output=True, text=True)  # fmt: skip
     assert done.stdout.startswith(welcome.banner()), done.stderr
@@ -242,7 +243,7 @@ def stale(readme: str) -> list[str]:
 def test_stamped_texts_are_up_to_date():
     assert stale(text(ROOT / "README.md")) == []
     assert stamp.citation(text(ROOT / "CITATION.cff"), NOW) == text(ROOT / "CITATION.cff")
-    package = ROOT / "course_utils" / "__init__.py"
+    package = ROOT / "fitcast" / "__init__.py"
     assert stamp.package(text(package), NOW) == text(package)
     assert closing_act.svg() == text(ROOT / "docs" / "closing_act.svg"), "make stamp"
 
@@ -275,3 +276,22 @@ def test_picture_says_what_was_recorded():
 def test_changelog_begins_with_this_version():
     first = next(line for line in text(ROOT / "CHANGELOG.md").splitlines() if line[:3] == "## ")
     assert re.fullmatch(rf"## {re.escape(NOW.version)} \(\d{{4}}-\d\d-\d\d\)", first)
+
+
+def test_leg_runs_a_lesson_on_the_kernel_of_its_environment(tmp_path, monkeypatch):
+    """Here that kernel is this Python, in a runtime that says it is Colab's."""
+    (tmp_path / "content").mkdir()
+    monkeypatch.setattr(colab_leg, "PYTHON", Path(sys.executable))
+    monkeypatch.setenv("JUPYTER_PATH", str(colab_leg.add_kernel(tmp_path)))
+    code = f"import os\nprint(os.environ[{welcome.COLAB_VARIABLE!r}])"
+    cell = new_code_cell(code, outputs=[new_output("stream", text="release-colab\n")])
+    lesson = tmp_path / "content" / "01_x.ipynb"
+    nbformat.write(new_notebook(cells=[cell]), lesson)
+    environment = colab_leg.surroundings(tmp_path, NOW)
+    assert colab_leg.run_lesson(lesson, environment) == 1
+    for change, complaint in (("elsewhere", "01_x differs"), (None, "NameError")):
+        cell.source = code if change else "missing"
+        cell.outputs[0].text = change or ""
+        nbformat.write(new_notebook(cells=[cell]), lesson)
+        with pytest.raises(colab_leg.LegError, match=complaint):
+            colab_leg.run_lesson(lesson, environment)
