@@ -8,12 +8,20 @@ wants to cheat (`instructor/` grades in a process of its own).
 from __future__ import annotations
 
 import copy
-import math
-import numbers
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from course_utils.exercises.answers import (
+    blanks,
+    describe,
+    difference,
+    equal,
+    is_empty,
+    number,
+    unfinished,
+)
 from fitcast.units import GB, GIB, KIB, MIB, show_bytes
 
 NOT_ATTEMPTED = "Not attempted yet: replace the `...` above by your answer and run both cells."
@@ -25,6 +33,7 @@ UNIT_SLIPS = {
     MIB: "that is a factor of 1024**2 away: check bytes and MiB",
     GIB: "that is a factor of 1024**3 away: check bytes and GiB",
 }
+SLIP = 5e-3  # how closely a ratio must be one of these; below it two numbers are "about equal"
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,14 @@ class Mistake(NamedTuple):
     answer: Any
 
 
+class Unfinished(Exception):
+    """A learner's function still has a `...` in it."""
+
+
+class NoAnswer(TypeError):
+    """A learner's answer cannot be called, or computes something and returns nothing."""
+
+
 def right(message: str) -> Verdict:
     """The verdict on a passing answer; the message adds what to take away."""
     return Verdict(True, f"Right: {message}")
@@ -58,46 +75,56 @@ def not_yet(message: str) -> Verdict:
     return Verdict(False, f"Not yet: {message}")
 
 
-def check(judge: Callable[..., Verdict]) -> Callable[..., Verdict]:
-    """Decorator: `...` is not attempted yet, and whatever the answer raises becomes a sentence."""
+def check(asked: int = 1) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
+    """Decorator: `...` is not attempted yet, and whatever the answer raises becomes a sentence.
 
-    def safely(answer: Any = ..., *args: Any, **kwargs: Any) -> Verdict:
-        if unfinished(answer):
-            return Verdict(None, NOT_ATTEMPTED)
-        try:
-            return judge(answer, *args, **kwargs)
-        except NoAnswer as error:
-            return not_yet(f"{error}.")
-        except Exception as error:  # an answer can raise anything; the sentence names it
-            if isinstance(error, Unfinished) or "ellipsis" in str(error).lower():
-                return Verdict(None, NOT_ATTEMPTED)
-            return not_yet(f"your answer raised {type(error).__name__}: {error}")
+    Args:
+        asked: How many `...` the exercise has in the lesson. With fewer of them left it is begun,
+            and the sentence names the rest.
+    """
 
-    safely.__name__, safely.__doc__ = judge.__name__, judge.__doc__
-    return safely
+    def decorate(judge: Callable[..., Verdict]) -> Callable[..., Verdict]:
+        @functools.wraps(judge)
+        def safely(answer: Any = ..., *args: Any, **kwargs: Any) -> Verdict:
+            if unfinished(answer):
+                return _left(answer, asked)
+            try:
+                verdict = judge(answer, *args, **kwargs)
+            except Unfinished:
+                return _left(answer, asked)
+            except NoAnswer as error:
+                verdict = not_yet(f"{error}.")
+            except Exception as error:  # an answer can raise anything; the sentence names it
+                if _is_about_dots(error, answer):
+                    return _left(answer, asked)
+                verdict = not_yet(f"your answer raised {type(error).__name__}: {error}")
+            left = "" if verdict.passed else _still_there(answer, asked)
+            return Verdict(verdict.passed, f"{verdict.message} ({left})") if left else verdict
+
+        return safely
+
+    return decorate
 
 
-_EMPTY = (lambda: ...).__code__
+def _is_about_dots(error: Exception, answer: object) -> bool:
+    """Whether an error comes of a `...` that was computed with."""
+    named = "ellipsis" in str(error).lower()
+    return named and (isinstance(error, (TypeError, AttributeError)) or bool(blanks(answer)))
 
 
-class Unfinished(Exception):
-    """A learner's function still has a `...` in it."""
+def _left(answer: object, asked: int) -> Verdict:
+    """The verdict on an answer that has a `...`: not attempted, or begun and what is left of it."""
+    left = _still_there(answer, asked)
+    return not_yet(f"{left}.") if left else Verdict(None, NOT_ATTEMPTED)
 
 
-class NoAnswer(TypeError):
-    """A learner's answer cannot be called, or computes something and returns nothing."""
-
-
-def unfinished(answer: object) -> bool:
-    """Whether an answer is nothing, or it or a part of it is still `...`."""
-    parts = (
-        answer.values()
-        if isinstance(answer, Mapping)
-        else answer
-        if isinstance(answer, (tuple, list))
-        else ()
-    )
-    return answer is None or any(part is ... for part in (answer, *parts))
+def _still_there(answer: object, asked: int) -> str:
+    """Which `...` of an answer that was begun are left; "" for an untouched or a finished one."""
+    left = blanks(answer)
+    if not 0 < len(left) < asked:
+        return ""
+    lines = ", ".join(f"`{line}`" for line in left)
+    return f"{len(left)} of {asked} `...` still there: {lines}"
 
 
 def call(answer: Callable, *args: Any) -> Any:
@@ -105,35 +132,31 @@ def call(answer: Callable, *args: Any) -> Any:
 
     Raises:
         NoAnswer: It cannot be called, or has a body and returns nothing.
-        Unfinished: It returns `...`, or that in a list, or its whole body is `...`.
+        Unfinished: It returns `...`, or that in a list, or has no body yet.
     """
     if not callable(answer):
         raise NoAnswer(f"a function is asked for, got {type(answer).__name__}")
     result = answer(*args)
-    code = getattr(answer, "__code__", _EMPTY)
-    if result is None and len(code.co_code) > len(_EMPTY.co_code):
+    if result is None and not is_empty(answer):
         raise NoAnswer("your function returns nothing: end it with `return` and what it computed")
     if unfinished(result):
         raise Unfinished
     return result
 
 
-def is_number(answer: object) -> bool:
-    """Whether it is a finite int or float, NumPy's too (a bool is neither)."""
-    return (
-        isinstance(answer, numbers.Real) and not isinstance(answer, bool) and math.isfinite(answer)
-    )
+def name_mistake(answer: object, mistakes: Sequence[Mistake]) -> str | None:
+    """The sentence of the first mistake that leads to this answer; `None` for an unknown one."""
+    return next((one.sentence for one in mistakes if equal(answer, one.answer)), None)
 
 
-@check
-def check_number(
+def judge_number(
     answer: object,
     target: float,
     *,
     mistakes: Sequence[Mistake] = (),
     takeaway: str = "that is the number.",
 ) -> Verdict:
-    """Whether a number is the target.
+    """Whether a number is the target, up to rounding.
 
     Args:
         answer: The learner's.
@@ -141,26 +164,33 @@ def check_number(
         mistakes: Those that have a sentence of their own, each with its number.
         takeaway: Follows "Right: ".
     """
-    if not is_number(answer):
-        return not_yet(f"a number is asked for, got {type(answer).__name__}.")
-    if answer == target:
+    found = number(answer)
+    if found is None:
+        got = f"{answer}" if isinstance(answer, float) else type(answer).__name__
+        return not_yet(f"a number is asked for, got {got}.")
+    if equal(answer, target):
         return right(takeaway)
-    for mistake in mistakes:
-        if math.isclose(answer, mistake.answer):
-            return not_yet(mistake.sentence)
-    if answer <= 0:
-        return not_yet(f"{answer} is not above 0.")
-    ratio = max(answer / target, target / answer)
+    return not_yet(name_mistake(answer, mistakes) or _how_far(found, target))
+
+
+def _how_far(found: float, target: float) -> str:
+    """How a wrong number lies to the target: by its unit, by a factor, or by a difference."""
+    side = "large" if found > target else "small"
+    if target > 0 and found <= 0:
+        return f"{found:,} is not above 0."
+    if target <= 0:
+        return f"{found:,} is too {side}."
+    ratio = max(found / target, target / found)
+    if ratio < 1 + SLIP:
+        off = abs(found - target)
+        return f"{found:,} is {off:{',' if isinstance(off, int) else '.3g'}} too {side}."
     for slip, sentence in UNIT_SLIPS.items():
-        if math.isclose(ratio, slip, rel_tol=5e-3):
-            return not_yet(f"{sentence}.")
-    return not_yet(
-        f"{answer:,} is {ratio:.3g} times too {'large' if answer > target else 'small'}."
-    )
+        if abs(ratio / slip - 1) < SLIP:
+            return f"{sentence}."
+    return f"{found:,} is {ratio:.3g} times too {side}."
 
 
-@check
-def check_function(
+def judge_function(
     answer: Callable,
     cases: Sequence[tuple],
     expected: Sequence,
@@ -170,6 +200,8 @@ def check_function(
 ) -> Verdict:
     """Whether a function returns what is expected on every case.
 
+    A mistake is named when the answer makes it on every case: on one, two may lead to one number.
+
     Args:
         answer: The learner's function.
         cases: Arguments of each call.
@@ -177,33 +209,17 @@ def check_function(
         mistakes: Those that have a sentence of their own, each with a function that makes it.
         takeaway: Follows "Right: ".
     """
-    for case, wanted in zip(cases, expected, strict=True):
-        result = call(answer, *copy.deepcopy(case))  # an answer may write into what it is given
-        if not equal(result, wanted):
-            for mistake in mistakes:
-                if equal(result, mistake.answer(*case)):
-                    return not_yet(mistake.sentence)
-            return not_yet(
-                f"{describe(case)} should give {describe(wanted)}, got {describe(result)}."
-            )
-    return right(takeaway)
-
-
-def equal(left: Any, right: Any) -> bool:
-    """Numbers equal to the digit, lists item by item."""
-    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
-        return len(left) == len(right) and all(map(equal, left, right))
-    if is_number(left) and is_number(right):
-        return math.isclose(left, right, rel_tol=1e-12)
-    return type(left) is type(right) and bool(left == right)
-
-
-def describe(value: Any) -> str:
-    """A value in a sentence: a tensor by its shape."""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(describe, value))})"
-    shape = getattr(value, "shape", None)
-    return f"a tensor of shape {tuple(shape)}" if shape is not None else f"{value!r}"
+    # An answer may write into what it is given.
+    results = [call(answer, *copy.deepcopy(case)) for case in cases]
+    runs = list(zip(cases, results, expected, strict=True))
+    wrong = next((run for run in runs if not equal(run[1], run[2])), None)
+    if wrong is None:
+        return right(takeaway)
+    for mistake in mistakes:
+        if all(equal(result, mistake.answer(*case)) for case, result, _ in runs):
+            return not_yet(mistake.sentence)
+    case, result, wanted = wrong
+    return not_yet(f"{describe(case)} {difference(result, wanted)}.")
 
 
 def show_prediction(
@@ -216,19 +232,26 @@ def show_prediction(
         show: How to write a number; bytes by default, e.g. `"{:.1f} times".format`.
         values: Name to number; `None` is a quantity that nobody measured here.
     """
-    number = is_number(predicted)
-    said = (
-        "no prediction yet"
-        if predicted is ... or predicted is None
-        else show(predicted)
-        if number
-        else f"{predicted!r}, which is not a number"
-    )
-    known = next((value for value in values.values() if value), None)
-    if number and predicted > 0 and known:
-        said += f" ({predicted / known:.2f} times the {next(n for n in values if values[n])})"
+    found = number(predicted)
+    if found is not None:
+        said = show(found) + _beside(found, show, values)
+    elif predicted is ... or predicted is None:
+        said = "no prediction yet"
+    else:
+        said = f"{predicted!r}, which is not a number"
     rows = {"predicted": said} | {
         name: show_bytes(None) if value is None else show(value) for name, value in values.items()
     }
     width = max(map(len, rows))
     print("\n".join(f"{name.replace('_', ' '):{width}}  {text}" for name, text in rows.items()))
+
+
+def _beside(found: float, show: Callable[[Any], str], values: Mapping[str, float | None]) -> str:
+    """What stands beside a predicted number: its ratio to the first value that is known, if any."""
+    known = next(((name, value) for name, value in values.items() if value), None)
+    if "**" in show(found) or found <= 0 or known is None:  # a ratio of exponents says nothing
+        return ""
+    if found >= 2 and show(0.5).startswith("50") and show(0.5).endswith("%"):
+        return f" (a share from 0 to 1 is asked for: {show(found / 100)} is {found / 100:g})"
+    name, value = known
+    return f" ({found / value:.2f} times the {name})"

@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 
 from course_utils.data import BUNDLED, named
+from course_utils.exercises.answers import whole
 from course_utils.exercises.checks import (
     Mistake,
     Verdict,
     check,
-    check_function,
-    check_number,
-    is_number,
+    judge_function,
+    judge_number,
+    name_mistake,
     not_yet,
     right,
 )
@@ -44,7 +45,7 @@ def widths(model: str) -> tuple[int, int, int, int]:
     return config.hidden_size, kv, config.intermediate_size, config.num_attention_heads
 
 
-@check
+@check(asked=2)
 def check_saved_numbers(answer: Callable) -> Verdict:
     """Exercise 01.1: numbers per token that a float32 layer with SDPA keeps, to the byte."""
     number_bytes = 4 * FULL.micro_batch_size * FULL.sequence_length  # one float32 for each token
@@ -57,7 +58,7 @@ def check_saved_numbers(answer: Callable) -> Verdict:
     def without(missing: Callable) -> Callable:
         return lambda *case: counted[case] - missing(*case)
 
-    return check_function(
+    return judge_function(
         answer,
         list(counted),
         list(counted.values()),
@@ -89,7 +90,7 @@ def check_saved_numbers(answer: Callable) -> Verdict:
     )
 
 
-@check
+@check()
 def check_largest_batch(
     answer: int, two_steps: Callable, recipe: TrainRecipe, budget_bytes: int
 ) -> Verdict:
@@ -102,7 +103,8 @@ def check_largest_batch(
         recipe: Everything but the micro batch.
         budget_bytes: The size of the pretended card.
     """
-    if not is_number(answer) or answer != int(answer) or answer < 1:
+    size = whole(answer, least=1)
+    if size is None:
         return not_yet(f"a micro batch is a whole number of sequences from 1, got {answer!r}.")
 
     def report(size: int, budget: int | None = None) -> MemoryReport:
@@ -115,33 +117,45 @@ def check_largest_batch(
             return False
         return True
 
-    answer = int(answer)
-    fit = fits(answer)
-    if fit and not fits(answer + 1):
-        return right(f"{answer} fits, {answer + 1} does not. Memory is linear in the batch.")
+    fit = fits(size)
+    if fit and not fits(size + 1):
+        return right(f"{size} fits, {size + 1} does not. Memory is linear in the batch.")
+    said = f"{size + 1} fits as well" if fit else "that runs out of memory"
     one, two = report(1), report(2)
     each = two.peak_bytes - one.peak_bytes  # what one more sequence costs
     fixed = one.peak_bytes - each  # what is there whatever the batch
     megabytes = budget_bytes // MIB * (GB // 1000)  # the same number of MB, 10**6 bytes each
-    mistakes = {
-        budget_bytes // each: "that many fit on an empty card; weights and optimizer state are "
-        "there whatever the batch, subtract them first",
-        (budget_bytes - one.composition["weights"]) // each: "the optimizer state stays from step "
-        "to step, subtract it too",
-        (megabytes - fixed) // each: "you used MB (10**6) where the budget is in MiB (2**20)",
-        budget_bytes // one.peak_bytes: "you scaled the whole peak; only activations and "
-        "temporaries grow with the batch",
-    }
-    default = f"{answer + 1} fits as well" if fit else "that runs out of memory"
-    return not_yet(f"{answer} is not the largest: {mistakes.get(answer, default)}.")
+    mistakes = [
+        Mistake(
+            "weights and optimizer state, which are there whatever the batch, are not subtracted "
+            "first",
+            budget_bytes // each,
+        ),
+        Mistake(
+            "the weights are subtracted and the optimizer state, which stays from step to step, "
+            "is not",
+            (budget_bytes - one.composition["weights"]) // each,
+        ),
+        Mistake(
+            "MB (10**6) are used where the budget is in MiB (2**20)",
+            (megabytes - fixed) // each,
+        ),
+        Mistake(
+            "the whole peak is scaled, where only activations and temporaries grow with the batch",
+            budget_bytes // one.peak_bytes,
+        ),
+    ]
+    if sentence := name_mistake(size, mistakes):  # near the right one there are other reasons, too
+        said += f"; {size} comes out when {sentence}"
+    return not_yet(f"{size} is not the largest: {said}.")
 
 
-@check
+@check()
 def check_logits_at_peak(answer: float, report: MemoryReport, vocab_size: int) -> Verdict:
     """Exercise 01.3: bytes of logits-shaped tensors alive at the peak of a ledger's report."""
     logits = [block for block in report.largest if block.shape[-1:] == (vocab_size,)]
     held = sum(block.n_bytes for block in logits)
-    return check_number(
+    return judge_number(
         answer,
         held,
         mistakes=[

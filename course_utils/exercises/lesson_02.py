@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from course_utils.exercises.checks import Verdict, call, check, is_number, not_yet, right
+from course_utils.exercises.answers import equal, items, whole
+from course_utils.exercises.checks import (
+    Mistake,
+    Verdict,
+    call,
+    check,
+    name_mistake,
+    not_yet,
+    right,
+)
 from course_utils.topics.checkpointing import trace_chain
 from fitcast import models
 from fitcast.forecasting.forecast import forecast
@@ -29,7 +38,7 @@ AUTOGRAD_SAYS = {
 }
 
 
-@check
+@check(asked=2)
 def check_traces(answer: Mapping[str, Any]) -> Verdict:
     """Exercise 02.1: inputs held while backward runs steps 6 to 1 of a chain of six.
 
@@ -37,44 +46,44 @@ def check_traces(answer: Mapping[str, Any]) -> Verdict:
         answer: Two lists of six counts, under "keep_all" and "keep_135".
     """
     for name, kept in {"keep_all": range(1, STEPS + 1), "keep_135": (1, 3, 5)}.items():
-        counts, moments = (
-            answer[name],
-            {moment.action: moment.held for moment in trace_chain(STEPS, kept)},
-        )
+        moments = {moment.action: moment.held for moment in trace_chain(STEPS, kept)}
         held = [moments[f"backward {step}"] for step in range(STEPS, 0, -1)]
-        verdict = _judge_trace(name, counts, held, set(kept))
+        verdict = _judge_trace(name, answer[name], held, set(kept))
         if verdict:
             return verdict
     return right("6 against 4 at the most, and the price is a few steps of forward.")
 
 
 def _judge_trace(
-    name: str, counts: Any, held: list[tuple[int, ...]], kept: set[int]
+    name: str, answer: Any, held: list[tuple[int, ...]], kept: set[int]
 ) -> Verdict | None:
-    target = [len(inputs) for inputs in held]
-    if not isinstance(counts, (list, tuple)) or len(counts) != STEPS:
+    """What is wrong with the counts of one chain; `None` when they are right."""
+    target, counts = [len(inputs) for inputs in held], items(answer)
+    if counts is None or len(counts) != STEPS:
         return not_yet(
             f"{name} is a list of {STEPS} counts, for backward of step 6, 5, 4, 3, 2, "
-            f"1; got {counts!r}."
+            f"1; got {answer!r}."
         )
-    if list(counts) == target:
+    if equal(counts, target):
         return None
-    mistakes = {
-        "count during each backward step, before its own input is freed.": [
-            count - 1 for count in target
-        ],
-        "what backward has used is freed: the counts fall.": [len(kept)] * STEPS,
-        "the recomputed input takes room as well, while its step needs it.": [
-            len(set(inputs) & kept) for inputs in held
-        ],
-        "one segment at a time is computed again, not the whole chain at once.": list(
-            range(STEPS, 0, -1)
+    mistakes = [
+        Mistake(
+            "count during each backward step, before its own input is freed.",
+            [count - 1 for count in target],
         ),
-    }
-    for sentence, mistaken in mistakes.items():
-        if list(counts) == mistaken:
-            return not_yet(f"{name}: {sentence}")
-    first = next(i for i in range(STEPS) if counts[i] != target[i])
+        Mistake("what backward has used is freed: the counts fall.", [len(kept)] * STEPS),
+        Mistake(
+            "the recomputed input takes room as well, while its step needs it.",
+            [len(set(inputs) & kept) for inputs in held],
+        ),
+        Mistake(
+            "one segment at a time is computed again, not the whole chain at once.",
+            range(STEPS, 0, -1),
+        ),
+    ]
+    if sentence := name_mistake(counts, mistakes):
+        return not_yet(f"{name}: {sentence}")
+    first = next(i for i in range(STEPS) if not equal(counts[i], target[i]))
     names = ", ".join(f"a{number}" for number in held[first])
     return not_yet(
         f"{name}: while backward runs step {STEPS - first}, memory holds {names}; you "
@@ -82,7 +91,7 @@ def _judge_trace(
     )
 
 
-@check
+@check(asked=3)
 def check_forget(answer: Callable) -> Verdict:
     """Exercise 02.2: a checkpoint of one's own, for gradients to the bit *and* fewer bytes.
 
@@ -138,7 +147,8 @@ def _train_blocks(through: Callable, blocks: int = 3) -> dict[str, Any]:
     with MemoryLedger(torch.nn.ModuleList(stack), inputs=(x, upstream)) as ledger:
         before, output = ledger.live_bytes, x
         for block in stack:
-            output = call(through, block, output)
+            # A sum with 0 keeps nothing: who keeps its block's output too keeps one tensor more.
+            output = call(through, block, output) + 0.0
         kept_bytes = ledger.live_bytes - before
     output.backward(upstream)
     return {
@@ -154,7 +164,7 @@ def _equal(left: list, right: list) -> bool:
     return all(a is not None and torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-@check
+@check()
 def check_smallest_k(answer: int, recipe: TrainRecipe, gpu: Gpu, budget_bytes: int) -> Verdict:
     """Exercise 02.3: the fewest layers that must forget, by forecast.
 
@@ -165,33 +175,40 @@ def check_smallest_k(answer: int, recipe: TrainRecipe, gpu: Gpu, budget_bytes: i
         budget_bytes: Most bytes of tensors at the peak.
     """
     layers = models.config(recipe.model).num_hidden_layers
-    if not is_number(answer) or answer != int(answer) or not 0 <= answer <= layers:
+    k = whole(answer, 0, layers)
+    if k is None:
         return not_yet(f"a whole number of layers from 0 to {layers} is asked for, got {answer!r}.")
 
     def peak(k: int) -> int:
         return forecast(replace(recipe, checkpointed_layers=k), gpu).peak_allocated_bytes
 
-    answer = int(answer)
-    here = peak(answer)
-    if here <= budget_bytes and (answer == 0 or peak(answer - 1) > budget_bytes):
+    here = peak(k)
+    if here <= budget_bytes and (k == 0 or peak(k - 1) > budget_bytes):
         return right(
-            f"{answer} of {layers} fit, with {show_bytes(here)}; one less does not. The "
-            f"other {layers - answer} run forward only once."
+            f"{k} of {layers} fit, with {show_bytes(here)}; one less does not. The "
+            f"other {layers - k} run forward only once."
         )
+    said = "that runs out of memory" if here > budget_bytes else f"{k - 1} fit as well"
     least, most = peak(layers), peak(0)
     each = (most - least) / layers
     remember = int((budget_bytes - least) // each)
     gigabytes = budget_bytes / GIB * GB  # the same number of GB
-    mistakes = {
-        remember: "that is how many layers may *remember*; the other ones forget",
-        layers - int(budget_bytes // each): "the weights and everything else are there as well: "
-        "start from the peak with every layer forgetting",
-        layers - int((gigabytes - least) // each): "you used GB (10**9) where the budget is in "
-        "GiB (2**30)",
-        layers: "that fits, as does much less: each layer that remembers saves time",
-    }
-    default = "that runs out of memory" if here > budget_bytes else f"{answer - 1} fit as well"
+    mistakes = [
+        Mistake("it is how many layers may *remember*; the other ones forget", remember),
+        Mistake(
+            "it comes out when nothing is subtracted for the weights and everything else: start "
+            "from the peak with every layer forgetting",
+            layers - int(budget_bytes // each),
+        ),
+        Mistake(
+            "it comes out when GB (10**9) are used where the budget is in GiB (2**30)",
+            layers - int((gigabytes - least) // each),
+        ),
+        Mistake("so do far fewer: each layer that remembers saves time", layers),
+    ]
+    if sentence := name_mistake(k, mistakes):  # near the right one there are other reasons, too
+        said += f"; {sentence}"
     return not_yet(
-        f"{answer} is not the smallest: {mistakes.get(answer, default)}. Its peak is "
-        f"{show_bytes(here)}, the budget {show_bytes(budget_bytes)}."
+        f"{k} is not the smallest: {said}. Its peak is {show_bytes(here)}, the budget "
+        f"{show_bytes(budget_bytes)}."
     )

@@ -9,13 +9,13 @@ from unittest.mock import Mock
 
 import torch
 
+from course_utils.exercises.answers import describe, number, whole
 from course_utils.exercises.checks import (
     Mistake,
     Verdict,
     call,
     check,
-    check_function,
-    is_number,
+    judge_function,
     not_yet,
     right,
 )
@@ -32,7 +32,7 @@ TWO_RANKS = (40, 2, 4, 2, 2, 0.25, 2)
 SEARCHES = ((37, 64), (1, 64), (0, 64), (64, 64), (5, 64), (6, 10))
 
 
-@check
+@check(asked=3)
 def check_schedule(answer: Callable) -> Verdict:
     """Exercise 03.1: what Trainer counts, for runs with rests, epochs and two ranks."""
 
@@ -56,7 +56,7 @@ def check_schedule(answer: Callable) -> Verdict:
 
     cases = [*RUNS, TWO_RANKS]
     call(answer, *cases[0])  # unfinished? then Trainer need not run
-    return check_function(
+    return judge_function(
         answer,
         cases,
         [scheduled(*case) for case in cases],
@@ -122,64 +122,23 @@ def uneven_batch(rows: int = 8, tokens: int = 64) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-@check
+@check(asked=2)
 def check_accumulation(answer: Callable) -> Verdict:
     """Exercise 03.2: gradients equal to the full batch's to 1e-12, one micro batch in memory."""
     model, batch = small_model(), uneven_batch()
     micro_batches = split(batch, 2)
-
-    def run(function: Callable, *batches: Sequence[dict]) -> tuple[torch.Tensor, int]:
-        """The gradient that a function leaves behind, and its peak in bytes."""
-        model.zero_grad()
-        given = [[dict(one) for one in several] for several in batches]  # it may pop the labels
-        with MemoryLedger() as ledger:
-            function(model, *given)
-        if all(p.grad is None for p in model.parameters()):
-            raise ValueError("no parameter has a gradient, backward() was not called")
-        return gradient(model), ledger.report().peak_bytes
-
-    def weighted(weights: Sequence[float]) -> Callable:
-        def function(model: torch.nn.Module) -> None:
-            for weight, micro_batch in zip(weights, micro_batches, strict=True):
-                (weight * model(**micro_batch).loss).backward()
-
-        return function
-
-    exact, whole_peak = run(accumulate, [batch])
-    _, budget_bytes = run(accumulate, micro_batches)
-    budget_bytes = budget_bytes * 5 // 4
-    found, peak_bytes = run(answer, micro_batches)
+    exact, whole_peak = _accumulated(accumulate, model, [batch])
+    _, small_peak = _accumulated(accumulate, model, micro_batches)
+    found, peak_bytes = _accumulated(answer, model, micro_batches)
     if not (error := relative_error(found, exact)) <= 1e-12:  # NaN is not either
-        number = len(micro_batches)
-        labelled = [int((m["labels"] != IGNORED).sum()) for m in micro_batches]
-        last = labelled_tokens(micro_batches[-1]) / labelled_tokens(batch)
-        for sentence, weights in (
-            Mistake(
-                "that is the mean of the micro batches' means: weigh each by its labelled tokens.",
-                [1 / number] * number,
-            ),
-            Mistake(
-                "that adds the means up; divide, or more micro batches make longer steps.",
-                [1] * number,
-            ),
-            Mistake(
-                "a label at position 0 is nobody's target: count labels[:, 1:].",
-                [n / sum(labelled) for n in labelled],
-            ),
-            Mistake(
-                "only the last micro batch is left: clear gradients before the loop, not in it.",
-                [0] * (number - 1) + [last],
-            ),
-            Mistake(
-                "each mean is multiplied by its tokens, but nothing divides by all of them.",
-                [labelled_tokens(m) for m in micro_batches],
-            ),
-        ):
-            if relative_error(found, run(weighted(weights))[0]) < 1e-9:
+        for sentence, weights in _mistaken_weights(micro_batches):
+            mistaken, _ = _accumulated(_weighted(weights), model, micro_batches)
+            if relative_error(found, mistaken) < 1e-9:
                 return not_yet(sentence)
         return not_yet(
             f"the relative error of the gradient is {error:.2g}; at most 1e-12 is due to rounding."
         )
+    budget_bytes = small_peak * 5 // 4
     if peak_bytes > budget_bytes:
         return not_yet(
             f"the gradient is equal, but the peak is {show_bytes(peak_bytes)}; at most "
@@ -192,91 +151,171 @@ def check_accumulation(answer: Callable) -> Verdict:
     )
 
 
+def _accumulated(
+    function: Callable, model: torch.nn.Module, micro_batches: Sequence[dict]
+) -> tuple[torch.Tensor, int]:
+    """The gradient that a function leaves behind, and its peak in bytes."""
+    model.zero_grad()
+    given = [dict(micro_batch) for micro_batch in micro_batches]  # it may pop the labels
+    with MemoryLedger() as ledger:
+        function(model, given)
+    if all(p.grad is None for p in model.parameters()):
+        raise ValueError("no parameter has a gradient, backward() was not called")
+    return gradient(model), ledger.report().peak_bytes
+
+
+def _weighted(weights: Sequence[float]) -> Callable:
+    """An accumulation that gives each micro batch's mean this weight."""
+
+    def accumulation(model: torch.nn.Module, micro_batches: Sequence[dict]) -> None:
+        for weight, micro_batch in zip(weights, micro_batches, strict=True):
+            (weight * model(**micro_batch).loss).backward()
+
+    return accumulation
+
+
+def _mistaken_weights(micro_batches: Sequence[dict]) -> list[Mistake]:
+    """Mistakes in weighing, each with the weights of the micro batches' means."""
+    count = len(micro_batches)
+    tokens = [labelled_tokens(m) for m in micro_batches]
+    with_first = [int((m["labels"] != IGNORED).sum()) for m in micro_batches]
+    return [
+        Mistake(
+            "that is the mean of the micro batches' means: weigh each by its labelled tokens.",
+            [1 / count] * count,
+        ),
+        Mistake(
+            "that adds the means up; divide, or more micro batches make longer steps.",
+            [1] * count,
+        ),
+        Mistake(
+            "a label at position 0 is nobody's target: count labels[:, 1:].",
+            [n / sum(with_first) for n in with_first],
+        ),
+        Mistake(
+            "only the last micro batch is left: clear gradients before the loop, not in it.",
+            [0] * (count - 1) + [tokens[-1] / sum(tokens)],
+        ),
+        Mistake(
+            "each mean is multiplied by its tokens, but nothing divides by all of them.", tokens
+        ),
+    ]
+
+
 class Endless(BaseException):
     """Ends a search that goes on for ever; no `except Exception` of a learner's holds it."""
 
 
-@check
+class PretendedCard:
+    """Trains any size up to a limit, and notes how it was asked.
+
+    Attributes:
+        limit: The largest size that trains.
+        attempts: Sizes that were tried, in order.
+        leaked: Whether an attempt found the tensors of an earlier one still alive.
+        most: Attempts that a search by halving needs at most.
+    """
+
+    def __init__(self, limit: int, upper: int):
+        self.limit, self.attempts, self.leaked = limit, [], False
+        self.most = 2 * upper.bit_length()  # doubling and halving needs one less, halving half
+        self._tensors: list[weakref.ref] = []
+
+    def train(self, size: int) -> None:
+        """One training step, which runs out of memory above the limit."""
+        wanted = whole(size, least=1)
+        if wanted is None:
+            raise ValueError(f"a micro batch is a whole number from 1, got {size!r}")
+        self.leaked |= any(tensor() is not None for tensor in self._tensors)
+        self.attempts.append(wanted)
+        if len(self.attempts) > 4 * self.most:
+            raise Endless
+        activations = torch.zeros(wanted)
+        self._tensors.append(weakref.ref(activations))
+        if wanted > self.limit:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to train {wanted}")
+
+
+@check(asked=3)
 def check_search(answer: Callable) -> Verdict:
     """Exercise 03.3: the largest size that trains, in few attempts, nothing left alive."""
     for limit, upper in SEARCHES:
-        most = 2 * upper.bit_length()  # doubling and halving needs one less, halving alone half
-        attempts: list[int] = []
-        leftovers: list[weakref.ref] = []  # what each attempt had in memory
-        leaks: list[weakref.ref] = []  # what the next one still found there
-
-        def train(
-            size: int,
-            limit: int = limit,
-            most: int = most,
-            attempts: list = attempts,
-            leftovers: list = leftovers,
-            leaks: list = leaks,
-        ) -> None:
-            if not is_number(size) or size != int(size) or size < 1:
-                raise ValueError(f"a micro batch is a whole number from 1, got {size!r}")
-            leaks.extend(tensor for tensor in leftovers if tensor() is not None)
-            attempts.append(size)
-            if len(attempts) > 4 * most:
-                raise Endless
-            activations = torch.zeros(size)
-            leftovers.append(weakref.ref(activations))
-            if size > limit:
-                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to train {size}")
-
-        try:
-            found = call(answer, train, upper)
-        except torch.OutOfMemoryError:
-            return not_yet("an out-of-memory error came through: catch it.")
-        except Endless:
-            return not_yet(
-                f"{len(attempts)} attempts, the last one with {attempts[-1]}, and no "
-                "end: after each, one end of the interval has to move past the size "
-                "that was tried."
-            )
-        if leaks:
-            return not_yet(
-                "an attempt began inside `except`, while the failed one's tensors were "
-                "still alive: note what happened, leave `except`, then go on."
-            )
-        if len(attempts) > most:
-            return not_yet(
-                f"{len(attempts)} attempts to find {limit} in 0 to {upper}; halving the "
-                f"interval needs at most {most}."
-            )
-        if max(attempts, default=0) > upper:
-            return not_yet(f"it tried {max(attempts)}, and {upper} was the largest allowed.")
-        if found == limit:
-            continue
-        if not is_number(found) or found > limit:
-            return not_yet(
-                f"{found} runs out of memory where {limit} is the largest that trains: "
-                "return the last one that did."
-            )
-        return not_yet(
-            f"{found} trains, but so does {limit}: sizes between the last success and "
-            "the first failure are left."
-        )
-    return _only_memory(answer)
-
-
-def _only_memory(answer: Callable) -> Verdict:
-    for error in (ValueError("labels are missing"), RuntimeError("shapes cannot be multiplied")):
-        try:
-            answer(Mock(side_effect=error), 64)
-        except type(error):
-            continue
-        return not_yet(
-            f"a {type(error).__name__} is no lack of memory when it says {str(error)!r},"
-            " and your search hides it: catch torch.OutOfMemoryError alone."
-        )
+        fault = _fault_of_search(answer, limit, upper)
+        if fault:
+            return not_yet(fault)
+    fault = _hidden_error(answer)
+    if fault:
+        return not_yet(fault)
     return right(
         "every limit found, in at most 14 attempts out of 64 sizes, and each failure was "
         "gone before the next attempt."
     )
 
 
-@check
+def _fault_of_search(answer: Callable, limit: int, upper: int) -> str | None:
+    """What is wrong with one search, in a sentence."""
+    card = PretendedCard(limit, upper)
+    try:
+        found = call(answer, card.train, upper)
+    except torch.OutOfMemoryError:
+        return "an out-of-memory error came through: catch it."
+    except Endless:
+        return (
+            f"{len(card.attempts)} attempts, the last one with {card.attempts[-1]}, and no "
+            "end: after each, one end of the interval has to move past the size "
+            "that was tried."
+        )
+    return _fault_of_attempts(card, upper) or _fault_of_result(found, limit)
+
+
+def _fault_of_attempts(card: PretendedCard, upper: int) -> str | None:
+    if card.leaked:
+        return (
+            "an attempt began inside `except`, while the failed one's tensors were "
+            "still alive: note what happened, leave `except`, then go on."
+        )
+    if len(card.attempts) > card.most:
+        return (
+            f"{len(card.attempts)} attempts to find {card.limit} in 0 to {upper}; halving the "
+            f"interval needs at most {card.most}."
+        )
+    if max(card.attempts, default=0) > upper:
+        return f"it tried {max(card.attempts)}, and {upper} was the largest allowed."
+    return None
+
+
+def _fault_of_result(answer: object, limit: int) -> str | None:
+    found = number(answer)
+    if found is None:
+        return f"the largest size is asked for, a number, got {describe(answer)}."
+    if found > limit:
+        return (
+            f"{found} runs out of memory where {limit} is the largest that trains: "
+            "return the last one that did."
+        )
+    if found < limit:
+        return (
+            f"{found} trains, but so does {limit}: sizes between the last success and "
+            "the first failure are left."
+        )
+    return None
+
+
+def _hidden_error(answer: Callable) -> str | None:
+    """Whether the search takes another error for a lack of memory."""
+    for error in (ValueError("labels are missing"), RuntimeError("shapes cannot be multiplied")):
+        try:
+            answer(Mock(side_effect=error), 64)
+        except type(error):
+            continue
+        return (
+            f"a {type(error).__name__} is no lack of memory when it says {str(error)!r},"
+            " and your search hides it: catch torch.OutOfMemoryError alone."
+        )
+    return None
+
+
+@check()
 def check_rank_loss(answer: Callable) -> Verdict:
     """Exercise 03.4: each rank's loss, so that the mean of ranks' gradients is the batch's."""
     for tokens_of_ranks in ((3, 45), (7, 7, 50, 11)):

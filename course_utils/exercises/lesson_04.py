@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from course_utils.data import BUNDLED, named
+from course_utils.exercises.answers import describe, equal, number
 from course_utils.exercises.checks import (
     Mistake,
     Verdict,
     call,
     check,
-    check_function,
-    describe,
-    is_number,
+    judge_function,
+    name_mistake,
     not_yet,
     right,
 )
@@ -29,7 +29,7 @@ from fitcast.step import qlora
 from fitcast.training import measurement
 from fitcast.units import show_bytes
 
-NUMBERS = (1.0, 1.5, 2.0, 0.75, 100.0, 1024.0, 3e-3, 2e-4)
+NUMBERS = (1.0, 1.25, 1.5, 2.0, 0.75, 100.0, 1024.0, 3e-3, 2e-4)
 COPIED = (BUNDLED, "llama-3.2-1b", "llama-2-7b")  # two with a tied head, one without
 # What people publish for a T4, in the names that the libraries use.
 PUBLISHED = {
@@ -47,7 +47,7 @@ PUBLISHED = {
 }
 
 
-@check
+@check()
 def check_spacing(answer: Callable) -> Verdict:
     """Exercise 04.1: distance from a positive number to the next larger one of a format."""
     cases = [(x, dtype) for dtype in FORMATS.values() for x in NUMBERS]
@@ -61,27 +61,44 @@ def check_spacing(answer: Callable) -> Verdict:
     def eps(dtype: torch.dtype) -> float:
         return torch.finfo(dtype).eps
 
-    return check_function(
+    def to_power(power: Callable[[float], float]) -> Callable:
+        return lambda x, dtype: 2.0 ** power(x) * eps(dtype)
+
+    to_base_2 = "a power of two is asked for: log2 gives it, log is to base e, log10 to base 10."
+    return judge_function(
         answer,
         cases,
         [next_up(*case) for case in cases],
         mistakes=[
             Mistake(
                 "that is the distance at 1.0; it grows with the number.",
-                lambda x, dtype: eps(dtype),
+                to_power(lambda x: 0),
             ),
             Mistake(
                 "that scales smoothly with the number; the distance is the same from one power of "
                 "two to the next.",
-                lambda x, dtype: x * eps(dtype),
+                to_power(math.log2),
             ),
             Mistake(
                 "round the power down, not to the nearest: 1.5 lies between 2**0 and 2**1.",
-                lambda x, dtype: 2.0 ** round(math.log2(x)) * eps(dtype),
+                to_power(lambda x: round(math.log2(x))),
             ),
             Mistake(
+                "round the power down, not up: 1.25 lies between 2**0 and 2**1.",
+                to_power(lambda x: math.ceil(math.log2(x))),
+            ),
+            Mistake(
+                "int() cuts towards 0, which is up for what is below 1: 0.75 lies between 2**-1 "
+                "and 2**0; math.floor() rounds down.",
+                to_power(lambda x: int(math.log2(x))),
+            ),
+            Mistake(to_base_2, to_power(lambda x: math.floor(math.log(x)))),
+            Mistake(to_base_2, to_power(lambda x: math.floor(math.log10(x)))),
+            Mistake(to_base_2, to_power(math.log)),
+            Mistake(to_base_2, to_power(math.log10)),
+            Mistake(
                 "you divided by the power of two where the distance grows with it.",
-                lambda x, dtype: eps(dtype) / 2.0 ** math.floor(math.log2(x)),
+                to_power(lambda x: -math.floor(math.log2(x))),
             ),
             Mistake(
                 "that is half of it: the update that just fails to move the number.",
@@ -110,7 +127,7 @@ def copies(model: torch.nn.Module) -> int:
     )
 
 
-@check
+@check()
 def check_copies(answer: Callable) -> Verdict:
     """Exercise 04.2: bytes of 16-bit copies that autocast adds to a float32 model."""
     for name in COPIED:
@@ -122,29 +139,42 @@ def check_copies(answer: Callable) -> Verdict:
             for n, m in model.named_modules()
             if isinstance(m, torch.nn.Linear) and n != "lm_head"
         )
-        mistakes = {
-            2 * wanted: "that counts 4 bytes each; the copies have 16 bits.",
-            wanted // 2: "that counts numbers; each copy takes 2 bytes.",
-            2 * every: "that counts every weight; autocast copies what matrix products read, not "
-            "norms and not an embedding that is only looked up.",
-            2 * inner: "the head is a linear layer too, also where it shares its matrix with the "
-            "embedding.",
-        }
-        if result != wanted:
-            said = f"for {named(name)} it should be {show_bytes(wanted)}, got "
-            said += f"{show_bytes(int(result))}." if is_number(result) else f"{describe(result)}."
-            return not_yet(mistakes.get(result, said) if is_number(result) else said)
+        mistakes = [
+            Mistake("that counts 4 bytes each; the copies have 16 bits.", 2 * wanted),
+            Mistake("that counts numbers; each copy takes 2 bytes.", wanted // 2),
+            Mistake(
+                "that counts every weight; autocast copies what matrix products read, not norms "
+                "and not an embedding that is only looked up.",
+                2 * every,
+            ),
+            Mistake(
+                "the head is a linear layer too, also where it shares its matrix with the "
+                "embedding.",
+                2 * inner,
+            ),
+        ]
+        if not equal(result, wanted):
+            found = number(result)
+            got = describe(result) if found is None else show_bytes(int(found))
+            said = f"for {named(name)} it should be {show_bytes(wanted)}, got {got}."
+            return not_yet(name_mistake(result, mistakes) or said)
     return right(f"to the byte, for {', '.join(map(named, COPIED))}.")
+
+
+def _amp_dtype(settings: Mapping[str, Any]) -> Literal["float16", "bfloat16"] | None:
+    """Autocast's format, by the names of `TrainingArguments`."""
+    if settings["fp16"]:
+        return "float16"
+    return "bfloat16" if settings["bf16"] else None
 
 
 def run_published(settings: Mapping[str, Any]) -> OperationLog:
     """One training step of the bundled model with published settings, its operations logged."""
     from transformers import BitsAndBytesConfig
 
-    amp_dtype = "float16" if settings["fp16"] else "bfloat16" if settings["bf16"] else None
     recipe = TrainRecipe(
         model=BUNDLED,
-        amp_dtype=amp_dtype,
+        amp_dtype=_amp_dtype(settings),
         sequence_length=16,
         checkpointed_layers=0,
         lora_dropout=0.0,
@@ -161,7 +191,7 @@ def run_published(settings: Mapping[str, Any]) -> OperationLog:
     return log
 
 
-@check
+@check()
 def check_published(answer: Mapping[str, Any]) -> Verdict:
     """Exercise 04.3: the published settings, made right for a T4 by changing one of them."""
     if not isinstance(answer, Mapping):
@@ -172,7 +202,7 @@ def check_published(answer: Mapping[str, Any]) -> Verdict:
             f"the names must stay those of the published settings; look at "
             f"{', '.join(sorted(set(answer) ^ set(PUBLISHED)))}."
         )
-    amp_dtype = "float16" if answer["fp16"] else "bfloat16" if answer["bf16"] else None
+    amp_dtype = _amp_dtype(answer)
     if amp_dtype is None:
         return not_yet("without fp16 the products leave the T4's tensor cores; keep it on.")
     if not answer["load_in_4bit"]:

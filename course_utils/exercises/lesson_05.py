@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
-from course_utils.exercises.checks import Verdict, call, check, is_number, not_yet, right
+from course_utils.exercises.answers import describe, items, number
+from course_utils.exercises.checks import Verdict, call, check, not_yet, right
 from course_utils.topics.precision import land
 
 STEPS, GROWTH_INTERVAL = 200, 20
@@ -19,6 +21,8 @@ FLAWS = {  # of a training step with a scaled loss: what is wrong, in a sentence
     "times too large then, and what is left of them far too small.",
     "step anyway": "the optimizer steps although a gradient is infinite (a finite loss does not "
     "rule that out): weights become NaN.",
+    "no if": "the optimizer steps and the schedule moves on although a gradient is infinite: both "
+    "only if all gradients are finite.",
     "schedule anyway": "the learning rate's schedule moves on in a step that was skipped.",
     "never unscale": "the gradients are never divided by the scale.",
     "never scale": "the loss is not multiplied by the scale: float16 would lose the small "
@@ -41,23 +45,24 @@ OVERFLOWING = {
 }
 
 
-@check
+@check()
 def check_best_scale(answer: float, gradients: Sequence[torch.Tensor]) -> Verdict:
     """Exercise 05.1: the largest power of two under which no gradient overflows float16."""
-    if not is_number(answer) or answer <= 0 or math.frexp(answer)[0] != 0.5:
-        return not_yet(f"a power of two is asked for, such as 2**10, got {answer!r}.")
-    here, doubled = (land(gradients, "float16", scale) for scale in (answer, 2 * answer))
+    scale = number(answer)
+    if scale is None or math.frexp(scale)[0] != 0.5:
+        return not_yet(f"a power of two is asked for, such as 2**10, got {describe(answer)}.")
+    here, doubled = (land(gradients, "float16", factor) for factor in (scale, 2 * scale))
     if here.infinite:
         return not_yet(
             f"{here.infinite:.1g} of them overflow there, and one is enough to lose the step."
         )
     if not doubled.infinite:
-        why = "that is where GradScaler starts, not where it ends; " if answer == 65536 else ""
+        why = "that is where GradScaler starts, not where it ends; " if scale == 65536 else ""
         return not_yet(
             f"{why}twice the scale overflows nothing either, and saves more of the small ones."
         )
     return right(
-        f"at 2**{int(math.log2(answer))} nothing overflows, and {here.zero:.2%} become "
+        f"at 2**{int(math.log2(scale))} nothing overflows, and {here.zero:.2%} become "
         f"zero instead of {land(gradients).zero:.2%} at scale 1."
     )
 
@@ -85,14 +90,15 @@ def _states(next_state: Callable, growth_interval: int) -> list[tuple[float, int
     scale, good_steps, states = 65536.0, 0, []
     for step in range(STEPS):
         state = call(next_state, scale, good_steps, step in OVERFLOWS, growth_interval)
-        if not isinstance(state, (tuple, list)) or len(state) != 3:
+        values = items(state)
+        if values is None or len(values) != 3:
             raise TypeError(f"three values are asked for, got {state!r}")
-        states.append((float(state[0]), int(state[1]), bool(state[2])))
-        scale, good_steps = state[:2]
+        scale, good_steps, skipped = float(values[0]), int(values[1]), bool(values[2])
+        states.append((scale, good_steps, skipped))
     return states
 
 
-@check
+@check(asked=2)
 def check_scaler(answer: Callable) -> Verdict:
     """Exercise 05.2: a dynamic loss scaler, equal to PyTorch's in each of 200 steps."""
     for interval in (GROWTH_INTERVAL, OTHER_INTERVAL):
@@ -143,16 +149,21 @@ def _name_mistake(ours: list[tuple], wanted: list[tuple], interval: int) -> Verd
     )
 
 
-def train_scaled(step: Callable | None) -> list[tuple]:
+class ScaledStep(NamedTuple):
+    """What a step of `train_scaled` did: learning rate and weights are those after it."""
+
+    stepped: bool
+    learning_rate: float
+    weights: list[float]
+    came_back: list[float]  # gradients that came back to the loss: the scale, once
+
+
+def train_scaled(step: Callable | None) -> list[ScaledStep]:
     """Twelve steps of a small regression, four of them overflowing, with a step of one's own.
 
     Args:
         step: Takes (loss, weights, optimizer, scheduler, scale, max_norm), says whether it
             stepped; `None` for PyTorch's scaler.
-
-    Returns:
-        After each step: whether it stepped, the learning rate, the weights, and the gradients that
-        came back to the loss: the scale, once.
     """
     random = torch.Generator().manual_seed(0)
     x, y = (torch.randn(16, n, generator=random) for n in (4, 1))
@@ -160,11 +171,11 @@ def train_scaled(step: Callable | None) -> list[tuple]:
     optimizer = torch.optim.SGD(weights, lr=0.4, momentum=0.5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 0.8**done)
     scaler, scale, rows = torch.amp.GradScaler("cpu", init_scale=1024.0), 1024.0, []
-    for number in range(12):
+    for index in range(12):
         loss = (x @ weights[0] + weights[1] - y).square().mean()
         before, came_back = weights[0].detach().clone(), []
         loss.register_hook(lambda grad, came_back=came_back: came_back.append(grad.item()))
-        which, value = OVERFLOWING.get(number, ((), 0.0))
+        which, value = OVERFLOWING.get(index, ((), 0.0))
         hooks = [
             weights[i].register_hook(
                 lambda grad, value=value: torch.cat([torch.full_like(grad[:1], value), grad[1:]])
@@ -185,15 +196,9 @@ def train_scaled(step: Callable | None) -> list[tuple]:
             stepped = bool(call(step, loss, weights, optimizer, scheduler, scale, 1.0))
         for hook in hooks:
             hook.remove()
-        scale /= 2 if number in OVERFLOWING else 1
-        rows.append(
-            (
-                stepped,
-                optimizer.param_groups[0]["lr"],
-                torch.cat([w.detach().flatten() for w in weights]).tolist(),
-                came_back,
-            )
-        )
+        scale /= 2 if index in OVERFLOWING else 1
+        values = torch.cat([w.detach().flatten() for w in weights]).tolist()
+        rows.append(ScaledStep(stepped, optimizer.param_groups[0]["lr"], values, came_back))
     return rows
 
 
@@ -214,9 +219,9 @@ def flawed_step(flaw: str) -> Callable:
         finite = not any(bad(tensor).any() for tensor in seen.get(flaw, grads))
         if flaw not in ("clip first", "no clip"):
             torch.nn.utils.clip_grad_norm_(weights, max_norm)
-        if finite or flaw == "step anyway":
+        if finite or flaw in ("step anyway", "no if"):
             optimizer.step()
-        if finite or flaw == "schedule anyway":
+        if finite or flaw in ("schedule anyway", "no if"):
             scheduler.step()
         if flaw != "keep gradients" and (finite or flaw != "keep infinity"):
             optimizer.zero_grad()
@@ -225,33 +230,46 @@ def flawed_step(flaw: str) -> Callable:
     return step
 
 
-@check
+@check(asked=2)
 def check_step(answer: Callable) -> Verdict:
     """Exercise 05.3: a step with a scaled loss, its parts in the order that PyTorch's needs."""
     ours, wanted = train_scaled(answer), train_scaled(None)
-    if _same(ours, wanted):
+    different = _first_difference(ours, wanted)
+    if different is None:
         return right(
             "twelve steps, four of them skipped: weights and learning rate are those "
             "of PyTorch's scaler."
         )
     for flaw, sentence in FLAWS.items():
-        if _same(ours, train_scaled(flawed_step(flaw))):
+        if _first_difference(ours, train_scaled(flawed_step(flaw))) is None:
             return not_yet(sentence)
-    step = next(i for i in range(len(wanted)) if not _same(ours[i : i + 1], wanted[i : i + 1]))
-    (stepped, rate, *_), (did, had, *_) = wanted[step], ours[step]
-    return not_yet(
-        f"step {step + 1} differs: (stepped, learning rate) should be "
-        f"({stepped}, {rate:.3g}), got ({did}, {had:.3g}), or the weights are others."
-    )
+    return not_yet(f"{different}.")
 
 
-def _same(left: list[tuple], right: list[tuple]) -> bool:
-    return all(
-        a[0] == b[0]
-        and math.isclose(a[1], b[1])
-        and a[3] == b[3]
-        and torch.allclose(
-            torch.tensor(a[2]), torch.tensor(b[2]), rtol=1e-5, atol=1e-6, equal_nan=True
+def _first_difference(ours: list[ScaledStep], wanted: list[ScaledStep]) -> str | None:
+    """In which step, and in what, two runs begin to differ; `None` when they are the same."""
+    for index, (one, other) in enumerate(zip(ours, wanted, strict=True)):
+        if different := _difference(one, other):
+            overflow = ", in which a gradient overflows," if index in OVERFLOWING else ""
+            return f"after step {index + 1}{overflow} {different}"
+    return None
+
+
+def _difference(ours: ScaledStep, wanted: ScaledStep) -> str | None:
+    if ours.stepped != wanted.stepped:
+        return f"your function should return {wanted.stepped}, got {ours.stepped}"
+    if not math.isclose(ours.learning_rate, wanted.learning_rate):
+        return (
+            f"the learning rate should be {wanted.learning_rate:.3g}, got {ours.learning_rate:.3g}"
         )
-        for a, b in zip(left, right, strict=True)
-    )
+    if ours.came_back != wanted.came_back:
+        return f"the loss should have been scaled by {wanted.came_back}, got {ours.came_back}"
+    one, other = torch.tensor(ours.weights), torch.tensor(wanted.weights)
+    if not torch.allclose(one, other, rtol=1e-5, atol=1e-6, equal_nan=True):
+        return f"a weight should be {_pick(other, one, other)}, got {_pick(one, one, other)}"
+    return None
+
+
+def _pick(values: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> str:
+    """The value where two tensors differ most, NaN most of all."""
+    return f"{values[(one - other).abs().nan_to_num(math.inf).argmax()].item():.4g}"

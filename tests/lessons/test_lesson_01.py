@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from course_utils.exercises import lesson_01
-from course_utils.exercises.checks import not_yet, right
 from course_utils.exercises.lesson_01 import FULL
 from fitcast.memory.ledger import MemoryLedger
 from fitcast.step import qlora
 from fitcast.units import MIB
+from tests.lessons.exercises import complaints
 from tools.notebooks import lesson_scripts
 
 BUDGET = 120 * MIB
@@ -40,120 +40,59 @@ def numbers(hidden, kv, intermediate, heads):
     return 2 * (3 * hidden + 1) + 2 * hidden + 2 * kv + heads + 4 * intermediate
 
 
-def unfinished(hidden, kv, intermediate, heads):
-    attention = ...
-    return 2 * (3 * hidden + 1) + attention
+@pytest.mark.parametrize("kind", [int, float, torch.tensor])
+def test_saved_numbers(kind):
+    wrong = {
+        "bytes": (lambda *w: 4 * numbers(*w), "count numbers"),
+        "no grouped queries": (lambda h, kv, f, n: numbers(h, h, f, n), "not hidden (grouped"),
+        "no log-sum-exp": (lambda h, kv, f, n: numbers(h, kv, f, n) - n, "log-sum-exp"),
+        "no attention output": (lambda h, kv, f, n: numbers(h, kv, f, n) - h, "o_proj needs it"),
+        "three MLP tensors": (lambda h, kv, f, n: numbers(h, kv, f, n) - f, "the MLP keeps 4"),
+        "the boundary alone": (lambda h, kv, f, n: h, "should give 3208, got 192"),
+        "only right for the bundled shape": (lambda h, kv, f, n: 3208, "(4096, 4096, 11008, 32)"),
+    }
+    right = [lambda *widths: kind(numbers(*widths))]
+    assert complaints(lesson_01.check_saved_numbers, "check_saved_numbers", right, wrong) == []
 
 
-def judge_formula(check, answer, full):
-    return check(answer)
+def test_largest_batch():
+    wrong = {
+        "one too small": (10, "11 fits as well."),
+        "MB for MiB": (11, "12 fits as well; 11 comes out when MB (10**6) are used"),
+        "forgot the optimizer state": (
+            13,
+            "that runs out of memory; 13 comes out when the weights are subtracted and the "
+            "optimizer state",
+        ),
+        "forgot all that stays": (14, "when weights and optimizer state, which are there whatever"),
+        "scaled the whole peak": (4, "when the whole peak is scaled"),
+        "far too large": (40, "that runs out of memory."),
+        "half a sequence": (12.5, "a whole number of sequences from 1, got 12.5"),
+        "none": (0, "a whole number"),
+        "a truth": (True, "a whole number"),
+    }
+
+    def check(answer):
+        return lesson_01.check_largest_batch(answer, two_steps, FULL, BUDGET)
+
+    assert complaints(check, "check_largest_batch", [12, 12.0, torch.tensor(12)], wrong) == []
 
 
-def judge_batch(check, answer, full):
-    return check(answer, two_steps, FULL, BUDGET)
+def test_logits_at_peak(full):
+    copies, each = 3, 512 * 1280 * 4
+    wrong = {
+        "one copy": (each, "that is one copy"),
+        "with the embedding": (copies * each + 3 * 1280 * 192 * 4, "embedding matrix in it"),
+        "everything": (full.peak_bytes, "that is everything at the peak"),
+        "in MiB": (7.5, "factor of 1024**2"),
+        "text": ("7.5 MiB", "a number is asked for, got str"),
+    }
 
+    def check(answer):
+        return lesson_01.check_logits_at_peak(answer, full, vocab_size=1280)
 
-def judge_logits(check, answer, full):
-    return check(answer, full, vocab_size=1280)
-
-
-# exercise: (how to call its check, reference, {wrong answer's name: answer}, untouched)
-EXERCISES = {
-    "check_saved_numbers": (
-        judge_formula,
-        numbers,
-        {
-            "bytes": lambda *w: 4 * numbers(*w),
-            "no grouped queries": lambda h, kv, f, n: numbers(h, h, f, n),
-            "no log-sum-exp": lambda h, kv, f, n: numbers(h, kv, f, n) - n,
-            "no attention output": lambda h, kv, f, n: numbers(h, kv, f, n) - h,
-            "three MLP tensors": lambda h, kv, f, n: numbers(h, kv, f, n) - f,
-            "the boundary alone": lambda h, kv, f, n: h,
-            "only right for the bundled shape": lambda h, kv, f, n: 3208,
-        },
-        unfinished,
-    ),
-    "check_largest_batch": (
-        judge_batch,
-        12,
-        {
-            "one too small": 10,
-            "MB for MiB": 11,
-            "forgot all that stays": 14,
-            "forgot the optimizer state": 13,
-            "scaled the whole peak": 4,
-            "far too large": 40,
-            "half a sequence": 12.5,
-        },
-        ...,
-    ),
-    "check_logits_at_peak": (
-        judge_logits,
-        3 * 512 * 1280 * 4,
-        {
-            "one copy": 512 * 1280 * 4,
-            "with the embedding": 3 * 512 * 1280 * 4 + 3 * 1280 * 192 * 4,
-            "in MiB": 7.5,
-            "text": "7.5 MiB",
-        },
-        ...,
-    ),
-}
-
-
-def complaints(name, check, full) -> list[str]:
-    """What is wrong with a check, going by answers whose verdict is known."""
-    judge, reference, mistakes, untouched = EXERCISES[name]
-    found = []
-    if not judge(check, reference, full).passed:
-        found.append(f"refuses the reference: {judge(check, reference, full)}")
-    verdicts = {mistake: judge(check, answer, full) for mistake, answer in mistakes.items()}
-    found += [f"accepts {mistake}" for mistake, verdict in verdicts.items() if verdict.passed]
-    if len({repr(verdict) for verdict in verdicts.values()}) < len(verdicts):
-        found.append("says the same of different mistakes")
-    for answer in (untouched, ...):
-        verdict = judge(check, answer, full)
-        if verdict.passed is not None or "not attempted yet" not in repr(verdict).lower():
-            found.append(f"says of an untouched exercise: {verdict}")
-    return found
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_check_knows_right_from_wrong(name, full):
-    assert complaints(name, getattr(lesson_01, name), full) == []
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize(
-    ("stub", "complaint"),
-    [
-        (lambda *_, **__: right("well done."), "accepts"),
-        (lambda *_, **__: not_yet("no."), "refuses the reference"),
-    ],
-    ids=["accepts everything", "refuses everything"],
-)
-def test_check_that_judges_nothing_is_caught(name, stub, complaint, full):
-    found = complaints(name, stub, full)
-    assert any(complaint in text for text in found)
-    assert any("untouched" in text for text in found)
-
-
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [
-        (11, "you used MB (10**6) where the budget is in MiB"),
-        (14, "on an empty card"),
-        (13, "the optimizer state stays"),
-        (4, "you scaled the whole peak"),
-        (10, "11 fits as well"),
-        (40, "that runs out of memory"),
-        (12.5, "a whole number"),
-        (0, "a whole number"),
-    ],
-)
-def test_largest_batch_names_the_mistake(answer, words):
-    verdict = lesson_01.check_largest_batch(answer, two_steps, FULL, BUDGET)
-    assert words in repr(verdict)
+    right = [copies * each, torch.tensor(copies * each)]
+    assert complaints(check, "check_logits_at_peak", right, wrong) == []
 
 
 def test_largest_batch_is_what_the_budget_allows():

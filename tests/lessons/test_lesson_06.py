@@ -8,6 +8,7 @@ import re
 
 import nbformat
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from course_utils import data
@@ -15,6 +16,7 @@ from course_utils.exercises import lesson_06 as exercises
 from course_utils.figures import widgets
 from fitcast.training.data import encode
 from fitcast.units import GIB
+from tests.lessons.exercises import complaints
 from tools.notebooks import LESSONS
 
 
@@ -115,110 +117,102 @@ def test_the_closing_act_fits_and_is_faster(shown):
 # --- exercises -----------------------------------------------------------------------------------
 
 
-def distinct(verdicts) -> list[str]:
-    """Messages of failing verdicts, all different."""
-    assert [verdict.passed for verdict in verdicts] == [False] * len(verdicts), verdicts
-    messages = [verdict.message for verdict in verdicts]
-    assert len(set(messages)) == len(messages)
-    return messages
-
-
 def test_exercise_1_counts_adapters():
-    check = exercises.check_trainable
-    right = check(lambda layers, hidden, kv, r: layers * r * (4 * hidden + 2 * (hidden + kv)))
-    assert right.passed and "3,407,872" in right.message
-    messages = distinct(
-        [
-            check(lambda layers, hidden, kv, r: r * (4 * hidden + 2 * (hidden + kv))),
-            check(lambda layers, hidden, kv, r: layers * r * 8 * hidden),
-            check(lambda layers, hidden, kv, r: layers * r * 4 * hidden),
-            check(lambda layers, hidden, kv, r: layers * 2 * hidden * (hidden + kv)),
-            check(lambda layers, hidden, kv, r: 1),
-        ]
-    )
-    for message, words in zip(
-        messages, ("one layer", "kv wide", "A only", "weights beside", "should give"), strict=True
-    ):
-        assert words in message
-    assert check(lambda *_: ...).passed is None and check(...).passed is None
+    def count(layers, hidden, kv, r):
+        return layers * r * (4 * hidden + 2 * (hidden + kv))
+
+    wrong = {
+        "one layer": (lambda layers, *rest: count(1, *rest), "that is one layer"),
+        "no grouped queries": (lambda n, hidden, kv, r: count(n, hidden, hidden, r), "kv wide"),
+        "A only": (lambda n, hidden, kv, r: n * r * 4 * hidden, "you counted A only"),
+        "the weights": (lambda n, hidden, kv, r: n * 2 * hidden * (hidden + kv), "weights beside"),
+        "a number": (lambda *_: 1, "should give"),
+    }
+    right = [count, lambda *case: torch.tensor(count(*case))]
+    assert complaints(exercises.check_trainable, "check_trainable", right, wrong) == []
+    assert "3,407,872 for Llama-3.2-1B" in repr(exercises.check_trainable(count))
 
 
 def test_exercise_2_masks_prompts():
     tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir())
     rows = encode(data.load_instructions().select(range(3)), tokenizer, 128)
     lengths = [row["labels"].count(-100) for row in rows]
+    first, n = len(rows[0]["labels"]), lengths[0]
 
     def check(answer):
         return exercises.check_labels(answer, rows, lengths)
 
-    assert check(lambda ids, n: [-100] * n + ids[n:]).passed
-    messages = distinct(
-        [
-            check(lambda ids, n: ids[:n] + [-100] * (len(ids) - n)),
-            check(lambda ids, n: [-100] * (n - 1) + ids[n:] + [-100]),
-            check(lambda ids, n: [0] * n + ids[n:]),
-            check(lambda ids, n: [-100] * n + ids[n:-1] + [-100]),
-            check(lambda ids, n: ids),
-            check(lambda ids, n: ids[n:]),
-        ]
-    )
-    for message, words in zip(
-        messages,
-        ("swap", "not shifted", "-100 is what", "says stop", "nothing is masked", "as many as"),
-        strict=True,
-    ):
-        assert words in message
-    assert check(lambda ids, n: ...).passed is None
+    def slip(ids, n):
+        labels = [-100] * n + ids[n:]
+        labels[n + 2] = -100
+        return labels
+
+    wrong = {
+        "swapped": (lambda ids, n: ids[:n] + [-100] * (len(ids) - n), "swap"),
+        "shifted": (lambda ids, n: [-100] * (n - 1) + ids[n:] + [-100], "not shifted"),
+        "0 for -100": (lambda ids, n: [0] * n + ids[n:], "-100 is what"),
+        "no end": (lambda ids, n: [-100] * n + ids[n:-1] + [-100], "says stop"),
+        "no mask": (lambda ids, n: ids, "nothing is masked"),
+        "too short": (lambda ids, n: ids[n:], "as many as"),
+        "a slip": (
+            slip,
+            f"(a list of {first}, {n}) should give {rows[0]['labels'][n + 2]} at index {n + 2} of "
+            f"{first}, got -100",
+        ),
+        "a token missing": (
+            lambda ids, n: [-100] * n + ids[n + 1 :],
+            f"should give a list of {first}, got a list of {first - 1}",
+        ),
+    }
+    right = [
+        lambda ids, n: [-100] * n + ids[n:],
+        lambda ids, n: torch.tensor([-100] * n + ids[n:]),
+    ]
+    assert complaints(check, "check_labels", right, wrong) == []
 
 
 def test_exercise_3_keeps_the_lesson_in_less_memory_and_time():
-    def check(**changes):
-        return exercises.check_budget(
-            dataclasses.replace(exercises.PHI, **changes), exercises.PHI, 6 * GIB, 2
-        )
+    def changed(**changes):
+        return dataclasses.replace(exercises.PHI, **changes)
+
+    def check(answer):
+        return exercises.check_budget(answer, exercises.PHI, 6 * GIB, 2)
 
     levers = {"attention": "explicit_kv", "loss": "chunked", "norm": "native", "lora_dropout": 0.0}
-    right = check(**levers)
-    assert right.passed and "32 sequences" in right.message, right
-    messages = distinct(
-        [
-            check(),
-            check(
-                **levers
-                | {"attention": "stock", "micro_batch_size": 1, "gradient_accumulation_steps": 32}
-            ),
-            check(micro_batch_size=2),
-            check(sequence_length=1024),
-            check(lora_rank=4),
-            check(lora_targets=("o_proj",)),
-            check(base="float16"),
-            check(**levers | {"learning_rate": 0.0}),
-            check(**levers | {"lora_alpha": 1}),
-            check(**levers | {"padded": True}),
-            check(**levers | {"max_steps": 1}),
-            exercises.check_budget("smaller", exercises.PHI, 6 * GIB, 2),
-        ]
-    )
-    for message, words in zip(
-        messages,
-        (
-            "the peak is",
-            "times as fast as before",
-            "effective_batch_size must stay 32",
-            "sequence_length must stay",
-            "lora_rank must stay",
-            "lora_targets must stay",
-            "base must stay",
-            "learning_rate must stay",
-            "lora_alpha must stay",
-            "padded must stay",
-            "max_steps must stay",
-            "a TrainRecipe",
+    small = {"micro_batch_size": 1, "gradient_accumulation_steps": 32}
+    wrong = {
+        "nothing": (changed(), "the peak is"),
+        "a slow kernel": (
+            changed(**levers | small | {"attention": "stock"}),
+            "times as fast as before; the target is at least 2. Which kernel does attention take",
         ),
-        strict=True,
-    ):
-        assert words in message
-    assert exercises.check_budget(..., exercises.PHI, 6 * GIB, 2).passed is None
+        "another batch": (changed(micro_batch_size=2), "effective_batch_size must stay 32"),
+        "shorter": (changed(sequence_length=1024), "sequence_length must stay"),
+        "a lower rank": (changed(lora_rank=4), "lora_rank must stay"),
+        "other targets": (changed(lora_targets=("o_proj",)), "lora_targets must stay"),
+        "16 bits": (changed(base="float16"), "base must stay"),
+        "no learning": (changed(**levers, learning_rate=0.0), "learning_rate must stay"),
+        "another alpha": (changed(**levers, lora_alpha=1), "lora_alpha must stay"),
+        "padded": (changed(**levers, padded=True), "padded must stay"),
+        "one step": (changed(**levers, max_steps=1), "max_steps must stay"),
+        "text": ("smaller", "a TrainRecipe is asked for, got str"),
+    }
+    assert complaints(check, "check_budget", [changed(**levers)], wrong) == []
+    assert "32 sequences" in repr(check(changed(**levers)))
+
+
+def test_exercise_3_asks_for_what_is_slow_in_the_answer():
+    """Not for the kernel when the answer has the fast one."""
+
+    def said(**changes):
+        answer = dataclasses.replace(
+            exercises.PHI, attention="explicit_kv", loss="chunked", **changes
+        )
+        return repr(exercises.check_budget(answer, exercises.PHI, 6 * GIB, 9))
+
+    assert "the target is at least 9. In how many steps" in said()
+    assert "What does dropout draw" in said(norm="native")
+    assert "Fewer layers that forget" in said(norm="native", lora_dropout=0.0)
 
 
 def test_the_widget_redraws_for_other_levers():

@@ -1,6 +1,7 @@
 """Feedback: right, wrong in a named way, wrong, not attempted; never an exception."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,14 +10,15 @@ import torch
 from course_utils.exercises.checks import (
     Mistake,
     check,
-    check_function,
-    check_number,
+    judge_function,
+    judge_number,
     right,
     show_prediction,
 )
 from course_utils.exercises.lesson_03 import check_accumulation, check_search
 from fitcast.units import MIB
 
+check_number, check_function = check()(judge_number), check()(judge_function)
 TARGET = 512 * MIB
 HINTS = [Mistake("you forgot the float32 copy.", 256 * MIB)]
 
@@ -37,12 +39,20 @@ HINTS = [Mistake("you forgot the float32 copy.", 256 * MIB)]
         (512 * 1024, "Not yet: that is a factor of 1024 away"),
         (3 * TARGET, "Not yet: 1,610,612,736 is 3 times too large"),
         (TARGET // 3, "Not yet: 178,956,970 is 3 times too small"),
-        (TARGET + 1, "Not yet: "),
+        (TARGET + 1, "Not yet: 536,870,913 is 1 too large."),
+        (TARGET - 0.5, "Not yet: 536,870,911.5 is 0.5 too small."),
         (0, "Not yet: 0 is not above 0"),
-        (-TARGET, "Not yet: "),
+        (-TARGET, "Not yet: -536,870,912 is not above 0"),
+        (np.int64(TARGET), "Right: "),
+        (torch.tensor(TARGET), "Right: "),
+        (np.array(256 * MIB), "Not yet: you forgot the float32 copy."),
+        (Fraction(3 * TARGET, 2), "Not yet: 805,306,368.0 is 1.5 times too large."),
         ("512 MiB", "Not yet: a number is asked for, got str"),
         (True, "Not yet: a number is asked for, got bool"),
-        (math.nan, "Not yet: a number is asked for"),
+        (np.bool_(True), "Not yet: a number is asked for, got bool"),
+        (torch.tensor(True), "Not yet: a number is asked for, got Tensor"),
+        (math.nan, "Not yet: a number is asked for, got nan."),
+        (10**400, "Not yet: a number is asked for, got int."),
         ([TARGET], "Not yet: a number is asked for, got list"),
         (torch.ones(2), "Not yet: a number is asked for, got Tensor"),
     ],
@@ -52,6 +62,26 @@ def test_number(answer, start):
     assert repr(verdict).startswith(start)
     assert verdict.passed is {"R": True, "N": False}[start[0]] or start.startswith("Not att")
     assert "\n" not in repr(verdict)
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "words"),
+    [
+        (0.1 + 0.2, 0.3, "Right: "),
+        (np.float32(0.1) + np.float32(0.2), 0.3, "Right: "),
+        (0.3001, 0.3, "Not yet: 0.3001 is 0.0001 too large."),
+        (0, 0, "Right: "),
+        (0.0, 0, "Right: "),
+        (0.3 - 0.1 - 0.2, 0, "Right: "),
+        (3, 0, "Not yet: 3 is too large."),
+        (-3, 0, "Not yet: -3 is too small."),
+        (-2, -2, "Right: "),
+        (2, -2, "Not yet: 2 is too large."),
+        (-5, -2, "Not yet: -5 is too small."),
+    ],
+)
+def test_fractions_zero_and_what_lies_below(answer, target, words):
+    assert repr(check_number(answer, target)).startswith(words)
 
 
 def broken(n):
@@ -68,6 +98,17 @@ def empty(n): ...
 def forgot_return(n):
     doubled = [n, 2 * n]
     doubled.sort()
+
+
+def half_done(n):
+    first = n
+    second = ...  # twice as much
+    return [first, second + ...]
+
+
+def half_done_and_broken(n):
+    second = ...
+    raise KeyError("weight")
 
 
 @pytest.mark.parametrize(
@@ -100,6 +141,63 @@ def test_function(answer, start):
     assert repr(verdict).startswith(start)
 
 
+@pytest.mark.parametrize(
+    ("answer", "asked", "message"),
+    [
+        (half_done, 2, "Not attempted yet: replace"),
+        (
+            half_done,
+            3,
+            "Not yet: 2 of 3 `...` still there: `second = ...`, `return [first, second + ...]`.",
+        ),
+        (
+            half_done_and_broken,
+            2,
+            "Not yet: your answer raised KeyError: 'weight' (1 of 2 `...` still there: "
+            "`second = ...`)",
+        ),
+        (empty, 2, "Not yet: 1 of 2 `...` still there: `def empty(n): ...`."),
+        (broken, 2, "Not yet: your answer raised KeyError: 'weight'"),
+    ],
+)
+def test_what_is_begun_hears_what_is_left(answer, asked, message):
+    verdict = check(asked)(judge_function)(answer, [(3,)], [[3, 6]])
+    assert repr(verdict).startswith(message)
+    assert verdict.passed is (None if "attempted" in message else False)
+
+
+def test_answers_by_name_hear_which_is_left():
+    @check(asked=2)
+    def judge(answer):
+        return right("both.")
+
+    assert judge({"a": ..., "b": ...}).passed is None
+    assert repr(judge({"a": 1, "b": ...})) == "Not yet: 1 of 2 `...` still there: `b = ...`."
+    assert judge({"a": 1, "b": 2}).passed
+
+
+def test_an_error_about_dots_in_a_finished_answer_is_not_hidden():
+    def finished(n):
+        raise ValueError("no ellipsis here, please")
+
+    assert repr(check_function(finished, [(3,)], [3])).startswith("Not yet: your answer raised Va")
+
+
+def test_a_mistake_is_named_when_it_explains_every_case():
+    """At n = 2 squaring and doubling give the same."""
+    mistakes = [
+        Mistake("that doubles.", lambda n: 2 * n),
+        Mistake("that squares.", lambda n: n * n),
+    ]
+
+    def said(answer):
+        return repr(check_function(answer, [(2,), (3,)], [8, 27], mistakes=mistakes))
+
+    assert said(lambda n: n * n) == "Not yet: that squares."
+    assert said(lambda n: 2 * n) == "Not yet: that doubles."
+    assert said(lambda n: 4) == "Not yet: (2) should give 8, got 4."
+
+
 def test_an_answer_may_write_into_what_it_is_given():
     def double_all(numbers):
         for i, number in enumerate(numbers):
@@ -119,7 +217,7 @@ def test_function_is_held_to_every_case():
 
 
 def test_learners_error_never_escapes():
-    @check
+    @check()
     def judge(answer):
         return right(f"{1 / answer}")
 
@@ -161,6 +259,35 @@ def test_prediction_of_a_ratio(capsys):
         "predicted  2.0 x (0.50 times the counted)",
         "counted    4.0 x",
     ]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "words"),
+    [
+        (0.3, "30% (1.15 times the counted)"),
+        (1, "100% (3.85 times the counted)"),
+        (40, "4000% (a share from 0 to 1 is asked for: 40% is 0.4)"),
+    ],
+)
+def test_prediction_of_a_share(predicted, words, capsys):
+    show_prediction(predicted, show="{:.0%}".format, counted=0.26)
+    assert capsys.readouterr().out.splitlines()[0] == f"predicted  {words}"
+
+
+def test_prediction_of_an_exponent_has_no_ratio(capsys):
+    show_prediction(12, show="scale 2**{:.0f}".format, computed=16)
+    assert capsys.readouterr().out.splitlines()[0] == "predicted  scale 2**12"
+
+
+@pytest.mark.parametrize("predicted", [np.int64(MIB), torch.tensor(MIB), float(MIB)])
+def test_prediction_by_any_library(predicted, capsys):
+    show_prediction(predicted, counted=2 * MIB)
+    assert capsys.readouterr().out.startswith("predicted  1.00 MiB (0.50 times the counted)")
+
+
+def test_prediction_beside_what_nobody_measured_or_zero(capsys):
+    show_prediction(MIB, measured=None, counted=0)
+    assert capsys.readouterr().out.splitlines()[0] == "predicted  1.00 MiB"
 
 
 def test_a_gradient_of_nan_is_not_equal():
