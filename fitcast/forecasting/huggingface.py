@@ -36,7 +36,7 @@ from fitcast.cuda.trainers import (
 )
 from fitcast.forecasting import depth, fake
 from fitcast.forecasting.answers import Answers
-from fitcast.forecasting.forecast import Forecast, _report
+from fitcast.forecasting.forecast import Forecast, report
 from fitcast.forecasting.place import place
 from fitcast.gpus import T4, Gpu
 from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
@@ -126,7 +126,7 @@ def forecast_run(
         sequence_length, padded, trainer, trainer_options,
     )  # fmt: skip
     repeats = max(1.0, arguments.gradient_accumulation_steps / MICRO_BATCHES)
-    return _report(run_stream(run, gpu), gpu, repeats)
+    return report(run_stream(run, gpu), gpu, repeats=repeats)
 
 
 def notes(run: Run) -> tuple[str, ...]:

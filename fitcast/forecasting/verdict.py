@@ -1,0 +1,215 @@
+"""From a stream of memory events to what a card will show: peak, reserved memory, verdict, time.
+
+The stream is replayed through CUDA's caching allocator: once with addresses that fall from segment
+to segment and once with rising ones, for the bounds; under the card's limit, for the verdict. A
+step is taken as its first time (the optimizer makes its state) and as any later time (the state
+cuts the holes).
+
+Not modelled: what other work in the same process left in the allocator, beyond the stated bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fitcast.cuda.allocator import LARGE_SEGMENT, Playback, segment_bytes
+from fitcast.gpus import Gpu
+from fitcast.memory.report import MemoryReport, replay
+from fitcast.memory.stream import Stream, later_step
+from fitcast.units import show_bytes, with_article
+
+Events = list[tuple[int, int, str]]
+
+# Bounds of reserved memory, for what the step does not decide. Other versions' small temporaries
+# take or spare a segment in forward, in backward and in the optimizer.
+SLACK = 3 * LARGE_SEGMENT
+# And one temporary may find the hole taken that it fitted here: it then asks for a segment of its
+# own. One above this share of all memory had that from the start, and finds it again.
+MISSED_HOLE_SHARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast(MemoryReport):
+    """What a step will need on a GPU. Bytes, as `torch.cuda.memory_stats` will count them.
+
+    Attributes of a `MemoryReport` describe a step after the first; blocks have the sizes that the
+    allocator gives them. `phase_peaks` are over all phases, "load" included.
+
+    Attributes:
+        gpu: The GPU.
+        peak_reserved_bytes: Between which bounds the allocator's memory will peak.
+        device_bytes: The same with the CUDA context: what `nvidia-smi` shows.
+        fits: Whether the step runs within the GPU's memory.
+        margin_bytes: What is left of the GPU's memory in the worse case; negative when it is short.
+        loaded_bytes: After loading the base model; `None` when nothing was loaded.
+        resident_bytes: Before the first step: weights and adapters.
+        operations: About how many operations the step launches.
+        flops: Multiplications and additions of its matrix products.
+        ideal_seconds: Its time if every operation ran at the GPU's peak rate or bandwidth.
+    """
+
+    gpu: Gpu
+    peak_reserved_bytes: tuple[int, int]
+    fits: bool
+    loaded_bytes: int | None
+    resident_bytes: int
+    operations: int
+    flops: int
+    ideal_seconds: float
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Most bytes in tensors, rounded by the allocator."""
+        return self.peak_bytes
+
+    @property
+    def device_bytes(self) -> tuple[int, int]:
+        """Lowest and highest use of the device, context included."""
+        low, high = self.peak_reserved_bytes
+        return low + self.gpu.context_bytes, high + self.gpu.context_bytes
+
+    @property
+    def margin_bytes(self) -> int:
+        """Bytes of the GPU left over at the upper bound."""
+        return self.gpu.total_bytes - self.device_bytes[1]
+
+    def __str__(self) -> str:
+        low, high = (show_bytes(n, "GiB") for n in self.device_bytes)
+        verdict = "fits" if self.fits else "does not fit"
+        card = f"{with_article(self.gpu.name)} ({show_bytes(self.gpu.total_bytes)})"
+        return (
+            f"{verdict} {card}: peak {show_bytes(self.peak_allocated_bytes)} in tensors, {low} "
+            f"to {high} of the device; highest in {self.peak_phase} at {self.peak_operation} "
+            f"in {self.peak_module or 'no module'}"
+        )
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A stream's events, cut: loading, adding adapters, the first step, any later step."""
+
+    loading: Events
+    adding: Events
+    first: Events
+    later: Events
+
+    @property
+    def before(self) -> Events:
+        """Everything before the first step."""
+        return self.loading + self.adding
+
+
+def moments(stream: Stream) -> Moments:
+    """Cut a stream at its marks; one without "load" is a reader's own step, and taken once."""
+    loaded, ready = stream.marks.get("load", 0), stream.marks["ready"]
+    step = stream.events[ready:]
+    own = not loaded
+    return Moments(
+        loading=stream.events[:loaded],
+        adding=stream.events[loaded:ready],
+        first=[] if own else step,
+        later=step if own else later_step(step),
+    )
+
+
+def report(stream: Stream, gpu: Gpu, *, repeats: float = 1, expandable: bool = False) -> Forecast:
+    """What a stream of memory events will be on a GPU.
+
+    Args:
+        stream: Loading and first step, with the marks "load" and "ready"; or a reader's own step,
+            with "ready" alone.
+        gpu: The card.
+        repeats: How often the work of the stream's step is done.
+        expandable: Whether the allocator grows one segment (`expandable_segments`).
+    """
+    cut = moments(stream)
+    falling = Playback(stream.blocks, descending=True, expandable=expandable)
+    falling.play(cut.loading)
+    loaded_bytes = falling.allocator.allocated_bytes if cut.loading else None
+    falling.play(cut.adding)
+    resident_bytes = falling.allocator.allocated_bytes
+    falling.play(cut.first)
+    alive = list(falling.chunks)
+    peak_bytes = falling.play(cut.later)
+    rising = _rising(stream, cut, gpu, expandable)
+    bounds = _reserved_bounds(
+        peak_bytes,
+        (falling.allocator.peak_reserved_bytes, rising.allocator.peak_reserved_bytes),
+        0 if expandable else _largest_segment(stream),
+    )
+    sizes = falling.sizes
+    blocks = [block.resized(sizes.get(index, 0)) for index, block in enumerate(stream.blocks)]
+    seen = replay(blocks, alive, cut.later, falling.allocator.allocated_bytes)
+    peaks = {phase: n for phase, n in falling.phase_peaks.items() if phase != "start"}
+    operations, flops, seconds = _work(stream, repeats)
+    return Forecast(
+        **vars(seen) | {"phase_peaks": peaks},
+        gpu=gpu,
+        peak_reserved_bytes=bounds,
+        fits=_fits(stream, gpu, peak_bytes, bounds[1], expandable),
+        loaded_bytes=loaded_bytes,
+        resident_bytes=resident_bytes,
+        operations=operations,
+        flops=flops,
+        ideal_seconds=seconds,
+    )
+
+
+def _rising(stream: Stream, cut: Moments, gpu: Gpu, expandable: bool) -> Playback:
+    """All of it where addresses rise and something multiplied matrices before the first step."""
+    rising = Playback(stream.blocks, expandable=expandable)
+    rising.play(cut.before)
+    stays = {block for _, block, _ in cut.first} - {block for _, block, _ in cut.later}
+    workspace = [
+        event
+        for event in cut.first
+        if event[1] in stays and stream.blocks[event[1]].n_bytes == gpu.workspace_bytes
+    ][:1]
+    rising.play(workspace + [event for event in cut.first if event not in workspace])
+    rising.play(cut.later)
+    return rising
+
+
+def _largest_segment(stream: Stream) -> int:
+    """Bytes that the driver would be asked for by the step's largest request."""
+    step = stream.events[stream.marks["ready"] :]
+    requests = (stream.blocks[block].n_bytes for sign, block, _ in step if sign > 0)
+    return max(map(segment_bytes, requests), default=0)
+
+
+def _reserved_bounds(peak: int, simulated: tuple[int, int], largest: int) -> tuple[int, int]:
+    """Lowest and highest peak of reserved memory, given two simulated ones.
+
+    Args:
+        peak: Of tensors; no allocator reserves less.
+        simulated: Peaks of reserved memory with falling and with rising addresses.
+        largest: Segment for the largest request, which may miss its hole; 0 without holes.
+    """
+    missed = min(largest, int(MISSED_HOLE_SHARE * max(simulated)))
+    low = max(peak, min(simulated) - SLACK)
+    high = max(*simulated, min(simulated) + missed) + SLACK
+    return low, high
+
+
+def _work(stream: Stream, repeats: float) -> tuple[int, int, float]:
+    """Operations, FLOPs and seconds of the step."""
+    after = [work[1:] for work in stream.work if work[0] > stream.marks["ready"]]
+    operations, flops, seconds = (
+        repeats * sum(column) for column in zip((0, 0, 0.0), *after, strict=True)
+    )
+    return int(operations), int(flops), seconds
+
+
+def _fits(stream: Stream, gpu: Gpu, peak: int, reserved: int, expandable: bool) -> bool:
+    """Whether it runs in the GPU's memory, cached segments given back when that helps."""
+    if peak > gpu.usable_bytes:
+        return False
+    if reserved <= gpu.usable_bytes:
+        return True
+    if expandable:
+        return False
+    try:
+        Playback(stream.blocks, descending=True, limit_bytes=gpu.usable_bytes).play(stream.events)
+    except MemoryError:
+        return False
+    return True
