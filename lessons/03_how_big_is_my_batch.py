@@ -551,8 +551,8 @@ exercises.check_search(largest_that_trains)
 #     torchrun --nproc-per-node 2 your_script.py
 #
 # The next cells do that with the course's own script,
-# [ranks.py](../course_utils/topics/ranks.py): 2 sequences x 8 micro batches x 2 ranks, the uneven batch of
-# section 2, one optimizer step in float64. Rank 0 takes the first 16 rows, all short; rank 1 the
+# [ranks.py](../course_utils/topics/ranks.py): 2 sequences x 8 micro batches x 2 ranks, the uneven
+# batch of section 2, one optimizer step in float64. Rank 0 takes the first 16 rows, all short; rank 1 the
 # other 16, the four long answers among them. Two GPUs talk through NCCL; on a machine without two
 # GPUs the ranks are two processes on the CPU, and talk through gloo.
 #
@@ -669,7 +669,7 @@ print(f"[recorded: {recorded.stamp(recorded.rows('menu'))}]")
 # Now the two cards. The forecast gives the memory, and the time if every operation ran at the data
 # sheet's peak, in FLOP/s or in bytes/s, whichever takes longer. No step gets there; we take
 # `utilisation` of it, on both cards: on an H200, large steps reached 0.56 to 0.64
-# [[fit.py](../fitcast/forecasting/search.py), from
+# [[search.py](../fitcast/forecasting/search.py), from
 # [h200_steps.json](../tests/data/h200_steps.json)].
 
 # %% tags=["run"]

@@ -676,9 +676,9 @@ exercises.check_budget(phi_recipe, exercises.PHI, budget_bytes=6 * GIB, speedup=
 #   difference larger than the interval? Then try `base="float32"`: what did 4 bits cost?
 # - Two T4s (Kaggle gives them): [beyond one GPU](beyond_one_gpu.md) runs this recipe under
 #   `torchrun` with the same 32 sequences a step, and works out what FSDP would add.
-# - A loop of your own: `forecast_step(fake_model("llama-3.2-1b"), step, hardware.T4)` (from
-#   `fitcast.forecasting.forecast` and `fitcast.forecasting.fake`) says what `step(model)` needs, before you have
-#   a GPU. Let `step` make its optimizer and take two steps; lesson 01 says why.
+# - A loop of your own: `forecast_step(fake_model("llama-3.2-1b"), step, T4)` (all three from
+#   `fitcast`) says what `step(model)` needs, before you have a GPU. Let `step` make its optimizer
+#   and take two steps; lesson 01 says why.
 #
 # ## Try with AI
 # Give an assistant each of these, and check it against the course's own planner.
