@@ -212,6 +212,7 @@ def fit(
             f"{world * most}, got {target!r}; try {world * 8}"
         )
     num_layers, per_gpu = checked_config(recipe).num_hidden_layers, target // world
+    _, largest = WHOLE_NUMBERS["micro_batch_size"]
     tried: list[tuple[TrainRecipe, Forecast]] = []
 
     def weigh(candidate: TrainRecipe) -> Forecast:
@@ -256,7 +257,7 @@ def fit(
                 "offload_checkpoints": offload,
             }
             micro = 1
-            while per_gpu % micro == 0:
+            while micro <= largest and per_gpu % micro == 0:
                 margin = functools.cache(
                     lambda k, m=micro, f=fields: (
                         weigh(sized(m, checkpointed_layers=k, **f)).margin_bytes

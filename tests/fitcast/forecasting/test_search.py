@@ -4,12 +4,14 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import GraniteConfig
 
 from course_utils.data import BUNDLED
 from fitcast import models
+from fitcast.forecasting import search
 from fitcast.forecasting.forecast import forecast
 from fitcast.forecasting.search import DoesNotFit, Lever, fit, levers, tokens_per_second
 from fitcast.gpus import H200, T4
@@ -61,6 +63,20 @@ def test_fit_finds_what_exhaustive_search_finds(recipe, small_gpu):
             if f.margin_bytes >= 0:
                 fastest = max(fastest, tokens_per_second(candidate, f))
     assert best.tokens_per_second == pytest.approx(fastest, rel=0.01)
+
+
+def test_micro_batches_end_where_recipes_do(monkeypatch):
+    """A card on which everything fits; the larger the micro batch, the faster."""
+
+    def roomy(recipe, gpu):
+        seconds = recipe.gradient_accumulation_steps * (1 + recipe.micro_batch_size / 1000)
+        return SimpleNamespace(margin_bytes=1, ideal_seconds=seconds, operations=0)
+
+    monkeypatch.setattr(search, "forecast", roomy)
+    recipe = TrainRecipe(model=BUNDLED, amp_dtype="float16", sequence_length=2)
+    for target, micro, accumulated in ((8192, 4096, 2), (24, 8, 3), (65536, 4096, 16)):
+        best = fit(recipe, H200, target).recipe
+        assert (best.micro_batch_size, best.gradient_accumulation_steps) == (micro, accumulated)
 
 
 def test_target_is_kept_and_hours_follow(recipe, small_gpu):
