@@ -564,7 +564,7 @@ def describe_gpu(pipe) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "lessons" / "recorded_runs.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "course_utils" / "data" / "recorded_runs.json")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument(
         "--forecasts",
