@@ -1,6 +1,6 @@
 """Train on a GPU as if it were a T4, and write what was measured beside what was forecast.
 
-    python tools/record_gpu_run.py [--out course_utils/data/recorded_runs.json] [--groups ladder fit …]
+    python tools/record_gpu_run.py [--out PATH] [--groups ladder fit …]
 
 Each row is a recipe run through `training.QLoRATrainer` in a process of its own, one after the
 other: random weights at the real shapes (memory and speed do not depend on values), full-length
@@ -564,7 +564,8 @@ def describe_gpu(pipe) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "course_utils" / "data" / "recorded_runs.json")
+    recorded = ROOT / "course_utils" / "data" / "recorded_runs.json"
+    parser.add_argument("--out", type=Path, default=recorded)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument(
         "--forecasts",
