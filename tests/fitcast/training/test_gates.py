@@ -75,6 +75,7 @@ def test_a_cut_graph_shuts_the_second_gate(recipe, rows, quick, monkeypatch):
     assert not passed["gradients"] and "norm is 0" in repr(found)
 
 
+@pytest.mark.slow
 def test_labels_that_cannot_be_learned_shut_the_third_gate(recipe, rows):
     model = trainer.build_model(recipe)
     row, vocab_size = rows[0], model.config.vocab_size

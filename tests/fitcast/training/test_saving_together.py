@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from course_utils.topics.ranks import LOOPBACK, _environment
 from fitcast.training import checkpoints
 from tests.tiny import tiny_recipe
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_one_process_costs_one_save(tmp_path):
     tiny_recipe(tmp_path / "model")
     done = subprocess.run(

@@ -57,6 +57,7 @@ def run(folder, *launcher: str) -> dict:
     return {"said": done.stdout, "adapter": load_file(folder / "adapter/adapter_model.safetensors")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpus.detect() is not None, reason="on GPUs sums come in no fixed order")
 def test_two_processes_train_the_adapters_of_one(tmp_path):
     one = run(tmp_path / "one")

@@ -218,13 +218,11 @@ def test_a_drive_that_vanishes_in_a_run_costs_a_warning(recipe, tmp_path, monkey
     assert checkpoints.find_last(tmp_path / "here", drive).name == "checkpoint-12"
 
 
-@pytest.fixture(scope="module")
-def survived(tmp_path_factory):
+def killed(folder, *words):
     """What kill_worker.py reports."""
-    folder = tmp_path_factory.mktemp("kills")
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("kill_worker.py"), folder],
+        [sys.executable, Path(__file__).with_name("kill_worker.py"), folder, *words],
         text=True,
         capture_output=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
@@ -233,6 +231,22 @@ def survived(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def survived(tmp_path_factory):
+    return killed(tmp_path_factory.mktemp("kills"))
+
+
+def test_a_kill_in_a_save_costs_no_loss(tmp_path):
+    report = killed(tmp_path, "--few")
+    assert len(report["killed"]) >= 5 and len(report["uninterrupted"]["losses"]) == 12
+    for moment, run in report["killed"].items():
+        assert run["losses"] == report["uninterrupted"]["losses"], moment
+        if moment.startswith("in a save"):
+            assert run["signal"] == 9 and run["from"] == "checkpoint-4", moment
+            assert "checkpoint-8 was being written when the last run ended" in run["said"]
+
+
+@pytest.mark.slow
 def test_a_kill_at_any_moment_costs_no_loss(survived):
     kills = survived["killed"]
     whole = survived["uninterrupted"]
@@ -258,6 +272,7 @@ def test_a_kill_at_any_moment_costs_no_loss(survived):
             assert "checkpoint-8 was being written when the last run ended" in run["said"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_one_save_and_no_loss(survived):
     full = survived["full disk"]
     assert full["signal"] == 9 and full["from"] == "checkpoint-4"
