@@ -1,10 +1,11 @@
 """Forecast, count and shrink the memory of an LLM fine-tune, from a machine without a GPU.
 
-    from fitcast import T4, TrainRecipe, forecast, fit
+    from fitcast import T4, TrainRecipe, forecast
     forecast(TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", sequence_length=2048), T4).fits
 
 Every name below is loaded when it is first asked for: `import fitcast` brings no torch. What each
-is for, with an example, stands in fitcast/README.md.
+is for, with examples, stands in fitcast/README.md. Cards and shapes by name are in the modules
+`fitcast.gpus` and `fitcast.models`.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for editors and type checkers; what runs is `__getattr__`
     from fitcast.cli.doctor import doctor
     from fitcast.forecasting.block import count_block
     from fitcast.forecasting.fake import fake_model, fake_tensors
     from fitcast.forecasting.forecast import Forecast, forecast, forecast_step
-    from fitcast.forecasting.search import DoesNotFit, Fit, Lever, fit, levers
-    from fitcast.gpus import T4, Gpu, detect, device, emulate, preset
+    from fitcast.forecasting.search import DoesNotFit, fit, levers
+    from fitcast.gpus import T4, Gpu, describe, detect, device, emulate, preset
     from fitcast.memory.ledger import MemoryLedger
     from fitcast.memory.report import MemoryReport
     from fitcast.recipe import TrainRecipe
     from fitcast.training.export import merge
     from fitcast.training.measurement import measure_step
     from fitcast.training.preflight import preflight
-    from fitcast.training.trainer import train
+    from fitcast.training.trainer import build_model, train
     from fitcast.units import GIB, MIB, show_bytes
 
 # On some CPUs bitsandbytes reports a missing optional kernel when transformers imports it; the
@@ -39,24 +40,53 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "DoesNotFit",
+    "Forecast",
+    "GIB",
+    "Gpu",
+    "MIB",
+    "MemoryLedger",
+    "MemoryReport",
+    "T4",
+    "TrainRecipe",
+    "build_model",
+    "count_block",
+    "describe",
+    "detect",
+    "device",
+    "doctor",
+    "emulate",
+    "fake_model",
+    "fake_tensors",
+    "fit",
+    "forecast",
+    "forecast_step",
+    "levers",
+    "measure_step",
+    "merge",
+    "preflight",
+    "preset",
+    "show_bytes",
+    "train",
+]
 _MODULES = {
     "recipe": "TrainRecipe",
-    "gpus": "Gpu T4 detect device emulate preset",
+    "gpus": "Gpu T4 describe detect device emulate preset",
     "units": "GIB MIB show_bytes",
     "memory.ledger": "MemoryLedger",
     "memory.report": "MemoryReport",
     "forecasting.forecast": "Forecast forecast forecast_step",
-    "forecasting.search": "DoesNotFit Fit Lever fit levers",
+    "forecasting.search": "DoesNotFit fit levers",
     "forecasting.fake": "fake_model fake_tensors",
     "forecasting.block": "count_block",
     "training.measurement": "measure_step",
     "training.preflight": "preflight",
-    "training.trainer": "train",
+    "training.trainer": "build_model train",
     "training.export": "merge",
     "cli.doctor": "doctor",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
