@@ -13,7 +13,7 @@ HASHES ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PYTEST := $(BIN)/python -m pytest
 # The tests that need no torch: they start at once, and find what is out of place.
-QUICK := tests/house/test_security.py tests/house/test_verbs.py tests/fitcast/test_units.py
+QUICK := tests/fitcast/test_units.py tests/house/test_verbs.py
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
 READY := .venv/ready-$(shell (cat requirements.txt $(LOCK) pyproject.toml; echo "$(HASHES)") | cksum | tr ' ' -)
 
@@ -72,7 +72,7 @@ test-browser: $(READY)-browser ## every lesson in JupyterLab, used in a browser 
 lint: $(READY) ## check style, format, who imports whom, and types
 	@echo "Checking style, format, imports and types"
 	@$(BIN)/python -m ruff check .
-	@$(BIN)/python -m ruff format --check --quiet . || { echo "make format" >&2; exit 1; }
+	@$(BIN)/python -m ruff format --check --quiet . || { echo "$(BIN)/ruff format ." >&2; exit 1; }
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pyright
 
