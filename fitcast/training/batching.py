@@ -11,16 +11,17 @@ builds up over hours, sequences longer than the probed ones.
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fitcast import gpus
 from fitcast.memory.ledger import MemoryLedger
-from fitcast.units import IGNORED, show_bytes
+from fitcast.training.restoring import unchanged
+from fitcast.units import IGNORED, refusal, show_bytes
 
 # How cuBLAS and cuDNN say that the card is full; they raise a plain RuntimeError.
 OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
@@ -48,9 +49,8 @@ def split(batch: dict[str, torch.Tensor], micro_batch_size: int) -> list[dict[st
         ValueError: Not a whole number from 1.
     """
     if not isinstance(micro_batch_size, int) or micro_batch_size < 1:
-        raise ValueError(
-            f"micro_batch_size must be a whole number from 1, got "
-            f"{micro_batch_size!r}; 1 always splits"
+        raise refusal(
+            "micro_batch_size", "be a whole number from 1", micro_batch_size, "1 always splits"
         )
     rows = len(next(iter(batch.values())))
     return [
@@ -84,11 +84,13 @@ def accumulate(
     if num_items is None:
         num_items = sum(map(labelled_tokens, micro_batches))
     if num_items < 1:
-        raise ValueError(
-            f"micro_batches must hold at least one labelled token, got {num_items}; "
-            "a mean over no token is NaN, drop rows whose answer was cut off"
+        raise refusal(
+            "micro_batches",
+            "hold at least one labelled token",
+            num_items,
+            "a mean over no token is NaN, drop rows whose answer was cut off",
         )
-    total = 0
+    total: Any = 0
     for batch in micro_batches:
         loss = model(**batch, num_items_in_batch=num_items).loss  # a sum over tokens / num_items
         loss.backward()
@@ -148,16 +150,14 @@ def largest_micro_batch(
         ValueError: No budget where nothing limits memory, on a CPU; or a count below 1.
     """
     if budget_bytes is None and gpus.device() == "cpu":
-        raise ValueError(
-            "budget_bytes must be a number of bytes on a CPU, got None; pretend a "
-            "card, for example budget_bytes=gpus.T4.usable_bytes"
+        raise refusal(
+            "budget_bytes",
+            "be a number of bytes on a CPU",
+            None,
+            "pretend a card, for example budget_bytes=gpus.T4.usable_bytes",
         )
-    for name, value, advice in (
-        ("upper", upper, "256 suits most runs"),
-        ("gradient_accumulation_steps", gradient_accumulation_steps, "1 is none"),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}; {advice}")
+    _check_count("upper", upper, "256 suits most runs")
+    _check_count("gradient_accumulation_steps", gradient_accumulation_steps, "1 is none")
     probes: list[Probe] = []
 
     def fits(size: int) -> bool:
@@ -174,31 +174,44 @@ def largest_micro_batch(
 
     with unchanged(model, optimizer):
         model.train()
-        good, bad = 0, 1  # `good` fits, `bad` is not known to
-        while bad <= upper and fits(bad):
-            good, bad = bad, 2 * bad
-        bad = min(bad, upper + 1)
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            good, bad = (middle, bad) if fits(middle) else (good, middle)
+        largest = _largest(fits, upper)
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-    return Search(good, probes)
+    return Search(largest, probes)
+
+
+def _check_count(name: str, value: int, advice: str) -> None:
+    if value < 1:
+        raise refusal(name, "be at least 1", value, advice)
+
+
+def _largest(fits: Callable[[int], bool], upper: int) -> int:
+    """The largest size up to `upper` that fits, 0 for none: doubling, then halving the interval."""
+    good, bad = 0, 1  # `good` fits, `bad` is not known to
+    while bad <= upper and fits(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, upper + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
 
 
 def _probe(
-    backward: Callable,
+    backward: Callable[[int], object],
     size: int,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     accumulated: int,
     budget_bytes: int | None,
 ) -> Probe:
-    ledger = (
-        MemoryLedger(model, optimizer=optimizer, budget_bytes=budget_bytes)
-        if budget_bytes is not None
-        else None
-    )
+    """One attempt: an optimizer step at this size (two where the optimizer has no state yet)."""
+    ledger = None
+    if budget_bytes is not None:
+        ledger = MemoryLedger(model, optimizer=optimizer, budget_bytes=budget_bytes)
     gpus.reset_peak()
     try:
         with ledger or contextlib.nullcontext():
@@ -213,57 +226,3 @@ def _probe(
         return Probe(size, False, None)
     peak_bytes = ledger.report().peak_bytes if ledger else gpus.peak_allocated_bytes()
     return Probe(size, True, peak_bytes)
-
-
-@contextlib.contextmanager
-def unchanged(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Whatever is trained inside, model, optimizer and PyTorch's random state are as before after.
-
-    Copies wait in host memory. Gradients are cleared at entry and come back at the end.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    values = [(t, _on_host(t)) for t in (*trained, *model.buffers())]
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(p, p.grad.cpu()) for p in model.parameters() if p.grad is not None]
-    groups = [
-        {key: copy.copy(value) for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    state = {
-        p: {key: _on_host(value) for key, value in entries.items()}
-        for p, entries in optimizer.state.items()
-    }
-    model.zero_grad(set_to_none=True)
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-            for p in set(optimizer.state) - set(state):
-                del optimizer.state[p]
-            for p, entries in state.items():
-                for key, value in entries.items():
-                    is_tensor = isinstance(value, torch.Tensor)
-                    optimizer.state[p][key] = (
-                        optimizer.state[p][key].copy_(value) if is_tensor else value
-                    )
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            parameters = group["params"]
-            group.clear()
-            group.update(before, params=parameters)
-        for module, training in modes:
-            module.training = training
-        model.zero_grad(set_to_none=True)
-        for p, grad in gradients:
-            p.grad = grad.to(p.device)
-
-
-def _on_host(value: object) -> object:
-    return (
-        value.detach().to("cpu", copy=True)
-        if isinstance(value, torch.Tensor)
-        else copy.deepcopy(value)
-    )

@@ -1,5 +1,7 @@
 """Before training: four questions to a loaded model, each of which has saved somebody's night.
 
+Asking changes nothing: weights, gradients, modes and chance are afterwards what they were.
+
 Not modelled: whether the data are any good.
 """
 
@@ -9,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from peft import PeftModel
 
 from fitcast import gpus
 from fitcast.memory.operations import OperationLog
@@ -16,6 +19,7 @@ from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
 from fitcast.training import data
 from fitcast.training.preflight import Finding, Preflight
+from fitcast.training.restoring import evaluating, kept_modes, unchanged
 
 OVERFIT_STEPS = 100  # at most: it ends as soon as the loss has halved
 OVERFIT_RATE, TIMES_THE_RECIPES = 1e-2, 10  # the smaller of the two rates
@@ -24,104 +28,103 @@ FUSED = ("flash", "efficient", "cudnn")
 
 
 def attention_kernel(model: torch.nn.Module, batch: dict, recipe: TrainRecipe) -> str:
-    """Name of the attention operation that a training forward pass dispatches, or "scores"."""
-    model.train()
-    with OperationLog() as log, qlora.autocast(recipe, gpus.device()):
+    """Name of the attention operation that a training forward pass dispatches, or "scores".
+
+    Args:
+        model: In any mode; each of its modules is back in its own mode afterwards.
+        batch: Tensors input_ids, labels and maybe attention_mask, (rows, tokens).
+        recipe: Uses amp_dtype and loss.
+    """
+    with kept_modes(model), OperationLog() as log, qlora.autocast(recipe, gpus.device()):
+        model.train()
         qlora.compute_loss(model, batch, recipe)
-    fused = [
-        name
-        for name, _ in log.counts
-        if "attention" in name
-        and "backward" not in name
-        and any(kernel in name for kernel in FUSED)
-    ]
-    return fused[0].strip("_") if fused else "scores"
+    for name, _ in log.counts:
+        if "attention" in name and "backward" not in name and any(word in name for word in FUSED):
+            return name.strip("_")
+    return "scores"
 
 
 def check_gates(
     model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecipe, pad_token_id: int
 ) -> Preflight:
-    """Ask all four; the adapters are afterwards what they were.
+    """Ask all four; the model is afterwards what it was.
 
-    1. With fresh adapters the loss is the base's: they start as zero.
+    1. With fresh adapters the loss is the base's: they start as zero. (Where the weights
+       themselves are trained there is no other model to compare with: the loss is a number.)
     2. Every trainable parameter gets a finite gradient, and they are not all zero.
     3. One batch, seen again and again, is learned by heart: the loss can fall.
     4. Attention runs in a kernel that does not write its scores.
 
     Args:
-        model: With fresh adapters, as from `training.build_model`.
+        model: With fresh adapters, as from `training.build_model`, or without any.
         rows: Encoded examples; the first micro batch of them is used.
+        recipe: That of the run to come.
+        pad_token_id: What fills the shorter rows.
     """
     batch = data.collate(list(rows)[: recipe.micro_batch_size], pad_token_id)
     batch = {name: tensor.to(gpus.device()) for name, tensor in batch.items()}
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    before = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-    start, base = _start(model, batch, recipe)
-    kernel = attention_kernel(model, batch, recipe)
-    finite, norm = _gradients(model, batch, recipe, trainable)
-    last = _overfit(model, batch, recipe, start / 2)
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(before[name])
-            parameter.grad = None
-    return Preflight(
-        [
-            Finding(
-                "step 0",
-                f"loss {start:.2f}, the base's {base:.2f}",
-                None
-                if start == base
-                else "build the model afresh: these adapters are trained already",
-            ),
-            Finding(
-                "gradients",
-                f"{'finite' if finite else 'not finite'}, norm {'above' if norm > 0 else 'is'} 0",
-                None
-                if finite and norm > 0
-                else "call enable_input_require_grads, or lower the loss scale",
-            ),
-            Finding(
-                "overfit",
-                f"one batch, at most {OVERFIT_STEPS} steps: loss falls by "
-                f"{'more' if last < start / 2 else 'less'} than half",
-                None
-                if last < start / 2
-                else "look at the labels, then at learning_rate and lora_rank",
-            ),
-            Finding(
-                "attention", kernel, "set attention='explicit_kv'" if kernel == "scores" else None
-            ),
-        ]
-    )
+    with unchanged(model):
+        first, start = _step_0(model, batch, recipe)
+        kernel = attention_kernel(model, batch, recipe)
+        gradients = _gradients(model, batch, recipe)
+        overfit = _overfit(model, batch, recipe, start / 2)
+    fix = "set attention='explicit_kv'" if kernel == "scores" else None
+    return Preflight([first, gradients, overfit, Finding("attention", kernel, fix)])
 
 
-def _start(model, batch, recipe) -> tuple[float, float]:
-    model.eval()
-    with torch.no_grad(), qlora.autocast(recipe, gpus.device()):
-        start = qlora.compute_loss(model, batch, recipe).item()
+def _step_0(model: torch.nn.Module, batch: dict, recipe: TrainRecipe) -> tuple[Finding, float]:
+    """The first gate, and the loss (nats per labelled token) from which the third one starts."""
+    start, fix = _loss(model, batch, recipe), None
+    if isinstance(model, PeftModel):
         with model.disable_adapter():
-            return start, qlora.compute_loss(model, batch, recipe).item()
+            base = _loss(model, batch, recipe)
+        found = f"loss {start:.2f}, the base's {base:.2f}"
+        if start != base:
+            fix = "build the model afresh: these adapters are trained already"
+    else:
+        found = f"loss {start:.2f}, no adapters to switch off"
+        if not math.isfinite(start):
+            fix = "look at the weights' files and at amp_dtype"
+    return Finding("step 0", found, fix), start
 
 
-def _gradients(model, batch, recipe, trainable) -> tuple[bool, float]:
+def _loss(model: torch.nn.Module, batch: dict, recipe: TrainRecipe) -> float:
+    with evaluating(model), qlora.autocast(recipe, gpus.device()):
+        return qlora.compute_loss(model, batch, recipe).item()
+
+
+def _gradients(model: torch.nn.Module, batch: dict, recipe: TrainRecipe) -> Finding:
+    """The second gate: one backward pass, in training mode."""
     model.train()
     with qlora.autocast(recipe, gpus.device()):
         qlora.compute_loss(model, batch, recipe).backward()
-    grads = [p.grad for p in trainable.values()]
-    norm = math.hypot(*(g.norm().item() for g in grads if g is not None))
-    return math.isfinite(norm) and all(g is not None for g in grads), norm
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    norm = math.hypot(*(grad.norm().item() for grad in grads if grad is not None))
+    finite = math.isfinite(norm) and all(grad is not None for grad in grads)
+    return Finding(
+        "gradients",
+        f"{'finite' if finite else 'not finite'}, norm {'above' if norm > 0 else 'is'} 0",
+        None if finite and norm > 0 else "call enable_input_require_grads, or lower the loss scale",
+    )
 
 
-def _overfit(model, batch, recipe, target: float) -> float:
-    """Loss of one batch, seen again and again, once it is below the target or time is up."""
+def _overfit(model: torch.nn.Module, batch: dict, recipe: TrainRecipe, target: float) -> Finding:
+    """The third gate: one batch again and again, until its loss is below the target."""
+    model.train()
     model.zero_grad()
     rate = min(OVERFIT_RATE, TIMES_THE_RECIPES * recipe.learning_rate)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0
     )
     scaler = torch.amp.GradScaler(gpus.device(), enabled=recipe.amp_dtype == "float16")
+    learned = False
     for _ in range(OVERFIT_STEPS):
-        loss = qlora.training_step(model, optimizer, [batch], recipe, scaler).item()
-        if loss < target:
+        learned = qlora.training_step(model, optimizer, [batch], recipe, scaler).item() < target
+        if learned:
             break
-    return loss
+    return Finding(
+        "overfit",
+        f"one batch, at most {OVERFIT_STEPS} steps: loss falls by "
+        f"{'more' if learned else 'less'} than half",
+        None if learned else "look at the labels, then at learning_rate and lora_rank",
+    )
