@@ -1,5 +1,7 @@
 """Is this a runtime that everything here was run on.
 
+Versions are read as pip reads them (PEP 440): 5.15rc1 comes before 5.15, 2.11.0+cu128 is 2.11.0.
+
 `verified.json` says when and with which versions every lesson of the course last reproduced; it is
 written by `make test-colab` and by nothing else. Not modelled: whether a version in between works.
 """
@@ -12,6 +14,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from packaging.version import Version
 
 PATH = Path(__file__).with_name("verified.json")
 # The floors of requirements.txt that a lesson cannot do without.
@@ -36,12 +40,25 @@ def record() -> dict[str, Any]:
 def numbers(version: str) -> tuple[int, int]:
     """Major and minor version; what follows them (patch, suffix) does not count here.
 
+    Raises:
+        packaging.version.InvalidVersion: Not a version (a ValueError).
+
     Example:
-        >>> numbers("2.11.0+cu128")
-        (2, 11)
+        >>> numbers("2.11.0+cu128"), numbers("5.14rc1")
+        ((2, 11), (5, 14))
     """
-    major, minor = (version.split("+")[0].split(".") + ["0"])[:2]
-    return int(major), int("".join(filter(str.isdigit, minor)) or 0)
+    major, minor = (*Version(version).release, 0)[:2]
+    return major, minor
+
+
+def below(version: str, floor: tuple[int, int]) -> bool:
+    """Whether a version is older than a floor; the floor's own release candidates are.
+
+    Example:
+        >>> below("5.15rc1", (5, 15)), below("5.15.0", (5, 15))
+        (True, False)
+    """
+    return Version(version) < Version(".".join(map(str, floor)))
 
 
 def installed(name: str) -> str | None:
@@ -58,7 +75,7 @@ def too_old() -> list[str]:
     return [
         f"{name} {version} (needed: {'.'.join(map(str, FLOORS[name]))})"
         for name, version in found.items()
-        if version and numbers(version) < FLOORS[name]
+        if version and below(version, FLOORS[name])
     ]
 
 

@@ -91,3 +91,26 @@ def test_the_record_is_of_the_pins_of_today():
         now = pins(file)
         assert seen[side] == {name: now[name] for name in seen[side]}, "run make test-colab"
         assert len(seen[side]) >= 8
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [
+        ("5.14.9", True),
+        ("5.14rc1", True),  # its digits alone would read 5.141
+        ("5.15rc1", True),  # pip, too, takes it for older than 5.15
+        ("5.15.0.dev0", True),
+        ("5.15", False),
+        ("5.15.0+cu128", False),
+        ("5.15.post1", False),
+        ("6", False),
+    ],
+)
+def test_floors_are_read_as_pip_reads_them(runtime, version, old):
+    said = runtime({"transformers": version}, gpu=gpus.T4)
+    assert any(f"transformers {version} (needed: 5.15)" in line for line in said) == old
+
+
+def test_a_release_candidate_is_as_new_as_its_release(runtime):
+    pinned = verified.record()["pins"]["ipywidgets"]
+    assert runtime({"ipywidgets": f"{pinned}rc1"}, gpu=gpus.T4) == []
