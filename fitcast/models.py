@@ -10,7 +10,9 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from fitcast.units import Said, refusal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,7 +35,7 @@ _QWEN3 = dict(
     tie_word_embeddings=True,
 )
 # Each from the config.json of the hub id beside it (ungated copies where the original is gated).
-SHAPES: dict[str, dict] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _LLAMA3
     | dict(
         hub_id="unsloth/Llama-3.2-1B-Instruct",
@@ -139,8 +141,11 @@ NAMES = tuple(SHAPES)
 def hub_id(model: str) -> str:
     """Where the weights of `model` are: a hub id, or the local path that was given.
 
+    Args:
+        model: Name in `NAMES`, a path that exists, or owner/name on the hub.
+
     Raises:
-        ValueError: Not a preset, a local path or a hub id.
+        ValueError: None of these.
     """
     if model in SHAPES:
         return SHAPES[model]["hub_id"]
@@ -148,7 +153,7 @@ def hub_id(model: str) -> str:
         return model
     close = difflib.get_close_matches(model.lower(), NAMES, n=1)
     hint = f"did you mean {close[0]!r}?" if close else "or give a folder with a config.json"
-    raise ValueError(f"model must be one of {', '.join(NAMES)}, got {model!r}; {hint}")
+    raise refusal("model", f"be one of {', '.join(NAMES)}", model, hint)
 
 
 def config(model: str) -> PretrainedConfig:
@@ -157,7 +162,8 @@ def config(model: str) -> PretrainedConfig:
     Only a hub id needs the network.
 
     Raises:
-        ValueError: Unknown name, or a config.json that is not one of a causal language model.
+        ValueError: Unknown name, a config.json of no model_type that transformers knows, or a hub
+            that does not answer.
         FileNotFoundError: A local path holds no config.json.
     """
     from transformers import AutoConfig
@@ -173,9 +179,11 @@ def config(model: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source)
     except OSError as error:
-        raise ValueError(
-            f"model must be reachable on the hub, got {model!r}; check the spelling "
-            f"and the network, or use one of {', '.join(NAMES)}"
+        raise refusal(
+            "model",
+            "be reachable on the hub",
+            model,
+            f"check the spelling and the network, or use one of {', '.join(NAMES)}",
         ) from error
 
 
@@ -183,15 +191,20 @@ def _config_from_file(path: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     if not path.is_file():
-        raise FileNotFoundError(
-            f"model must hold a config.json, got {path} which does not exist; "
-            "give the folder that `save_pretrained` wrote"
+        missing = refusal(
+            "model",
+            "hold a config.json",
+            Said(f"{path} which does not exist"),
+            "give the folder that `save_pretrained` wrote",
         )
+        raise FileNotFoundError(str(missing))
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"model must be a Hugging Face config.json with a known model_type, got "
-            f"{path} ({error}); save one with config.save_pretrained"
+        raise refusal(
+            "model",
+            "be a Hugging Face config.json with a known model_type",
+            Said(f"{path} ({error})"),
+            "save one with config.save_pretrained",
         ) from error

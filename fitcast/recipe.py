@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from fitcast import gpus, models
+from fitcast.units import Said, refusal
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -36,10 +37,21 @@ FRACTIONS = {
     "weight_decay": 1.0,
     "max_grad_norm": 1000.0,
 }
+# field: (the word that is allowed, too; smallest, largest)
+WHOLE_OR = {"checkpointed_layers": ("all", 0, 1000), "lora_rank": (None, 1, 4096)}
+BELOW_ONE = {
+    "lora_dropout": "1 drops every input, use 0.05",
+    "warmup_fraction": "transformers takes 1 for one step, use 0.03",
+}
 TRAINER_OPTIM = {
     "adamw": "adamw_torch",
     "adamw_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
+}
+# today's name of an argument: the one before, between transformers 5.15 and 5.23
+RENAMED = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 
 
@@ -48,7 +60,8 @@ class TrainRecipe:
     """A training run: what is trained, in which precision, on which batch, with which levers.
 
     Attributes:
-        model: Name in `models.NAMES`, a folder with a config.json, or a hub id.
+        model: Name in `models.NAMES`, a folder with a config.json, or a hub id. A path is taken,
+            too, and becomes text.
         base: How the frozen weights are stored. "nf4" is bitsandbytes' 4 bits.
         double_quant: Whether nf4's scales are quantized too (0.516 instead of 0.563 bytes each).
         kbit_upcast: Whether every non-4-bit weight becomes float32, as PEFT's
@@ -61,7 +74,7 @@ class TrainRecipe:
         micro_batch_size: Sequences in one forward pass on one GPU.
         gradient_accumulation_steps: Micro batches summed before the optimizer steps.
         world_size: Data-parallel processes.
-        sequence_length: Tokens in each sequence.
+        sequence_length: Tokens in each sequence; where lengths differ, in the longest.
         padded: Whether batches carry an attention mask, as padded ones do.
         checkpointed_layers: How many layers recompute their activations in backward, or "all".
         offload_checkpoints: Whether what checkpointing keeps waits in host memory.
@@ -77,8 +90,15 @@ class TrainRecipe:
         optimizer: Name in `CHOICES["optimizer"]`.
         expandable_segments: Whether CUDA's allocator grows one segment rather than cutting many
             (PYTORCH_ALLOC_CONF), which leaves fewer holes.
-        max_steps: Optimizer steps.
+        learning_rate: The highest, after the warm-up; then it falls linearly to 0.
+        weight_decay: Part of a weight that learning_rate x it takes away in each step.
+        max_grad_norm: Gradients longer than this are scaled down to it; 0 leaves them.
         warmup_fraction: Part of `max_steps` over which the learning rate rises.
+        max_steps: Optimizer steps.
+        logging_steps: Optimizer steps between two lines of Trainer's log. `training.train` keeps
+            a line of each step, whatever stands here.
+        save_steps: Optimizer steps between two checkpoints.
+        seed: Of the adapters, of dropout and of the order of the data.
 
     Raises:
         ValueError: A field is out of range; the message says what to change.
@@ -130,87 +150,58 @@ class TrainRecipe:
         if isinstance(self.lora_targets, list):  # as it comes back from JSON
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for field, choices in CHOICES.items():
-            if (value := getattr(self, field)) not in choices:
-                raise ValueError(
-                    f"{field} must be one of {', '.join(map(str, choices))}, got "
-                    f"{value!r}; pick one of these"
-                )
-        for field, (low, high) in WHOLE_NUMBERS.items():
-            self._check_whole(field, getattr(self, field), low, high)
+            _check_choice(field, getattr(self, field), choices)
+        for field, bounds in WHOLE_NUMBERS.items():
+            _check_whole(field, getattr(self, field), *bounds)
+        for field, (word, *bounds) in WHOLE_OR.items():
+            if getattr(self, field) != word:
+                _check_whole(field, getattr(self, field), *bounds)
         for field, high in FRACTIONS.items():
-            value = getattr(self, field)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not 0 <= value <= high
-            ):
-                raise ValueError(
-                    f"{field} must be a number from 0 to {high:g}, got {value!r}; "
-                    "see TrainRecipe's defaults"
-                )
-        for field in (
-            "double_quant",
-            "kbit_upcast",
-            "padded",
-            "offload_checkpoints",
-            "keep_attention",
-            "expandable_segments",
-        ):
-            if not isinstance(value := getattr(self, field), bool):
-                raise ValueError(
-                    f"{field} must be True or False, got {value!r}; drop the quotes or the number"
-                )
-        if self.checkpointed_layers != "all":
-            self._check_whole("checkpointed_layers", self.checkpointed_layers, 0, 1000)
-        if self.lora_rank is not None:
-            self._check_whole("lora_rank", self.lora_rank, 1, 4096)
-        self._check_combinations()
-
-    @staticmethod
-    def _check_whole(field: str, value: object, low: int, high: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(
-                f"{field} must be a whole number from {low} to {high}, got {value!r}; "
-                f"for example {field}={min(max(low, 8), high)}"
-            )
-
-    def _check_combinations(self) -> None:
-        for field, why in (
-            ("lora_dropout", "1 drops every input, use 0.05"),
-            ("warmup_fraction", "transformers takes 1 for one step, use 0.03"),
-        ):
+            _check_fraction(field, getattr(self, field), high)
+        for field in SWITCHES:
+            _check_switch(field, getattr(self, field))
+        for field, remedy in BELOW_ONE.items():
             if getattr(self, field) == 1:
-                raise ValueError(f"{field} must be below 1, got 1; {why}")
-        targets = self.lora_targets
-        if targets != "all-linear" and not (
-            isinstance(targets, tuple)
-            and targets
-            and all(isinstance(name, str) and name for name in targets)
-        ):
-            raise ValueError(
-                f"lora_targets must be a tuple of layer names or 'all-linear', got "
-                f"{targets!r}; for example ('q_proj', 'v_proj')"
+                raise refusal(field, "be below 1", getattr(self, field), remedy)
+        _check_targets(self.lora_targets)
+        self._check_full_fine_tune()
+        self._check_checkpoints()
+
+    def _check_full_fine_tune(self) -> None:
+        """What cannot be when the weights themselves are trained."""
+        if self.lora_rank is not None:
+            return
+        if self.base == "nf4":
+            raise refusal(
+                "lora_rank",
+                "be a number when base is 'nf4'",
+                None,
+                "4-bit weights cannot be trained, set lora_rank=16 or base='float32'",
             )
-        if self.lora_rank is None and self.base == "nf4":
-            raise ValueError(
-                "lora_rank must be a number when base is 'nf4', got None; 4-bit "
-                "weights cannot be trained, set lora_rank=16 or base='float32'"
+        if self.loss == "lean":
+            raise refusal(
+                "loss",
+                "be 'full' or 'chunked' when lora_rank is None",
+                "lean",
+                "the lean loss gives the head no gradient",
             )
-        if self.loss == "lean" and self.lora_rank is None:
-            raise ValueError(
-                "loss must be 'full' or 'chunked' when lora_rank is None, got 'lean'; "
-                "the lean loss gives the head no gradient"
-            )
+
+    def _check_checkpoints(self) -> None:
+        """What checkpoints are for has to be there: a layer that forgets, an output to keep."""
         for field in ("offload_checkpoints", "keep_attention"):
             if getattr(self, field) and self.checkpointed_layers == 0:
-                raise ValueError(
-                    f"{field} must be False when checkpointed_layers is 0, got True; "
-                    "no layer forgets, set checkpointed_layers='all'"
+                raise refusal(
+                    field,
+                    "be False when checkpointed_layers is 0",
+                    True,
+                    "no layer forgets, set checkpointed_layers='all'",
                 )
         if self.keep_attention and self.attention == "eager":
-            raise ValueError(
-                "keep_attention must be False when attention is 'eager', got True; no "
-                "kernel's output is there to keep, set attention='explicit_kv'"
+            raise refusal(
+                "keep_attention",
+                "be False when attention is 'eager'",
+                True,
+                "no kernel's output is there to keep, set attention='explicit_kv'",
             )
 
     @property
@@ -231,9 +222,11 @@ class TrainRecipe:
         """
         for field in ("amp_dtype", "base"):
             if getattr(self, field) == "bfloat16" and not gpu.has_bfloat16:
-                raise ValueError(
-                    f"{field} must be 'float16' on a {gpu.name}, got 'bfloat16'; "
-                    f"{gpus.mixed_precision(gpu).reason}"
+                raise refusal(
+                    field,
+                    f"be 'float16' on a {gpu.name}",
+                    "bfloat16",
+                    gpus.mixed_precision(gpu).reason,
                 )
 
     def for_gpu(self, gpu: gpus.Gpu | None) -> TrainRecipe:
@@ -255,49 +248,88 @@ class TrainRecipe:
         """
         from transformers import TrainingArguments
 
-        settings: dict[str, Any] = (
-            dict(
-                output_dir=output_dir,
-                per_device_train_batch_size=self.micro_batch_size,
-                per_device_eval_batch_size=self.micro_batch_size,
-                gradient_accumulation_steps=self.gradient_accumulation_steps,
-                max_steps=self.max_steps,
-                learning_rate=self.learning_rate,
-                weight_decay=self.weight_decay,
-                max_grad_norm=self.max_grad_norm,
-                warmup_steps=self.warmup_fraction,  # below 1: a fraction of max_steps
-                optim=TRAINER_OPTIM[self.optimizer],
-                fp16=self.amp_dtype == "float16",
-                bf16=self.amp_dtype == "bfloat16",
-                logging_steps=self.logging_steps,
-                logging_nan_inf_filter=False,  # the filter replaces a NaN loss by an older, finite one
-                save_steps=self.save_steps,
-                seed=self.seed,
-                data_seed=self.seed,
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=gpus.device() == "cuda",  # elsewhere it only warns
-            )
-            | overrides
-        )
         accepted = inspect.signature(TrainingArguments).parameters
-        for new, old in (
-            ("activation_checkpointing", "gradient_checkpointing"),
-            ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
-        ):
-            if new in settings and new not in accepted:  # renamed between 5.15 and 5.23
+        settings = self.trainer_settings() | overrides
+        for new, old in RENAMED.items():
+            if new in settings and new not in accepted:
                 settings[old] = settings.pop(new)
         for name in settings:
             if name not in accepted:
-                raise ValueError(
-                    f"{name} must be a field of TrainingArguments, got a "
-                    "name that this version does not have; see its release notes"
+                raise refusal(
+                    name,
+                    "be a field of TrainingArguments",
+                    Said("a name that this version does not have"),
+                    "see its release notes",
                 )
-        return TrainingArguments(**settings)
+        quiet: dict[str, Any] = dict(
+            per_device_eval_batch_size=self.micro_batch_size,
+            logging_steps=self.logging_steps,
+            logging_nan_inf_filter=False,  # the filter replaces a NaN loss by an older, finite one
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=gpus.device() == "cuda",  # elsewhere it only warns
+        )
+        return TrainingArguments(output_dir, **quiet | settings)
+
+    def trainer_settings(self) -> dict[str, Any]:
+        """The fields of TrainingArguments that this recipe decides, by name.
+
+        They are one run's identity: `train` refuses an override that says otherwise.
+        """
+        return dict(
+            per_device_train_batch_size=self.micro_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            max_steps=self.max_steps,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            warmup_steps=self.warmup_fraction,  # below 1: a fraction of max_steps
+            optim=TRAINER_OPTIM[self.optimizer],
+            fp16=self.amp_dtype == "float16",
+            bf16=self.amp_dtype == "bfloat16",
+            save_steps=self.save_steps,
+            seed=self.seed,
+            data_seed=self.seed,
+        )
 
 
-CHOICES = {
-    name: get_args(hint)
-    for name, hint in get_type_hints(TrainRecipe).items()
-    if get_origin(hint) is Literal
-}
+HINTS = get_type_hints(TrainRecipe)
+CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
+SWITCHES = [name for name, hint in HINTS.items() if hint is bool]
+
+
+def _check_choice(field: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise refusal(
+            field, f"be one of {', '.join(map(str, choices))}", value, "pick one of these"
+        )
+
+
+def _check_whole(field: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        example = f"for example {field}={min(max(low, 8), high)}"
+        raise refusal(field, f"be a whole number from {low} to {high}", value, example)
+
+
+def _check_fraction(field: str, value: Any, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= high:
+        raise refusal(field, f"be a number from 0 to {high:g}", value, "see TrainRecipe's defaults")
+
+
+def _check_switch(field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise refusal(field, "be True or False", value, "drop the quotes or the number")
+
+
+def _check_targets(targets: object) -> None:
+    if targets == "all-linear":
+        return
+    named = isinstance(targets, tuple) and all(isinstance(t, str) and t for t in targets)
+    if not targets or not named:
+        raise refusal(
+            "lora_targets",
+            "be a tuple of layer names or 'all-linear'",
+            targets,
+            "for example ('q_proj', 'v_proj')",
+        )

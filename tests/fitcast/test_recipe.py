@@ -142,6 +142,30 @@ def test_training_arguments_take_the_newest_name_on_every_version(tmp_path):
     assert any(getattr(arguments, name, False) is True for name in names)
 
 
+def test_what_a_recipe_decides_is_in_the_arguments(tmp_path):
+    """`train` refuses an override of these: each has to follow the recipe."""
+    r = TrainRecipe(model=BUNDLED, amp_dtype="bfloat16", optimizer="adamw")
+    changed = dataclasses.replace(
+        r,
+        micro_batch_size=3,
+        gradient_accumulation_steps=5,
+        max_steps=7,
+        learning_rate=0.5,
+        weight_decay=0.25,
+        max_grad_norm=2.0,
+        warmup_fraction=0.5,
+        optimizer="adamw_8bit",
+        amp_dtype=None,
+        save_steps=2,
+        seed=9,
+    )
+    one, other = r.trainer_settings(), changed.trainer_settings()
+    assert {name for name in one if one[name] == other[name]} == {"fp16"}
+    arguments = changed.to_training_arguments(str(tmp_path), use_cpu=True)
+    for name, value in other.items():
+        assert getattr(arguments, name) == value, name
+
+
 def test_removed_training_argument(tmp_path):
     with pytest.raises(ValueError, match="evaluation_strategy must be a field of Training"):
         TrainRecipe(model=BUNDLED).to_training_arguments(str(tmp_path), evaluation_strategy="steps")
