@@ -88,6 +88,7 @@ def answer(function, case):
     return json.loads(json.dumps(function(*case.arguments, *extra)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_500_students_have_numbers_of_their_own(name):
     hidden, public = set(), set()

@@ -29,7 +29,17 @@ MINE = f'"grader": {os.getpid()}'
 CHECKED = {".csv", ".html"}
 
 
-@pytest.fixture(scope="module", params=cage.LEVELS)
+STRONGEST, *BETWEEN, WEAKEST = cage.LEVELS
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        STRONGEST,
+        *(pytest.param(level, marks=pytest.mark.slow) for level in BETWEEN),
+        WEAKEST,
+    ],
+)
 def attacked(request, tmp_path_factory):
     """The class of all attackers and three honest students, graded at one level."""
     folder = tmp_path_factory.mktemp(request.param)

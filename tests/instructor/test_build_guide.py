@@ -44,6 +44,7 @@ def test_there_are_commands_for_each_step():
         assert f"python -m instructor.{module} " in text
 
 
+@pytest.mark.slow
 def test_guide_leads_to_a_graded_class(followed):
     grades = followed / "effective_batch" / "graded" / "grades.csv"
     with grades.open(encoding="utf-8-sig", newline="") as file:
