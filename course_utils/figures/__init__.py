@@ -3,8 +3,64 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:  # for editors and type checkers; what runs is `__getattr__`
+    from course_utils.figures.base import (
+        Figure,
+        compare,
+        curves,
+        forward_backward,
+        losses,
+        memory_over_time,
+    )
+    from course_utils.figures.batches import attempts, token_shares, updates
+    from course_utils.figures.chain import chains
+    from course_utils.figures.live import Watcher
+    from course_utils.figures.numbers import (
+        bit_fields,
+        loss_scale,
+        magnitudes,
+        scale_window,
+        smallest_updates,
+    )
+    from course_utils.figures.training import ladder, lengths, progress
+    from course_utils.figures.widgets import (
+        forgetting_explorer,
+        layers_explorer,
+        levers_explorer,
+        scale_explorer,
+        split_explorer,
+        updates_explorer,
+    )
+
+__all__ = [
+    "Figure",
+    "Watcher",
+    "attempts",
+    "bit_fields",
+    "chains",
+    "compare",
+    "curves",
+    "forgetting_explorer",
+    "forward_backward",
+    "ladder",
+    "layers_explorer",
+    "lengths",
+    "levers_explorer",
+    "loss_scale",
+    "losses",
+    "magnitudes",
+    "memory_over_time",
+    "progress",
+    "scale_explorer",
+    "scale_window",
+    "smallest_updates",
+    "split_explorer",
+    "token_shares",
+    "updates",
+    "updates_explorer",
+]
 _MODULES = {
     "base": "Figure compare curves forward_backward losses memory_over_time",
     "batches": "attempts token_shares updates",
@@ -16,10 +72,13 @@ _MODULES = {
     "updates_explorer",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"figures has no {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

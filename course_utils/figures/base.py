@@ -36,7 +36,7 @@ COLOURS = {
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 INK, GRID = "#222222", "#DDDDDD"
 SHADES = {"forward": "#EFEFEF", "backward": "#FFFFFF", "optimizer": "#DFDFDF"}
-STYLE = {
+STYLE: dict[Any, Any] = {  # keys of matplotlib.rcParams
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "axes.facecolor": "white",
@@ -63,7 +63,7 @@ class Figure:
     png: bytes
     alt: str
 
-    def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict, dict]:
         data = {"image/png": base64.b64encode(self.png).decode(), "text/plain": repr(self)}
         return data, {"image/png": {"alt": self.alt}}
 
@@ -71,12 +71,13 @@ class Figure:
         return f"Figure: {self.alt}"
 
 
-def _canvas(height: float = 4.6) -> tuple[Canvas, Any]:
+def new_canvas(height: float = 4.6) -> tuple[Canvas, Any]:
+    """An empty picture 8 inches wide, and its axes."""
     canvas = Canvas(figsize=(8, height), layout="constrained")
     return canvas, canvas.add_subplot()
 
 
-def _finish(canvas: Canvas, what: str, title: str = "", words: str = "") -> Figure:
+def finish(canvas: Canvas, what: str, title: str = "", words: str = "") -> Figure:
     """The picture, and in words what it is, its title if it has one, and what it shows."""
     png = io.BytesIO()
     canvas.savefig(png, format="png", dpi=110, metadata={"Software": None})
@@ -97,7 +98,7 @@ def memory_over_time(report: Any, title: str = "") -> Figure:
     """Bytes alive after each allocation and free, stacked by holder; the peak with its cause.
 
     Args:
-        report: A `ledger.MemoryReport`, or a forecast with the same timeline, phases and peak.
+        report: A `fitcast.MemoryReport`, or a forecast with the same timeline, phases and peak.
         title: What ran.
     """
     series = {name: line for name, line in report.timeline.items() if max(line)}
@@ -105,7 +106,7 @@ def memory_over_time(report: Any, title: str = "") -> Figure:
     peak = max(totals)
     moment = totals.index(peak)
     unit, size = _unit(peak)
-    canvas, ax = _canvas()
+    canvas, ax = new_canvas()
     spans = [
         (phase, [index for index, _ in run])
         for phase, run in itertools.groupby(enumerate(report.phases), key=lambda pair: pair[1])
@@ -152,7 +153,7 @@ def memory_over_time(report: Any, title: str = "") -> Figure:
     handles, names = ax.get_legend_handles_labels()
     canvas.legend(handles, names, loc="outside lower center", ncols=4, fontsize=12)
     at_peak = _parts({name: line[moment] for name, line in series.items()})
-    return _finish(
+    return finish(
         canvas,
         "memory over time",
         title,
@@ -175,9 +176,9 @@ def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") ->
     totals = {name: sum(row.values()) for name, row in rows.items()}
     limit = gpu.usable_bytes if gpu else 0
     unit, size = _unit(max([*totals.values(), limit]))
-    canvas, ax = _canvas(2.0 + 0.6 * len(rows))
+    canvas, ax = new_canvas(2.0 + 0.6 * len(rows))
     ends = dict.fromkeys(rows, 0)
-    for holder in sorted({h for row in rows.values() for h in row if row[h]}, key=_rank):
+    for holder in sorted({h for row in rows.values() for h in row if row[h]}, key=place_of):
         widths = [row.get(holder, 0) / size for row in rows.values()]
         ax.barh(
             list(rows),
@@ -210,10 +211,11 @@ def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") ->
     canvas.legend(loc="outside lower center", ncols=4, fontsize=12)
     against = f" against the {show_bytes(limit)} of {with_article(gpu.name)}" if gpu else ""
     bars = "; ".join(f"{name}: {said[name]} ({_parts(row)})" for name, row in rows.items())
-    return _finish(canvas, f"bars{against}", title, f"{bars}.")
+    return finish(canvas, f"bars{against}", title, f"{bars}.")
 
 
-def _rank(holder: str) -> int:
+def place_of(holder: str) -> int:
+    """Where a holder of memory stands in a stack: the same in all pictures."""
     return list(COLOURS).index(holder) if holder in COLOURS else len(COLOURS)
 
 
@@ -236,7 +238,7 @@ def curves(
     """
     highest = max(max(line) for line in lines.values())
     unit, size = _unit(highest)
-    canvas, ax = _canvas()
+    canvas, ax = new_canvas()
     for (name, line), colour, mark in zip(
         lines.items(), itertools.cycle(LINES), itertools.cycle("osD^v"), strict=False
     ):
@@ -271,13 +273,13 @@ def curves(
         f"{name}: {show_bytes(line[0])} at {x[0]:,}, {show_bytes(line[-1])} at {x[-1]:,}"
         for name, line in lines.items()
     )
-    return _finish(canvas, f"lines over {xlabel}", title, f"{ends}.")
+    return finish(canvas, f"lines over {xlabel}", title, f"{ends}.")
 
 
 @styled
 def forward_backward(layers: int = 4) -> Figure:
     """The diagram of a training step: forward stores a1 ... an, backward takes them, last first."""
-    canvas, ax = _canvas(4.0)
+    canvas, ax = new_canvas(4.0)
     arrow = {"arrowstyle": "-|>", "mutation_scale": 16, "linewidth": 1.6}
     rows = {"forward": (2.0, COLOURS["weights"]), "backward": (0.0, COLOURS["gradients"])}
     for row, (y, colour) in rows.items():
@@ -334,7 +336,7 @@ def forward_backward(layers: int = 4) -> Figure:
     ax.set(xlim=(-1.6, layers + 0.6), ylim=(-0.45, 2.45))
     ax.axis("off")
     names = ", ".join(f"a{layer + 1}" for layer in range(layers))
-    return _finish(
+    return finish(
         canvas,
         f"the forward pass runs through layers 1 to {layers} and keeps {names}, "
         "one set of activations a layer, up to the loss; the backward pass "
@@ -346,7 +348,7 @@ def forward_backward(layers: int = 4) -> Figure:
 @styled
 def losses(runs: Mapping[str, Sequence[float]], title: str = "") -> Figure:
     """Training loss of each run, in nats per labelled token, over its optimizer steps."""
-    canvas, ax = _canvas(4.0)
+    canvas, ax = new_canvas(4.0)
     for (name, line), colour, dashes in zip(
         runs.items(), itertools.cycle(LINES), itertools.cycle(("-", "--", ":", "-.")), strict=False
     ):
@@ -361,4 +363,4 @@ def losses(runs: Mapping[str, Sequence[float]], title: str = "") -> Figure:
         f"{name}: {len(line)} steps, from {line[0]:.0f} to {ends[name]}"
         for name, line in runs.items()
     )
-    return _finish(canvas, "training loss", title, f"{said}.")
+    return finish(canvas, "training loss", title, f"{said}.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from course_utils.figures.base import COLOURS, GRID, INK, Figure, _canvas, _finish, styled
+from course_utils.figures.base import COLOURS, GRID, INK, Figure, finish, new_canvas, styled
 from fitcast.training.batching import Search
 from fitcast.units import MIB, show_bytes
 
@@ -22,7 +22,7 @@ def updates(events: Sequence[tuple[str, float]], title: str = "") -> Figure:
         events: ("accumulate", "update" or "clear", length of the gradient afterwards), in order.
         title: What ran.
     """
-    canvas, ax = _canvas(4.2)
+    canvas, ax = new_canvas(4.2)
     highest = max(length for _, length in events)
     micro_batches = optimizer_steps = 0
     said = []
@@ -67,7 +67,7 @@ def updates(events: Sequence[tuple[str, float]], title: str = "") -> Figure:
         xticks=[],
     )
     ax.spines[["bottom"]].set_visible(False)
-    return _finish(
+    return finish(
         canvas,
         f"the summed gradient over {micro_batches} micro batches and "
         f"{optimizer_steps} optimizer steps",
@@ -87,7 +87,7 @@ def token_shares(counts: Sequence[int], title: str = "") -> Figure:
     """
     total, number = sum(counts), len(counts)
     shares = [total / (number * count) for count in counts]
-    canvas, ax = _canvas(3.9)
+    canvas, ax = new_canvas(3.9)
     ax.bar(
         range(1, number + 1),
         shares,
@@ -125,7 +125,7 @@ def token_shares(counts: Sequence[int], title: str = "") -> Figure:
     said = ", ".join(
         f"{count} tokens: {share:.2g}" for share, count in zip(shares, counts, strict=True)
     )
-    return _finish(
+    return finish(
         canvas,
         "bars: what one token counts in a mean of micro batches' means",
         title,
@@ -136,10 +136,10 @@ def token_shares(counts: Sequence[int], title: str = "") -> Figure:
 @styled
 def attempts(search: Search, budget_bytes: int, title: str = "") -> Figure:
     """The peaks of a search for the largest micro batch, attempt by attempt, under the budget."""
-    canvas, ax = _canvas(3.9)
+    canvas, ax = new_canvas(3.9)
     limit = budget_bytes / MIB
     for x, probe in enumerate(search.probes):
-        height = probe.peak_bytes / MIB if probe.fits else limit
+        height = limit if probe.peak_bytes is None else probe.peak_bytes / MIB
         ax.bar(
             x,
             height,
@@ -166,7 +166,7 @@ def attempts(search: Search, budget_bytes: int, title: str = "") -> Figure:
     )
     ax.set_xticks(range(len(search.probes)), [p.micro_batch_size for p in search.probes])
     said = "; ".join(map(repr, search.probes))
-    return _finish(
+    return finish(
         canvas,
         f"attempts against a budget of {show_bytes(budget_bytes)}",
         title,

@@ -7,8 +7,9 @@ counts as one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from course_utils.figures.base import COLOURS, INK, SHADES, Figure, _canvas, _finish, styled
+from course_utils.figures.base import COLOURS, INK, SHADES, Figure, finish, new_canvas, styled
 from course_utils.topics.checkpointing import Moment
 
 GREEN = COLOURS["activations"]
@@ -22,7 +23,7 @@ def chains(traces: Mapping[str, Sequence[Moment]], steps: int) -> Figure:
         traces: Name of each chain, to its trace from `checkpointing.trace_chain`.
         steps: Length of the chains.
     """
-    canvas, _ = _canvas(0.7 + 2.5 * len(traces))
+    canvas, _ = new_canvas(0.7 + 2.5 * len(traces))
     canvas.clear()
     axes = canvas.subplots(len(traces), squeeze=False)[:, 0]
     longest, said = max(map(len, traces.values())), []
@@ -36,7 +37,7 @@ def chains(traces: Mapping[str, Sequence[Moment]], steps: int) -> Figure:
             f"action: {counts}"
         )
     canvas.supxlabel("f: a forward step; b: a backward step; hatched: computed again", fontsize=12)
-    return _finish(
+    return finish(
         canvas,
         f"training steps of a chain of {steps}, action by action",
         words=f"{'. '.join(said)}.",
@@ -47,7 +48,7 @@ def _forward_steps(trace: Sequence[Moment]) -> int:
     return sum(moment.action.startswith("forward") for moment in trace)
 
 
-def _draw(ax, trace: Sequence[Moment], steps: int, longest: int) -> None:
+def _draw(ax: Any, trace: Sequence[Moment], steps: int, longest: int) -> None:
     kept = {moment.held[-1] for moment in trace[:steps] if moment.held}
     for x, moment in enumerate(trace):
         kind, step, *again = moment.action.split()

@@ -1,7 +1,8 @@
 """A run watched while it runs: a bar of text, loss and memory, redrawn in place.
 
-Plain display updates: no widget, so any notebook front end shows them. In a headless run (tests,
-CI, a script) nothing is shown until the end, so that stored outputs are the same everywhere.
+Plain display updates: no widget, so any notebook front end shows them. In a headless run (a script,
+a notebook that nobody looks at) nothing is shown until the end, so that stored outputs are the same
+everywhere. A kernel cannot know who looks: whoever runs it unseen says so, by `HEADLESS`.
 
 Not modelled: several runs at once in one figure.
 """
@@ -20,11 +21,12 @@ from fitcast.units import show_bytes
 
 SECONDS_BETWEEN = 2.0  # drawing takes a tenth of a second: too much for every step
 BAR = 24  # characters
-HEADLESS = ("PYTEST_CURRENT_TEST", "CI")  # whoever runs notebooks unseen sets one of them
+# One of these in the environment: nobody looks. The last is what nbval sets, and older tools.
+HEADLESS = ("FITCAST_HEADLESS", "CI", "PYTEST_CURRENT_TEST")
 
 
 class Watcher:
-    """Pass it to `training.train(on_step=...)`: it is called with the row of each step.
+    """Pass it to `fitcast.train(on_step=...)`: it is called with the row of each step.
 
     Args:
         recipe: Says how many steps there will be.
@@ -35,7 +37,7 @@ class Watcher:
     def __init__(self, recipe: TrainRecipe, forecast_bytes: int | None = None, title: str = ""):
         self.total, self.forecast_bytes, self.title = recipe.max_steps, forecast_bytes, title
         self.rows: list[dict[str, Any]] = []
-        self._display = None if any(map(os.environ.get, HEADLESS)) else _publisher()
+        self._display = None if _is_headless() else _publisher()
         self._id, self._drawn, self._start = uuid.uuid4().hex, 0.0, time.monotonic()
 
     def __call__(self, row: dict[str, Any]) -> None:
@@ -46,17 +48,15 @@ class Watcher:
         if self._display and due:
             figure = progress(self.rows, self.total, self.forecast_bytes, self.title)
             data, metadata = figure._repr_mimebundle_()
-            self._publish({"text/plain": self.line()}, "line")
-            self._publish(data, "figure", metadata)
+            shown = {"line": ({"text/plain": self.line()}, {}), "figure": (data, metadata)}
+            for name, (content, about) in shown.items():
+                self._display.publish(
+                    data=content,
+                    metadata=about,
+                    update=self._drawn > 0,
+                    transient={"display_id": f"{name}-{self._id}"},
+                )
             self._drawn = now
-
-    def _publish(self, data: dict, name: str, metadata: dict | None = None) -> None:
-        self._display.publish(
-            data=data,
-            metadata=metadata or {},
-            update=self._drawn > 0,
-            transient={"display_id": f"{name}-{self._id}"},
-        )
 
     def line(self) -> str:
         """One line: how far, how fast, how much memory, how long it will take."""
@@ -71,6 +71,10 @@ class Watcher:
             f"{row['tokens_per_second']:,.0f} tokens/s, peak "
             f"{show_bytes(row['peak_allocated_bytes'])}, {left / 60:.0f} min left"
         )
+
+
+def _is_headless() -> bool:
+    return any(os.environ.get(name) for name in HEADLESS)
 
 
 def _publisher() -> Any | None:

@@ -17,8 +17,8 @@ from course_utils.figures.base import (
     INK,
     LINES,
     Figure,
-    _canvas,
-    _finish,
+    finish,
+    new_canvas,
     styled,
 )
 from course_utils.topics.precision import FORMATS, ScalerStep, bits, dtype_of, land, moved_share
@@ -27,7 +27,8 @@ GROUPS = {name: COLOURS[name] for name in ("weights", "activations", "gradients"
 LOWEST, HIGHEST = -48, 24  # powers of two that are drawn
 
 
-def _powers(low: int, high: int, step: int) -> dict:
+def _powers(low: int, high: int, step: int) -> dict[str, list]:
+    """Ticks of an axis of powers of two."""
     ticks = list(range(low, high + 1, step))
     return {"xticks": ticks, "xticklabels": [f"$2^{{{tick}}}$" for tick in ticks]}
 
@@ -35,7 +36,7 @@ def _powers(low: int, high: int, step: int) -> dict:
 @styled
 def bit_fields(names: Sequence[str] = tuple(FORMATS), value: float = 0.1) -> Figure:
     """The bits of one number in each format: sign, exponent, fraction."""
-    canvas, ax = _canvas(0.9 + 0.75 * len(names))
+    canvas, ax = new_canvas(0.9 + 0.75 * len(names))
     shades = (COLOURS["gradients"], COLOURS["optimizer state"], COLOURS["adapters"])
     for row, name in enumerate(names):
         left = 0
@@ -58,7 +59,7 @@ def bit_fields(names: Sequence[str] = tuple(FORMATS), value: float = 0.1) -> Fig
     ax.set(xlim=(-6, 32.2), ylim=(0.4 - len(names), 0.9))
     ax.axis("off")
     said = "; ".join(f"{name} {bits(value, name)}" for name in names)
-    return _finish(canvas, f"the bits of {value} as sign, exponent and fraction: {said}")
+    return finish(canvas, f"the bits of {value} as sign, exponent and fraction: {said}")
 
 
 @styled
@@ -79,7 +80,7 @@ def magnitudes(
         say_landing: Whether the words give the shares that land in float16; otherwise they say
             where the numbers lie, and a reader can still guess.
     """
-    canvas, ax = _canvas(1.6 + 0.42 * len(names) + 0.95 * len(groups))
+    canvas, ax = new_canvas(1.6 + 0.42 * len(names) + 0.95 * len(groups))
     for row, name in enumerate(names):
         info, y = torch.finfo(dtype_of(name)), len(groups) + 0.25 + 0.42 * row
         low, tiny, high = map(math.log2, (info.tiny * info.eps, info.tiny, info.max))
@@ -90,7 +91,7 @@ def magnitudes(
     for edge in (edges.tiny * edges.eps, edges.tiny, edges.max):
         ax.axvline(math.log2(edge), color=INK, linewidth=1, linestyle=":")
     said = []
-    for row, (name, tensors) in enumerate(reversed(groups.items())):
+    for row, (name, tensors) in enumerate(reversed(list(groups.items()))):
         numbers = torch.cat([t.detach().flatten().abs().double().cpu() for t in tensors])
         powers = (numbers[numbers > 0] * scale).log2().clamp(LOWEST, HIGHEST)
         counts = torch.histc(powers, HIGHEST - LOWEST, LOWEST, HIGHEST)
@@ -124,7 +125,7 @@ def magnitudes(
     )
     ax.spines["left"].set_visible(False)
     at = f", times {scale:,.0f}" if scale != 1 else ""
-    return _finish(
+    return finish(
         canvas,
         f"histograms of magnitudes{at}",
         title,
@@ -143,7 +144,7 @@ def smallest_updates(
         weights: Their histogram is drawn below; their share that moves is said.
         title: Whose weights.
     """
-    canvas, ax = _canvas()
+    canvas, ax = new_canvas()
     powers = range(-16, 3)
     said = []
     for (name, dtype), colour in zip(FORMATS.items(), LINES, strict=False):
@@ -187,7 +188,7 @@ def smallest_updates(
         alpha=0.35,
     )
     below.set(ylim=(0, 5), yticks=[])
-    return _finish(
+    return finish(
         canvas,
         "smallest update that moves a weight, over the weight's magnitude",
         title,
@@ -198,7 +199,7 @@ def smallest_updates(
 @styled
 def loss_scale(trace: Sequence[ScalerStep], title: str = "") -> Figure:
     """The scale of each step, and the steps that were skipped."""
-    canvas, ax = _canvas(3.8)
+    canvas, ax = new_canvas(3.8)
     steps = range(1, len(trace) + 1)
     scales = [step.scale for step in trace]
     skipped = [number for number, step in zip(steps, trace, strict=True) if step.skipped]
@@ -225,7 +226,7 @@ def loss_scale(trace: Sequence[ScalerStep], title: str = "") -> Figure:
     ax.grid(axis="y")
     if skipped:
         ax.legend(loc="upper right")
-    return _finish(
+    return finish(
         canvas,
         f"loss scale over {len(trace)} steps",
         title,
@@ -243,7 +244,7 @@ def scale_window(errors: Mapping[int, float], title: str = "", limit: float = 0.
         title: Whose gradient.
         limit: Errors up to this one are called good.
     """
-    canvas, ax = _canvas(4.2)
+    canvas, ax = new_canvas(4.2)
     finite = {power: error for power, error in errors.items() if math.isfinite(error)}
     lost = [power for power in errors if power not in finite]
     good = [power for power, error in finite.items() if error <= limit]
@@ -270,7 +271,7 @@ def scale_window(errors: Mapping[int, float], title: str = "", limit: float = 0.
             textcoords="offset points",
         )
     over = f", infinite from 2**{lost[0]}" if lost else ""
-    return _finish(
+    return finish(
         canvas,
         "error of a float16 gradient over the loss scale",
         title,

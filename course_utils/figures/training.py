@@ -14,8 +14,8 @@ from course_utils.figures.base import (
     LINES,
     Canvas,
     Figure,
-    _finish,
-    _rank,
+    finish,
+    place_of,
     styled,
 )
 from fitcast.gpus import Gpu
@@ -76,7 +76,7 @@ def progress(
     for ax in (left, right):
         ax.grid(axis="y")
     measured = show_bytes(max((n for n in peaks if n), default=None))
-    return _finish(
+    return finish(
         canvas,
         f"a run{': ' * bool(title)}{title} at step {steps[-1]} of {total}. Loss "
         f"from {rows[0]['loss']:.1f} to {rows[-1]['loss']:.1f}; peak memory "
@@ -110,7 +110,7 @@ def lengths(tokens: Sequence[int], learned: Sequence[int], limit: int) -> Figure
     )
     ax.legend()
     padding = 1 - sum(tokens) / (limit * len(tokens))
-    return _finish(
+    return finish(
         canvas,
         f"histogram of {len(tokens)} examples: {min(tokens)} to {max(tokens)} "
         f"tokens are read, {min(learned)} to {max(learned)} of them learned. "
@@ -141,7 +141,7 @@ def ladder(
     totals = {name: sum(row.values()) for name, row in rungs.items()}
     ends = dict.fromkeys(names, 0.0)
     seen = max(totals.values()) / 1000  # less is too thin to see, and not worth a legend
-    for holder in sorted({h for row in rungs.values() for h in row if row[h] > seen}, key=_rank):
+    for holder in sorted({h for row in rungs.values() for h in row if row[h] > seen}, key=place_of):
         widths = [row.get(holder, 0) / GIB for row in rungs.values()]
         left.barh(
             names,
@@ -190,6 +190,6 @@ def ladder(
         f"{f'{speeds[name]:,.0f} tokens a second' if speeds[name] else 'not measured'}"
         for name in names
     )
-    return _finish(
+    return finish(
         canvas, f"bars against the {show_bytes(gpu.usable_bytes)} of {card}", title, f"{said}."
     )

@@ -26,7 +26,7 @@ PAUSE = 0.05  # seconds between two pictures that nobody has asked for yet
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
-def control(name: str, choices: Any) -> ipywidgets.Widget:
+def control(name: str, choices: Any) -> ipywidgets.ValueWidget:
     """A control named after the setting: a slider, or a tick box for yes and no.
 
     Args:
@@ -64,7 +64,7 @@ class Explorer:
         choices: For each argument its choices, as `control` takes them.
     """
 
-    def __init__(self, draw: Callable[..., Figure], **choices: bool | Sequence):
+    def __init__(self, draw: Callable[..., Figure], **choices: bool | Sequence) -> None:
         self.draw = draw
         self.controls = {name: control(name, values) for name, values in choices.items()}
         self.figure = draw(**self.settings)  # the default: a mistake in it may raise
@@ -84,16 +84,18 @@ class Explorer:
         """What the controls say now."""
         return {name: widget.value for name, widget in self.controls.items()}
 
-    def _moved(self, change) -> None:
+    def _moved(self, change: Any) -> None:
         if self._cells is None:
             self._redraw()
         else:
-            self._cells.call_soon_threadsafe(self._redraw, change.owner)
+            self._cells.call_soon_threadsafe(self._redraw_in, self._cells, change.owner)
 
-    def _redraw(self, moved: ipywidgets.Widget | None = None) -> None:
+    def _redraw(self) -> None:
         self.picture.value = self._look(**self.settings)
-        if moved is not None:
-            self._look_ahead(moved)
+
+    def _redraw_in(self, cells: asyncio.AbstractEventLoop, moved: ipywidgets.Widget) -> None:
+        self._redraw()
+        self._look_ahead(cells, moved)
 
     def _look(self, **settings: Any) -> str:
         """The picture at these settings, or why there is none."""
@@ -105,12 +107,12 @@ class Explorer:
                 self._shown[key] = f"<p role='status'>{html.escape(str(error))}</p>"
         return self._shown[key]
 
-    def _look_ahead(self, moved: ipywidgets.Widget) -> None:
+    def _look_ahead(self, cells: asyncio.AbstractEventLoop, moved: ipywidgets.Widget) -> None:
         """Draw what the next move may show, one by one, until that move is made."""
         ahead = iter(self._next_settings(moved))
 
         def wait() -> None:  # in the pauses the kernel runs cells and shows moves
-            self._ahead = self._cells.call_later(PAUSE, draw_one)
+            self._ahead = cells.call_later(PAUSE, draw_one)
 
         def draw_one() -> None:
             if settings := next(ahead, None):
@@ -137,7 +139,7 @@ class Explorer:
             ]
         return [settings for *_, settings in sorted(found, key=lambda one: one[:2])]
 
-    def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict, dict]:
         data, metadata = self.figure._repr_mimebundle_()
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
         return data | {VIEW: view}, metadata
@@ -186,12 +188,14 @@ def layers_explorer() -> Explorer:
 
 def levers_explorer() -> Explorer:
     """The usual QLoRA recipe on a GPU and the same with levers pulled, at the forecast's peak."""
+    from course_utils.topics.sources import settings_of
     from fitcast.forecasting.forecast import forecast
 
     def draw(gpu: str, layers_that_forget: str, **settings: Any) -> Figure:
         names = ("attention", "loss", "norm", "lora_dropout")
         levers = {name: settings.pop(name) for name in names}
-        usual = TrainRecipe(amp_dtype="float16", **settings)
+        targets = settings_of(settings["model"])["lora_targets"]
+        usual = TrainRecipe(amp_dtype="float16", lora_targets=targets, **settings)
         layers = models.config(usual.model).num_hidden_layers
         pulled = replace(usual, **levers, checkpointed_layers=_share(layers, layers_that_forget))
         rows = {"the usual recipe": usual, "with these levers": pulled}

@@ -1,8 +1,11 @@
 """Pictures: their words, their colours, and that lengths and areas are in proportion."""
 
+import ast
 import io
 import itertools
+import re
 import struct
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -11,11 +14,13 @@ import torch
 from matplotlib import _pylab_helpers, colors
 from PIL import Image
 
+from course_utils import figures
 from course_utils.figures import base
 from fitcast import gpus
 from fitcast.memory.ledger import MemoryLedger
 from fitcast.memory.report import CATEGORIES
 from fitcast.units import GIB, MIB
+from tools.notebooks import lesson_scripts
 
 
 def report():
@@ -37,6 +42,27 @@ DRAWN = {
     "curves": lambda: base.curves([1, 2, 4], {"one": [1, 2, 4], "two": [1, 4, 16]}, "n"),
     "forward_backward": base.forward_backward,
 }
+
+
+def test_type_checkers_see_the_names_that_lessons_use():
+    """They read the imports under `TYPE_CHECKING`, where Python reads `__getattr__`'s table."""
+    body = ast.parse(Path(figures.__file__).read_text("utf-8")).body
+    (typed,) = [node for node in body if isinstance(node, ast.If)]
+    homes = {alias.name: node.module for node in typed.body for alias in node.names}
+    assert homes == {name: f"course_utils.figures.{home}" for name, home in figures._HOMES.items()}
+    assert sorted(homes) == figures.__all__ == dir(figures)
+    assert [name for name in homes if not callable(getattr(figures, name))] == []
+    drawn = {
+        name
+        for script in lesson_scripts()
+        for name in re.findall(r"\bfigures\.(\w+)\(", script.read_text("utf-8"))
+    }
+    assert drawn and drawn <= set(homes)
+
+
+def test_a_picture_that_is_not_there_lists_those_that_are():
+    with pytest.raises(AttributeError, match="figures has no 'pie'; it has Figure, Watcher, att"):
+        figures.pie  # noqa: B018
 
 
 def pixels(figure) -> np.ndarray:
