@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fitcast.training.data import is_heldout
+from fitcast.units import Said, refusal
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,22 +37,24 @@ def named(model: str) -> str:
 def bundled_model_dir() -> Path:
     """Folder of the bundled model and tokenizer, every file checked against its sha256.
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one.
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: One is damaged.
     """
     manifest = DATA / "manifest.json"
     _require(manifest)
     try:
         digests = json.loads(manifest.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{manifest} must be JSON ({error}): it is damaged; {REMEDY}") from error
+        raise refusal(
+            str(manifest), "be JSON", Said(f"a damaged file ({error})"), REMEDY
+        ) from error
     for name, sha256 in digests.items():
         path = DATA / name
         _require(path)
         if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
-            raise ValueError(
-                f"{path} must have sha256 {sha256[:12]}…, got {found[:12]}… "
-                f"({path.stat().st_size} bytes): the file is damaged; {REMEDY}"
-            )
+            got = Said(f"{found[:12]}… ({path.stat().st_size} bytes): the file is damaged")
+            raise refusal(str(path), f"have sha256 {sha256[:12]}…", got, REMEDY)
     return Path(BUNDLED)
 
 
@@ -62,19 +65,18 @@ def load_instructions(source: str = "bundled", split: str = "train") -> Dataset:
         source: "bundled" (in the package, offline) or "dolly" (databricks-dolly-15k, from the hub).
         split: "train" or "heldout".
 
-    Raises ValueError for an unknown source or split and for a damaged line of the bundled file.
+    Raises:
+        ValueError: No such source or split; a damaged line of the bundled file.
     """
     from datasets import Dataset, load_dataset
 
     for field, value, known in (("source", source, SOURCES), ("split", split, SPLITS)):
         if value not in known:
-            raise ValueError(
-                f"{field} must be one of {', '.join(known)}, got {value!r}; choose one of them"
-            )
+            raise refusal(field, f"be one of {', '.join(known)}", value, "choose one of them")
     if source == "bundled":
         rows = _read_examples(DATA / "instructions.jsonl")
     else:
-        hub = load_dataset(DOLLY, split="train")
+        hub: Any = load_dataset(DOLLY, split="train")  # its rows are dicts of text
         rows = [
             {
                 "prompt": f"{row['instruction']}\n\n{row['context']}".strip(),
@@ -89,7 +91,7 @@ def load_instructions(source: str = "bundled", split: str = "train") -> Dataset:
 
 
 def parse_answer(text: str) -> dict[str, str] | None:
-    """The ticket's six fields, or None when a field is missing, empty, extra or out of order."""
+    """The ticket's six fields; `None` when one is missing, empty, extra or out of order."""
     pairs = [line.split(": ", 1) for line in text.strip().split("\n")]
     if any(len(pair) != 2 or not pair[1].strip() for pair in pairs):
         return None
@@ -110,20 +112,16 @@ def _read_examples(path: Path) -> list[dict[str, str]]:
         try:
             row = json.loads(line)  # bytes that are not UTF-8 raise a ValueError here, too
         except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number} must be one JSON object, got {line[:60]!r} "
-                f"({error}); {REMEDY}"
-            ) from error
+            got = Said(f"{line[:60]!r} ({error})")
+            raise refusal(f"{path}, line {number}", "be one JSON object", got, REMEDY) from error
         if not (
             isinstance(row, dict)
             and set(row) == {"prompt", "answer"}
             and all(isinstance(text, str) and text.strip() for text in row.values())
         ):
-            raise ValueError(
-                f"{path}, line {number} must hold a prompt and an answer, both "
-                f"text, got {line[:60]!r}; {REMEDY}"
-            )
+            rule = "hold a prompt and an answer, both text"
+            raise refusal(f"{path}, line {number}", rule, line[:60], REMEDY)
         rows.append(row)
     if len(rows) != EXAMPLES:
-        raise ValueError(f"{path} must hold {EXAMPLES} examples, got {len(rows)}; {REMEDY}")
+        raise refusal(str(path), f"hold {EXAMPLES} examples", len(rows), REMEDY)
     return rows

@@ -23,7 +23,7 @@ from course_utils.topics.trainer_log import scheduled
 from fitcast.memory.ledger import MemoryLedger
 from fitcast.training.batching import accumulate, labelled_tokens, split
 from fitcast.training.gradients import gradient, in_float64, relative_error
-from fitcast.units import IGNORED, show_bytes
+from fitcast.units import IGNORED, refusal, show_bytes
 
 # examples, micro batch, accumulation, world size, epochs, warm-up, logging_steps
 RUNS = ((32, 2, 4, 1, 1, 0.5, 1), (20, 2, 4, 1, 2, 0.1, 2), (27, 4, 2, 1, 2, 0.3, 3))
@@ -225,7 +225,9 @@ class PretendedCard:
         """One training step, which runs out of memory above the limit."""
         wanted = whole(size, least=1)
         if wanted is None:
-            raise ValueError(f"a micro batch is a whole number from 1, got {size!r}")
+            raise refusal(
+                "size", "be a whole number of sequences from 1", size, "use // for halves"
+            )
         self.leaked |= any(tensor() is not None for tensor in self._tensors)
         self.attempts.append(wanted)
         if len(self.attempts) > 4 * self.most:

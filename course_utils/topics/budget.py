@@ -7,7 +7,7 @@ they are given, and are nobody's measurement. Not modelled: what a budget leaves
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,24 +21,38 @@ from fitcast.step import qlora
 from fitcast.units import GB, show_bytes
 
 LOGIT_BYTES = 12  # three float32 copies of each: lesson 01, section 6
-# Rows of a quoted budget: holder -> (formula or remark, smallest and largest GB).
-CIRCULATING: dict[str, dict[str, tuple[str, float, float]]] = {
+
+
+class Claim(NamedTuple):
+    """A row of a quoted budget: its formula or remark, the smallest and the largest GB."""
+
+    formula: str
+    least_gb: float
+    most_gb: float
+
+    def __str__(self) -> str:
+        if self.least_gb == self.most_gb:
+            return f"{self.least_gb:g} GB"
+        return f"{self.least_gb:g}-{self.most_gb:g} GB"
+
+
+CIRCULATING: dict[str, dict[str, Claim]] = {
     "llama-3.1-8b": {
-        "weights": ("parameters x 0.5", 5, 5),
-        "adapters": ("a few MB a layer", 0.1, 0.1),
-        "gradients": ("trainable x 4", 0.1, 0.1),
-        "optimizer state": ("trainable x 8", 0.2, 0.2),
-        "activations": ("batch x seq x hidden x layers", 4, 8),
-        "total": ("", 10, 14),
+        "weights": Claim("parameters x 0.5", 5, 5),
+        "adapters": Claim("a few MB a layer", 0.1, 0.1),
+        "gradients": Claim("trainable x 4", 0.1, 0.1),
+        "optimizer state": Claim("trainable x 8", 0.2, 0.2),
+        "activations": Claim("batch x seq x hidden x layers", 4, 8),
+        "total": Claim("", 10, 14),
     },
     "phi-4-mini": {
-        "weights": ("16 bits less 75 %", 3.5, 3.5),
-        "adapters": ("r = 16", 0.05, 0.05),
-        "gradients": ("as the adapters", 0.05, 0.05),
-        "optimizer state": ("twice that", 0.1, 0.1),
-        "activations": ("", 1, 2),
-        "inputs": ("a batch of 4", 0.5, 1),
-        "total": ("", 6, 7),
+        "weights": Claim("16 bits less 75 %", 3.5, 3.5),
+        "adapters": Claim("r = 16", 0.05, 0.05),
+        "gradients": Claim("as the adapters", 0.05, 0.05),
+        "optimizer state": Claim("twice that", 0.1, 0.1),
+        "activations": Claim("", 1, 2),
+        "inputs": Claim("a batch of 4", 0.5, 1),
+        "total": Claim("", 6, 7),
     },
 }
 
@@ -48,7 +62,7 @@ class Row:
     """A holder of memory: the formula that people use, its result, and what it really is.
 
     Attributes:
-        holder: As in `ledger`.
+        holder: One of `fitcast.memory.report.CATEGORIES`.
         formula: In words.
         formula_bytes: What the formula gives here; `None` when nobody gives one.
         forecast_bytes: On a T4, most at any time.
@@ -75,8 +89,9 @@ def checklist(
     """
     trainable, _ = qlora.count_parameters(model)
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    in_4_bit = sum(p.quant_state.shape.numel() for p in frozen if hasattr(p, "quant_state"))
-    others = sum(p.numel() * 2 for p in frozen if not hasattr(p, "quant_state"))
+    states = [getattr(p, "quant_state", None) for p in frozen]  # it knows how many numbers it packs
+    in_4_bit = sum(state.shape.numel() for state in states if state is not None)
+    others = sum(2 * p.numel() for p, state in zip(frozen, states, strict=True) if state is None)
     config = models.config(recipe.model)
     tokens = recipe.micro_batch_size * recipe.sequence_length
     formulas = {
@@ -110,7 +125,8 @@ def show_share(model: str) -> None:
     """Print what rank-16 adapters on q, k, v and o train of a model, and what 4 bits save of it."""
     recipe = TrainRecipe(model=model, base="float16", amp_dtype="float16", sequence_length=64)
     trainable, total = qlora.count_parameters(blueprint(recipe, models.config(model)))
-    loaded, whole = forecast(replace(recipe, base="nf4")).loaded_bytes, weight_bytes(recipe)
+    whole, loaded = weight_bytes(recipe), forecast(replace(recipe, base="nf4")).loaded_bytes
+    assert loaded is not None, "a forecast of a recipe loads its model"
     print(
         f"{model}, rank {recipe.lora_rank} on q, k, v, o: {trainable:,} of {total:,} parameters, "
         f"{trainable / total:.3%}\nits weights: {show_bytes(whole)} in 16 bits, "
@@ -139,27 +155,26 @@ def compare(model: str, planned: Forecast, measured: dict[str, Any]) -> None:
     claims = CIRCULATING[model]
     print(f"{'':17}{'formula':29}{'claim':>8}{'forecast':>12}{'measured':>12}")
     for holder in (*CATEGORIES, "total"):
-        formula, low, high = claims.get(holder, ("", None, None))
-        said = "-" if low is None else f"{low:g} GB" if low == high else f"{low:g}-{high:g} GB"
-        real, seen = (
-            (planned.peak_bytes, measured["peak_allocated_bytes"])
-            if holder == "total"
-            else (planned.composition[holder], measured["composition"][holder])
-        )
+        claim = claims.get(holder)
+        if holder == "total":
+            real, seen = planned.peak_bytes, measured["peak_allocated_bytes"]
+        else:
+            real, seen = planned.composition[holder], measured["composition"][holder]
+        formula, said = (claim.formula, str(claim)) if claim else ("", "-")
         print(
             f"{holder:17}{formula:29}{said:>8}{show_bytes(real):>12}{show_bytes(seen):>12}"
-            f"{_verdict(low, high, real)}"
+            f"   {_verdict(claim, real)}"
         )
 
 
-def _verdict(low: float | None, high: float | None, real: int) -> str:
-    """Whether a claim in GB holds, give or take a quarter; small rows do not matter."""
-    if real < GB / 4 and (high or 0) < 0.25:
-        return "   (small either way)"
-    if low is None:
-        return "   missing in the budget"
-    if real > 1.25 * high * GB:
-        return f"   {real / (high * GB):.1f} times the claim"
-    if real < 0.75 * low * GB:
-        return f"   claim {low * GB / real:,.0f} times too high"
-    return "   holds, give or take a quarter"
+def _verdict(claim: Claim | None, real: int) -> str:
+    """Whether a claim holds, give or take a quarter; small rows do not matter."""
+    if real < GB / 4 and (claim is None or claim.most_gb < 0.25):
+        return "(small either way)"
+    if claim is None:
+        return "missing in the budget"
+    if real > 1.25 * claim.most_gb * GB:
+        return f"{real / (claim.most_gb * GB):.1f} times the claim"
+    if real < 0.75 * claim.least_gb * GB:
+        return f"claim {claim.least_gb * GB / real:,.0f} times too high"
+    return "holds, give or take a quarter"

@@ -1,8 +1,8 @@
 """Forgetting on purpose, counted: what waits for backward, and what is computed a second time.
 
 A chain on paper, and a stack of real layers cut into segments that keep only their input. The
-production lever is `levers.checkpoint_layers`. Not modelled: embedding, head, optimizer, time;
-FLOPs are those of matrix products and attention.
+production lever is `fitcast.step.levers.checkpoint_layers`. Not modelled: embedding, head,
+optimizer, time; FLOPs are those of matrix products and attention.
 
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 3.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,10 @@ from fitcast import gpus, models
 from fitcast.memory.flops import matrix_flops
 from fitcast.memory.ledger import MemoryLedger
 from fitcast.recipe import TrainRecipe
+from fitcast.units import refusal
+
+if TYPE_CHECKING:
+    from transformers import LlamaModel
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,11 @@ def trace_chain(steps: int, kept: Collection[int]) -> list[Moment]:
         4
     """
     if not set(kept) <= set(range(1, steps + 1)) or 1 not in kept:
-        raise ValueError(
-            f"kept must be numbers from 1 to {steps} with 1 among them, got "
-            f"{sorted(kept)}; a1 is the chain's own input"
+        raise refusal(
+            "kept",
+            f"be numbers from 1 to {steps} with 1 among them",
+            sorted(kept),
+            "a1 is the chain's own input",
         )
     held: set[int] = set()
     moments = []
@@ -135,7 +142,7 @@ class StackStep:
     gradients: list[torch.Tensor]
 
 
-def build_stack(recipe: TrainRecipe, num_layers: int) -> torch.nn.Module:
+def build_stack(recipe: TrainRecipe, num_layers: int) -> LlamaModel:
     """A headless model of the recipe's shape with `num_layers` layers, random float32 weights."""
     from transformers import AutoModel
 
@@ -149,7 +156,7 @@ def build_stack(recipe: TrainRecipe, num_layers: int) -> torch.nn.Module:
     )
 
 
-def step_stack(model: torch.nn.Module, recipe: TrainRecipe, segment_layers: int) -> StackStep:
+def step_stack(model: LlamaModel, recipe: TrainRecipe, segment_layers: int) -> StackStep:
     """Run a stack forward and backward in segments, and count.
 
     Args:
@@ -164,11 +171,11 @@ def step_stack(model: torch.nn.Module, recipe: TrainRecipe, segment_layers: int)
     rotary = model.rotary_emb(x.detach(), positions)
     model.zero_grad()
     with MemoryLedger(model, inputs=(x, rotary)) as ledger, WorkCounter() as work:
-        loss = in_segments(model.layers, x, segment_layers, position_embeddings=rotary).sum()
+        loss = in_segments(list(model.layers), x, segment_layers, position_embeddings=rotary).sum()
         loss.backward()
-    weights = [weight for layer in model.layers for weight in layer.parameters()]
+    gradients = [weight.grad for weight in model.layers.parameters()]
     return StackStep(
         activation_bytes=max(ledger.report().timeline["activations"]),
         flops=work.flops,
-        gradients=[weight.grad.clone() for weight in weights],
+        gradients=[gradient.clone() for gradient in gradients if gradient is not None],
     )

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fitcast import gpus
 from fitcast.memory.operations import OperationLog as OperationLog  # shown beside the formats
 from fitcast.memory.operations import name_of
+from fitcast.units import Said, refusal
 
 FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EXPONENT_BITS = {"float32": 8, "float16": 5, "bfloat16": 8}
@@ -33,7 +34,7 @@ def dtype_of(name: str) -> torch.dtype:
         ValueError: No such format.
     """
     if name not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}; pick one")
+        raise refusal("format", f"be one of {', '.join(FORMATS)}", name, "pick one")
     return FORMATS[name]
 
 
@@ -90,7 +91,9 @@ def land(tensors: Iterable[torch.Tensor], name: str = "float16", scale: float = 
             infinite=int((~finite).sum()),
         )
     if not count["all"]:
-        raise ValueError("tensors must hold a non-zero number, got none; run a backward pass first")
+        raise refusal(
+            "tensors", "hold a non-zero number", Said("none"), "run a backward pass first"
+        )
     zero, normal, infinite = (count[k] / count["all"] for k in ("zero", "normal", "infinite"))
     kept = count["all"] - count["zero"] - count["normal"] - count["infinite"]
     return Landing(zero, kept / count["all"], normal, infinite)
@@ -221,10 +224,10 @@ def autocast_table(device_type: str, name: str = "float16") -> dict[str, tuple[s
                 torch.empty(4, 4, device=device_type, dtype=d)
                 for d in (torch.float32, FORMATS[name])
             ]
-            return {
-                operation: tuple(name_of(_operations(x)[operation]().dtype) for x in given)
-                for operation in _operations(given[0])
-            }
+            full, half = (
+                {n: name_of(run().dtype) for n, run in _operations(x).items()} for x in given
+            )
+            return {operation: (full[operation], half[operation]) for operation in full}
     finally:
         torch.set_autocast_enabled(device_type, was_enabled)
         torch.set_autocast_dtype(device_type, was)

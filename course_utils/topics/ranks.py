@@ -35,6 +35,7 @@ from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
 from fitcast.training.batching import labelled_tokens, split
 from fitcast.training.gradients import in_float64
+from fitcast.units import refusal
 
 LOOPBACK = "127.0.0.1"
 WEIGHINGS = ("tokens", "ranks")  # what counts the same: each token, or each rank's mean
@@ -60,12 +61,14 @@ def update(recipe: TrainRecipe, batch: Batch, weigh: str = "tokens", rank: int =
     """
     rows, world_size = len(batch["labels"]), recipe.world_size
     if rows != recipe.effective_batch_size:
-        raise ValueError(
-            f"batch must have {recipe.effective_batch_size} rows (micro batch x "
-            f"accumulation x world size), got {rows}; cut it, or change the recipe"
+        raise refusal(
+            "batch",
+            f"have {recipe.effective_batch_size} rows (micro batch x accumulation x world size)",
+            rows,
+            "cut it, or change the recipe",
         )
     if weigh not in WEIGHINGS:
-        raise ValueError(f"weigh must be one of {', '.join(WEIGHINGS)}, got {weigh!r}; pick one")
+        raise refusal("weigh", f"be one of {', '.join(WEIGHINGS)}", weigh, "pick one")
     device, share = batch["labels"].device, rows // world_size
     mine = {name: tensor[rank * share : (rank + 1) * share] for name, tensor in batch.items()}
     model = qlora.load_base(dataclasses.replace(recipe, base="float32", lora_rank=None))
@@ -106,9 +109,11 @@ def launch(recipe: TrainRecipe, batch: Batch, timeout_s: float = 120) -> dict[st
     """
     on_gpus = batch["labels"].device.type != "cpu"
     if on_gpus and (n_gpus := torch.accelerator.device_count()) < recipe.world_size:
-        raise ValueError(
-            f"world_size must be at most {n_gpus}, the GPUs of this machine, got "
-            f"{recipe.world_size}; NCCL wants one each, a batch on the CPU wants none"
+        raise refusal(
+            "world_size",
+            f"be at most {n_gpus}, the GPUs of this machine",
+            recipe.world_size,
+            "NCCL wants one each, a batch on the CPU wants none",
         )
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder, "job.pt"), Path(folder, "result.pt")

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from course_utils.data import REMEDY
+from fitcast.units import Said, refusal
+
 PATH = Path(__file__).parents[1] / "data" / "recorded_runs.json"
 
 
@@ -17,21 +20,15 @@ def recording() -> dict[str, Any]:
     """The whole recording: its protocol, and rows that name their gpu, versions and date.
 
     Raises:
-        FileNotFoundError: Nothing is recorded (the file comes with a clone, not with pip).
+        FileNotFoundError: The file is missing; it comes with a clone and with the wheel.
         ValueError: The file is damaged.
     """
     if not PATH.exists():
-        raise FileNotFoundError(
-            f"recorded_runs must be a file, got {PATH} which does not exist; "
-            "work in a clone, or run tools/record_gpu_run.py on a GPU"
-        )
+        raise FileNotFoundError(f"{PATH} is missing; {REMEDY}")
     try:
         return json.loads(PATH.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"recorded_runs must be JSON, got {PATH} ({error}); restore it with "
-            "`git checkout -- course_utils/data/recorded_runs.json`"
-        ) from error
+        raise refusal("recorded_runs", "be JSON", Said(f"{PATH} ({error})"), REMEDY) from error
 
 
 def rows(group: str) -> list[dict[str, Any]]:
@@ -44,7 +41,7 @@ def rows(group: str) -> list[dict[str, Any]]:
     found = [row for row in recorded if row["group"] == group]
     if not found:
         groups = ", ".join(sorted({row["group"] for row in recorded}))
-        raise ValueError(f"group must be one of {groups}, got {group!r}; see recorded_runs.json")
+        raise refusal("group", f"be one of {groups}", group, "see recorded_runs.json")
     return found
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_utils import data as corpus
+from course_utils import data as bundled
 from fitcast import models
 from fitcast.gpus import Gpu
 from fitcast.training import random_weights
 from fitcast.training.preflight import ask_hub
+from fitcast.units import Said, refusal
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +51,7 @@ class Source:
     Attributes:
         model: For `TrainRecipe.model`: a name, or the folder of random weights.
         weights: "bundled", "hub" or "random".
-        data: "bundled" or "dolly", for `data.load_instructions`.
+        data: "bundled" or "dolly", for `course_utils.data.load_instructions`.
         settings: Fields of a recipe that suit this model.
         tokenizer_from: Folder or hub id of the tokenizer.
         said: What was decided and why, in a sentence.
@@ -74,8 +75,13 @@ class Source:
 
     def instructions(self) -> tuple[Dataset, Dataset]:
         """Examples to train on and examples held out, columns `prompt` and `answer`."""
-        train, heldout = (corpus.load_instructions(self.data, split) for split in corpus.SPLITS)
+        train, heldout = (bundled.load_instructions(self.data, split) for split in bundled.SPLITS)
         return train, heldout.select(range(min(HELDOUT_EXAMPLES, len(heldout))))
+
+
+def settings_of(model: str) -> dict[str, Any]:
+    """Fields of a recipe that suit a model, by its name."""
+    return DEFAULTS | SETTINGS.get(model, {})
 
 
 def choose(gpu: Gpu | None, model: str = AUTO, folder: str | Path = ".") -> Source:
@@ -93,7 +99,7 @@ def choose(gpu: Gpu | None, model: str = AUTO, folder: str | Path = ".") -> Sour
     if model == AUTO:
         model = BUNDLED_NAME if gpu is None else MODELS[0]
     if model == BUNDLED_NAME:
-        folder = str(corpus.bundled_model_dir())
+        folder = str(bundled.bundled_model_dir())
         return Source(
             model=folder,
             weights="bundled",
@@ -103,21 +109,23 @@ def choose(gpu: Gpu | None, model: str = AUTO, folder: str | Path = ".") -> Sour
             said="Model and data of the course: no download, runs anywhere.",
         )
     if model not in MODELS:
-        raise ValueError(
-            f"model must be one of {', '.join((AUTO, BUNDLED_NAME, *MODELS))}, got "
-            f"{model!r}; pick one of these"
-        )
+        known = ", ".join((AUTO, BUNDLED_NAME, *MODELS))
+        raise refusal("model", f"be one of {known}", model, "pick one of these")
     if gpu is None:
-        raise ValueError(
-            f"model must be 'bundled' or 'auto' without a GPU, got {model!r}; switch "
-            "Runtime > Change runtime type to T4"
+        raise refusal(
+            "model",
+            "be 'bundled' or 'auto' without a GPU",
+            model,
+            "switch Runtime > Change runtime type to T4",
         )
-    settings, repository = DEFAULTS | SETTINGS.get(model, {}), models.hub_id(model)
+    settings, repository = settings_of(model), models.hub_id(model)
     answer = ask_hub(repository)
     if answer in ("gated", "unknown"):
-        raise ValueError(
-            f"model must be open to you on the hub, got {repository}, which is "
-            f"{answer}; pick another of {', '.join(MODELS)}, or log in"
+        raise refusal(
+            "model",
+            "be open to you on the hub",
+            Said(f"{repository}, which is {answer}"),
+            f"pick another of {', '.join(MODELS)}, or log in",
         )
     if answer == "silent":
         return Source(
@@ -125,11 +133,11 @@ def choose(gpu: Gpu | None, model: str = AUTO, folder: str | Path = ".") -> Sour
             weights="random",
             data="bundled",
             settings=settings,
-            tokenizer_from=str(corpus.bundled_model_dir()),
+            tokenizer_from=str(bundled.bundled_model_dir()),
             said=f"The hub does not answer: random weights in the shape of {model}, and the "
             "bundled data. Memory and speed hold, words and losses do not.",
         )
-    data = "dolly" if ask_hub(corpus.DOLLY, "dataset") == "open" else "bundled"
+    data = "dolly" if ask_hub(bundled.DOLLY, "dataset") == "open" else "bundled"
     return Source(
         model=model,
         weights="hub",

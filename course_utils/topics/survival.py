@@ -29,6 +29,7 @@ ACCIDENTS = (
     torch.OutOfMemoryError("CUDA out of memory, in the middle of a save"),
     OSError(errno.ENOSPC, "No space left on device"),
 )
+SAVE_ERRORS = (torch.OutOfMemoryError, OSError, checkpoints.SaveError)
 HALF_A_SAVE = """
 import sys, time
 from pathlib import Path
@@ -46,7 +47,7 @@ def train_and_kill(
     """Train in another process, and SIGKILL it once it has done `at_step` steps.
 
     Args:
-        recipe, rows, tokenizer, output_dir: As for `training.train`.
+        recipe, rows, tokenizer, output_dir: As for `fitcast.train`.
         at_step: Optimizer steps that the process lives to see.
 
     Returns:
@@ -72,7 +73,7 @@ def train_and_kill(
         stderr=subprocess.STDOUT,
         env=ranks.with_this_package(),
     ) as child:
-        for line in child.stdout:
+        for line in _lines(child):
             said = line.strip() or said
             if line.startswith(f"step {at_step}:"):
                 lived = True
@@ -83,6 +84,12 @@ def train_and_kill(
             f"{child.returncode}; its last line: {said}"
         )
     return child.returncode
+
+
+def _lines(child: subprocess.Popen[str]) -> Iterator[str]:
+    """What another process prints, line by line, as it comes."""
+    assert child.stdout is not None, "started with stdout=PIPE"
+    yield from child.stdout
 
 
 def main(job: str) -> None:
@@ -128,7 +135,7 @@ def kill_in_a_save(target: Path) -> int:
         stdout=subprocess.PIPE,
         env=ranks.with_this_package(),
     ) as child:
-        halfway = child.stdout.readline()
+        halfway = next(_lines(child), "")
         child.kill()
     if not halfway:
         raise RuntimeError(f"the save must get halfway, got exit status {child.returncode}")
@@ -146,7 +153,7 @@ def attempt(save: Callable[..., None], *args: Any) -> None:
     try:
         save(*args)
         print("saved")
-    except (*map(type, ACCIDENTS), checkpoints.SaveError) as error:
+    except SAVE_ERRORS as error:
         said = re.sub(r" \([^)]* free on that disk\)", "", str(error))  # it differs by the minute
         print(f"{type(error).__name__}: {said}")
 

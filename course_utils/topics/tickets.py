@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from course_utils.data import parse_answer
+from fitcast.units import refusal
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Score:
     structure: float
     correct: float
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.structure:.0%} have the structure, {self.correct:.0%} are right"
 
 
@@ -31,7 +32,7 @@ class Overlap:
 
     correct: float
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.correct:.0%} of the words in common with the expected answers"
 
 
@@ -44,9 +45,11 @@ def score(answers: Sequence[str], expected: Sequence[str]) -> Score | Overlap:
     Source of the F1: Rajpurkar et al. 2016, "SQuAD", section 6.1.
     """
     if len(answers) != len(expected) or not answers:
-        raise ValueError(
-            f"answers must be as many as expected ({len(expected)}, at least 1), got "
-            f"{len(answers)}; generate one answer for each example"
+        raise refusal(
+            "answers",
+            f"be as many as expected ({len(expected)}, at least 1)",
+            len(answers),
+            "generate one answer for each example",
         )
     wanted, found = ([parse_answer(text) for text in texts] for texts in (expected, answers))
     if None in wanted:

@@ -11,6 +11,8 @@ import tempfile
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from course_utils.data import BUNDLED
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
@@ -28,7 +30,7 @@ def trainer_log(
 
     Args:
         recipe: Uses what `to_training_arguments` uses, and the model.
-        rows: Encoded examples, as from `data.encode`.
+        rows: Encoded examples, as from `fitcast.training.data.encode`.
         tokenizer: Only its padding token is used.
         trainer_class: `transformers.Trainer`, or one of yours.
         overrides: Any field of TrainingArguments.
@@ -57,15 +59,16 @@ def scheduled(
     epochs: int,
     warmup: float,
     logging_steps: int,
-) -> tuple:
+) -> tuple[int, int, int]:
     """Optimizer steps, warm-up steps and lines of the log, read off real runs of Trainer.
 
     With several ranks the run is one rank's: its share of the examples.
     """
     from datasets import Dataset
-    from torch.utils.data import DistributedSampler
+    from torch.utils.data import DistributedSampler, TensorDataset
 
-    share = len(DistributedSampler(range(examples), world_size, rank=0))
+    every_example = TensorDataset(torch.empty(examples))
+    share = len(DistributedSampler(every_example, world_size, rank=0))
     ids = list(range(8))
     rows = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * 8, "labels": ids}] * share)
     recipe = TrainRecipe(

@@ -50,7 +50,7 @@ def shares(text: str) -> tuple[int, int]:
 def test_preflight_refuses_each_mistake_with_its_remedy(shown):
     refused = printed_by(shown, "greedy = replace(recipe").splitlines()
     assert [line.split()[0] for line in refused] == ["precision", "memory"]
-    assert refused[0].endswith("use recipe.for_gpu(hardware.detect())")
+    assert refused[0].endswith("use recipe.for_gpu(gpus.detect())")
     assert "; halve micro_batch_size" in refused[1]
 
 
@@ -224,3 +224,10 @@ def test_the_widget_redraws_for_other_levers():
     explorer.controls["layers_that_forget"].value = "100 %"
     explorer.controls["loss"].value = "full"
     assert explorer.picture.value.count("does not fit") == 2
+
+
+def test_the_widget_draws_every_model():
+    explorer = widgets.levers_explorer()
+    for model in explorer.controls["model"].options:
+        explorer.controls["model"].value = model
+        assert f"alt='bars against the 14.42 GiB of a T4: {model}, QLoRA" in explorer.picture.value

@@ -124,19 +124,19 @@ def test_a_few_steps_are_really_trained(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "real", "words"),
+    ("claim", "real", "words"),
     [
-        (5, 5, 5.3 * GIB, "holds"),
-        (4, 8, 7 * GB, "holds"),
-        (10, 14, 21 * GB, "1.5 times the claim"),
-        (None, None, 8 * GIB, "missing in the budget"),
-        (0.5, 1, GB // 1000, "500 times too high"),
-        (0.1, 0.1, 0, "small either way"),
-        (None, None, 1000, "small either way"),
+        ((5, 5), 5.3 * GIB, "holds"),
+        ((4, 8), 7 * GB, "holds"),
+        ((10, 14), 21 * GB, "1.5 times the claim"),
+        (None, 8 * GIB, "missing in the budget"),
+        ((0.5, 1), GB // 1000, "500 times too high"),
+        ((0.1, 0.1), 0, "small either way"),
+        (None, 1000, "small either way"),
     ],
 )
-def test_a_claim_is_judged(low, high, real, words):
-    assert words in budget._verdict(low, high, int(real))
+def test_a_claim_is_judged(claim, real, words):
+    assert words in budget._verdict(claim and budget.Claim("", *claim), int(real))
 
 
 def test_a_budgets_rows_add_up_to_the_peak(usual, capsys):

@@ -144,7 +144,8 @@ def test_two_ranks_with_a_gpu_each_make_the_update_of_one():
 
 
 @pytest.mark.parametrize("module", [row["name"] for row in GROUPS["tests"]()])
-def test_what_needs_cuda_has_passed_on_a_gpu(module, request):
+def test_every_test_that_needs_cuda_was_run_on_one(module, request):
+    """By name: a new one has to be recorded. What today's code does there only a GPU can say."""
     path = next((ROOT / "tests").rglob(module))
     there = pytest.Module.from_parent(request.session, path=path).collect()
     wanted = [item.name for item in there if item.originalname in needing_cuda(path)]

@@ -70,9 +70,11 @@ def test_a_silent_hub_gives_random_weights_and_says_so(hub, tmp_path):
 @pytest.mark.parametrize("model", ["bundled", *sources.MODELS])
 def test_settings_suit_every_model(hub, model):
     hub |= {"model": "open", "dataset": "open"}
-    settings = sources.choose(gpus.T4, model).settings
-    recipe = TrainRecipe(model=model, amp_dtype="float16", **settings)
-    adapted = blueprint(recipe, models.config(model))  # raises when a target matches no layer
+    source = sources.choose(gpus.T4, model)
+    recipe = TrainRecipe(model=source.model, amp_dtype="float16", **source.settings)
+    adapted = blueprint(
+        recipe, models.config(source.model)
+    )  # raises when a target matches no layer
     names = {n.split(".")[-4] for n, p in adapted.named_parameters() if "lora_A" in n}
     assert {"o_proj"} < names
 
