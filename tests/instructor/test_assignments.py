@@ -88,8 +88,10 @@ def answer(function, case):
     return json.loads(json.dumps(function(*case.arguments, *extra)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n == "activation_memory" else pytest.mark.slow) for n in names()],
+)
 def test_500_students_have_numbers_of_their_own(name):
     hidden, public = set(), set()
     for student in STUDENTS:

@@ -59,6 +59,7 @@ def test_guide_leads_to_a_graded_class(followed):
         assert f"alike with {other} and the published solution" in rows[student]["flags"]
 
 
+@pytest.mark.slow
 def test_every_file_that_the_guide_promises_is_there(followed):
     graded = followed / "effective_batch" / "graded"
     written = re.findall(r"^- `([\w./]+)`:", GUIDE, re.M)
@@ -73,6 +74,7 @@ def test_every_file_that_the_guide_promises_is_there(followed):
     assert named and all((graded / name).is_file() for name in named)
 
 
+@pytest.mark.slow
 def test_secret_is_in_nothing_that_is_handed_out(followed):
     secret = (followed / "secret.txt").read_text("utf-8").strip()
     assert len(secret) == 64
