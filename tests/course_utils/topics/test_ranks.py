@@ -63,6 +63,7 @@ def test_two_processes_make_the_same_update(expected):
     assert relative_error(found["ranks"], expected) > 0.1  # a mean of ranks' means is another one
 
 
+@pytest.mark.slow
 def test_a_failing_rank_is_one_sentence(expected):
     batch = uneven()
     batch["input_ids"] = batch["input_ids"] + 5000  # beyond the vocabulary

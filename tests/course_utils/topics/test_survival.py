@@ -56,6 +56,7 @@ def test_an_attempt_swallows_nothing_else(capsys):
         survival.attempt({}.__getitem__, "x")
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_too_early_is_no_kill(tmp_path):
     recipe = tiny_recipe(tmp_path / "model", max_steps=2)
     with pytest.raises(RuntimeError, match=r"live for 9 steps, got exit status 0; .*step 2: loss"):

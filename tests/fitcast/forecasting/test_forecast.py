@@ -317,6 +317,7 @@ def test_accumulation_repeats_the_second_micro_batch():
     assert 0 <= eight.peak_allocated_bytes - two.peak_allocated_bytes <= 6 * 3 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
 def test_a_forecast_takes_little_memory_however_large_the_model():
     small, large = (
