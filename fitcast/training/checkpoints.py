@@ -2,7 +2,9 @@
 
 A checkpoint is written into a hidden folder, flushed to the disk, listed with sizes and checksums
 in a manifest, and then renamed into place. Renaming is atomic within one file system, so a folder
-called checkpoint-N is either whole or not there.
+called checkpoint-N is either whole or not there. Where one is replaced, the old one steps aside
+first; a kill between the two renames leaves both aside, and whoever looks next, a resume or a save,
+finishes the second rename (`finish_replacement`). So at every moment a whole one can be found.
 
 Not modelled: two runs that save into the same folder at once, disks that lie about fsync.
 
@@ -16,16 +18,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fitcast.units import show_bytes
+from fitcast.units import Said, refusal, show_bytes
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"  # unfinished checkpoints, and old ones on their way out
 PREFIX = "checkpoint-"
+ASIDE = "replaced-"  # in front of a checkpoint's name while a new one takes its place
 KEEP = 2
+OLDER = "resume from an older checkpoint, or delete this one"
 MOUNTED_DRIVE = Path("/content/drive/MyDrive")  # as google.colab.drive.mount makes it
 
 
@@ -44,24 +48,16 @@ def written_whole(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
     Raises:
         SaveError: Writing failed, whatever the reason; `target` is as it was.
     """
-    staging = target.parent / STAGING
-    folder, replaced = staging / target.name, staging / "replaced"
+    folder = target.parent / STAGING / target.name
     try:
-        _remove(staging)
+        _tidy(target.parent)
         folder.mkdir(parents=True)
         yield folder
         _seal(folder, facts)
-        if target.exists():
-            target.rename(replaced)
-        try:
-            folder.rename(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
+        _put_in_place(folder, target)
     except Exception as error:  # torch, safetensors and json each report a full disk differently
         with contextlib.suppress(OSError):
-            _remove(staging)
+            _tidy(target.parent)
         last = find_last(target.parent, say=lambda _: None)
         raise SaveError(
             f"{target.name} was not written: {_cause(error)} "
@@ -71,7 +67,54 @@ def written_whole(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
         ) from error
     with contextlib.suppress(OSError):  # it stands; what is left is tidying, and a power cut
         _flush(target.parent)
-        _remove(staging)
+        _tidy(target.parent)
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Rename a sealed folder to `target`; what is there steps aside, and back after an error."""
+    aside = folder.parent / f"{ASIDE}{target.name}"
+    if target.exists():
+        target.rename(aside)
+    try:
+        folder.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+
+
+def finish_replacement(folder: Path) -> None:
+    """Put a checkpoint in place whose save was killed after the old one had stepped aside.
+
+    The new one, which was whole before that; the old one should the new one be damaged.
+
+    Args:
+        folder: Of the checkpoints.
+
+    Raises:
+        OSError: It cannot be renamed; nothing is lost, the next call tries again.
+    """
+    staging = folder / STAGING
+    for aside in staging.glob(f"{ASIDE}{PREFIX}*"):
+        name = aside.name.removeprefix(ASIDE)
+        if not (folder / name).exists():
+            new = staging / name
+            (new if _is_whole(new) else aside).rename(folder / name)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        verify(checkpoint)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what saves and deletions left half done, but nothing that is the only whole copy."""
+    finish_replacement(folder)
+    if (folder / STAGING).exists():
+        shutil.rmtree(folder / STAGING)
 
 
 def _cause(error: Exception) -> str:
@@ -91,11 +134,6 @@ def _free(folder: Path) -> str:
         return show_bytes(shutil.disk_usage(folder).free)
     except OSError as error:
         return f"unknown, {error.strerror}:"
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:
@@ -132,36 +170,44 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def verify(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, once every file has proved to be whole.
 
+    Args:
+        checkpoint: .../checkpoint-N.
+
+    Returns:
+        The facts that it was saved with, and "files": bytes and sha256 of each.
+
     Raises:
         FileNotFoundError: No such folder, no manifest, or a file is missing.
         ValueError: The manifest or a file is damaged.
     """
-    remedy = "resume from an older checkpoint, or delete this one"
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
-        raise FileNotFoundError(
-            f"checkpoint must be a folder with a {MANIFEST}, got {checkpoint}, "
-            f"which is missing or half written; {remedy}"
+        raise _missing(
+            f"be a folder with a {MANIFEST}", checkpoint, ", which is missing or half written"
         )
     try:
         facts = json.loads(manifest.read_text(encoding="utf-8"))
         listed = {name: (one["bytes"], one["sha256"]) for name, one in facts["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{MANIFEST} must be JSON with a list of files, got {manifest} ({error!r}); {remedy}"
-        ) from error
+        got = Said(f"{manifest} ({error!r})")
+        raise refusal(MANIFEST, "be JSON with a list of files", got, OLDER) from error
     for name, (n_bytes, checksum) in listed.items():
         path = checkpoint / name
         if not path.is_file():
-            raise FileNotFoundError(
-                f"checkpoint must hold {name}, got {checkpoint} without it; {remedy}"
-            )
-        if (found := _fingerprint(path)) != {"bytes": n_bytes, "sha256": checksum}:
-            raise ValueError(
-                f"{name} must have {n_bytes} bytes and the checksum of its "
-                f"manifest, got {found['bytes']} bytes in {path}; {remedy}"
+            raise _missing(f"hold {name}", checkpoint, " without it")
+        found = _fingerprint(path)
+        if found != {"bytes": n_bytes, "sha256": checksum}:
+            raise refusal(
+                name,
+                f"have {n_bytes} bytes and the checksum of its manifest",
+                Said(f"{found['bytes']} bytes in {path}"),
+                OLDER,
             )
     return facts
+
+
+def _missing(rule: str, checkpoint: Path, how: str) -> FileNotFoundError:
+    return FileNotFoundError(str(refusal("checkpoint", rule, Said(f"{checkpoint}{how}"), OLDER)))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -174,14 +220,21 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def find_last(*folders: str | Path | None, say=print) -> Path | None:
+def find_last(*folders: str | Path | None, say: Callable[[str], object] = print) -> Path | None:
     """The whole checkpoint with the most steps in any of the folders, or `None`.
 
-    Says what it passes over: the half-written, the damaged, a folder that cannot be read.
+    Says what it passes over: the half-written, the damaged, a folder that cannot be read. Finishes
+    a replacement that was killed.
+
+    Args:
+        folders: Where checkpoints are; `None` is no folder.
+        say: Called with a sentence for each thing that is passed over.
     """
     candidates = []
     for folder in map(Path, filter(None, folders)):
         try:
+            with contextlib.suppress(OSError):  # it may be read-only, or another process faster
+                finish_replacement(folder)
             candidates += _newest_first(folder)
             unfinished = list((folder / STAGING).glob(f"{PREFIX}*"))
         except OSError as error:
@@ -203,13 +256,20 @@ def prune(newest: Path, keep: int = KEEP) -> None:
 
     Those with more steps than the one just written are left: they are damaged, or it would go on
     from them; the run writes over them when it gets there.
+
+    Args:
+        newest: The one just written, .../checkpoint-N.
+        keep: How many are kept, `newest` among them.
+
+    Raises:
+        OSError: One cannot be deleted.
     """
     staging = newest.parent / STAGING
     earlier = [p for p in _newest_first(newest.parent) if step_of(p) < step_of(newest)]
     for old in earlier[keep - 1 :]:
         staging.mkdir(exist_ok=True)
         old.rename(staging / f"old-{old.name}")
-    _remove(staging)
+    _tidy(newest.parent)
 
 
 def on_drive(folder: str) -> Path | None:
@@ -219,6 +279,10 @@ def on_drive(folder: str) -> Path | None:
 
 def mirror(checkpoint: Path, drive: Path) -> bool:
     """Copy a checkpoint to a mounted Drive, whole or not at all; a Drive that fails only warns.
+
+    Args:
+        checkpoint: A whole one, .../checkpoint-N.
+        drive: Folder of its copies; only its parent has to be there.
 
     Returns:
         Whether the copy is there.

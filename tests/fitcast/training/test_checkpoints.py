@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -143,6 +144,110 @@ def test_what_a_kill_left_is_reported_and_cleared_by_the_next_save(tmp_path, cap
     assert "checkpoint-2 was being written when the last run ended" in capsys.readouterr().out
     save(tmp_path, 2)
     assert find_last(tmp_path).name == "checkpoint-2" and not (tmp_path / STAGING).exists()
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL: what is on the disk stays as it is."""
+
+
+class KilledAt:
+    """The process dies around its `number`-th call that changes a folder: before it, or after."""
+
+    CALLS = ("rename", "mkdir", "unlink", "rmdir", "fsync")
+
+    def __init__(self, monkeypatch, number: int):
+        self.moment, self.dies_after = divmod(number, 2)
+        self.done = 0
+        for name in self.CALLS:
+            monkeypatch.setattr(os, name, self.counted(getattr(os, name)))
+
+    def counted(self, call):
+        def counting(*args, **options):
+            this, self.done = self.done, self.done + 1
+            if this == self.moment and not self.dies_after:
+                raise Killed
+            try:
+                return call(*args, **options)
+            finally:
+                if this == self.moment:
+                    raise Killed
+
+        return counting
+
+
+def replace_and_die(folder: Path, number: int) -> bool:
+    """Save checkpoint-8 over the one that is there, until moment `number`; False: there is none."""
+    with pytest.MonkeyPatch.context() as patch:
+        KilledAt(patch, number)
+        try:
+            save(folder, 8, size=2000)
+        except Killed:
+            return True
+    return False
+
+
+def content(checkpoint: Path) -> int:
+    """The size of what was saved, of a checkpoint that is whole."""
+    verify(checkpoint)
+    return (checkpoint / "adapter.bin").stat().st_size
+
+
+def test_a_kill_at_any_moment_of_a_replacement_leaves_a_whole_copy(tmp_path):
+    """The one before or the one after; the next save does not take it away, either."""
+    found = []
+    for number in range(1000):
+        folder = tmp_path / str(number)
+        save(folder, 8)
+        died = replace_and_die(folder, number)
+        last = find_last(folder, say=lambda _: None)
+        found.append(content(last))
+        assert last == folder / "checkpoint-8", f"moment {number}"
+        save(folder, 9)
+        assert content(folder / "checkpoint-8") == found[-1], f"moment {number}"
+        assert not (folder / STAGING).exists()
+        if not died:
+            break
+    assert len(found) > 20 and found == sorted(found) and found[0] == 1000 and found[-1] == 2000
+
+
+def test_a_save_alone_brings_back_what_a_killed_one_put_aside(tmp_path):
+    """Nobody looks for a checkpoint in between: the next save is what comes next."""
+    for number in range(1000):
+        folder = tmp_path / str(number)
+        save(folder, 8)
+        died = replace_and_die(folder, number)
+        checkpoints.prune(save(folder, 9))
+        assert content(folder / "checkpoint-8") in (1000, 2000), f"moment {number}"
+        if not died:
+            break
+    assert number > 20
+
+
+def test_a_damaged_new_one_gives_way_to_the_old_one(tmp_path):
+    save(tmp_path, 8)
+    for number in range(1000):  # until the old one has stepped aside
+        assert replace_and_die(tmp_path, number)
+        if not (tmp_path / "checkpoint-8").exists():
+            break
+        find_last(tmp_path)
+    cut(tmp_path / STAGING / "checkpoint-8/adapter.bin")
+    assert content(find_last(tmp_path)) == 1000
+
+
+def test_a_disk_that_refuses_both_renames_keeps_both_copies(tmp_path, monkeypatch):
+    save(tmp_path, 8)
+
+    def refuses(source, target):
+        if Path(target).name == "checkpoint-8":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    rename = os.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuses)
+        with pytest.raises(SaveError, match="checkpoint-8 was not written"):
+            save(tmp_path, 8, size=2000)
+    assert content(find_last(tmp_path)) == 2000
 
 
 def test_two_are_kept(tmp_path):
