@@ -86,9 +86,10 @@ def reply(rng: random.Random, facts: dict) -> str:
         [
             "Dear {customer}, we are sorry that the {product} from order {order} {happened}. "
             "{action} {pace}.",
-            "Thank you, {customer}. I found order {order}: the {product} {happened}. {action} {pace}.",
-            "I am sorry, {customer}. I see that the {product} {happened}. {action} for order {order} "
-            "{pace}.",
+            "Thank you, {customer}. I found order {order}: the {product} {happened}. "
+            "{action} {pace}.",
+            "I am sorry, {customer}. I see that the {product} {happened}. "
+            "{action} for order {order} {pace}.",
             "Order {order} is open here, {customer}. So the {product} {happened}. {action} {pace}.",
             "The {product} in order {order} {happened}, {customer}. {action} {pace}.",
         ]
@@ -166,7 +167,8 @@ def note(rng: random.Random) -> str:
     ending = rng.choice(
         [
             f"Today {people[pick]} called about the {things[pick]} in parcel {parcels[pick]}.",
-            f"Parcel {parcels[pick]} left {city}. The {things[pick]} is on its way to {people[pick]}.",
+            f"Parcel {parcels[pick]} left {city}. "
+            f"The {things[pick]} is on its way to {people[pick]}.",
             f"From {city} we saw {', '.join(parcels)} and again {', '.join(parcels)}.",
             f"We wrote to {', '.join(people)} about the {', the '.join(things)}. "
             f"Then {', '.join(people)} asked about the {', the '.join(things)}.",
