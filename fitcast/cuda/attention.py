@@ -7,6 +7,7 @@ AMD GPUs, cuDNN plans other than its first.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -24,13 +25,15 @@ def scratch(n_bytes: int) -> torch.Tensor:
     return torch.empty(n_bytes, dtype=torch.uint8)
 
 
-def attention_kernel(gpu: Gpu, query, key, value, mask) -> Callable:
+def attention_kernel(gpu: Gpu, query, key, value, mask, enable_gqa: bool = True) -> Callable:
     """The kernel that `F.scaled_dot_product_attention` takes on `gpu`.
 
     Source: cuda/sdp_utils.cpp, `select_sdp_backend`, `check_prefer_cudnn_attention` and the
     `can_use_*` functions.
     """
     head_dim = query.shape[-1]
+    if query.shape[-3] != key.shape[-3] and not enable_gqa:
+        return functools.partial(math_attention, repeat=False)  # no other one broadcasts
     half = query.dtype in HALF and (gpu.has_bfloat16 or query.dtype == torch.float16)
     flash = gpu.has_flash_attention and half and head_dim == value.shape[-1]
     if flash and gpu.capability == (9, 0) and head_dim <= 128 and head_dim % 8 == 0:
@@ -44,8 +47,8 @@ def attention_kernel(gpu: Gpu, query, key, value, mask) -> Callable:
     return math_attention
 
 
-def math_attention(query, key, value, mask, dropout, is_causal, scale):
-    """Writes the scores out, in float32 for half inputs, heads repeated.
+def math_attention(query, key, value, mask, dropout, is_causal, scale, repeat=True):
+    """Writes the scores out, in float32 for half inputs, heads repeated or broadcast by `@`.
 
     Source: attention.cpp, `_scaled_dot_product_attention_math`.
     """
@@ -55,7 +58,7 @@ def math_attention(query, key, value, mask, dropout, is_causal, scale):
     if is_causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
     mask = additive_mask(mask, q.dtype)
-    groups = q.shape[-3] // k.shape[-3]
+    groups = q.shape[-3] // k.shape[-3] if repeat else 1
     many_k, many_v = (t.repeat_interleave(groups, -3) if groups > 1 else t for t in (k, v))
     scores = scaled @ (many_k.transpose(-2, -1) * root)
     if mask is not None:

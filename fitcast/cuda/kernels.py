@@ -64,7 +64,7 @@ def scaled_dot_product_attention(
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
-    kernel = attention.attention_kernel(gpu, *reversed(tensors))
+    kernel = attention.attention_kernel(gpu, *reversed(tensors), enable_gqa)
     with torch.autocast("cpu", enabled=False):
         return kernel(*reversed(tensors), dropout_p, is_causal, scale)
 
@@ -118,7 +118,7 @@ class CudaKernels(TorchDispatchMode):
     def __init__(self, gpu: Gpu, on_work: Callable[[int, tuple, object], None] | None = None):
         super().__init__()
         self.gpu, self.on_work = gpu, on_work
-        self._workspaces: dict[bool, torch.Tensor] = {}
+        self._workspaces: dict[tuple[str, bool], torch.Tensor] = {}
         holders_of_one()  # measured before this mode is entered
 
     @classmethod
@@ -135,19 +135,21 @@ class CudaKernels(TorchDispatchMode):
         rule = KERNEL_RULES.get(name)
         result = func(*args, **kwargs) if rule is None else rule(self.gpu, func, *args, **kwargs)
         if name in MATRIX_PRODUCTS:
-            self._take_workspace()
+            self._take_workspace("cublas", self.gpu.workspace_bytes)
+        if adds_bias(name, args, kwargs):
+            self._take_workspace("cublasLt", LT_WORKSPACE_BYTES)
         if self.on_work is not None and not func.is_view and name not in NO_WORK:
             self.on_work(matrix_flops(func, args, kwargs, result), args, result)
         return result
 
-    def _take_workspace(self) -> None:
-        """cuBLAS keeps one for the thread that runs forward and one for autograd's, for good.
+    def _take_workspace(self, library: str, n_bytes: int) -> None:
+        """Libraries keep one for the thread that runs forward and one for autograd's, for good.
 
         Source: cuda/CublasHandlePool.cpp, `getCUDABlasLtWorkspace` and its caller.
         """
         in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward not in self._workspaces:
-            self._workspaces[in_backward] = scratch(self.gpu.workspace_bytes)
+        if (library, in_backward) not in self._workspaces:
+            self._workspaces[library, in_backward] = scratch(n_bytes)
 
 
 def accumulates(old: torch.Tensor, new: torch.Tensor) -> bool:
@@ -220,6 +222,18 @@ def foreach_norm(gpu, func, tensors, *args, **kwargs):
     return result
 
 
+def adds_bias(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether this is a product with a bias, which cuBLASLt computes rather than cuBLAS.
+
+    Source: native/cuda/Blas.cpp, `isInputCompliesAddmmCudaLt`.
+    """
+    if name == "aten::addmm":
+        return args[0].dim() == 1
+    return name == "bitsandbytes::gemm_4bit" and (args[6:7] or (kwargs.get("bias"),))[0] is not None
+
+
+# Source: cuda/CublasHandlePool.cpp, `parseCUDABlasLtWorkspaceSize`: a MiB, not shared by default.
+LT_WORKSPACE_BYTES = 1 << 20
 MATRIX_PRODUCTS = {
     "aten::mm",
     "aten::addmm",

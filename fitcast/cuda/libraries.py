@@ -14,6 +14,7 @@ import torch
 
 from fitcast import gpus
 from fitcast.cuda import bitsandbytes
+from fitcast.cuda.autocast import cuda_autocast
 from fitcast.cuda.kernels import cuda_functions
 from fitcast.gpus import Gpu
 from fitcast.step import levers
@@ -42,6 +43,7 @@ def pretend_cuda(gpu: Gpu) -> Iterator[None]:
             stack.enter_context(mock.patch.object(target, name, stand_in))
         stack.enter_context(mock.patch.dict(bnb.name2qmap, clear=True))
         stack.enter_context(cuda_functions(gpu))
+        stack.enter_context(cuda_autocast())
         yield
 
 

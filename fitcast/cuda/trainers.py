@@ -31,6 +31,7 @@ def pretend_trainer() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", stay))
         stack.enter_context(mock.patch.object(torch.Tensor, "data_ptr", address))
+        stack.enter_context(adapters_on_fake_weights())
         try:
             AcceleratorState._shared_state.clear()  # of another precision, perhaps
             if "device" in PartialState._shared_state:
@@ -40,6 +41,42 @@ def pretend_trainer() -> Iterator[None]:
             for state, kept in zip(states, before, strict=True):
                 state._shared_state.clear()
                 state._shared_state.update(kept)
+
+
+@contextlib.contextmanager
+def adapters_on_fake_weights() -> Iterator[None]:
+    """Inside, DoRA finds the weight of a quantized layer that is fake or on meta.
+
+    It tells quantized weights by the class of the parameter, which a fake one has lost, and
+    measures their norms when it is made, which is done on meta here. Source:
+    peft/tuners/lora/dora.py and peft/utils/integrations.py, `dequantize_module_weight`.
+    """
+    from peft.tuners.lora import dora
+
+    layer = dora.DoraLinearLayer
+    made = layer.update_layer
+
+    def on_meta(self, *, lora_A, lora_B, **options):
+        made(self, lora_A=lora_A.to("meta"), lora_B=lora_B.to("meta"), **options)
+
+    with (
+        mock.patch.object(dora, "dequantize_module_weight", dequantized),
+        mock.patch.object(dora, "deepcopy", lambda layer: layer),  # only FSDP needs the copy
+        mock.patch.object(layer, "update_layer", on_meta),
+    ):
+        yield
+
+
+def dequantized(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight of a layer, (outputs, inputs), in 16 bits where it is stored in 4 or 8."""
+    import bitsandbytes.functional as bnb
+
+    weight: Any = layer.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return bnb.dequantize_4bit(weight.data, weight.quant_state)
+    if getattr(weight, "SCB", None) is not None:
+        return bnb.int8_vectorwise_dequant(weight.data, weight.SCB)
+    return weight
 
 
 @contextlib.contextmanager

@@ -5,19 +5,19 @@ same to memory. So four layers of a kind are run, the second and the third are p
 by event, and the third is repeated. If they differ, there is no expansion and the caller runs the
 whole model.
 
-Not modelled: layers that alternate between kinds, except checkpointed ones before others.
+Where kinds alternate, a unit of several layers is repeated: `stream.layers` says which. Not
+modelled: layers that repeat in no rhythm.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from fitcast.memory.layers import Layers
 from fitcast.memory.report import Block
 from fitcast.memory.stream import Stream
 
 RUN = 4  # layers of a kind that are run: first, two to compare, last
-LAYER = re.compile(r"\blayers\.(\d+)\b")
 
 
 class NotRepeating(Exception):
@@ -80,9 +80,7 @@ def deepen(stream: Stream, counts: list[int]) -> Stream:
 def _segments(stream: Stream, n_layers: int) -> list[Segment]:
     """Cut the events where the layer changes; number the passes over the layers."""
     home: dict[int, int | None] = {}  # block -> layer of the segment that allocated it
-    layers = [
-        int(found[1]) if (found := LAYER.search(block.module)) else None for block in stream.blocks
-    ]
+    layers = [stream.layers.unit(block.module) for block in stream.blocks]
     starts: dict[int, tuple[str, ...]] = {}
     for name, position in stream.marks.items():
         starts[position] = (*starts.get(position, ()), name)
@@ -155,7 +153,7 @@ def _number_passes(segments: list[Segment], n_layers: int) -> None:
         before = segment.layer
 
 
-def _names(segments: list[Segment], blocks: list[Block]) -> dict[int, tuple]:
+def _names(segments: list[Segment], stream: Stream) -> dict[int, tuple]:
     """block -> (pass, layer, which one); blocks of no layer go by their own number.
 
     Which one: the n-th of its operation in its module, so that one more in the first layer does
@@ -167,8 +165,9 @@ def _names(segments: list[Segment], blocks: list[Block]) -> dict[int, tuple]:
             if sign > 0 and segment.layer is None:
                 names[block] = (None, None, block)
             elif sign > 0:
-                made = blocks[block]
-                key = (segment.sweep, segment.layer, LAYER.sub("", made.module), made.operation)
+                made = stream.blocks[block]
+                module = stream.layers.anonymous(made.module)
+                key = (segment.sweep, segment.layer, module, made.operation)
                 count[key] = count.get(key, 0) + 1
                 names[block] = (segment.sweep, segment.layer, (*key[2:], count[key]))
     return names
@@ -176,7 +175,7 @@ def _names(segments: list[Segment], blocks: list[Block]) -> dict[int, tuple]:
 
 def _check(segments: list[Segment], stream: Stream, repeated: list[int]) -> None:
     """Prove that in every pass each repeated layer does what the layer before it does."""
-    names, seen = _names(segments, stream.blocks), {}
+    names, seen = _names(segments, stream), {}
 
     def story(segment):
         for sign, block, phase in segment.events:
@@ -200,7 +199,9 @@ def _check(segments: list[Segment], stream: Stream, repeated: list[int]) -> None
 
 
 def _expand(segments: list[Segment], stream: Stream, places: list[list[int]]) -> Stream:
-    names, deep = _names(segments, stream.blocks), Stream([], [], {})
+    more = sum(map(len, places)) - len(places)
+    layers = replace(stream.layers, periods=stream.layers.periods + more)
+    names, deep = _names(segments, stream), Stream([], [], {}, layers=layers)
     made: dict[tuple, int] = {}
 
     def emit(segment: Segment, at: int | None) -> None:
@@ -217,7 +218,7 @@ def _expand(segments: list[Segment], stream: Stream, places: list[list[int]]) ->
                 made[name] = len(deep.blocks)
                 if block in stream.growing:
                     deep.growing[len(deep.blocks)] = stream.growing[block]
-                deep.blocks.append(_copy(stream.blocks[block], layer))
+                deep.blocks.append(_copy(stream.blocks[block], layer, stream.layers, layers))
             elif name not in made:
                 raise NotRepeating(f"{name} is freed before it is allocated")
             deep.events.append((sign, made[name], phase))
@@ -254,8 +255,8 @@ def _expand(segments: list[Segment], stream: Stream, places: list[list[int]]) ->
     return deep
 
 
-def _copy(block: Block, layer: int | None) -> Block:
-    module = block.module if layer is None else LAYER.sub(f"layers.{layer}", block.module)
+def _copy(block: Block, layer: int | None, old: Layers, new: Layers) -> Block:
+    module = block.module if layer is None else old.moved(block.module, layer, new)
     return Block(
         block.n_bytes,
         block.category,

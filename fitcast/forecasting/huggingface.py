@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -34,11 +33,12 @@ from fitcast.cuda.trainers import (
     pretend_trainer,
     trl_kernels,
 )
-from fitcast.forecasting import depth, fake
+from fitcast.forecasting import depth, fake, layers
 from fitcast.forecasting.answers import Answers
 from fitcast.forecasting.forecast import Forecast, report
 from fitcast.forecasting.place import place
 from fitcast.gpus import T4, Gpu
+from fitcast.memory.layers import Layers
 from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
 from fitcast.units import Said, refusal
 
@@ -142,22 +142,18 @@ def notes(run: Run) -> tuple[str, ...]:
 
 def run_stream(run: Run, gpu: Gpu) -> Stream:
     """Memory events of load and first step; of few layers where they repeat."""
-    total = getattr(run.config, "num_hidden_layers", 0)
-    kinds = set(getattr(run.config, "layer_types", None) or ["one"])
-    if total and len(kinds) == 1:
-        counts = depth.kinds(total, 0)
-        few = depth.run_layers(counts)
-        config = copy.deepcopy(run.config)
-        config.num_hidden_layers = few[0]
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: few[0]]
+    model = meta_base(run)
+    rhythm = layers.rhythm(model)
+    if rhythm is not None:
+        layers.shorten(model, rhythm.run)
         with contextlib.suppress(depth.NotRepeating):
-            return depth.deepen(_train(dataclasses.replace(run, config=config), gpu), counts)
-    return _train(run, gpu)
+            return depth.deepen(_train(run, gpu, model, rhythm), rhythm.counts)
+        model = meta_base(run)
+    return _train(run, gpu, model)
 
 
 def meta_base(run: Run) -> PreTrainedModel:
-    """The model without memory, prepared by its quantizer as `from_pretrained` prepares it."""
+    """The model without memory."""
     from transformers import AutoModelForCausalLM
 
     options = {"attn_implementation": run.attention} if run.attention else {}
@@ -170,8 +166,6 @@ def meta_base(run: Run) -> PreTrainedModel:
             Said(f"a config of kind {run.config.model_type!r} ({error})"),
             "see the model's own page for the class that it needs",
         ) from error  # fmt: skip
-    if run.quantization_config is not None:
-        _quantize(model, run.quantization_config)
     return model.train()
 
 
@@ -190,12 +184,17 @@ def _quantize(model: PreTrainedModel, quantization_config: Any) -> None:
     model.is_loaded_in_8bit = bool(getattr(quantization_config, "load_in_8bit", False))
 
 
-def _train(run: Run, gpu: Gpu) -> Stream:
+def _train(
+    run: Run, gpu: Gpu, model: PreTrainedModel, rhythm: layers.Rhythm | None = None
+) -> Stream:
     """Make the trainer, place the weights, take one optimizer step of its `train()`."""
     ledger = DeviceLedger()
+    if run.quantization_config is not None:
+        _quantize(model, run.quantization_config)
     kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
     with tempfile.TemporaryDirectory() as folder, pretend_trainer():
-        trainer, batch = _trainer(run, folder, ledger)
+        trainer, batch = _trainer(run, folder, ledger, model)
+        ledger.layers = _layers(trainer.model, rhythm)
         with contextlib.ExitStack() as stack:
             for context in (padding(run.padded), trl_kernels(), pretend_cuda(gpu),
                 fake.fake_tensors(),
@@ -220,13 +219,21 @@ def _train(run: Run, gpu: Gpu) -> Stream:
     return stream
 
 
-def _trainer(run: Run, folder: str, ledger: DeviceLedger) -> tuple[Any, dict[str, Any]]:
+def _layers(model: torch.nn.Module, rhythm: layers.Rhythm | None) -> Layers:
+    """Which layer a module of the trainer's model belongs to."""
+    path = layers.path_of(model)
+    return Layers() if path is None or rhythm is None else rhythm.named(path)
+
+
+def _trainer(
+    run: Run, folder: str, ledger: DeviceLedger, model: PreTrainedModel
+) -> tuple[Any, dict[str, Any]]:
     """The trainer over a model on meta, and a batch as its collator makes it."""
     from transformers import PrinterCallback, ProgressCallback
 
     arguments = _quiet(run.arguments, folder)
     options = dict(run.trainer_options)
-    model, rows = meta_base(run), _rows(run)
+    rows = _rows(run)
     if "trl" in run.trainer.__module__:
         options.setdefault("processing_class", _tokenizer())
         options["peft_config"] = run.peft_config

@@ -44,7 +44,7 @@ def place(model: torch.nn.Module, dtype: torch.dtype, ledger: DeviceLedger) -> N
     with ledger.phase("load"):
         sizes = {name: _stored_bytes(p, dtype) for name, p in base.items()}
         torch.empty(sum(sizes.values()), dtype=torch.uint8)  # warms the allocator up
-        ledger.growing[0] = sum(n for name, n in sizes.items() if "layers.1." in name)
+        ledger.growing[0] = sum(n for name, n in sizes.items() if ledger.layers.repeats(name))
         for name in sorted(base, key=natural):
             with ledger.inside(name.rpartition(".")[0]):
                 module = places[id(base[name])][0][0]

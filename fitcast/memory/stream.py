@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fitcast.gpus import Gpu
+from fitcast.memory.layers import Layers
 from fitcast.memory.ledger import MemoryLedger
 from fitcast.memory.report import Block, tensors_in
 
@@ -28,6 +29,7 @@ class Stream:
         marks: Name of a moment -> number of events before it.
         work: (number of events before, operations, FLOPs, seconds) of one or some operations.
         growing: Bytes that a block of no layer gains with each further layer.
+        layers: Which layer a block's module belongs to.
     """
 
     blocks: list[Block]
@@ -35,6 +37,7 @@ class Stream:
     marks: dict[str, int]
     work: list[tuple[int, int, int, float]] = field(default_factory=list)
     growing: dict[int, int] = field(default_factory=dict)
+    layers: Layers = field(default_factory=Layers)
 
 
 def later_step(step: list) -> list:
@@ -52,6 +55,7 @@ class DeviceLedger(MemoryLedger):
         self.marks: dict[str, int] = {}
         self.work: list[tuple[int, int, int, float]] = []
         self.growing: dict[int, int] = {}
+        self.layers = Layers()
         self._on_host: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
         self._trained: list[str] = []
         self._owner = ""
@@ -110,7 +114,7 @@ class DeviceLedger(MemoryLedger):
             and self.phase_now() != "backward"
         ):
             self.growing[len(self._blocks) - 1] = tensor[0].nbytes * sum(
-                "layers.1." in name for name in self._trained
+                self.layers.repeats(name) for name in self._trained
             )
         self._owner = ""
 
@@ -132,7 +136,7 @@ class DeviceLedger(MemoryLedger):
         self.marks = {name: n + len(existed) for name, n in self.marks.items()}
         self.work = [(n + len(existed), *rest) for n, *rest in self.work]
         self._events = existed + self._events
-        return Stream(self._blocks, self._events, self.marks, self.work, self.growing)
+        return Stream(self._blocks, self._events, self.marks, self.work, self.growing, self.layers)
 
 
 def work_recorder(ledger: DeviceLedger, gpu: Gpu) -> Callable[[int, tuple, object], None]:
