@@ -9,8 +9,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fitcast.units import MIB, show_bytes
 
@@ -283,6 +285,42 @@ def compiled_for() -> tuple[str, ...]:
     return tuple(torch.cuda.get_arch_list())
 
 
+def has_kernels(capability: tuple[int, int], compiled: Iterable[str]) -> bool:
+    """Whether a card of this compute capability runs what a PyTorch was compiled for.
+
+    Machine code ("sm_80") runs on its own major version, from its minor version on; PTX
+    ("compute_80") is translated for that card and for every later one. A letter behind binds it
+    closer: "sm_90a" runs on 9.0 alone, "sm_100f" within its major version.
+
+    Args:
+        capability: (major, minor) of the card.
+        compiled: As from `compiled_for`. With none of these in it (a PyTorch for AMD says
+            "gfx942") there is nothing to compare, and the answer is yes.
+
+    Source: CUDA C++ Programming Guide, "Binary Compatibility", "PTX Compatibility" and
+    "Architecture-Specific Features".
+
+    Example:
+        >>> has_kernels((8, 6), ["sm_80"]), has_kernels((6, 0), ["sm_70", "compute_90"])
+        (True, False)
+    """
+    known = [
+        (kind, (int(major), int(minor)), bound)
+        for kind, major, minor, bound in re.findall(
+            r"\b(sm|compute)_(\d+)(\d)([af]?)\b", " ".join(compiled)
+        )
+    ]
+    return not known or any(_runs(capability, *architecture) for architecture in known)
+
+
+def _runs(card: tuple[int, int], kind: str, built: tuple[int, int], bound: str) -> bool:
+    if bound == "a":
+        return card == built
+    if kind == "compute" and not bound:
+        return card >= built
+    return card[0] == built[0] and card >= built
+
+
 def describe(gpu: Gpu | None) -> str:
     """One line for a set-up cell."""
     if gpu is None:
@@ -347,7 +385,8 @@ def reset_peak() -> int | None:
     return _on_cuda("memory_allocated")
 
 
-def _on_cuda(measure: str) -> int | None:
+def _on_cuda(measure: str) -> Any:
+    """What `torch.cuda` answers to the measure of this name; `None` without a GPU."""
     import torch
 
     return getattr(torch.cuda, measure)() if torch.cuda.is_available() else None

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fitcast import gpus
-from fitcast.training.versions import FLOORS, Finding, drifted, installed, numbers, record
+from fitcast.training.versions import FLOORS, Finding, below, drifted, installed, record
 from fitcast.units import GIB, show_bytes
 
 DISK_BYTES = 5 * GIB  # a 16-bit checkpoint of Llama-3.2-1B, its adapters and room to write them
@@ -52,13 +50,8 @@ def _package(name: str) -> Finding:
     version = installed(name)
     if version is None:
         return Finding(name, "not installed", f"pip install '{name}>={floor}'")
-    return Finding(
-        name,
-        version,
-        None
-        if numbers(version) >= FLOORS[name]
-        else f"pip install '{name}>={floor}', then restart",
-    )
+    old = below(version, FLOORS[name])
+    return Finding(name, version, f"pip install '{name}>={floor}', then restart" if old else None)
 
 
 def _torchao() -> Finding:
@@ -66,9 +59,9 @@ def _torchao() -> Finding:
     version = installed("torchao")
     if version is None:
         return Finding("torchao", "not installed, not needed")
-    old = numbers(version) < TORCHAO_FLOOR
+    old = below(version, TORCHAO_FLOOR)
     return Finding(
-        "torchao", f"{version}, too old for PEFT: the course looks past it" if old else version
+        "torchao", f"{version}, too old for PEFT: fitcast looks past it" if old else version
     )
 
 
@@ -95,7 +88,7 @@ def _gpus() -> list[Finding]:
 def _card(index: int, card: gpus.Card, compiled: tuple[str, ...]) -> Space:
     free, hide = card.free_bytes, f"hide GPU {index} from it with CUDA_VISIBLE_DEVICES"
     fix = None
-    if not has_kernels(card.capability, compiled):
+    if not gpus.has_kernels(card.capability, compiled):
         needed = "sm_{}{}".format(*card.capability)
         fix = (
             f"this PyTorch has kernels for {', '.join(compiled)} and none for {needed}: install a "
@@ -114,42 +107,6 @@ def _card(index: int, card: gpus.Card, compiled: tuple[str, ...]) -> Space:
         card.total_bytes,
         free,
     )
-
-
-def has_kernels(capability: tuple[int, int], compiled: Iterable[str]) -> bool:
-    """Whether a card of this compute capability runs what a PyTorch was compiled for.
-
-    Machine code ("sm_80") runs on its own major version, from its minor version on; PTX
-    ("compute_80") is translated for that card and for every later one. A letter behind binds it
-    closer: "sm_90a" runs on 9.0 alone, "sm_100f" within its major version.
-
-    Args:
-        capability: (major, minor) of the card.
-        compiled: As from `gpus.compiled_for`. With none of these in it (a PyTorch for AMD says
-            "gfx942") there is nothing to compare, and the answer is yes.
-
-    Source: CUDA C++ Programming Guide, "Binary Compatibility", "PTX Compatibility" and
-    "Architecture-Specific Features".
-
-    Example:
-        >>> has_kernels((8, 6), ["sm_80"]), has_kernels((6, 0), ["sm_70", "compute_90"])
-        (True, False)
-    """
-    known = [
-        (kind, (int(major), int(minor)), bound)
-        for kind, major, minor, bound in re.findall(
-            r"\b(sm|compute)_(\d+)(\d)([af]?)\b", " ".join(compiled)
-        )
-    ]
-    return not known or any(_runs(capability, *architecture) for architecture in known)
-
-
-def _runs(card: tuple[int, int], kind: str, built: tuple[int, int], bound: str) -> bool:
-    if bound == "a":
-        return card == built
-    if kind == "compute" and not bound:
-        return card >= built
-    return card[0] == built[0] and card >= built
 
 
 def _no_card() -> Finding:

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress = None
     try:
         asked = options.parse(words)
-        progress = Progress()
+        progress = Progress("looking" if asked.command == "doctor" else "forecasting")
         code, answer = COMMANDS[asked.command](asked, progress)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -235,8 +235,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """
     words = [_with_dashes(word) for word in words]
     top, verbs = _parsers()
-    if words and not words[0].startswith("-"):
-        words[0] = _one_of("verb", words[0], VERBS)
+    if words and words[0] not in top._option_string_actions:
+        early = words[0].startswith("-")
+        words[0] = _one_of("verb", words[0], VERBS, "write the verb first" if early else "")
     options, unknown = top.parse_known_args(words)
     if unknown:
         raise _no_such_option(options, unknown, verbs[options.command])

@@ -14,10 +14,14 @@ PATIENCE_SECONDS = 1.0
 
 
 class Progress:
-    """Call it with what comes next; `stop` it before the answer is printed."""
+    """Call it with what comes next; `stop` it before the answer is printed.
 
-    def __init__(self):
-        self.start, self.text = time.monotonic(), "forecasting"
+    Args:
+        text: What comes first.
+    """
+
+    def __init__(self, text: str = "forecasting"):
+        self.start, self.text = time.monotonic(), text
         self._timer = threading.Timer(PATIENCE_SECONDS, self._show)
         self._timer.daemon = True
         self._timer.start()

@@ -48,6 +48,8 @@ def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
          "mean 'forecast'?"),
         (["lever", "--help"], "did you mean 'levers'?"),
         (["predict"], "verb must be one of forecast, fit, levers, doctor, got 'predict'"),
+        (["--json", "doctor"], "got '--json'; write the verb first"),
+        (["--model", "llama-3.1-8b", "fit"], "got '--model'; write the verb first"),
         (["forecast", *SMALL, "--sequense-length", "64"], "did you mean --sequence-length?"),
         (["forecast", "--modle", "llama-3.1-8b"], "did you mean --model?"),
         (["forecast", *SMALL, "--micro", "4"], "did you mean --micro-batch-size?"),

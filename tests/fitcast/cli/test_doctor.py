@@ -14,8 +14,8 @@ from fitcast.cli import main as cli
 from fitcast.units import GIB
 
 ASK = "from fitcast.cli.doctor import _hub; print(_hub().found)"
-# What the wheels of PyTorch 2.13 for CUDA 13 say of themselves.
-TODAY = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+# What PyTorch 2.11.0 for CUDA 13.0 says of itself on an H200.
+TODAY = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
 
 def machine(monkeypatch, compiled, *cards):
@@ -100,7 +100,7 @@ def test_every_card_is_looked_at(monkeypatch, capsys):
     ],
 )
 def test_kernels_run_where_nvidias_guide_says(capability, compiled, runs):
-    assert doctor.has_kernels(capability, compiled) is runs
+    assert gpus.has_kernels(capability, compiled) is runs
 
 
 def test_kernels_run_where_pytorch_itself_says():
@@ -113,7 +113,7 @@ def test_kernels_run_where_pytorch_itself_says():
     assert len(desktop) > 10
     for card in desktop:
         for built in desktop:
-            ours = doctor.has_kernels(divmod(card, 10), [f"sm_{built}"])
+            ours = gpus.has_kernels(divmod(card, 10), [f"sm_{built}"])
             assert ours is (card in table[built]), (card, built)
 
 
@@ -149,6 +149,16 @@ def test_doctor_tells_of_this_machine(capsys, monkeypatch):
     monkeypatch.setitem(doctor.FLOORS, "peft", (99, 0))
     assert cli.main(["doctor"]) == 3
     assert "-> pip install 'peft>=99.0'" in capsys.readouterr().out
+
+
+def test_a_release_candidate_is_older_than_its_release(monkeypatch):
+    """pip would not take it for the floor, and nothing here was run on it."""
+    known = doctor.installed
+    monkeypatch.setattr(
+        doctor, "installed", lambda name: "5.15rc1" if name == "transformers" else known(name)
+    )
+    found = {finding.name: finding for finding in doctor.doctor()}
+    assert "pip install 'transformers>=5.15'" in found["transformers"].fix
 
 
 def test_doctor_needs_none_of_what_it_looks_for():
