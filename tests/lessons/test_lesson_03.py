@@ -1,5 +1,6 @@
 """Lesson 03's exercises: the reference passes, each named mistake fails in its own words."""
 
+import contextlib
 import math
 import re
 from dataclasses import replace
@@ -123,6 +124,16 @@ def inside_except(train, upper, good=0, bad=None):
     return inside_except(train, upper, middle, bad)
 
 
+def leaks_once(train, upper):
+    """The first failure is still alive when the next attempt begins; later ones are gone."""
+    try:
+        train(upper)
+    except torch.OutOfMemoryError:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            train(1)
+    return bisect(train, upper)
+
+
 def hides_errors(train, upper):
     def quiet(size):
         try:
@@ -197,6 +208,7 @@ WRONG = {
         "linear": (linear, "38 attempts"),
         "powers of two": (powers_of_two, "32 trains, but so does 37"),
         "inside except": (inside_except, "began inside `except`"),
+        "one leak": (leaks_once, "began inside `except`"),
         "first failure": (
             lambda train, upper: bisect(train, upper) + 1,
             "38 runs out of memory",
