@@ -5,6 +5,7 @@ Each finding names its fix. Not modelled: network speed, a session's time limit.
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ from fitcast.forecasting.fake import meta_model
 from fitcast.recipe import TrainRecipe
 from fitcast.step.qlora import add_adapters, count_parameters
 from fitcast.training.versions import Finding, too_old
-from fitcast.units import show_bytes
+from fitcast.units import Said, refusal, show_bytes
 
 if TYPE_CHECKING:
     from fitcast.forecasting.forecast import Forecast
+
+# A step of 8 192 tokens is then 6 x 1e8 x 8192 = 5e12 operations: about a minute on two CPU cores.
+SMALL_PARAMETERS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -65,26 +69,40 @@ def preflight(
         planned: The step's forecast, if there is one.
     """
     weights = _weights(recipe)
+    model = _skeleton(recipe, weights)
     return Preflight(
         [
-            _gpu(recipe, gpu),
+            _gpu(gpu, model),
             _precision(recipe, gpu),
             _memory(gpu, planned),
-            _disk(recipe, Path(output_dir), weights),
+            _disk(recipe, Path(output_dir), model),
             _versions(),
             weights,
         ]
     )
 
 
-def _gpu(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> Finding:
+def _skeleton(recipe: TrainRecipe, weights: Finding) -> torch.nn.Module | None:
+    """The model without its weights; `None` where not even its config is to be had."""
+    on_the_hub = not Path(models.hub_id(recipe.model)).exists()
+    if weights.fix and on_the_hub and recipe.model not in models.NAMES:
+        return None
+    try:
+        config = models.config(recipe.model)
+    except (ValueError, OSError):
+        if weights.fix is None:
+            raise
+        return None
+    return meta_model(config)
+
+
+def _gpu(gpu: gpus.Gpu | None, model: torch.nn.Module | None) -> Finding:
     if gpu is not None:
         return Finding("GPU", f"{gpu.name}, {show_bytes(gpu.total_bytes)}")
-    small = Path(models.hub_id(recipe.model)).exists()
+    if model is not None and count_parameters(model)[1] <= SMALL_PARAMETERS:
+        return Finding("GPU", "none, and none needed for this model")
     return Finding(
-        "GPU",
-        "none" + ", and none needed for this model" * small,
-        None if small else "switch Runtime > Change runtime type to T4, or take a small model",
+        "GPU", "none", "switch Runtime > Change runtime type to T4, or take a small model"
     )
 
 
@@ -108,32 +126,28 @@ def _memory(gpu: gpus.Gpu | None, planned: Forecast | None) -> Finding:
         return Finding("memory", f"{needed}, in this machine's own memory")
     free = min(gpu.usable_bytes, gpus.free_bytes() or gpu.usable_bytes)
     fits = planned is None or planned.fits and planned.peak_allocated_bytes <= free
-    return Finding(
-        "memory",
-        f"{needed}, {show_bytes(free)} free",
-        None
-        if fits
-        else "halve micro_batch_size and double gradient_accumulation_steps, then set "
-        "loss='chunked' and checkpointed_layers='all'",
+    remedy = (
+        "halve micro_batch_size and double gradient_accumulation_steps, then set "
+        "loss='chunked' and checkpointed_layers='all'"
     )
+    return Finding("memory", f"{needed}, {show_bytes(free)} free", None if fits else remedy)
 
 
-def _disk(recipe: TrainRecipe, output_dir: Path, weights: Finding) -> Finding:
+def _disk(recipe: TrainRecipe, output_dir: Path, model: torch.nn.Module | None) -> Finding:
     """Room for the download in 16 bits and for three checkpoints (two kept, one being written)."""
     place = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    if weights.fix and recipe.model not in models.NAMES:  # its config is on the hub, too
+    if model is None:
         return Finding("disk", f"{show_bytes(free)} free, the model's size is not known")
-    model = meta_model(models.config(recipe.model))
-    needed = 0 if Path(models.hub_id(recipe.model)).exists() else 2 * count_parameters(model)[0]
+    needed = 0 if Path(models.hub_id(recipe.model)).exists() else 2 * count_parameters(model)[1]
     with torch.device("meta"):  # of each trained parameter the weight and two averages, in float32
         needed += 3 * 12 * count_parameters(add_adapters(model, recipe))[0]
+    if free >= needed:
+        return Finding("disk", f"{show_bytes(needed)} needed, enough free")
     return Finding(
         "disk",
-        f"{show_bytes(needed)} needed, enough free"
-        if free >= needed
-        else f"{show_bytes(free)} free, {show_bytes(needed)} needed",
-        None if free >= needed else "delete old runs, or set another output_dir",
+        f"{show_bytes(free)} free, {show_bytes(needed)} needed",
+        "delete old runs, or set another output_dir",
     )
 
 
@@ -147,10 +161,15 @@ def _versions() -> Finding:
 
 
 def _weights(recipe: TrainRecipe) -> Finding:
-    """Whether the weights can be had: on disk, or on the hub and open to this reader."""
+    """Whether the weights can be had: whole on this disk, or on the hub and open to this reader."""
     source = models.hub_id(recipe.model)
     if Path(source).exists():
-        return Finding("weights", "on this disk")
+        fault = _config_fault(source) or weights_fault(Path(source))
+        if fault is None:
+            return Finding("weights", "on this disk")
+        return Finding(
+            "weights", f"{fault} in {source}", "give the folder that `save_pretrained` wrote"
+        )
     return Finding(
         "weights",
         *{
@@ -167,14 +186,56 @@ def _weights(recipe: TrainRecipe) -> Finding:
     )
 
 
+def _config_fault(source: str) -> str | None:
+    try:
+        models.config(source)
+    except (ValueError, OSError):
+        return "no config.json that transformers can read"
+    return None
+
+
+def weights_fault(folder: Path) -> str | None:
+    """What keeps `from_pretrained` from loading a folder's weights, in words; `None`: nothing.
+
+    Looks at the files' headers, which say how long each is: a copy that broke off is found.
+
+    Args:
+        folder: With one model.safetensors, or with the files of a model.safetensors.index.json.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / names[0]).is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{index.name} is damaged"
+    for name in names:
+        if not (folder / name).is_file():
+            return f"no {name}"
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{name} is not whole"
+    return None
+
+
 def ask_hub(repository: str, kind: Literal["model", "dataset"] = "model") -> str:
     """Whether a repository of the hub is to be had, in one request and without a download.
 
+    Args:
+        repository: owner/name.
+        kind: What it holds.
+
     Returns:
-        "open", "gated", "unknown" or "silent"; for a silent hub "cached" when the weights are here.
+        "open", "gated", "unknown" or "silent"; for a silent hub "cached" when a model's weights
+        are here, all of them.
     """
     import huggingface_hub
     from huggingface_hub import errors
+
+    library_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # httpx's, or its heir's
 
     try:
         huggingface_hub.utils.validate_repo_id(repository)
@@ -184,7 +245,7 @@ def ask_hub(repository: str, kind: Literal["model", "dataset"] = "model") -> str
         return "gated"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         return "unknown"
-    except (*errors.HfHubHTTPError.__bases__, OSError):  # 5xx, no network, HF_HUB_OFFLINE
+    except (library_error, OSError):  # 5xx, no network, HF_HUB_OFFLINE
         pass  # then what is on this disk decides
     try:
         folder = huggingface_hub.snapshot_download(
@@ -192,7 +253,7 @@ def ask_hub(repository: str, kind: Literal["model", "dataset"] = "model") -> str
         )
     except errors.LocalEntryNotFoundError:
         return "silent"
-    return "cached" if list(Path(folder).glob("*.safetensors")) else "silent"
+    return "cached" if weights_fault(Path(folder)) is None else "silent"
 
 
 # --- what Trainer accepts and should not ----------------------------------------------------------
@@ -201,15 +262,21 @@ def ask_hub(repository: str, kind: Literal["model", "dataset"] = "model") -> str
 def refuse_precision(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> None:
     """Raise for mixed precision that this machine only emulates or does not have.
 
+    Args:
+        recipe: Uses amp_dtype and base.
+        gpu: What `gpus.detect()` found.
+
     Raises:
         ValueError: bfloat16 on a GPU below capability 8.0, or float16 without a GPU.
     """
     if gpu is not None:
         recipe.check_on(gpu)
     elif recipe.amp_dtype == "float16":
-        raise ValueError(
-            "amp_dtype must be None or 'bfloat16' without a GPU, got 'float16'; use "
-            "recipe.for_gpu(gpus.detect())"
+        raise refusal(
+            "amp_dtype",
+            "be None or 'bfloat16' without a GPU",
+            "float16",
+            "use recipe.for_gpu(gpus.detect())",
         )
 
 
@@ -219,23 +286,59 @@ def refuse_silent_failures(
     """Raise for settings that Trainer accepts and that then crawl, crash late or learn nothing.
 
     Args:
+        recipe: That of the run.
+        model: Loaded, with adapters if the recipe has them.
         overrides: TrainingArguments beyond the recipe's.
 
     Raises:
-        ValueError: Precision that this GPU emulates; 16-bit adapters under a gradient scaler;
-            fp16_full_eval, which makes the adapters 16-bit in place; nothing to train.
+        ValueError: Precision that this GPU emulates; an override that the recipe decides, or that
+            would undo its checkpointing; evaluation that makes the adapters 16-bit in place; 16-bit
+            adapters under a gradient scaler; nothing to train.
     """
     refuse_precision(recipe, gpus.detect())
-    if overrides.get("fp16_full_eval"):
-        raise ValueError(
-            "fp16_full_eval must be False in a run that trains, got True; evaluation "
-            "would turn the adapters into float16, which cannot be trained"
-        )
+    _refuse_overrides(recipe, overrides)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError("model must have trainable parameters, got none; call qlora.add_adapters")
+        raise refusal("model", "have trainable parameters", Said("none"), "call qlora.add_adapters")
     if recipe.amp_dtype == "float16" and any(p.dtype == torch.float16 for p in trainable):
-        raise ValueError(
-            "adapters must be float32 when amp_dtype is 'float16', got float16; the "
-            "gradient scaler cannot unscale them, call .float() on each of them"
+        raise refusal(
+            "adapters",
+            "be float32 when amp_dtype is 'float16'",
+            Said("float16"),
+            "the gradient scaler cannot unscale them, call .float() on each of them",
         )
+
+
+_LAYERS = ("be left to the recipe", "it decides layer by layer, set its checkpointed_layers")
+_TRAINS = "be False in a run that trains"
+# TrainingArguments that a run here cannot have: the rule, and what to change.
+REFUSED = {
+    "activation_checkpointing": _LAYERS,
+    "gradient_checkpointing": _LAYERS,
+    "fp16_full_eval": (
+        _TRAINS,
+        "evaluation would turn the adapters into float16, which cannot be trained",
+    ),
+    "bf16_full_eval": (
+        _TRAINS,
+        "evaluation would turn the adapters into bfloat16, too coarse to be trained",
+    ),
+    "auto_find_batch_size": (
+        "be left to the recipe",
+        "the batch would no longer be its own, ask fitcast.fit for one",
+    ),
+}
+
+
+def _refuse_overrides(recipe: TrainRecipe, overrides: dict[str, Any]) -> None:
+    for name, (rule, remedy) in REFUSED.items():
+        if overrides.get(name):
+            raise refusal(name, rule, overrides[name], remedy)
+    for name, value in recipe.trainer_settings().items():
+        if name in overrides and overrides[name] != value:
+            raise refusal(
+                name,
+                f"be {value!r} as in the recipe",
+                overrides[name],
+                "change the recipe instead, which the forecast and the checkpoints know",
+            )

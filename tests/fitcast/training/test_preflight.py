@@ -1,5 +1,6 @@
 """Preflight: every obstacle is found before the run, with its fix."""
 
+import os
 import re
 import shutil
 from importlib import metadata
@@ -15,11 +16,14 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from course_utils.data import BUNDLED
 from fitcast import gpus, models
 from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
 from fitcast.training import preflight
 from fitcast.training.versions import FLOORS
 from fitcast.units import GIB, show_bytes
@@ -39,6 +43,64 @@ def test_the_bundled_model_may_train_anywhere(tmp_path):
     assert all(line.startswith("ok") for line in repr(table).splitlines())
 
 
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The bundled model as a checkpoint of several files."""
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    model.save_pretrained(tmp_path / "model", max_shard_size="1MB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    return tmp_path / "model"
+
+
+def halve(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+FAULTS = {
+    "no weights": (
+        lambda folder: [path.unlink() for path in folder.glob("model*")],
+        "no model.safetensors",
+    ),
+    "one file missing": (
+        lambda folder: next(folder.glob("model-00002*")).unlink(),
+        "no model-00002-of-0000",
+    ),
+    "a copy that broke off": (
+        lambda folder: halve(next(folder.glob("model-00002*"))),
+        "model-00002-of-.*is not whole",
+    ),
+    "a damaged list": (
+        lambda folder: halve(folder / "model.safetensors.index.json"),
+        "model.safetensors.index.json is damaged",
+    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json that"),
+    "a damaged config": (lambda folder: halve(folder / "config.json"), "no config.json that"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_that_does_not_load_is_stopped(checkpoint, fault):
+    recipe = TrainRecipe(model=str(checkpoint))
+    assert found(recipe, None, "weights").fix is None
+    damage, words = FAULTS[fault]
+    damage(checkpoint)
+    weights = found(recipe, None, "weights")
+    assert re.match(words, weights.found) and "save_pretrained" in weights.fix
+    with pytest.raises(ValueError, match="weights must let the run pass, got"):
+        preflight.preflight(recipe, None).require()
+    with pytest.raises((OSError, ValueError, SafetensorError)):
+        qlora.load_base(recipe)
+
+
+def test_a_config_alone_is_neither_weights_nor_a_small_model(tmp_path):
+    models.config("llama-3.1-8b").save_pretrained(tmp_path / "llama-8b")
+    recipe = TrainRecipe(model=str(tmp_path / "llama-8b"))
+    stops = [f for f in preflight.preflight(recipe, None).findings if f.fix]
+    assert [finding.name for finding in stops] == ["GPU", "weights"]
+    file = TrainRecipe(model=str(tmp_path / "llama-8b" / "config.json"))
+    assert found(file, None, "weights").found.startswith("no model.safetensors in")
+
+
 def test_a_large_model_without_a_gpu_is_refused():
     with pytest.raises(ValueError, match="switch Runtime > Change runtime type to T4"):
         preflight.preflight(ONE_B, None).require()
@@ -47,7 +109,7 @@ def test_a_large_model_without_a_gpu_is_refused():
 def test_bfloat16_on_a_t4_is_refused():
     finding = found(TrainRecipe(model=BUNDLED, amp_dtype="bfloat16"), gpus.T4, "precision")
     assert "amp_dtype must be 'float16' on a T4" in finding.found
-    assert finding.fix == "use recipe.for_gpu(hardware.detect())"
+    assert finding.fix == "use recipe.for_gpu(gpus.detect())"
     assert found(TrainRecipe(model=BUNDLED, amp_dtype="bfloat16"), gpus.L4, "precision").fix is None
     assert found(ONE_B, None, "precision").fix
 
@@ -169,6 +231,8 @@ def test_weights_that_are_here_need_no_hub(monkeypatch, tmp_path):
     hub(monkeypatch, NETWORK_DOWN, cached=str(tmp_path))
     assert preflight.ask_hub("a/b") == "silent", "a snapshot without weights is no model"
     (tmp_path / "model.safetensors").touch()
+    assert preflight.ask_hub("a/b") == "silent", "the download broke off"
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert preflight.ask_hub("a/b") == "cached"
     assert found(ONE_B, gpus.T4, "weights").fix is None
 
