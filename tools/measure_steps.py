@@ -408,7 +408,7 @@ def main() -> None:
                 for s in waiting + [item[0] for item in running]
             }
             for done in Path(folder).iterdir():
-                if done.name not in needed:
+                if done.name.rpartition("-")[0] not in needed:  # less the config's digest
                     shutil.rmtree(done)
     options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
     failed = [r["row"] for r in record["rows"] if "error" in r]
