@@ -12,14 +12,14 @@ import sys
 
 def look_past() -> bool:
     """Whether PEFT had to be told to look past the installed torchao."""
-    import peft
-    import peft.tuners.lora.torchao  # one of those that ask
+    import peft.tuners.lora.torchao  # noqa: F401  (one of those that ask)
+    from peft import import_utils
 
     try:
-        peft.import_utils.is_torchao_available()
+        import_utils.is_torchao_available()
     except ImportError:
         for name, module in list(sys.modules.items()):
             if name.startswith("peft.") and hasattr(module, "is_torchao_available"):
-                module.is_torchao_available = lambda: False
+                vars(module)["is_torchao_available"] = lambda: False
         return True
     return False

@@ -1,8 +1,12 @@
 """The same mathematics with less kept and less moved: MLP, adapters, rotary, loss written whole.
 
 PyTorch keeps what each operation asks for. Where we know the whole expression, its backward needs
-less. Each piece replaces a forward method and can be used alone. Not modelled: activations other
-than SiLU, heads with a bias, several adapters active at once (those take the usual path).
+less. Each piece replaces a forward method and can be used alone. A model whose own code computes
+something else is refused, and so is one in which there is nothing to replace. Not modelled:
+activations other than SiLU, DoRA and other variants of LoRA, several adapters active at once
+(those take the usual path), heads with a bias.
+
+Shapes: B batch, S sequence, H hidden, I intermediate, r rank, V vocabulary, T tokens (B x S).
 """
 
 from __future__ import annotations
@@ -10,13 +14,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
-from fitcast.units import IGNORED
+from fitcast.step.alike import alike, random_numbers, real_numbers, stand_in
+from fitcast.units import IGNORED, refusal
 
 
 class SwiGLU(torch.autograd.Function):
@@ -29,66 +35,140 @@ class SwiGLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)  # (B, S, I) each
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return grad_gate, F.silu(gate).mul_(grad)
+
+
+def _separate_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def _fused_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(SwiGLU.apply(*self.gate_up_proj(x).chunk(2, dim=-1)))
 
 
 def use_lean_mlp(model: torch.nn.Module) -> None:
     """Let every gated MLP of the model (Llama, Qwen, Mistral, Phi) compute with `SwiGLU`.
 
     Raises:
-        ValueError: The model's activation is not SiLU.
+        ValueError: An MLP that computes something else (another activation, factors of its own), or
+            no gated MLP at all.
     """
-    if model.config.hidden_act not in ("silu", "swish"):
-        raise ValueError(
-            f"mlp must be 'stock' for a model with {model.config.hidden_act}, got "
-            "'lean'; the lean one is written for silu"
-        )
+    mlps = [module for module in model.modules() if hasattr(module, "down_proj")]
+    if not mlps:
+        raise _nothing_to_change("mlp", "lean", "a gated MLP (gate_proj, up_proj, down_proj)")
+    for module in mlps:
+        if not _computes_swiglu(module):
+            raise refusal(
+                "mlp",
+                f"be 'stock' for a model with {type(module).__name__}{_activation(module)}",
+                "lean",
+                "the lean one is down(silu(gate) x up) and nothing else",
+            )
+    for module in mlps:
+        module.forward = MethodType(_lean_mlp(module), module)
 
-    def separate(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
-    def fused(self, x):
-        return self.down_proj(SwiGLU.apply(*self.gate_up_proj(x).chunk(2, dim=-1)))
+def _lean_mlp(mlp: torch.nn.Module) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    return _separate_mlp if hasattr(mlp, "gate_proj") else _fused_mlp
 
-    for module in model.modules():
-        if hasattr(module, "down_proj"):
-            forward = separate if hasattr(module, "gate_proj") else fused
-            module.forward = MethodType(forward, module)
+
+@real_numbers()
+def _computes_swiglu(mlp: torch.nn.Module) -> bool:
+    """Whether an MLP's own forward is the lean one, its products replaced by small ones."""
+    hidden, inner = 4, 6
+    sizes = {
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "gate_up_proj": (2 * inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+    products = {
+        name: partial(F.linear, weight=random_numbers(*size, seed=seed))
+        for seed, (name, size) in enumerate(sizes.items())
+        if hasattr(mlp, name)
+    }
+    small, x = stand_in(mlp, **products), random_numbers(2, 3, hidden, seed=9)
+    return alike(lambda: type(mlp).forward(small, x), lambda: _lean_mlp(mlp)(small, x))
+
+
+def _activation(mlp: torch.nn.Module) -> str:
+    """Which activation an MLP has, as part of an error: ", whose activation is GELUTanh"."""
+    activation = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+    return "" if activation is None else f", whose activation is {type(activation).__name__}"
 
 
 def use_lean_lora(model: torch.nn.Module) -> None:
-    """Let each adapter add its share to the base's output in one matrix product.
+    """Let each adapter of a linear layer add its share to the base's output in one matrix product.
 
     Saves time, not bytes: PEFT clones the base's output, scales the adapter's and adds the two,
     three more trips of (batch, seq, out) through memory for each adapted layer.
+
+    Raises:
+        ValueError: Adapters that are more than two matrices (DoRA, `lora_bias`, ...), or none.
     """
     from peft.tuners.lora import LoraLayer
 
-    def forward(self, x, *args, **kwargs):
-        plain = len(self.active_adapters) == 1 and not (self.disable_adapters or self.merged)
-        name = self.active_adapters[0] if plain else None
-        # Without autocast a 16-bit base's numbers and the adapters' need PEFT's casts.
-        alike = plain and (
-            torch.is_autocast_enabled(x.device.type) or x.dtype == self.lora_A[name].weight.dtype
-        )
-        if not alike or args or kwargs:
-            return type(self).forward(self, x, *args, **kwargs)
-        base = self.base_layer(x)  # (batch, seq, out)
-        down = F.linear(self.lora_dropout[name](x), self.lora_A[name].weight)  # (batch, seq, r)
-        up = self.lora_B[name].weight * self.scaling[name]  # (out, r)
-        return torch.addmm(base.flatten(0, -2), down.flatten(0, -2), up.T).view_as(base)
+    adapted = [
+        module
+        for module in model.modules()
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), torch.nn.Linear)
+    ]
+    if not adapted:
+        raise _nothing_to_change("adapters", "lean", "LoRA on a linear layer")
+    for module in adapted:
+        if more := [name for name in module.lora_A if not _is_two_matrices(module, name)]:
+            raise refusal(
+                "adapters",
+                f"be 'stock' for LoRA with {_more_than_two_matrices(module, more[0])}",
+                "lean",
+                "the lean ones add the product of two matrices and nothing else",
+            )
+    for module in adapted:
+        module.forward = MethodType(_lean_lora, module)
 
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and hasattr(module, "base_layer"):
-            module.forward = MethodType(forward, module)
+
+def _lean_lora(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args or kwargs or not _is_one_plain_adapter(self, x):
+        return type(self).forward(self, x, *args, **kwargs)
+    name = self.active_adapters[0]
+    base = self.base_layer(x)  # (B, S, out)
+    down = F.linear(self.lora_dropout[name](x), self.lora_A[name].weight)  # (B, S, r)
+    up = self.lora_B[name].weight * self.scaling[name]  # (out, r)
+    return torch.addmm(base.flatten(0, -2), down.flatten(0, -2), up.T).view_as(base)
+
+
+def _is_one_plain_adapter(layer: Any, x: torch.Tensor) -> bool:
+    """Whether the layer's output is the base's plus B A x, and nothing needs a cast.
+
+    Without autocast a 16-bit base's numbers and the adapters' need PEFT's casts.
+    """
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    name = layer.active_adapters[0]
+    return (
+        name in layer.lora_A  # the active one may sit on other layers
+        and _is_two_matrices(layer, name)
+        and (torch.is_autocast_enabled(x.device.type) or x.dtype == layer.lora_A[name].weight.dtype)
+    )
+
+
+def _is_two_matrices(layer: Any, name: str) -> bool:
+    """Whether PEFT adds B A x and nothing more. Source: peft/tuners/lora/layer.py, `forward`."""
+    return name not in layer.lora_variant and not layer.lora_bias.get(name, False)
+
+
+def _more_than_two_matrices(layer: Any, name: str) -> str:
+    """What makes an adapter more, as part of an error."""
+    variant = layer.lora_variant.get(name)
+    return "lora_bias" if variant is None else type(variant).__name__
 
 
 class Rotary(torch.autograd.Function):
@@ -101,18 +181,20 @@ class Rotary(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
         return _turn(x, cos, sin, torch.result_type(x, cos))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, -sin, ctx.dtype), None, None
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype):
+def _turn(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     turned = torch.empty_like(x, dtype=dtype)
     (a, b), (to_a, to_b) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
     torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-1)
@@ -120,21 +202,34 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dt
     return turned
 
 
-def apply_rotary(query, key, cos, sin, unsqueeze_dim: int = 1):
+def apply_rotary(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    unsqueeze_dim: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Query and key, (batch, heads, seq, head_dim), turned by `Rotary`.
 
     Args:
+        query: (batch, heads, seq, head_dim).
+        key: (batch, kv_heads, seq, head_dim).
         cos, sin: (batch, seq, rotated); only the first `rotated` of each head's numbers are turned,
             and the second half of these angles repeats the first.
+        unsqueeze_dim: Where the heads are, in query and key.
     """
     rotated = cos.shape[-1]
     cos, sin = (t[..., : rotated // 2].unsqueeze(unsqueeze_dim) for t in (cos, sin))
     if rotated == query.shape[-1]:
         return Rotary.apply(query, cos, sin), Rotary.apply(key, cos, sin)
-    return tuple(
+    query, key = (
         torch.cat([Rotary.apply(x[..., :rotated], cos, sin), x[..., rotated:]], dim=-1)
         for x in (query, key)
     )
+    return query, key
+
+
+ROTARY = "apply_rotary_pos_emb"  # transformers' name for it, in each model's own file
 
 
 def use_lean_rotary(model: torch.nn.Module) -> None:
@@ -144,42 +239,66 @@ def use_lean_rotary(model: torch.nn.Module) -> None:
     with that one name looked up elsewhere.
 
     Raises:
-        ValueError: The model pairs its numbers in another way (neighbours, as GLM and Cohere).
+        ValueError: The model pairs its numbers in another way (neighbours, as GLM and Cohere), or
+            no layer turns any.
     """
-    stock = "apply_rotary_pos_emb"
-    for module in model.modules():
-        forward = inspect.unwrap(type(module).forward)
-        if stock in forward.__code__.co_names:
-            if not _turns_alike(forward.__globals__[stock]):
-                raise ValueError(
-                    f"rotary must be 'stock' for {type(module).__name__}, got 'lean'; "
-                    "the lean one pairs number i with i + half, this model does not"
-                )
-            ours = FunctionType(
-                forward.__code__,
-                forward.__globals__ | {stock: apply_rotary},
-                forward.__name__,
-                forward.__defaults__,
-                forward.__closure__,
+    turning = [
+        (module, forward)
+        for module in model.modules()
+        if ROTARY in (forward := inspect.unwrap(type(module).forward)).__code__.co_names
+    ]
+    if not turning:
+        raise _nothing_to_change("rotary", "lean", f"a layer that calls {ROTARY}")
+    for module, forward in turning:
+        if not _turns_alike(forward.__globals__[ROTARY]):
+            raise refusal(
+                "rotary",
+                f"be 'stock' for {type(module).__name__}",
+                "lean",
+                "the lean one pairs number i with i + half, this model does not",
             )
-            ours.__kwdefaults__ = forward.__kwdefaults__
-            module.forward = MethodType(ours, module)
+    for module, forward in turning:
+        module.forward = MethodType(_with_lean_rotary(forward), module)
+
+
+def _with_lean_rotary(forward: Any) -> FunctionType:
+    """The same function, in whose eyes `apply_rotary_pos_emb` is `apply_rotary`."""
+    ours = FunctionType(
+        forward.__code__,
+        forward.__globals__ | {ROTARY: apply_rotary},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return ours
 
 
 @functools.cache
+@real_numbers()
 def _turns_alike(stock: Callable) -> bool:
     """Whether a model's own function turns random numbers as `apply_rotary` does."""
-    with _disable_current_modes():  # real numbers, also where a forecast runs on fake ones
-        random = torch.Generator().manual_seed(0)
-        query, key = torch.randn(2, 1, 2, 3, 8, generator=random)  # (batch, heads, seq, head_dim)
-        angles = torch.randn(1, 3, 4, generator=random).repeat(1, 1, 2)
-        turned = [f(query, key, angles.cos(), angles.sin()) for f in (stock, apply_rotary)]
-        return all(torch.allclose(*pair, atol=1e-6) for pair in zip(*turned, strict=True))
+    query, key = random_numbers(2, 1, 2, 3, 8)  # (batch, heads, seq, head_dim) each
+    angles = random_numbers(1, 3, 4, seed=1).repeat(1, 1, 2)
+    given = query, key, angles.cos(), angles.sin()
+    return alike(lambda: stock(*given), lambda: apply_rotary(*given))
+
+
+def _nothing_to_change(field: str, value: str, wanted: str) -> ValueError:
+    return refusal(field, f"be 'stock' for a model without {wanted}", value, "nothing would change")
 
 
 class _HeadLoss(torch.autograd.Function):
+    """See `head_loss`."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_tokens):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunk_tokens: int,
+    ) -> torch.Tensor:
         grad_hidden = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunks = (tensor.split(chunk_tokens) for tensor in (hidden, targets, grad_hidden))
@@ -198,7 +317,7 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_total):
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad_hidden,) = ctx.saved_tensors
         return grad_hidden * grad_total, None, None, None
 
@@ -216,8 +335,19 @@ def head_loss(
         hidden: (tokens, hidden).
         weight: (vocab, hidden), frozen.
         targets: (tokens,), -100 where there is none.
+        chunk_tokens: Rows of logits alive at once.
 
     Returns:
         The sum over labelled tokens, a float32 scalar.
+
+    Raises:
+        ValueError: The head is trained: it would get no gradient.
     """
+    if weight.requires_grad:
+        raise refusal(
+            "loss",
+            "be 'full' or 'chunked' for a head that is trained",
+            "lean",
+            "the lean loss gives the head no gradient",
+        )
     return _HeadLoss.apply(hidden, weight, targets, chunk_tokens)

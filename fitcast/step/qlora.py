@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,14 +17,17 @@ from fitcast.recipe import TrainRecipe
 from fitcast.step import compat
 from fitcast.step.lean import use_lean_lora, use_lean_mlp, use_lean_rotary
 from fitcast.step.levers import (
+    attention_of,
     checkpoint_layers,
     chunked_loss,
     odd_head,
+    set_attention,
     unwrap,
     use_explicit_kv_attention,
     use_native_norm,
+    use_stock_attention,
 )
-from fitcast.units import IGNORED
+from fitcast.units import IGNORED, Said, refusal
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -83,11 +86,11 @@ def load_base(
         # On AVX512-BF16 CPUs an evaluation repacks the weights for a kernel without a backward:
         # training after it would silently lose every gradient that passes through the base.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
     return prepare_base(model, recipe)
 
 
-def prepare_base(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module:
+def prepare_base(model: Any, recipe: TrainRecipe) -> Any:
     """Freeze a base model that will carry adapters; with `kbit_upcast`, waste memory on purpose.
 
     PEFT's `prepare_model_for_kbit_training` turns every non-4-bit weight into float32, embeddings
@@ -102,7 +105,7 @@ def prepare_base(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
     return model
 
 
-def add_adapters(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module:
+def add_adapters(model: Any, recipe: TrainRecipe) -> Any:
     """The model with trainable LoRA adapters (float32) on `recipe.lora_targets`.
 
     float32 is on purpose: an update of learning rate x gradient vanishes in 16-bit weights, and
@@ -126,9 +129,11 @@ def add_adapters(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
     )
     missing = [t for t in recipe.lora_targets if t not in linear]
     if recipe.lora_targets != "all-linear" and missing:
-        raise ValueError(
-            f"lora_targets must name linear layers of {recipe.model}, got "
-            f"{', '.join(missing)}; it has {', '.join(linear)}"
+        raise refusal(
+            "lora_targets",
+            f"name linear layers of {recipe.model}",
+            Said(", ".join(missing)),
+            f"it has {', '.join(linear)}",
         )
     compat.look_past()
     targets = recipe.lora_targets
@@ -156,29 +161,30 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def apply_levers(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module:
+def apply_levers(model: Any, recipe: TrainRecipe) -> Any:
     """Set attention, norm, MLP, adapters, rotary and checkpointing as the recipe says.
 
-    Raises ValueError for a loss in chunks when the model's logits are more than its head's product.
+    Raises:
+        ValueError: A lever for which this model's own code computes something else, or in which
+            there is nothing to change; the message names the field.
     """
     base = unwrap(model)
     if recipe.loss != "full" and (odd := odd_head(base)):
-        raise ValueError(
-            f"loss must be 'full' for a model with {odd}, got {recipe.loss!r}; chunks "
-            "of logits would leave that out"
+        raise refusal(
+            "loss",
+            f"be 'full' for a model with {' and '.join(odd)}",
+            recipe.loss,
+            "chunks of logits would leave that out",
         )
-    if recipe.attention == "explicit_kv":
-        use_explicit_kv_attention(base)
-    else:
-        base.set_attn_implementation("eager" if recipe.attention == "eager" else "sdpa")
-    if recipe.norm == "native":
-        use_native_norm(base)
-    if recipe.mlp == "lean":
-        use_lean_mlp(base)
-    if recipe.adapters == "lean":
-        use_lean_lora(base)
-    if recipe.rotary == "lean":
-        use_lean_rotary(base)
+    _set_attention(base, recipe)
+    for value, use in (
+        (recipe.norm, use_native_norm),
+        (recipe.mlp, use_lean_mlp),
+        (recipe.adapters, use_lean_lora),
+        (recipe.rotary, use_lean_rotary),
+    ):
+        if value != "stock":
+            use(base)
     checkpoint_layers(
         base,
         recipe.checkpointed_layers,
@@ -186,6 +192,22 @@ def apply_levers(model: torch.nn.Module, recipe: TrainRecipe) -> torch.nn.Module
         keep_attention=recipe.keep_attention,
     )
     return model
+
+
+def _set_attention(base: Any, recipe: TrainRecipe) -> None:
+    if recipe.attention == "explicit_kv":
+        use_explicit_kv_attention(base)
+    elif recipe.attention == "eager":
+        set_attention(base, "eager")
+    else:
+        use_stock_attention(base)
+    if recipe.keep_attention and attention_of(base) == "eager":
+        raise refusal(
+            "keep_attention",
+            f"be False for {type(base).__name__}, whose attention transformers writes out",
+            True,
+            "no kernel's output is there to keep",
+        )
 
 
 def autocast(recipe: TrainRecipe, device: str) -> torch.autocast:
@@ -198,8 +220,8 @@ def autocast(recipe: TrainRecipe, device: str) -> torch.autocast:
 
 
 def compute_loss(
-    model: torch.nn.Module,
-    batch: dict,
+    model: Any,
+    batch: dict[str, torch.Tensor],
     recipe: TrainRecipe,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
@@ -236,20 +258,20 @@ def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.
     paged variant keeps it in memory that CUDA moves to the host when the GPU is full.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    settings = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(trainable, **settings)
-    import bitsandbytes as bnb
+        kind = torch.optim.AdamW
+    else:
+        from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
-    paged = recipe.optimizer == "paged_adamw_8bit" and gpus.device() == "cuda"
-    kind = bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit  # no paging on a CPU
-    return kind(trainable, **settings)
+        paged = recipe.optimizer == "paged_adamw_8bit" and gpus.device() == "cuda"
+        kind = PagedAdamW8bit if paged else AdamW8bit  # no paging on a CPU
+    return kind(trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
 
 def training_step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Iterable[dict],
+    batches: Iterable[dict[str, torch.Tensor]],
     recipe: TrainRecipe,
     scaler: torch.amp.GradScaler | None = None,
 ) -> torch.Tensor:
@@ -263,7 +285,7 @@ def training_step(
         The loss, a float32 scalar: mean over all labelled tokens of all micro batches.
     """
     batches = list(batches)
-    num_items = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
+    num_items: Any = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
     num_items = num_items.clamp(min=1)  # no label anywhere: a loss of 0, and not NaN in all weights
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     losses = []
