@@ -7,11 +7,13 @@ PyTorch's own formulas, made to work for grouped keys and values before torch 2.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
+# Attention: query and output (batch, heads, rows, head_dim), key and value with kv_heads, keys.
 FORWARD = [
     aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_efficient_attention,
@@ -32,7 +34,7 @@ def grouped(formula: Callable[..., int], query: int) -> Callable[..., int]:
         query: Position of the query among the arguments; key and value follow.
     """
 
-    def count(*args, **kwargs) -> int:
+    def count(*args: Any, **kwargs: Any) -> int:
         heads = args[query].shape[1]
         shared = [
             (tensor.shape[0], heads, *tensor.shape[2:]) for tensor in args[query + 1 : query + 3]
@@ -53,11 +55,17 @@ FLOPS |= {  # PyTorch counts attention's CUDA kernels only; the CPU's do the sam
 }
 
 
-def matrix_flops(func, args: tuple, kwargs: dict, result: object) -> int:
-    """Multiplications and additions of a matrix product or an attention kernel, else 0."""
+def matrix_flops(func: Any, args: tuple, kwargs: dict, result: object) -> int:
+    """Multiplications and additions of a matrix product or an attention kernel, else 0.
+
+    Args:
+        func: The operation, an `OpOverload`.
+        args, kwargs: What it was called with.
+        result: What it gave.
+    """
     packet = func.overloadpacket
     if packet in FLOPS:
         return FLOPS[packet](*args, **kwargs, out_val=result)
     if packet._qualified_op_name == "bitsandbytes::gemm_4bit":
-        return 2 * args[0].numel() * args[2][0]  # x, shape of the weight
+        return 2 * args[0].numel() * args[2][0]  # x is (..., K), the weight's shape (N, K)
     return 0

@@ -15,19 +15,26 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
 
 import torch
+from torch._C._autograd import _get_sequence_nr
 from torch.nn.modules import module as nn_module
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitcast.memory.report import Block, MemoryReport, replay, tensors_in
-from fitcast.units import show_bytes
+from fitcast.memory.report import Block, Event, MemoryReport, replay, tensors_in
+from fitcast.units import refusal, show_bytes
 
 
 class MemoryLedger(TorchDispatchMode):
     """Counts live bytes by category, where the model is (CPU or CUDA), while it is active.
+
+    One ledger can be entered again and again: what it saw adds up.
 
     Args:
         model: Its parameters count as weights, or as adapters when named `lora_`; its gradients and
@@ -37,6 +44,7 @@ class MemoryLedger(TorchDispatchMode):
         budget_bytes: More live bytes than this raise `torch.OutOfMemoryError`.
 
     Raises:
+        ValueError: `budget_bytes` is not a positive number.
         torch.OutOfMemoryError: An operation's result does not fit `budget_bytes`.
 
     Example:
@@ -56,8 +64,8 @@ class MemoryLedger(TorchDispatchMode):
     ):
         super().__init__()
         if budget_bytes is not None and (isinstance(budget_bytes, bool) or budget_bytes <= 0):
-            raise ValueError(
-                f"budget_bytes must be a positive number, got {budget_bytes!r}; None means no limit"
+            raise refusal(
+                "budget_bytes", "be a positive number", budget_bytes, "None means no limit"
             )
         self.budget_bytes = budget_bytes
         self.device_type = "cpu"
@@ -65,13 +73,16 @@ class MemoryLedger(TorchDispatchMode):
         self._blocks: list[Block] = []
         self._index: dict[int, int] = {}  # address of a live storage -> its block
         self._initial: list[int] = []  # blocks that existed before the ledger
-        self._events: list[tuple[int, int, str]] = []  # (+1 or -1, block, phase)
+        self._events: list[Event] = []
         self._phase: str | None = None
         self._in_optimizer = False
         self._modules: list[str] = []  # modules being run, outermost first
         self._module_of_node: dict[int, str] = {}  # autograd sequence number -> module path
         self._newest_node = -1
         self._names: dict[int, str] = {}
+        self._trainable: list[weakref.ref[torch.nn.Parameter]] = []  # of the watched models
+        self._optimizer = weakref.ref(optimizer) if optimizer is not None else None
+        self._active = False
         self._hooks = contextlib.ExitStack()
         if model is not None:
             self.watch(model)
@@ -90,24 +101,29 @@ class MemoryLedger(TorchDispatchMode):
             for tensor in _quantization_state(parameter):
                 self._found(tensor, "weights")
             if parameter.requires_grad:
-                self._hooks.callback(
-                    parameter.register_post_accumulate_grad_hook(
-                        lambda p: self._found(p.grad, "gradients")
-                    ).remove
-                )
+                self._trainable.append(weakref.ref(parameter))
+                if self._active:
+                    self._watch_gradient(parameter)
         for buffer in model.buffers():
             self._found(buffer, "weights")
+
+    def _watch_gradient(self, parameter: torch.nn.Parameter) -> None:
+        """Recognise the parameter's gradient as soon as backward is done with it."""
+        hook = parameter.register_post_accumulate_grad_hook(
+            lambda p: self._found(p.grad, "gradients")
+        )
+        self._hooks.callback(hook.remove)
 
     def note_inputs(self, batches: object) -> None:
         """These tensors, nested as they may be, are inputs."""
         for tensor in tensors_in(batches):
             self._found(tensor, "inputs")
 
-    def _register_optimizer(self, optimizer: torch.optim.Optimizer, *_) -> None:
+    def _register_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for tensor in tensors_in(list(optimizer.state.values())):
             self._found(tensor, "optimizer state")
 
-    def _found(self, tensor: object, category: str, rename: bool = True) -> None:
+    def _found(self, tensor: Any, category: str, rename: bool = True) -> None:
         """Name a tensor's category; one whose making was not seen existed before the ledger."""
         if not self.counts(tensor):
             return
@@ -119,12 +135,20 @@ class MemoryLedger(TorchDispatchMode):
             if block.category in ("activations", "temporaries"):
                 block.category = category
 
-    def _add(self, tensor, storage, category: str, operation: str, module: str) -> int:
+    def _add(
+        self,
+        tensor: torch.Tensor,
+        storage: torch.UntypedStorage,
+        category: str,
+        operation: str,
+        module: str,
+    ) -> int:
+        """Note a storage that appeared, and its end when it comes; the block's number."""
         block, address = len(self._blocks), storage._cdata
         n_bytes = storage.nbytes()
         ledger = weakref.ref(self)
 
-        def freed(_):
+        def freed(_: object) -> None:
             if (self := ledger()) is not None:
                 self._index.pop(address, None)
                 self.live_bytes -= n_bytes
@@ -147,7 +171,7 @@ class MemoryLedger(TorchDispatchMode):
         return block
 
     @contextlib.contextmanager
-    def phase(self, name: str):
+    def phase(self, name: str) -> Iterator[Self]:
         """Name what happens inside (e.g. "load") instead of forward, backward or optimizer."""
         before, self._phase = self._phase, name
         try:
@@ -169,31 +193,40 @@ class MemoryLedger(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         return self._module_of_node.get(node._sequence_nr(), "") if node is not None else ""
 
-    def __enter__(self):
-        hooks, keep = self._hooks, self._hooks.callback
+    def __enter__(self) -> Self:
+        keep = self._hooks.callback
         keep(nn_module.register_module_forward_pre_hook(self._enter_module).remove)
         keep(nn_module.register_module_forward_hook(self._leave_module, always_call=True).remove)
-        keep(torch_optimizer.register_optimizer_step_pre_hook(self._start_optimizer).remove)
-        keep(torch_optimizer.register_optimizer_step_post_hook(self._end_optimizer).remove)
-        hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x))
+        keep(register_optimizer_step_pre_hook(self._start_optimizer).remove)
+        keep(register_optimizer_step_post_hook(self._end_optimizer).remove)
+        self._hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x))
+        for known in self._trainable:
+            if (parameter := known()) is not None:
+                self._found(parameter.grad, "gradients")  # made while the ledger was not looking
+                self._watch_gradient(parameter)
+        if self._optimizer is not None and (optimizer := self._optimizer()) is not None:
+            self._register_optimizer(optimizer)
+        self._active = True
         return super().__enter__()
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         try:
-            return super().__exit__(*error)
+            super().__exit__(*error)
         finally:
+            self._active = self._in_optimizer = False  # an error may have left a step in between
+            self._modules.clear()
             self._hooks.close()
 
-    def _enter_module(self, module, _):
+    def _enter_module(self, module: torch.nn.Module, _: Any) -> None:
         self._modules.append(self._names.get(id(module), type(module).__name__))
 
-    def _leave_module(self, *_):
+    def _leave_module(self, *_: Any) -> None:
         self._modules.pop()
 
-    def _start_optimizer(self, *_):
+    def _start_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._in_optimizer = True
 
-    def _end_optimizer(self, optimizer, *_):
+    def _end_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._in_optimizer = False
         self._register_optimizer(optimizer)
 
@@ -206,7 +239,7 @@ class MemoryLedger(TorchDispatchMode):
                 block.category = "activations"
         return tensor.detach()  # an output kept by its own node would be a cycle that leaks
 
-    def counts(self, tensor: object) -> bool:
+    def counts(self, tensor: Any) -> bool:
         """Whether this is a tensor with memory on the device that the ledger watches."""
         return (
             isinstance(tensor, torch.Tensor)
@@ -218,7 +251,9 @@ class MemoryLedger(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # else every operation pays for telling torch.compile to stay away
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is not torch.ops.aten.lift_fresh.default:  # `torch.tensor(...)` being born
             for tensor in tensors_in((args, kwargs)):
@@ -233,7 +268,7 @@ class MemoryLedger(TorchDispatchMode):
 
     def _remember_node(self) -> None:
         """Note which module made the newest autograd node: it exists before its first operation."""
-        newest = torch._C._autograd._get_sequence_nr() - 1
+        newest = _get_sequence_nr() - 1
         if newest != self._newest_node:
             self._newest_node = newest
             self._module_of_node[newest] = self._module_now()

@@ -6,6 +6,7 @@ Not modelled: time, memory (`ledger` counts it).
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +32,9 @@ class OperationLog(TorchDispatchMode):
         self.counts: Counter[tuple[str, str]] = Counter()
         self.copied_bytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         first = result[0] if isinstance(result, (tuple, list)) and result else result
         if isinstance(first, torch.Tensor) and first.is_floating_point():

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-CATEGORIES = (
+CATEGORIES: tuple[str, ...] = (
     "weights",
     "adapters",
     "gradients",
@@ -20,6 +20,9 @@ CATEGORIES = (
     "temporaries",
     "inputs",
 )
+
+
+Event = tuple[int, int, str]  # +1 allocated or -1 freed, index of the block, phase
 
 
 @dataclass(slots=True)
@@ -95,7 +98,7 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
 
 
 def replay(
-    blocks: list[Block], initial: list[int], events: list[tuple[int, int, str]], live_bytes: int
+    blocks: list[Block], initial: list[int], events: list[Event], live_bytes: int
 ) -> MemoryReport:
     """Run through all events and report the highest moment. Categories are the final ones.
 

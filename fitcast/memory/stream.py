@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,7 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fitcast.gpus import Gpu
 from fitcast.memory.layers import Layers
 from fitcast.memory.ledger import MemoryLedger
-from fitcast.memory.report import Block, tensors_in
+from fitcast.memory.report import Block, Event, tensors_in
+from fitcast.units import Said, refusal
+
+Work = tuple[int, int, int, float]  # events before, operations, FLOPs, seconds
 
 
 @dataclass
@@ -27,21 +31,25 @@ class Stream:
         blocks: Every storage, with its size as asked for.
         events: (+1 or -1, index of the block, phase) for each allocation or free, in order.
         marks: Name of a moment -> number of events before it.
-        work: (number of events before, operations, FLOPs, seconds) of one or some operations.
+        work: Events before, operations, FLOPs and seconds of one or some operations.
         growing: Bytes that a block of no layer gains with each further layer.
         layers: Which layer a block's module belongs to.
     """
 
     blocks: list[Block]
-    events: list[tuple[int, int, str]]
+    events: list[Event]
     marks: dict[str, int]
-    work: list[tuple[int, int, int, float]] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
     growing: dict[int, int] = field(default_factory=dict)
     layers: Layers = field(default_factory=Layers)
 
 
-def later_step(step: list) -> list:
-    """A step after the first: without what that allocates for good, as the optimizer's state."""
+def later_step(step: list[Event]) -> list[Event]:
+    """A step after the first: without what that allocates for good, as the optimizer's state.
+
+    Args:
+        step: Events of the first step.
+    """
     born = {block for sign, block, _ in step if sign > 0}
     gone = {block for sign, block, _ in step if sign < 0}
     return [event for event in step if event[1] in born and event[1] in gone]
@@ -53,7 +61,7 @@ class DeviceLedger(MemoryLedger):
     def __init__(self):
         super().__init__()
         self.marks: dict[str, int] = {}
-        self.work: list[tuple[int, int, int, float]] = []
+        self.work: list[Work] = []
         self.growing: dict[int, int] = {}
         self.layers = Layers()
         self._on_host: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
@@ -66,14 +74,16 @@ class DeviceLedger(MemoryLedger):
         super().watch(model)
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
 
-    def _start_optimizer(self, optimizer: torch.optim.Optimizer, *_):
+    def _start_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if not all(isinstance(parameter, FakeTensor) for parameter in trained):
-            raise ValueError(
-                "step must make its optimizer itself, got one over real tensors; "
-                "write optimizer = ...(model.parameters()) inside step"
+            raise refusal(
+                "step",
+                "make its optimizer itself",
+                Said("one over real tensors"),
+                "write optimizer = ...(model.parameters()) inside step",
             )
-        super()._start_optimizer()
+        super()._start_optimizer(optimizer)
 
     def mark(self, name: str) -> None:
         """Name this moment."""
@@ -83,17 +93,21 @@ class DeviceLedger(MemoryLedger):
     def inside(self, module: str) -> Iterator[None]:
         """What is allocated here belongs to `module`."""
         self._modules.append(module)
-        yield
-        self._modules.pop()
+        try:
+            yield
+        finally:
+            self._modules.pop()
 
-    def counts(self, tensor: object) -> bool:
+    def counts(self, tensor: Any) -> bool:
         if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != "cpu":
             return False  # `tensor.device` would be an operation of its own, asked of every mode
         storage = tensor.untyped_storage()
         return storage._cdata not in self._on_host and storage.nbytes() > 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._inputs = iter(args[0] if args and isinstance(args[0], (list, tuple)) else args)
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        self._inputs = iter(_inputs_of(args))
         if func is torch.ops.aten.lift_fresh.default and args[0].dim() == 0:
             result = func(*args)  # torch.tensor(1.0) lives on the host
             storage = result.untyped_storage()
@@ -119,6 +133,7 @@ class DeviceLedger(MemoryLedger):
         self._owner = ""
 
     def _module_of(self, tensor: object) -> str:
+        """Path of the module to which the block of a fake tensor belongs, "" where it has none."""
         index = (
             self._index.get(tensor.untyped_storage()._cdata)
             if isinstance(tensor, FakeTensor)
@@ -131,16 +146,26 @@ class DeviceLedger(MemoryLedger):
         return super()._module_now() or self._owner
 
     def stream(self) -> Stream:
-        """What was seen; blocks that existed before come first."""
+        """What was seen so far; blocks that existed before come first."""
         existed = [(1, block, "start") for block in self._initial]
-        self.marks = {name: n + len(existed) for name, n in self.marks.items()}
-        self.work = [(n + len(existed), *rest) for n, *rest in self.work]
-        self._events = existed + self._events
-        return Stream(self._blocks, self._events, self.marks, self.work, self.growing, self.layers)
+        before = len(existed)
+        return Stream(
+            blocks=self._blocks,
+            events=existed + self._events,
+            marks={name: before + n for name, n in self.marks.items()},
+            work=[(before + n, count, flops, seconds) for n, count, flops, seconds in self.work],
+            growing=self.growing,
+            layers=self.layers,
+        )
+
+
+def _inputs_of(args: tuple) -> Sequence[Any]:
+    """An operation's arguments; of one that takes a list of tensors (stack, cat), the list's."""
+    return args[0] if args and isinstance(args[0], (list, tuple)) else args
 
 
 def work_recorder(ledger: DeviceLedger, gpu: Gpu) -> Callable[[int, tuple, object], None]:
-    """Notes each operation's FLOPs and the seconds it takes at least on `gpu`.
+    """Notes in the ledger each operation's FLOPs and the seconds it takes at least on `gpu`.
 
     At least: as long as its arithmetic at the peak rate or its traffic at the peak bandwidth,
     whichever is longer (Williams et al. 2009, the roofline model).
@@ -148,7 +173,7 @@ def work_recorder(ledger: DeviceLedger, gpu: Gpu) -> Callable[[int, tuple, objec
 
     def record(flops: int, args: tuple, result: object) -> None:
         tensors = list(tensors_in((args, result)))
-        traffic = sum(t.numel() * t.itemsize for t in tensors)
+        traffic = sum(t.numel() * t.itemsize for t in tensors)  # bytes
         rate = gpu.matmul_flops if tensors and tensors[0].itemsize < 4 else gpu.float32_flops
         seconds = max(flops / rate, traffic / gpu.bandwidth)
         ledger.work.append((len(ledger._events), 1, flops, seconds))

@@ -252,6 +252,80 @@ def test_an_aborted_forward_leaves_only_the_weights():
     assert ledger.live_bytes == weights
 
 
+def test_a_ledger_entered_again_counts_as_it_did_the_first_time():
+    """Its hooks on gradients go with each use, and come with each."""
+    model = nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    ledger, seen = MemoryLedger(model, optimizer=optimizer), []
+    for _ in range(2):
+        optimizer.zero_grad()
+        with ledger:
+            model(torch.ones(4, 64)).sum().backward()
+            optimizer.step()
+        seen.append({name: live[-1] for name, live in ledger.report().timeline.items()})
+    assert seen[0] == seen[1]
+    assert seen[1]["gradients"] == sum(p.nbytes for p in model.parameters())
+    assert seen[1]["temporaries"] == 0
+
+
+def test_gradients_and_optimizer_state_made_between_two_uses_are_recognised():
+    model = nn.Linear(64, 64, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    ledger = MemoryLedger(model, optimizer=optimizer)
+    model(torch.ones(4, 64)).sum().backward()
+    optimizer.step()
+    with ledger:
+        model(torch.ones(4, 64))
+    timeline = ledger.report().timeline
+    assert timeline["gradients"][-1] == model.weight.nbytes
+    assert timeline["optimizer state"][-1] == 2 * model.weight.nbytes + 4
+    assert timeline["inputs"][-1] == 0
+
+
+def test_an_error_in_the_optimizer_does_not_name_the_next_phases():
+    model = nn.Linear(8, 8)
+
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("planted")
+
+    ledger = MemoryLedger(model)
+    with contextlib.suppress(RuntimeError), ledger:
+        model(torch.ones(4, 8)).sum().backward()
+        Broken(model.parameters(), lr=1.0).step()
+    with ledger:
+        model(torch.ones(4, 8))
+    assert ledger.phase_now() == "forward" and "optimizer" not in ledger.report().phase_peaks
+
+
+def test_a_model_is_not_kept_alive_by_the_ledger_that_watches_it():
+    model = nn.Linear(64, 64)
+    ledger = MemoryLedger(model)
+    with ledger:
+        model(torch.ones(4, 64)).sum().backward()
+    del model
+    gc.collect()
+    assert ledger.live_bytes == 0
+    with ledger:  # and it can be used again
+        torch.zeros(4)
+
+
+def test_a_device_ledgers_stream_can_be_asked_for_twice():
+    from fitcast.forecasting.fake import fake_tensors
+    from fitcast.memory.stream import DeviceLedger
+
+    ledger = DeviceLedger()
+    with fake_tensors():
+        x = torch.empty(16)
+        with ledger:
+            y = x + 1
+            ledger.mark("made")
+            ledger.work.append((1, 1, 0, 0.0))
+        once, again = ledger.stream(), ledger.stream()
+        del y  # and what is freed afterwards is not in a stream that was handed out
+    assert once == again and len(once.events) == 2 and once.marks == {"made": 2}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with the CUDA allocator")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_on_cuda_the_peak_is_max_memory_allocated_up_to_cublas_workspaces(checkpointing):
