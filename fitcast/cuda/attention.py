@@ -3,12 +3,17 @@
 The kernel follows from the GPU, the dtypes, the mask and the head counts, as PyTorch decides.
 Sources are files under aten/src/ATen/native/transformers of PyTorch. Not modelled: nested tensors,
 AMD GPUs, cuDNN plans other than its first.
+
+Shapes of all kernels: query and the result (batch, heads, rows, head_dim), key and value (batch,
+kv_heads, keys, head_dim) with kv_heads a divisor of heads, mask `None` or broadcast to (batch,
+heads, rows, keys). `scale` is that of the scores; `None` is head_dim ** -0.5.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +21,9 @@ import torch.nn.functional as F
 from fitcast.gpus import Gpu
 from fitcast.units import round_up
 
+Gradients = tuple[
+    torch.Tensor | None, ...
+]  # of query, key, value, and of the mask where it has one
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 
@@ -25,7 +33,14 @@ def scratch(n_bytes: int) -> torch.Tensor:
     return torch.empty(n_bytes, dtype=torch.uint8)
 
 
-def attention_kernel(gpu: Gpu, query, key, value, mask, enable_gqa: bool = True) -> Callable:
+def attention_kernel(
+    gpu: Gpu,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    enable_gqa: bool = True,
+) -> Callable[..., torch.Tensor]:
     """The kernel that `F.scaled_dot_product_attention` takes on `gpu`.
 
     Source: cuda/sdp_utils.cpp, `select_sdp_backend`, `check_prefer_cudnn_attention` and the
@@ -47,7 +62,16 @@ def attention_kernel(gpu: Gpu, query, key, value, mask, enable_gqa: bool = True)
     return math_attention
 
 
-def math_attention(query, key, value, mask, dropout, is_causal, scale, repeat=True):
+def math_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    repeat: bool = True,
+) -> torch.Tensor:
     """Writes the scores out, in float32 for half inputs, heads repeated or broadcast by `@`.
 
     Source: attention.cpp, `_scaled_dot_product_attention_math`.
@@ -83,7 +107,7 @@ class _SafeSoftmax(torch.autograd.Function):
     """Softmax whose fully masked rows are 0. Source: ../SoftMax.cpp, `_safe_softmax`."""
 
     @staticmethod
-    def forward(ctx, scores):
+    def forward(ctx: Any, scores: torch.Tensor) -> torch.Tensor:
         weights = torch.softmax(scores, -1)
         masked = scores.eq(0)  # a byte a score
         masked.all(-1, keepdim=True)
@@ -91,12 +115,20 @@ class _SafeSoftmax(torch.autograd.Function):
         return weights
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (weights,) = ctx.saved_tensors
         return aten._softmax_backward_data(grad, weights, -1, weights.dtype)
 
 
-def efficient_attention(query, key, value, mask, dropout, is_causal, scale):
+def efficient_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
     """Keeps q, k, v, the output and one float32 a row; an unaligned mask is padded.
 
     Source: attention.cpp, `pre_process_mask`.
@@ -111,7 +143,7 @@ def efficient_attention(query, key, value, mask, dropout, is_causal, scale):
     )[0]
 
 
-def efficient_attention_backward(gpu, func, *args, **kwargs):
+def efficient_attention_backward(gpu: Gpu, func: Callable, *args: Any, **kwargs: Any) -> Gradients:
     """A float32 sum for each row, and float32 tiles in which blocks of keys add up dQ.
 
     Beyond a head size of 128, half inputs also add up dK and dV in float32. Source:
@@ -130,7 +162,15 @@ def efficient_attention_backward(gpu, func, *args, **kwargs):
     return result
 
 
-def flash_attention(query, key, value, mask, dropout, is_causal, scale):
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
     """Keeps q, k, v, the output and one float32 a row; head sizes are padded to multiples of 8.
 
     Source: attention.cpp, `pad_last_dim`.
@@ -143,7 +183,7 @@ def flash_attention(query, key, value, mask, dropout, is_causal, scale):
     )[0][..., :head_dim]
 
 
-def flash_attention_backward(gpu, func, *args, **kwargs):
+def flash_attention_backward(gpu: Gpu, func: Callable, *args: Any, **kwargs: Any) -> Gradients:
     """dQ and row sums in float32, in blocks of 128 rows; dK and dV of each of grouped heads.
 
     Source: cuda/flash_attn/flash_api.cpp, `mha_bwd`.
@@ -155,7 +195,15 @@ def flash_attention_backward(gpu, func, *args, **kwargs):
     return result
 
 
-def cudnn_attention(query, key, value, mask, dropout, is_causal, scale):
+def cudnn_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
     """Like flash attention, with a mask where one is given.
 
     Source: attention.cpp, case `SDPBackend::cudnn_attention`.
@@ -172,7 +220,7 @@ def cudnn_attention(query, key, value, mask, dropout, is_causal, scale):
     )[0]
 
 
-def cudnn_attention_backward(gpu, func, *args, **kwargs):
+def cudnn_attention_backward(gpu: Gpu, func: Callable, *args: Any, **kwargs: Any) -> Gradients:
     """dQ and row sums in float32; dK and dV of each of grouped heads.
 
     cuDNN's source is closed: its own allocations on an H200 (cuDNN 9) equal this to the byte.

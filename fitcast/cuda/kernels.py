@@ -5,24 +5,37 @@ then are ordinary operations, which the ledger below counts like any other. Atte
 bitsandbytes have modules of their own; what libraries do when they see a CUDA device is in
 `libraries`.
 
+A rule is called with the GPU, the function or operation that it stands for, and that one's own
+arguments; it gives back what that one would, with the memory that it would take on the way.
+
 Not modelled: values; kernels' scratch of a few KiB (reductions, cumulative sums); AMD GPUs.
 Sources are files of PyTorch; native/ is aten/src/ATen/native.
+
+Shapes: x is (..., H), H what is normed, dropped or summed over; rows are the numbers before it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitcast.cuda import attention, bitsandbytes
-from fitcast.cuda.attention import scratch
+from fitcast.cuda import bitsandbytes
+from fitcast.cuda.attention import (
+    attention_kernel,
+    cudnn_attention_backward,
+    efficient_attention_backward,
+    flash_attention_backward,
+    scratch,
+)
 from fitcast.gpus import Gpu
 from fitcast.memory.flops import matrix_flops
 
@@ -45,45 +58,81 @@ def cuda_functions(gpu: Gpu) -> Iterator[None]:
 
 
 def scaled_dot_product_attention(
-    gpu,
-    func,
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-):
+    gpu: Gpu,
+    func: Callable,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
     """Autocast casts attention's inputs, last one first, then the GPU's kernel runs.
+
+    Args:
+        gpu: Whose kernel.
+        func: The function of the same name, not called.
+        query: (batch, heads, rows, head_dim).
+        key, value: (batch, kv_heads, keys, head_dim).
+        attn_mask: Broadcasts to (batch, heads, rows, keys), or `None`.
+        dropout_p: Probability of dropping a weight.
+        is_causal: Whether row i sees keys up to i only.
+        scale: Of the scores; `None` is head_dim ** -0.5.
+        enable_gqa: Whether kv_heads may be fewer; the shapes say so here.
+
+    Returns:
+        (batch, heads, rows, head_dim).
 
     Source: aten/src/ATen/autocast_mode.h, whose argument list is evaluated from its end.
     """
-    tensors = [attn_mask, value, key, query]
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-        tensors = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
-    kernel = attention.attention_kernel(gpu, *reversed(tensors), enable_gqa)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(dtype)
+        value, key, query = (t.to(dtype) for t in (value, key, query))
+    kernel = attention_kernel(gpu, query, key, value, attn_mask, enable_gqa)
     with torch.autocast("cpu", enabled=False):
-        return kernel(*reversed(tensors), dropout_p, is_causal, scale)
+        return kernel(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
 
-def dropout(gpu, func, x, p=0.5, training=True, inplace=False):
+def dropout(
+    gpu: Gpu,
+    func: Callable,
+    x: torch.Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> torch.Tensor:
     """Keeps a byte for each element. Source: native/Dropout.cpp, `is_fused_kernel_acceptable`."""
     if inplace or not training or not 0 < p < 1 or x.numel() == 0:
         return func(x, p, training, inplace)
     return torch.native_dropout(x, p, True)[0]
 
 
-def softmax(gpu, func, x, dim=None, _stacklevel=3, dtype=None):
+def softmax(
+    gpu: Gpu,
+    func: Callable,
+    x: torch.Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """One kernel from float16 to float32, no cast before it. Source: native/SoftMax.cpp."""
     if x.dtype == torch.float16 and dtype == torch.float32:
-        return torch._softmax(x, dim, True)
+        return aten._softmax(x, dim, True)
     return func(x, dim, _stacklevel, dtype)
 
 
-def rms_norm(gpu, func, x, normalized_shape, weight=None, eps=None):
+def rms_norm(
+    gpu: Gpu,
+    func: Callable,
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
     """One kernel where the dtypes agree. Source: native/layer_norm.cpp, `rms_norm_symint`."""
     if weight is None or weight.dtype != x.dtype:
         return func(x, normalized_shape, weight, eps)
@@ -94,13 +143,13 @@ class _FusedRmsNorm(torch.autograd.Function):
     """Keeps its input and one float32 a row. Source: native/cuda/layer_norm_kernel.cu."""
 
     @staticmethod
-    def forward(ctx, x, weight):
-        scale = torch.empty(*x.shape[:-1], 1)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        scale = torch.empty(*x.shape[:-1], 1)  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
@@ -110,7 +159,7 @@ class CudaKernels(TorchDispatchMode):
 
     Enter it after the ledger, so that it sees an operation first.
 
-    Args:
+    Attributes:
         gpu: Whose kernels.
         on_work: Called with the FLOPs, the inputs and the result of each operation.
     """
@@ -125,7 +174,9 @@ class CudaKernels(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # else every operation pays for telling torch.compile to stay away
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # the most frequent question of all
             return args[0].fake_device
@@ -163,13 +214,13 @@ def accumulates(old: torch.Tensor, new: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()
         and isinstance(new, torch.Tensor)
         and old.shape == new.shape
-        and torch._prims_common.is_non_overlapping_and_dense_or_false(old)
+        and is_non_overlapping_and_dense_or_false(old)
         and holders(old) == holders_of_one()
     )
 
 
-def holders(tensor: torch.Tensor) -> tuple[int, int]:
-    """How many hold the tensor and its storage; a caller in Python counts, too."""
+def holders(tensor: Any) -> tuple[int, int]:
+    """How many hold a tensor and its storage; a caller in Python counts, too."""
     return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
@@ -179,7 +230,9 @@ def holders_of_one() -> tuple[int, int]:
     seen = []
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        ) -> Any:
             if func is aten.add.Tensor and not torch.is_grad_enabled():
                 seen.append(holders(args[0]))
             return func(*args, **(kwargs or {}))
@@ -190,27 +243,33 @@ def holders_of_one() -> tuple[int, int]:
     return seen[0]
 
 
-def softmax_backward(gpu, func, grad, output, *rest):
+def softmax_backward(
+    gpu: Gpu, func: Callable, grad: torch.Tensor, output: torch.Tensor, *rest: Any
+) -> torch.Tensor:
     """Holds gradient x output besides its result. Source: native/cuda/SoftMax.cu."""
     result = func(grad, output, *rest)
     scratch(grad.numel() * max(grad.itemsize, output.itemsize))
     return result
 
 
-def logsumexp(gpu, func, x, *args, **kwargs):
+def logsumexp(gpu: Gpu, func: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Holds exp(x - max), as large as x. Source: native/ReduceOps.cpp, `logsumexp_out_impl`."""
     result = func(x, *args, **kwargs)
     scratch(x.nbytes)
     return result
 
 
-def mask_before_output(gpu, func, x, p, train):
+def mask_before_output(
+    gpu: Gpu, func: Callable, x: torch.Tensor, p: float, train: bool | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask is allocated first. Source: native/cuda/Dropout.cu, `dropout_cuda`."""
     mask = torch.empty_like(x, dtype=torch.bool)
     return torch.empty_like(x), mask
 
 
-def foreach_norm(gpu, func, tensors, *args, **kwargs):
+def foreach_norm(
+    gpu: Gpu, func: Callable, tensors: Sequence[torch.Tensor], *args: Any, **kwargs: Any
+) -> Sequence[torch.Tensor]:
     """A number for each 65 536 elements of the largest tensor, for each tensor; then their norms.
 
     Source: native/cuda/ForeachReduceOp.cu.
@@ -250,14 +309,14 @@ NO_WORK = {
     "aten::empty_strided",
     "aten::new_empty",
 }
-KERNEL_RULES = {
+KERNEL_RULES: dict[str, Callable] = {
     "aten::_softmax_backward_data": softmax_backward,
     "aten::logsumexp": logsumexp,
     "aten::native_dropout": mask_before_output,
     "aten::_foreach_norm": foreach_norm,
-    "aten::_scaled_dot_product_efficient_attention_backward": attention.efficient_attention_backward,
-    "aten::_scaled_dot_product_flash_attention_backward": attention.flash_attention_backward,
-    "aten::_scaled_dot_product_cudnn_attention_backward": attention.cudnn_attention_backward,
+    "aten::_scaled_dot_product_efficient_attention_backward": efficient_attention_backward,
+    "aten::_scaled_dot_product_flash_attention_backward": flash_attention_backward,
+    "aten::_scaled_dot_product_cudnn_attention_backward": cudnn_attention_backward,
     "bitsandbytes::quantize_4bit": bitsandbytes.scales_before_weight,
     "bitsandbytes::gemm_4bit": bitsandbytes.gemm_4bit,
     "bitsandbytes::optimizer_update_8bit_blockwise": bitsandbytes.updates_in_place,

@@ -7,7 +7,8 @@ Inside `pretend_cuda` they take CUDA's, on fake tensors. Not modelled: multi-GPU
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,7 +26,7 @@ def pretend_cuda(gpu: Gpu) -> Iterator[None]:
     """Inside, libraries behave as on `gpu`. Enter it before the fake tensors."""
     from bitsandbytes import functional as bnb
     from bitsandbytes.optim.optimizer import Optimizer8bit
-    from torch.optim import adam
+    from torch.optim import adam  # pyright: ignore[reportAttributeAccessIssue]  (hidden in stubs)
 
     with contextlib.ExitStack() as stack:
         for target, name, stand_in in (
@@ -47,7 +48,7 @@ def pretend_cuda(gpu: Gpu) -> Iterator[None]:
         yield
 
 
-def _autocast_of_cpu(original):
+def _autocast_of_cpu(original: Callable[[str], bool]) -> Callable[..., bool]:
     """PEFT asks for autocast's state without naming a device, which means CUDA's."""
     return lambda device="cpu": original(device)
 
@@ -63,7 +64,7 @@ def from_host(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
     return torch.empty_like(host, device=device)
 
 
-def foreach_by_default(*_, **__) -> tuple[bool, bool]:
+def foreach_by_default(*_: Any, **__: Any) -> tuple[bool, bool]:
     """On CUDA, Adam updates all parameters at once: a copy of each in between.
 
     Source: torch/optim/optimizer.py, `_default_to_fused_or_foreach`; torch/optim/adam.py,
@@ -72,6 +73,12 @@ def foreach_by_default(*_, **__) -> tuple[bool, bool]:
     return False, True
 
 
-def step_without_looking(self, optimizer, optimizer_state, *args, **kwargs):
+def step_without_looking(
+    self: torch.amp.GradScaler,
+    optimizer: torch.optim.Optimizer,
+    optimizer_state: dict,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """A step whose gradients are finite: fake ones hold no number to ask."""
     return optimizer.step(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -212,9 +213,7 @@ def test_gradient_is_added_in_place_where_pytorch_does_so_on_real_tensors(shared
 def test_bitsandbytes_dequantizes_where_its_own_source_says_so(gpu, rows, shape, fused):
     import bitsandbytes  # noqa: F401  (registers the operation)
 
-    most_rows, choice = rules.bitsandbytes_choice(gpu)
-    assert most_rows == 1536
-    assert (rows <= most_rows and choice(0, torch.float16, rows, *shape)) == fused
+    assert rules.has_fused_kernel(gpu, torch.float16, rows, shape, 64) == fused
     with watched(gpu) as ledger:
         torch.ops.bitsandbytes.gemm_4bit(
             torch.empty(rows, shape[1], dtype=torch.float16),
@@ -225,6 +224,34 @@ def test_bitsandbytes_dequantizes_where_its_own_source_says_so(gpu, rows, shape,
             "nf4",
         )
     assert (2 * shape[0] * shape[1] in allocated(ledger)[3:]) == (not fused)
+
+
+def test_a_misaligned_weight_is_dequantized():
+    assert rules.has_fused_kernel(T4, torch.float16, 1, (4096, 2048), 64)
+    assert not rules.has_fused_kernel(T4, torch.float16, 1, (4096, 2048 + 32), 64)
+
+
+def test_asking_bitsandbytes_for_a_cuda_kernel_leaves_the_library_as_it_was():
+    import bitsandbytes.cextension as loaded
+
+    def state():
+        registered = torch._C._dispatch_has_kernel_for_dispatch_key
+        return (
+            loaded.lib,
+            torch.version.hip,
+            hasattr(torch._C, "_cuda_getCurrentRawStream"),
+            sys.modules.get("bitsandbytes.backends.cuda.ops"),
+            [
+                registered(f"bitsandbytes::{name}", "CUDA")
+                for name in ("gemm_4bit", "quantize_4bit")
+            ],
+        )
+
+    before = state()
+    rules.cuda_library.cache_clear()
+    copy = rules.cuda_library()
+    assert state() == before
+    assert copy is not before[3] and copy._gemm_4bit_custom_max_m == 1536
 
 
 def test_paged_state_is_not_the_allocators():
