@@ -1,8 +1,11 @@
 """The cheat sheet: its numbers are today's, and it fits one page."""
 
+import pytest
+
 from tools import cheat_sheet
 
 
+@pytest.mark.slow
 def test_page_is_what_the_course_computes_today():
     assert cheat_sheet.PAGE.read_text("utf-8") == cheat_sheet.page(), (
         "run python -m tools.cheat_sheet"

@@ -359,6 +359,7 @@ def test_trainer_log_has_trainers_own_lines():
     assert one[0]["loss"] == pytest.approx(2 * log[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_widget_compares_a_split_with_the_whole():
     explorer = widgets.split_explorer()
     assert re.search(

@@ -215,6 +215,7 @@ def test_exercise_3_asks_for_what_is_slow_in_the_answer():
     assert "Fewer layers that forget" in said(norm="native", lora_dropout=0.0)
 
 
+@pytest.mark.slow
 def test_the_widget_redraws_for_other_levers():
     explorer = widgets.levers_explorer()
     assert "the usual recipe: 19.28 GiB, does not fit" in explorer.figure.alt
@@ -226,6 +227,7 @@ def test_the_widget_redraws_for_other_levers():
     assert explorer.picture.value.count("does not fit") == 2
 
 
+@pytest.mark.slow
 def test_the_widget_draws_every_model():
     explorer = widgets.levers_explorer()
     for model in explorer.controls["model"].options:

@@ -244,7 +244,9 @@ def test_events_of_a_step_are_those_of_the_gpu(number):
         ({"loss": "chunked", "attention": "explicit_kv", "kbit_upcast": True}, 6, 1),
     ],
 )
-@pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen3-0.6b"])
+@pytest.mark.parametrize(
+    "model", ["llama-3.2-1b", pytest.param("qwen3-0.6b", marks=pytest.mark.slow)]
+)
 def test_few_layers_give_every_event_of_many(tmp_path, model, changes, layers, checkpointed):
     config = models.config(model)
     config.num_hidden_layers = layers

@@ -40,6 +40,7 @@ def small_gpu():
     return dataclasses.replace(T4, name="small", total_bytes=2600 * MIB)
 
 
+@pytest.mark.slow
 def test_fit_finds_what_exhaustive_search_finds(recipe, small_gpu):
     best = fit(recipe, small_gpu)
     assert best.forecast.fits and best.forecast.margin_bytes >= 0
