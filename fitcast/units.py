@@ -1,4 +1,4 @@
-"""Bytes and names as text: the only place in the course that knows 2**10, 2**20 and 2**30.
+"""Bytes and names as text: the only place that knows 2**10, 2**20 and 2**30.
 
 Vendors sell memory in GB (10**9 bytes); PyTorch and `nvidia-smi` count in GiB and MiB (2**30 and
 2**20). The T4's "16 GB" is 14.56 GiB that a program can see. Everything here is GiB.

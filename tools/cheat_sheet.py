@@ -59,8 +59,8 @@ the highest *moment*, not the sum of the table.
 {levers}
 
 Logits and attention scores make two peaks of nearly one height here: lower both, or the other one
-stays. Lowering the rank saves almost nothing. For your run: `python -m course_utils fit --model
-llama-3.1-8b --sequence-length 2048`, with your model and length.
+stays. Lowering the rank saves almost nothing. For your run: `fitcast levers --model llama-3.1-8b
+--sequence-length 2048`, with your model and length; `fitcast fit` picks the fastest that fits.
 
 ## On a T4
 
