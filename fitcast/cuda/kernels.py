@@ -28,7 +28,7 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitcast.cuda import bitsandbytes
+from fitcast.cuda import bitsandbytes, experts
 from fitcast.cuda.attention import (
     attention_kernel,
     cudnn_attention_backward,
@@ -298,6 +298,7 @@ MATRIX_PRODUCTS = {
     "aten::addmm",
     "aten::bmm",
     "aten::baddbmm",
+    "aten::_grouped_mm",
     "bitsandbytes::gemm_4bit",
 }
 NO_WORK = {
@@ -314,6 +315,7 @@ KERNEL_RULES: dict[str, Callable] = {
     "aten::logsumexp": logsumexp,
     "aten::native_dropout": mask_before_output,
     "aten::_foreach_norm": foreach_norm,
+    "aten::_grouped_mm": experts.grouped_mm,
     "aten::_scaled_dot_product_efficient_attention_backward": efficient_attention_backward,
     "aten::_scaled_dot_product_flash_attention_backward": flash_attention_backward,
     "aten::_scaled_dot_product_cudnn_attention_backward": cudnn_attention_backward,

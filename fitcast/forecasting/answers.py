@@ -6,7 +6,8 @@ whether a loss is NaN, which positions of a mask are set. Each question has one 
 - a number (`.item()`, `float(...)`, `int(...)`): 1, and `False` for a truth value, so that no loss
   is NaN, no gradient has overflowed and no early exit is taken;
 - which positions are set (`x[mask]`, `nonzero`, `masked_select`): all of them, which is the most
-  memory that the answer can cost: every token carries a label, no row is padding.
+  memory that the answer can cost: every token carries a label, no row is padding;
+- which experts have tokens, and which tokens they have: those of the `routing` that is set.
 
 A step of the reader's own is told nothing: there the question is an error that names the line
 (`forecast_step`). Not modelled: control flow that follows the numbers, other than these answers.
@@ -17,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fitcast.cuda.experts import Routing
+
 aten = torch.ops.aten
 MASKS = (torch.bool, torch.uint8)
 
@@ -26,11 +29,13 @@ class Answers(TorchDispatchMode):
 
     Attributes:
         asked: Names of the questions that came, and how often.
+        routing: While a loop over experts runs: how many it meets, and their tokens.
     """
 
     def __init__(self):
         super().__init__()
         self.asked: dict[str, int] = {}
+        self.routing: Routing | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -45,6 +50,8 @@ class Answers(TorchDispatchMode):
         if answer is None:
             return func(*args, **kwargs)
         self._note(func)
+        if self.routing is not None and func is aten.nonzero.default:
+            return routed_positions(args[0], self.routing)
         return answer(*args, **kwargs)
 
     def _note(self, func) -> None:
@@ -62,6 +69,18 @@ def number(tensor: torch.Tensor) -> bool | int | float:
 def all_positions(tensor: torch.Tensor) -> torch.Tensor:
     """Indices of all elements, (elements, dimensions) int64, as if none were zero."""
     return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.long)
+
+
+def routed_positions(mask: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Indices, (positions, dimensions) int64: of experts that are hit, or of one's tokens.
+
+    Args:
+        mask: (experts,) or (experts, 1) where experts are told, (k, tokens) where tokens are.
+        routing: Of this batch.
+    """
+    tells_tokens = mask.dim() == 2 and mask.shape[1] > 1
+    count = routing.tokens if tells_tokens else routing.experts
+    return mask.new_empty((min(count, mask.numel()), mask.dim()), dtype=torch.long)
 
 
 def all_elements(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

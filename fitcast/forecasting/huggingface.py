@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fitcast import models
+from fitcast.cuda import experts
 from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
 from fitcast.cuda.trainers import (
@@ -71,6 +72,7 @@ class Run:
         dtype: Of the weights that are not quantized, as `from_pretrained(dtype=...)` loads them.
         sequence_length: Tokens in a row of the batch.
         padded: Whether masks hide padding.
+        routing: Of loops over experts: `experts.EVEN` or `experts.WORST`.
     """
 
     config: PretrainedConfig
@@ -83,6 +85,7 @@ class Run:
     quantization_config: Any = None
     attention: str | None = None
     trainer_options: dict[str, Any] = field(default_factory=dict)
+    routing: str = experts.EVEN
 
 
 def forecast_run(
@@ -195,10 +198,12 @@ def _train(
     with tempfile.TemporaryDirectory() as folder, pretend_trainer():
         trainer, batch = _trainer(run, folder, ledger, model)
         ledger.layers = _layers(trainer.model, rhythm)
+        answers = Answers()
         with contextlib.ExitStack() as stack:
-            for context in (padding(run.padded), trl_kernels(), pretend_cuda(gpu),
+            for context in (padding(run.padded), trl_kernels(), experts.grouped_products(gpu),
+                experts.routing(trainer.model, run.routing, answers), pretend_cuda(gpu),
                 fake.fake_tensors(),
-                Answers(),  # below the ledger: how many hold a gradient is counted from the top
+                answers,  # below the ledger: how many hold a gradient is counted from the top
                 ledger,
                 kernels,
             ):  # fmt: skip
