@@ -46,6 +46,7 @@ class Forecast(MemoryReport):
         operations: About how many operations the step launches.
         flops: Multiplications and additions of its matrix products.
         ideal_seconds: Its time if every operation ran at the GPU's peak rate or bandwidth.
+        notes: What was assumed and what is not modelled, a sentence each.
     """
 
     gpu: Gpu
@@ -56,6 +57,7 @@ class Forecast(MemoryReport):
     operations: int
     flops: int
     ideal_seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def peak_allocated_bytes(self) -> int:
