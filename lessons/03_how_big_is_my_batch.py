@@ -552,9 +552,9 @@ exercises.check_search(largest_that_trains)
 #
 # The next cells do that with the course's own script,
 # [ranks.py](../course_utils/topics/ranks.py): 2 sequences x 8 micro batches x 2 ranks, the uneven
-# batch of section 2, one optimizer step in float64. Rank 0 takes the first 16 rows, all short; rank 1 the
-# other 16, the four long answers among them. Two GPUs talk through NCCL; on a machine without two
-# GPUs the ranks are two processes on the CPU, and talk through gloo.
+# batch of section 2, one optimizer step in float64. Rank 0 takes the first 16 rows, all short; rank
+# 1 the other 16, the four long answers among them. Two GPUs talk through NCCL; on a machine without
+# two GPUs the ranks are two processes on the CPU, and talk through gloo.
 #
 # ### Predict
 # Each rank divides its loss by its *own* labelled tokens, then DDP takes the mean. What is the
