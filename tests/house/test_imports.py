@@ -44,15 +44,18 @@ def test_recipe_needs_no_torch():
 
 
 def declared() -> dict[str, set[str]]:
-    """Packages that may import a library: the engine what everybody gets, the course its extra."""
+    """Libraries that a package may import: the engine what everybody gets or an extra of its own
+    brings, the course what the extra `course` brings, too.
+    """
     lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
     engine = {Requirement(line.partition("#")[0]).name for line in lines if line[0] != "#"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    course = {Requirement(one).name for one in project["optional-dependencies"]["course"]}
-    return {
-        "fitcast": engine | {"fitcast"},
-        "course_utils": engine | course | {"fitcast", "course_utils"},
-    }
+    course, trl = (
+        {Requirement(one).name for one in project["optional-dependencies"][extra]}
+        for extra in ("course", "trl")
+    )
+    ours = {"fitcast", "course_utils"}
+    return {"fitcast": engine | trl | {"fitcast"}, "course_utils": engine | course | ours}
 
 
 def undeclared(source: str, package: str) -> set[str]:

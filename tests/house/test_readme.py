@@ -140,6 +140,7 @@ def test_planted_command_is_caught(command):
     assert trouble(command) != ""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_shown_output_is_real():
     (shown,) = stamp.CONSOLE.findall(text("README.md"))
