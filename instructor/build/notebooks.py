@@ -19,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from ..assignment import Assignment, Exercise, Numbers, sources
 from ..cases import EVERYBODY
 from ..grade.rubric import show_points
+from ..sandbox.reading import Rehearsal
 from . import selfcheck
 
 # Of every notebook for students: a lesson's, but no GPU, which a class would take for nothing.
@@ -27,12 +28,19 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+USUAL_SECONDS = Exercise.cpu_seconds
+GRADED_WITH = "3.11 to 3.13"
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION$", re.M | re.S)
 MARKER = re.compile(r"^ *### (BEGIN|END) SOLUTION\n?", re.M)
 HOW = """**How it works.** Replace each `...` by your code, and run the cell below it: it knows some
 public cases and says in a sentence what is wrong. Grading adds cases with numbers that are yours
 alone, so write the rule, not the number. Keep the functions' names and arguments; add cells and
 functions of your own as you like. Plain Python is enough.
+
+**What grading runs.** Your notebook from the top, up to each function's check, in Python {python}
+with its standard library: no numpy, no torch, no files, no network. A function gets {seconds} s of
+processor time for all its cases, {memory} MiB of memory, and may print 1 MiB; the check says when
+it is slow. What stands in other cells is run if it takes less than {others} s together.
 
 {points} points, about {minutes} minutes. {id}"""
 YOUR_ID = "First put your student id between the quotes:"
@@ -117,6 +125,7 @@ def _front(assignment: Assignment, own: Numbers | None) -> list[NotebookNode]:
         exercise.function: {
             "mistakes": dict(exercise.mistakes),
             "cases": public_cases(exercise, own or EVERYBODY),
+            "cpu_seconds": exercise.cpu_seconds,
         }
         for exercise in assignment.exercises
     }
@@ -124,6 +133,10 @@ def _front(assignment: Assignment, own: Numbers | None) -> list[NotebookNode]:
     return [
         new_markdown_cell(
             HOW.format(
+                python=GRADED_WITH,
+                others=f"{Rehearsal.cpu_seconds:g}",
+                seconds=" or ".join(sorted({f"{e.cpu_seconds:g}" for e in assignment.exercises})),
+                memory=min(e.memory_bytes for e in assignment.exercises) >> 20,
                 points=show_points(assignment.points),
                 minutes=minutes,
                 id=THEIR_ID if own else YOUR_ID,
@@ -171,10 +184,11 @@ def public_cases(exercise: Exercise, own: Numbers) -> list[dict]:
 
 
 def _heading(number: int, exercise: Exercise, cases: Sequence[dict]) -> str:
+    limit = f" At most {exercise.cpu_seconds:g} s." if exercise.cpu_seconds != USUAL_SECONDS else ""
     lines = [
         f"## {number} · {exercise.title}",
         f"*{show_points(exercise.points)} points, {exercise.minutes} minutes. Background: "
-        f"{exercise.reread}.*",
+        f"{exercise.reread}.{limit}*",
         f"For example, `{_call(exercise, cases[0])}` gives `{cases[0]['expected']!r}`.",
     ]
     yours = [

@@ -7,6 +7,7 @@ only. The grader compares answers with the same `same`, and believes nothing tha
 import copy
 import json
 import math
+import time
 
 NOT_ATTEMPTED = "Not attempted yet: replace the `...` by your code and run both cells."
 
@@ -33,6 +34,19 @@ def same(answer, expected, rel_tolerance=0.0):
             same(answer[key], expected[key], rel_tolerance) for key in expected
         )
     return type(answer) is type(expected) and answer == expected
+
+
+def plain(answer):
+    """What the grader makes of an answer: arrays and tuples are lists, exact numbers are floats."""
+    if hasattr(answer, "tolist"):
+        answer = answer.tolist()
+    if isinstance(answer, (list, tuple)):
+        return [plain(part) for part in answer]
+    if isinstance(answer, dict):
+        return {key: plain(part) for key, part in answer.items()}
+    if not isinstance(answer, (int, float)) and hasattr(type(answer), "__float__"):
+        return float(answer)  # Fraction, Decimal
+    return answer
 
 
 def unfinished(answer):
@@ -86,14 +100,14 @@ def judge(name, function, cases, mistakes):
             return problem
         answers.append(answer)
     fits = [
-        same(a, case["expected"], case["rel_tolerance"])
+        same(plain(a), case["expected"], case["rel_tolerance"])
         for a, case in zip(answers, cases, strict=True)
     ]
     if all(fits):
         return f"Right: all {len(cases)} public cases. Grading adds cases with other numbers."
     for mistake, sentence in mistakes.items():
         explained = [
-            same(a, case["mistakes"].get(mistake, case["expected"]), 1e-9)
+            same(plain(a), case["mistakes"].get(mistake, case["expected"]), 1e-9)
             for a, case in zip(answers, cases, strict=True)
         ]
         if all(explained):
@@ -113,7 +127,17 @@ def wrong_answer(name, answer, case):
     )
 
 
-def check(name, public, namespace):
+def slow(seconds, most):
+    """What to say of a right answer that comes late; None if it does not."""
+    if most is None or seconds <= most / 2:
+        return None
+    return (
+        f"Right, but slow: the public cases took {seconds:.1f} s of processor time, and grading "
+        f"stops a function after {most:g} s for these and the hidden ones together."
+    )
+
+
+def check(name, public, namespace, clock=time.process_time):
     """Print what `judge` says of the notebook's function `name`."""
     function = namespace.get(name)
     if not callable(function):
@@ -121,7 +145,10 @@ def check(name, public, namespace):
         return
     exercise = json.loads(public)[name]
     try:
-        print(judge(name, function, exercise["cases"], exercise["mistakes"]))
+        start = clock()
+        said = judge(name, function, exercise["cases"], exercise["mistakes"])
+        late = slow(clock() - start, exercise.get("cpu_seconds"))
+        print(late if late and said.startswith("Right") else said)
     except Exception as error:  # an answer can be anything, and print or compare as it likes
         print(
             f"Not yet: your answer cannot be looked at ({type(error).__name__}); return numbers, "

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..sandbox.source import shape
+from ..sandbox.shape import shape
 from .marking import Mark, Outcome, equal, show
 
 LONG_PARTS = 60  # of a function, from which on the same letters are no accident, in no number
@@ -76,7 +76,7 @@ def _same_code(marks: Mapping, code: Mapping, few: int) -> list[Alike]:
             if name in copied:
                 shared[name, "key", True, about["shape"]].append(student)
             elif right and long:
-                shared[name, "letter", True, about["letter"]].append(student)
+                shared[name, "letter", True, about["shape"]].append(student)
             elif odd and about["parts"] >= SHORT_PARTS:
                 shared[name, "shape", long, about["shape"]].append(student)
     groups: dict[tuple, list[str]] = defaultdict(list)

@@ -1,6 +1,7 @@
 """One exercise of one student, asked in a child: a question a case, answers kept as they came.
 
-A case that kills its child costs only itself: the cases after it get a new one.
+A case that kills its child costs only itself: the cases after it get a new one. Where the check of
+the notebook sees a function that nobody has touched and another one follows, that one is asked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from ..assignment import Case, Exercise
 from ..sandbox.talk import End, Job, Questions, line
 
 MOST_ASKED = 10_000  # questions, after which a child that asks on is ended
+UNTOUCHED = {"unfinished", "no_function"}
 LIVES = {"time": 2, "idle": 1}  # children that may end this way; else one for each case
+CLOCK_LIVES = 1  # that a clock on the wall may end: who neither works nor sleeps holds up the rest
 
 
 class Exam(Questions):
@@ -21,20 +24,28 @@ class Exam(Questions):
     Args:
         exercise: Which.
         cases: The student's.
-        source: The student's code, from `source.read`.
+        plans: What runs before the function is called: `[cell, text]` of each statement; and, if
+            the function is not there or unfinished after it, what to run instead.
         replies: What was answered so far, one for each case; it is filled in here.
+        seconds: CPU time that running the statements is known to take.
+
+    Attributes:
+        firm: Whether the same replies would come again; not if a clock on the wall ended a child.
     """
 
     def __init__(
         self,
         exercise: Exercise,
         cases: Sequence[Case],
-        source: Sequence[Sequence],
+        plans: Sequence[Sequence[Sequence]],
         replies: list[dict],
+        seconds: float = 0.0,
     ):
-        super().__init__(source, exercise.function)
-        self.exercise, self.cases, self.source, self.replies = exercise, cases, source, replies
-        self.cpu_seconds, self.memory_bytes = exercise.cpu_seconds, exercise.memory_bytes
+        super().__init__(plans[0], exercise.function)
+        self.exercise, self.cases, self.plans, self.replies = exercise, cases, plans, replies
+        self.cpu_seconds, self.memory_bytes = exercise.cpu_seconds + seconds, exercise.memory_bytes
+        self._seconds = seconds
+        self.firm = True
         self._asked, self._spoilt = 0, None
 
     @property
@@ -71,15 +82,24 @@ class Exam(Questions):
             return self._spoilt
 
     def ended(self, end: End) -> Iterable[Job]:
-        if self.done:
-            return ()
-        self.replies.append(self._spoilt or {"ended": end.how, "detail": end.detail})
-        spent = sum(reply.get("ended") == end.how for reply in self.replies)
-        if spent >= LIVES.get(end.how, len(self.cases)):
-            self.replies += [{"not_run": True}] * (len(self.cases) - len(self.replies))
-        if self.done:
-            return ()
-        return [Exam(self.exercise, self.cases, self.source, self.replies)]
+        if not self.done:
+            self.firm &= not end.by_clock
+            self.replies.append(self._spoilt or {"ended": end.how, "detail": end.detail})
+            spent = sum(reply.get("ended") == end.how for reply in self.replies)
+            lives = CLOCK_LIVES if end.by_clock else LIVES.get(end.how, len(self.cases))
+            if spent >= lives:
+                self.replies += [{"not_run": True}] * (len(self.cases) - len(self.replies))
+        if not self.done:
+            return [self._again(self.plans)]
+        if len(self.plans) > 1 and all(UNTOUCHED & reply.keys() for reply in self.replies):
+            self.replies.clear()
+            return [self._again(self.plans[1:])]
+        return ()
+
+    def _again(self, plans: Sequence[Sequence[Sequence]]) -> Exam:
+        other = Exam(self.exercise, self.cases, plans, self.replies, self._seconds)
+        other.firm = self.firm
+        return other
 
 
 def _tidy(message: Mapping) -> dict:
@@ -88,12 +108,8 @@ def _tidy(message: Mapping) -> dict:
         return {"value": message["value"]}
     if message.get("unfinished"):
         return {"unfinished": True}
+    if "no_function" in message:
+        return {"no_function": message["no_function"] == "missing"}
     if "error" not in message:
         raise ValueError("an answer has a value or an error")
-    notes = message.get("notes")
-    notes = [str(note)[:300] for note in notes[:3]] if isinstance(notes, list) else []
-    return {
-        "error": str(message["error"])[:300],
-        "type": str(message.get("type"))[:40],
-        "notes": notes,
-    }
+    return {"error": str(message["error"])[:300], "type": str(message.get("type"))[:40]}

@@ -46,6 +46,7 @@ def grade(
     due: datetime | None = None,
     level: str | None = None,
     weak: bool = False,
+    python: str | None = None,
 ) -> ClassResult:
     """Grade a class and write everything next to `out`.
 
@@ -58,12 +59,18 @@ def grade(
         due: Later files are listed as late; local time.
         level: Of the sandbox; the strongest that works here if None.
         weak: Whether a sandbox that only keeps out accidents will do.
+        python: That runs the students' code; the grader's own if None.
 
     Raises:
         ValueError: An input is not what it should be, or the sandbox is too weak.
     """
     rows, secret = read_roster(roster), read_secret(secret_file)
     files = collect(submissions)
+    if not importlib.util.find_spec("IPython"):
+        raise ValueError(
+            "IPython must be installed, which knows a notebook's magics, got none; "
+            "pip install ipython"
+        )
     if any(e.needs_torch for e in assignment.exercises) and not importlib.util.find_spec("torch"):
         raise ValueError(
             f"torch must be installed to grade {assignment.name}, got none; pip install torch"
@@ -79,7 +86,10 @@ def grade(
             "run would take it for one"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    with Sandbox(level) as sandbox, Journal(out.with_suffix(".journal.jsonl")) as journal:
+    with (
+        Sandbox(level, python=python) as sandbox,
+        Journal(out.with_suffix(".journal.jsonl")) as journal,
+    ):
         if sandbox.level == "hook" and not weak:
             problems = "\n".join(f"- {name}: {why}" for name, why in sandbox.passed_over.items())
             raise ValueError(WEAK.format(problems=problems or "- it was asked for"))
@@ -156,6 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="grade although a hostile notebook could read your files",
     )
+    parser.add_argument(
+        "--python",
+        metavar="PYTHON",
+        help="that runs the students' code, e.g. python3.13; the grader's own if left out",
+    )
     options = parser.parse_args(arguments)
     try:
         assignment = load(options.assignment)
@@ -168,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.due,
             options.sandbox,
             options.accept_weak_sandbox,
+            options.python,
         )
     except (ValueError, OSError) as error:
         print(f"Nothing graded: {error}", file=sys.stderr)

@@ -6,20 +6,20 @@ the expected answers, and here nothing of a student's is ever run.
 
 from __future__ import annotations
 
-import sys
-from collections import defaultdict
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from ..assignment import Assignment, Case, Exercise, numbers
 from ..sandbox.box import Sandbox
-from ..sandbox.reading import Reading
+from ..sandbox.reading import Reading, Rehearsal
 from . import copies
 from .exam import Exam
 from .journal import Journal, key_of
-from .marking import Mark, mark, show
+from .marking import Mark, mark
+from .matching import Attempt, match
 from .results import ClassResult, Result
 from .submissions import Names, Refused, Submission
 
@@ -28,25 +28,44 @@ ENGINE = [
     (Path(__file__).parent.parent / name).read_bytes()
     for name in (
         "grade/exam.py",
+        "build/selfcheck.py",
         "sandbox/cage.py",
         "sandbox/child.py",
         "sandbox/forkserver.py",
+        "sandbox/plan.py",
         "sandbox/reading.py",
+        "sandbox/shape.py",
         "sandbox/source.py",
         "sandbox/syscalls.py",
         "sandbox/talk.py",
     )
 ]
-NOBODYS = "neither its name nor its STUDENT_ID is in the roster"
 
 
-@dataclass
-class Attempt:
-    """A submission that is graded for a student: for each exercise its replies, or the problem."""
+def plans_of(attempt: Attempt, function: str) -> list[list]:
+    """What runs before a function is called: `[cell, text]` of each statement, for each plan.
 
-    submission: Submission
-    about: Mapping
-    replies: dict[str, list[dict]] = field(default_factory=dict)
+    All that a kernel would run above the function's check, but for what stopped the rehearsal; that
+    runs only if the function cannot do without it.
+    """
+    rehearsal, statements = attempt.rehearsal, attempt.about["statements"]
+    plans = []
+    for cut, must in attempt.about["functions"][function]["plans"]:
+        above = set(range(cut)) - set(rehearsal["left_out"]) if rehearsal["complete"] else set()
+        run = sorted(above | set(must))
+        plans.append([statements[number] for number in run])
+    return plans
+
+
+def failed(attempt: Attempt, function: str) -> list[str]:
+    """How the statements failed that a function needs, in the notebook's order."""
+    notes = attempt.rehearsal["notes"]
+    (_, must), *_ = attempt.about["functions"][function]["plans"]
+    return [notes[str(number)] for number in must if str(number) in notes]
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
 
 
 class Grader:
@@ -76,7 +95,7 @@ class Grader:
         self.sandbox, self.journal, self.due, self._progress = sandbox, journal, due, progress
         self._functions = [exercise.function for exercise in assignment.exercises]
         self._names = Names(rows, assignment.name)
-        self._base = key_of(*ENGINE, list(sys.version_info[:2]), sandbox.level)
+        self._base = key_of(*ENGINE, sandbox.version, sandbox.level)
         self._done, self._total = 0, 0
 
     def grade(self, submissions: Sequence[Submission]) -> ClassResult:
@@ -84,7 +103,8 @@ class Grader:
         self._total = len(submissions) + len(self.rows)
         abouts = self._read(submissions)
         results = {row["student_id"]: Result(row) for row in self.rows}
-        attempts, ungraded = self._match(submissions, abouts, results)
+        attempts, ungraded = match(submissions, abouts, self._names, results)
+        self._rehearse(attempts)
         cases = self._ask(attempts)
         for student, tried in attempts.items():
             self._judge(results[student], tried, cases[student])
@@ -131,59 +151,24 @@ class Grader:
             self._step()
         return abouts
 
-    def _match(
-        self,
-        submissions: Sequence[Submission],
-        abouts: Sequence[Mapping],
-        results: Mapping[str, Result],
-    ) -> tuple[dict[str, list[Attempt]], list]:
-        """Whose is what. A file's name, which an LMS makes, goes before what a notebook says."""
-        named, claimed = defaultdict(list), defaultdict(list)
-        ungraded: list[tuple[str, str]] = []
-        for submission, about in zip(submissions, abouts, strict=True):
-            says = about.get("student_id")
-            known = self._names.by_id(says)
-            whose = self._names.of(submission.name)
-            owner = whose[0] if whose else known
-            if "unreadable" in about:
-                ungraded.append((submission.name, about["unreadable"]))
-                if owner:
-                    self._refuse(results[owner], submission.name, about["unreadable"])
-                continue
-            if owner is None:
-                ungraded.append((submission.name, NOBODYS + (f" ({show(says)})" if says else "")))
-                continue
-            flags = results[owner].flags
-            if says and known != owner:
-                flags.append(
-                    f"the notebook says STUDENT_ID {show(says)}, the file's name says "
-                    f"{owner}; graded as {owner}: {submission.name}"
-                )
-            if len(whose) > 1:
-                flags.append(
-                    f"the file's name also names {', '.join(whose[1:])}: {submission.name}"
-                )
-            (named if whose else claimed)[owner].append(Attempt(submission, about))
-        for owner, attempts in claimed.items():
-            if owner not in named:
-                named[owner] = attempts
-                continue
-            for attempt in attempts:
-                name = attempt.submission.name
-                results[owner].flags.append(
-                    f"another file says STUDENT_ID {owner}, which was not graded: {name}"
-                )
-                ungraded.append((name, f"it says STUDENT_ID {owner}, whose file is another one"))
-        return {
-            row["student_id"]: named[row["student_id"]]
-            for row in self.rows
-            if row["student_id"] in named
-        }, sorted(ungraded)
+    def _rehearse(self, attempts: Mapping[str, Sequence[Attempt]]) -> None:
+        """Run each attempt's notebook once, to learn which statements stop it and which fail."""
 
-    @staticmethod
-    def _refuse(result: Result, name: str, problem: str) -> None:
-        result.status, result.file, result.problem = "refused", name, problem
-        result.flags.append(f"refused, {problem}: {name}")
+        def jobs() -> Iterator[Rehearsal]:
+            for tried in attempts.values():
+                for attempt in tried:
+                    statements = attempt.about["statements"]
+                    key = key_of(self._base, "rehearsal", statements)
+                    if (known := self.journal.get(key)) is not None:
+                        attempt.rehearsal = known
+                    else:
+                        yield Rehearsal(statements, (attempt, key))
+
+        for job in self.sandbox.run(jobs()):
+            if job.over:
+                attempt, key = job.label
+                attempt.rehearsal = json.loads(json.dumps(job.about))  # as the journal has it
+                self.journal.put(key, attempt.rehearsal)
 
     def _ask(self, attempts: Mapping[str, Sequence[Attempt]]) -> dict[str, dict[str, tuple]]:
         """Ask every function of every attempt; returns the cases by student and function."""
@@ -217,17 +202,19 @@ class Grader:
                         about = attempt.about["functions"][exercise.function]
                         if "problem" in about:
                             continue
-                        key = self._key(student, exercise, mine, about["source"])
+                        plans = plans_of(attempt, exercise.function)
+                        seconds = attempt.rehearsal["seconds"]
+                        key = self._key(student, exercise, mine, [plans, seconds])
                         replies = self.journal.get(key) or []
                         attempt.replies[exercise.function] = replies
                         if not replies:
                             keys[id(replies)] = key
-                            yield Exam(exercise, mine, about["source"], replies)
+                            yield Exam(exercise, mine, plans, replies, seconds)
                 if not exercises[0].needs_torch:
                     self._step()
 
         for job in sandbox.run(jobs()) if exercises else ():
-            if job.done and (key := keys.pop(id(job.replies), None)):
+            if job.done and (key := keys.pop(id(job.replies), None)) and job.firm:
                 self.journal.put(key, job.replies)
 
     def _key(
@@ -252,20 +239,7 @@ class Grader:
         """Judge each attempt; the best one counts, so that nobody can spoil another's."""
         judged = []
         for attempt in attempts:
-            marks = []
-            for exercise in self.assignment.exercises:
-                about = attempt.about["functions"][exercise.function]
-                if "problem" in about:
-                    marks.append(Mark(exercise, problem=about["problem"]))
-                else:
-                    marks.append(
-                        mark(
-                            exercise,
-                            cases[exercise.function],
-                            attempt.replies[exercise.function],
-                            about["notes"],
-                        )
-                    )
+            marks = [self._mark(attempt, exercise, cases) for exercise in self.assignment.exercises]
             changed = attempt.submission.modified or datetime.min
             score = sum(m.earned for m in marks)
             judged.append(((score, changed, attempt.submission.name), attempt, marks))
@@ -279,6 +253,35 @@ class Grader:
         result.code = best.about["functions"]
         result.late = self._late(best.submission.modified)
         result.flags += [note for m in result.marks for note in m.notes]
+
+    def _mark(
+        self, attempt: Attempt, exercise: Exercise, cases: Mapping[str, Sequence[Case]]
+    ) -> Mark:
+        function, age = exercise.function, self._age(attempt.about)
+        about = attempt.about["functions"][function]
+        if "problem" in about:
+            said = [about["problem"], *([age] if about["broken"] else [])]
+            return Mark(exercise, problem="; ".join(filter(None, said)))
+        found = mark(
+            exercise,
+            cases[function],
+            attempt.replies[function],
+            about["notes"],
+            failed(attempt, function),
+        )
+        if age and not found.right and not found.unfinished:
+            return replace(found, notes=(*found.notes, age))
+        return found
+
+    def _age(self, about: Mapping) -> str:
+        """That the notebook is from a newer Python than the grader's, if it is."""
+        ours, theirs = self.sandbox.version, about["python"]
+        if not theirs or _version(theirs) <= _version(ours):
+            return ""
+        return (
+            f"the notebook was saved with Python {theirs}, newer than the grader's {ours}; "
+            f"grade it with --python python{theirs}"
+        )
 
     def _late(self, changed: datetime | None) -> str:
         if self.due is None or changed is None or changed <= self.due:

@@ -5,6 +5,7 @@ Everything a child says is data: compared, shortened, shown; nothing of it is be
 
 from __future__ import annotations
 
+import builtins
 import math
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ from ..assignment import TOO_MANY, Case, Exercise
 from ..build.selfcheck import same
 from .rubric import show_points
 
+MOST_NOTES = 3  # of an exercise
 LONGEST_SHOWN = 80  # characters of an answer
 MISTAKE_TOLERANCE = 1e-9  # relative, as in the notebook's self-check
 ENDED = {
@@ -30,6 +32,9 @@ ENDED = {
     "finished": "it ended without an answer",
 }
 NO_WAY_OUT = "the grader allows no network, no other program and no files of its own"
+MISSING = "there is no such function where its check stands"
+NO_FUNCTION = "it is not a function"
+OWN = "an exception of its own"
 HINTS = {
     "ModuleNotFoundError": "the grader has Python's standard library only",
     "ImportError": "the grader has Python's standard library only",
@@ -126,9 +131,22 @@ class Mark:
 
 
 def mark(
-    exercise: Exercise, cases: Sequence[Case], replies: Sequence[Mapping], notes: Sequence[str] = ()
+    exercise: Exercise,
+    cases: Sequence[Case],
+    replies: Sequence[Mapping],
+    notes: Sequence[str] = (),
+    failed: Sequence[str] = (),
 ) -> Mark:
-    """Judge what one student's function answered."""
+    """Judge what one student's function answered.
+
+    Args:
+        exercise: Which.
+        cases: The student's.
+        replies: One a case.
+        notes: What the reader of the notebook found odd.
+        failed: Statements that the function needs and that failed, as a rehearsal without any
+            hidden number had it; told where it may be the cause.
+    """
     named = [_mistakes(case, reply) for case, reply in zip(cases, replies, strict=True)]
     # Of the mistakes that explain a case, the one that explains most cases is named.
     weight = Counter(name for names in named for name in names)
@@ -137,12 +155,13 @@ def mark(
     for case, reply, names in zip(cases, replies, named, strict=True):
         name = min(names, key=lambda name: (-weight[name], order.index(name)), default=None)
         outcomes.append(_outcome(exercise, case, reply, name))
-    failed = [_note(note) for reply in replies for note in reply.get("notes", ())]
-    return Mark(exercise, tuple(outcomes), notes=tuple(dict.fromkeys([*notes, *failed])))
+    right = all(outcome.verdict == "right" for outcome in outcomes)
+    why = [] if right else [_note(note) for note in failed[:MOST_NOTES]]
+    return Mark(exercise, tuple(outcomes), notes=tuple(dict.fromkeys([*notes, *why])))
 
 
 def _note(note: str) -> str:
-    """What failed before the function was called; it cannot know a hidden case's numbers."""
+    """What failed before the function was called."""
     hint = next((hint for kind, hint in HINTS.items() if f" {kind}: " in note), "")
     return f"before, {show(note, 300)[1:-1]}" + (f" ({hint})" if hint else "")
 
@@ -186,27 +205,45 @@ def _outcome(exercise: Exercise, case: Case, reply: Mapping, mistake: str | None
         text = reply["refused"]
         told = "A question it asked makes no sense." if case.hidden else _capital(text)
         return Outcome(case, 0.0, "failed", None, text, told)
-    if "error" in reply:
-        reason, told = _error(reply, case.hidden)
-    elif "not_run" in reply:
-        reason = told = "not run, because the time was used up by the cases before it"
-    else:
-        reason = told = ENDED[reply["ended"]] + (f" ({reply['detail']})" if reply["detail"] else "")
+    reason, told = _no_answer(reply, case.hidden)
     return Outcome(case, 0.0, "failed", None, reason, _capital(told) + ".")
 
 
+def _no_answer(reply: Mapping, hidden: bool) -> tuple[str, str]:
+    """The reason, and what the student is told."""
+    if "no_function" in reply:
+        reason = MISSING if reply["no_function"] else NO_FUNCTION
+        return reason, reason
+    if "error" in reply:
+        return _error(reply, hidden)
+    if "not_run" in reply:
+        reason = "not run, because the time was used up by the cases before it"
+        return reason, reason
+    told = ENDED[reply["ended"]]
+    reason = told + (f" ({reply['detail']})" if reply["detail"] else "")
+    return reason, told if hidden else reason
+
+
 def _error(reply: Mapping, hidden: bool) -> tuple[str, str]:
-    """The reason and what the student is told; a hidden case's exception could hold its numbers."""
+    """The reason, and what the student is told.
+
+    An exception of a hidden case could hold its numbers, in its text and in its class's name: of
+    such a one only Python's own classes are told.
+    """
     kind, text = reply["type"], reply["error"]
     hint = HINTS.get(kind, "")
     if NOT_PERMITTED in text:
         hint = NO_WAY_OUT
     if FILE_TOO_LARGE in text:
         hint = "it printed or wrote more than 1 MiB"
-    if kind == "NoFunction":
-        return text, text  # its definition failed, before any case
     said, rest = show(text, 200)[1:-1], f" ({hint})" if hint else ""
-    return f"raised {said}{rest}", f"it raised {kind if hidden else said}{rest}"
+    return f"raised {said}{rest}", f"it raised {_known(kind) if hidden else said}{rest}"
+
+
+def _known(kind: str) -> str:
+    """An exception's class if it is one of Python's own."""
+    known = getattr(builtins, kind, None)
+    return kind if isinstance(known, type) and issubclass(known, BaseException) else OWN
 
 
 def show(value: Any, longest: int = LONGEST_SHOWN) -> str:

@@ -8,6 +8,7 @@ pipes, in one thread (`talk`).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import selectors
@@ -56,24 +57,55 @@ def memory_bytes() -> int:
     return min(int(MEMORY_SHARE * have), MOST_MEMORY)
 
 
+def about_python(python: str | None) -> tuple[str, str, dict[str, str]]:
+    """Where a Python really is, its version such as "3.12", and where its modules are.
+
+    Args:
+        python: Its path or name; this one if None.
+
+    Raises:
+        ValueError: There is none, or it is too old.
+    """
+    if python is None:
+        version = ".".join(map(str, sys.version_info[:2]))
+        return sys.executable, version, sysconfig.get_paths()
+    asks = (
+        "import json, sys, sysconfig as s; print(json.dumps([sys.executable, "
+        "'%d.%d' % sys.version_info[:2], s.get_paths(), sys.version_info >= (3, 11)]))"
+    )
+    try:
+        done = subprocess.run([python, "-I", "-c", asks], capture_output=True, text=True)
+        path, version, paths, recent = json.loads(done.stdout)
+    except (OSError, ValueError):
+        path, version, paths, recent = python, "none", {}, False
+    if not recent:
+        raise ValueError(
+            f"--python must be a Python of 3.11 or newer, got {python!r}, which is {version}; "
+            "name one that starts, such as python3.13"
+        )
+    return path, version, paths
+
+
 class Sandbox:
     """A fork server in its cage; a context manager.
 
     Args:
         level: One of `cage.LEVELS`; the strongest that works here if None.
         torch: Whether students' code may import torch and what else is installed.
+        python: Another Python that runs it, from 3.11 on; the grader's own if None.
 
     Raises:
         ValueError: The level is unknown or does not work here.
     """
 
-    def __init__(self, level: str | None = None, torch: bool = False):
+    def __init__(self, level: str | None = None, torch: bool = False, python: str | None = None):
         if level not in (None, *cage.LEVELS):
             raise ValueError(
                 f"sandbox must be one of {', '.join(cage.LEVELS)}, got {level!r}; "
                 "leave it out for the strongest"
             )
         self.torch, self.passed_over, self._server = torch, {}, None
+        self.python, self.version, self._paths = about_python(python)
         self.memory_bytes = memory_bytes()
         for candidate in [level] if level else cage.LEVELS:
             problem = self._start(candidate) or self._problem()
@@ -101,15 +133,17 @@ class Sandbox:
             return "the kernel has no Landlock"
         if level != "hook" and not cage.syscalls.supported():
             return "seccomp is known here for Linux on x86-64 and arm64"
-        paths = sysconfig.get_paths()
+        paths = self._paths
         folders = [paths["stdlib"], paths["platstdlib"]]
         if self.torch:
             folders += [paths["purelib"], paths["platlib"]]
         readable = sorted({*folders, *map(os.path.realpath, folders)})
+        ipython = importlib.util.find_spec("IPython")
         order = {
             "level": level,
             "readable": readable,
             "packages": sorted({paths["purelib"], paths["platlib"]}) if self.torch else [],
+            "ipython": ipython.submodule_search_locations[0] if ipython else "",
             "grader": os.getpid(),
         }
         self._orders, theirs = socket.socketpair()
@@ -122,12 +156,13 @@ class Sandbox:
         with theirs:
             self._server = subprocess.Popen(
                 # Not -I: it would ignore the hash seed, and a set's order would change with it.
-                [sys.executable, "-P", "-s", "-S", "-c", start, json.dumps(order)],
+                [self.python, "-P", "-s", "-S", "-c", start, json.dumps(order)],
                 env={"PYTHONHASHSEED": "0", **threads},
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
+                preexec_fn=cage.same_addresses,
             )
         said = self._orders.recv(4096).decode().strip()
         return None if said == "ready" else said or "the fork server did not start"

@@ -46,6 +46,7 @@ CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 READ_RIGHTS, FILE_RIGHTS = 0b1100, 0b110  # read file and folder; write and read file
 RIGHTS_OF_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # how many bits
 DIE_WITH_PARENT, DROP_BOUND = 1, 24  # prctl
+NO_RANDOM_ADDRESSES = 0x0040000  # linux/personality.h
 NO_CAPABILITIES = bytes(24)  # effective, permitted, inheritable, twice
 LIMITS = [
     (getattr(resource, name), amount)
@@ -95,6 +96,16 @@ def _call(name: str, *arguments: object) -> int:
 
 def _mount(source: str, target: str, kind: str, flags: int, options: bytes | None = None) -> None:
     _call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options)
+
+
+def same_addresses() -> None:
+    """Have the program that is started next find its memory at the same addresses in every run.
+
+    So a set of objects has one order, and what exhausts memory ends in one way. Nothing is lost: a
+    child can read its own addresses anyway. Some containers refuse; then runs may differ.
+    """
+    if sys.platform == "linux":
+        libc.personality(NO_RANDOM_ADDRESSES)
 
 
 def die_with_parent() -> None:

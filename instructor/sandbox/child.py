@@ -1,20 +1,30 @@
-"""The child: asked for one answer after the other, it calls a student's function and reports.
+"""The child: runs a notebook's statements, then calls a student's function for case after case.
 
-It runs below the fork server (`forkserver`), limited already. It gets a function's source and one
-case's arguments at a time, never what is expected.
+It runs below the fork server (`forkserver`), limited already. It gets statements and one case's
+arguments at a time, never what is expected.
 """
 
 from __future__ import annotations
+import __future__ as future
 
+import ast
+import contextlib
+import io
 import json
 import os
 import random
+import sys
+import types
+from collections.abc import Callable
 from typing import Any
 
-from .source import Unreadable, read
+from ..build.selfcheck import plain, unfinished
+from .plan import read
+from .source import TRANSPARENT, Unreadable, defines
 
 CHANNEL = 3  # the descriptor that leads to the grader
 LONGEST_ERROR = 300  # characters
+FUTURES = sum(getattr(future, name).compiler_flag for name in future.all_feature_names)
 
 
 class TooManyQuestions(Exception):
@@ -68,21 +78,88 @@ def converse() -> int:
         except Unreadable as error:
             _send({"unreadable": str(error)})
         return 0
-    space: dict[str, Any] = {"__name__": "__main__"}
-    notes = [note for cell, text in job["source"] if (note := _run(cell, text, space))]
+    kernel = Kernel()
+    if "rehearse" in job:
+        for number, cell, text in job["rehearse"]:
+            _send({"did": number, "note": kernel.run(cell, text)})
+        return 0
+    for cell, text in job["source"]:
+        kernel.run(cell, text)
     while line := lines.line():
         case = json.loads(line)
-        _send({"nonce": case["nonce"], **_answer(space.get(job["function"]), case, lines, notes)})
+        _send({"nonce": case["nonce"], **_answer(kernel.names, job["function"], case, lines)})
     return 0
 
 
-def _run(cell: int, text: str, space: dict[str, Any]) -> str | None:
-    """Run a statement of the notebook, annotations unread; the sentence that says how it failed."""
-    try:
-        exec(compile(text, f"code cell {cell}", "exec", annotations.compiler_flag), space)
-    except BaseException as error:
-        return f"code cell {cell}, {text.strip().splitlines()[0][:80]!r}: {_say(error)}"
-    return None
+class Kernel:
+    """Runs statements as Jupyter's kernel does, one by one, and goes on after one that fails."""
+
+    def __init__(self) -> None:
+        main = types.ModuleType("__main__")
+        sys.modules["__main__"] = main  # where dataclasses and the like look
+        self.names = vars(main)
+        self.names |= {"get_ipython": lambda: Shell(self.names), "display": print}
+        self._flags = 0  # `from __future__ import ...` holds for the cells below
+
+    def run(self, cell: int, text: str) -> str | None:
+        """Run a statement of the notebook; the sentence that says how it failed."""
+        try:
+            # What the cells around a function print is nobody's business, and may be much.
+            with contextlib.redirect_stdout(Nowhere()), contextlib.redirect_stderr(Nowhere()):
+                self._run(f"code cell {cell}", text)
+        except BaseException as error:
+            first = (text.strip().splitlines() or [""])[0][:80]
+            return f"code cell {cell}, {first!r}: {_say(error)}"
+        return None
+
+    def _run(self, name: str, text: str) -> None:
+        flags = self._flags | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        try:
+            code = compile(text, name, "exec", flags, dont_inherit=True)
+            self._flags |= code.co_flags & FUTURES
+            waiting = eval(code, self.names)
+        except Exception:
+            # An annotation may name what the grader has not; the function does not need it.
+            tree = ast.parse(text)
+            if not (tree.body and defines(tree.body[0])):
+                raise
+            flags |= future.annotations.compiler_flag
+            waiting = eval(compile(text, name, "exec", flags, dont_inherit=True), self.names)
+        if waiting is not None:  # a top-level `await`
+            with contextlib.suppress(StopIteration):
+                while True:
+                    waiting.send(None)
+
+
+class Nowhere(io.TextIOBase):
+    """A file that forgets what is written."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class Shell:
+    """What a notebook's magics call: those that run Python do, all others do nothing."""
+
+    def __init__(self, names: dict[str, Any]):
+        self.user_ns = names
+
+    def run_line_magic(self, name: str, line: str, *_: Any) -> None:
+        """`%time x = 1` runs its Python."""
+        if name == "time":
+            exec(line, self.user_ns)
+
+    def run_cell_magic(self, name: str, line: str, cell: str) -> None:
+        """`%%time` and its like run what stands below them."""
+        if name in TRANSPARENT:
+            exec(cell, self.user_ns)
+
+    def getoutput(self, *_: Any) -> list[str]:
+        """`files = !ls` finds nothing."""
+        return []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **named: None
 
 
 def _say(error: BaseException) -> str:
@@ -94,9 +171,9 @@ def _say(error: BaseException) -> str:
     return f"{name}: {text}" if text else name
 
 
-def _answer(function: Any, case: dict, lines: _Lines, notes: list[str]) -> dict:
+def _answer(names: dict[str, Any], name: str, case: dict, lines: _Lines) -> dict:
     def ask(*question: Any) -> Any:
-        _send({"nonce": case["nonce"], "ask": _plain(list(question))})
+        _send({"nonce": case["nonce"], "ask": plain(list(question))})
         reply = json.loads(lines.line())
         if "too_many" in reply:
             raise TooManyQuestions("no more questions are allowed")
@@ -104,32 +181,21 @@ def _answer(function: Any, case: dict, lines: _Lines, notes: list[str]) -> dict:
             raise ValueError(reply["refused"])
         return reply["says"]
 
+    function = names.get(name)
     if not callable(function):
-        return {"error": notes[-1] if notes else "it is not a function", "type": "NoFunction"}
+        return {"no_function": "missing" if name not in names else "something else"}
     try:
         value = function(*case["arguments"], *([ask] if case["asks"] else []))
-        if _unfinished(value):
+        if unfinished(value):
             return {"unfinished": True}
-        return {"value": _plain(value)}
+        value = plain(value)
+        json.dumps(value)  # TypeError names what is no answer
+        return {"value": value}
     except BaseException as error:
         if isinstance(error, TypeError) and "llipsis" in _say(error):
             return {"unfinished": True}
         standard = type(error).__module__ == "builtins"
         return {
             "error": _say(error),
-            "notes": notes,
             "type": type(error).__name__ if standard else "an exception of its own",
         }
-
-
-def _unfinished(value: Any) -> bool:
-    parts = value.values() if isinstance(value, dict) else value
-    return value is ... or isinstance(value, list | tuple | dict) and any(map(_unfinished, parts))
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it; an array of numbers as the list of them."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    json.dumps(value)  # TypeError names what is no answer
-    return value

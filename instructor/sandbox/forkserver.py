@@ -22,9 +22,12 @@ import struct
 import sys
 import tempfile
 import time
+import types
+from collections.abc import Callable
 
 from . import cage
 from .child import CHANNEL, converse
+from .source import TRANSFORM
 
 ORDER = struct.Struct("=ddq")  # CPU seconds, wall seconds, memory bytes
 ENDED = struct.Struct("=iid")  # wait status, who ended it, CPU seconds
@@ -78,20 +81,18 @@ PRELOADED = (
 )
 
 
-def serve(level: str, readable: list[str], packages: list[str], grader: int) -> None:
+def serve(level: str, readable: list[str], packages: list[str], ipython: str, grader: int) -> None:
     """Fork a child for each order that comes, until the grader hangs up.
 
     Args:
         level: One of `cage.LEVELS`.
         readable: Folders that a child may read.
         packages: Folders of installed packages, if torch is needed.
+        ipython: Folder of IPython, whose transformer of magics is taken; empty if there is none.
         grader: Whose fork server this is, for people who look at the list of processes.
     """
     orders = socket.socket(fileno=CHANNEL)
-    sys.path += packages
-    for name in (*PRELOADED, *(["torch"] if packages else [])):
-        importlib.import_module(name)
-    base_bytes = cage.address_space()
+    base_bytes = _load(packages, ipython)
     try:
         if level == "namespaces":
             cage.enter_namespaces(readable)
@@ -116,6 +117,30 @@ def serve(level: str, readable: list[str], packages: list[str], grader: int) -> 
         with contextlib.suppress(ChildProcessError):  # none is left
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+
+
+def _load(packages: list[str], ipython: str) -> int:
+    """Load what children start with; returns the bytes of address space that it takes."""
+    sys.path += packages
+    for name in (*PRELOADED, *(["torch"] if packages else [])):
+        importlib.import_module(name)
+    if ipython:
+        TRANSFORM.append(_transformer(ipython))
+    return cage.address_space()
+
+
+def _transformer(ipython: str) -> Callable[[str], str]:
+    """IPython's way from a cell to Python, without the rest of IPython, which is large.
+
+    A student who imports IPython still finds none.
+    """
+    package = types.ModuleType("IPython")
+    package.__path__ = [ipython]
+    sys.modules["IPython"] = package
+    module = importlib.import_module("IPython.core.inputtransformer2")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "IPython"]:
+        del sys.modules[name]
+    return module.TransformerManager().transform_cell
 
 
 def _warden(

@@ -1,25 +1,27 @@
-"""From a notebook's bytes to the code of each exercise: found by name, with what it needs.
+"""From a notebook's bytes to its statements, as a kernel would run them from top to bottom.
 
 Nothing is run here, yet parsing a hostile file can cost memory or crash the parser, so the grader
-lets a limited child do it (`child`). Needs the standard library only. Every cell is parsed on its
-own: one that does not parse costs only itself.
+lets a limited child do it (`child`). Needs the standard library only, and IPython's transformer of
+magics where there is one. Every cell is parsed on its own: one that does not parse costs only
+itself.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
-import hashlib
 import json
 import re
 import symtable
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
-PLACEHOLDER = "..."  # the student id of a notebook that nobody has filled in
-MAGIC = re.compile(r"^(\s*)(?:[%!?].*|[\w.]+\?{1,2}\s*|[\w, ]+=\s*[%!].*)$")
-CELL_MAGIC = re.compile(r"^\s*%%(\w+)")
-TRANSPARENT = {"time", "timeit", "capture"}  # cell magics below which stands Python
+# What IPython makes of `%magic`, `!command` and `help?`; the fork server puts its transformer here.
+TRANSFORM: list[Callable[[str], str]] = []
+CELL_MAGIC = re.compile(r"^\s*%%(\w+)[^\n]*")
+TRANSPARENT = {"time", "timeit", "capture", "prun"}  # cell magics below which stands Python
+# IPython runs these without a `%` or `!` where they are a cell of their own; some mix them in.
+COMMANDS = "pip3?|conda|mamba|uv|apt|apt-get|git|cd|ls|pwd|cat|mkdir"
+COMMAND = re.compile(rf"^({COMMANDS}) +[^=(\s].*$", re.M)
 
 
 class Unreadable(ValueError):
@@ -37,12 +39,60 @@ class Statement:
     needs: frozenset[str]
 
 
-def code_cells(data: bytes) -> list[str]:
-    """The source of each code cell.
+@dataclass
+class Notebook:
+    """What a notebook's code cells hold.
+
+    Args:
+        statements: From top to bottom, without the assignment's own checks.
+        checks: Each check of the assignment: a function's name, and how many statements stand
+            above it.
+        broken: Cells that do not parse: number, text, error.
+        python: The Python that it was saved with, e.g. "3.12"; empty if it does not say.
+    """
+
+    statements: list[Statement] = field(default_factory=list)
+    checks: list[tuple[str, int]] = field(default_factory=list)
+    broken: list[tuple[int, str, SyntaxError]] = field(default_factory=list)
+    python: str = ""
+
+
+def parse(data: bytes) -> Notebook:
+    """The statements of a notebook.
 
     Raises:
         Unreadable: It is no notebook.
     """
+    document = _json(data)
+    found = Notebook(python=_python(document))
+    for number, text in enumerate(_code_cells(document), start=1):
+        try:
+            statements = parse_cell(number, text)
+        except SyntaxError as error:
+            found.broken.append((number, text, error))
+            continue
+        for statement in statements:
+            if name := _checked(statement.node):
+                found.checks.append((name, len(found.statements)))
+            else:
+                found.statements.append(statement)
+    return found
+
+
+def _checked(node: ast.stmt) -> str:
+    """The function that a statement checks, if it is one of the assignment's own checks.
+
+    Those are `check("name", PUBLIC, globals())`, in `build.notebooks`.
+    """
+    call = node.value if isinstance(node, ast.Expr) else None
+    if not isinstance(call, ast.Call) or len(call.args) != 3:
+        return ""
+    name, public = call.args[:2]
+    ours = getattr(call.func, "id", "") == "check" and getattr(public, "id", "") == "PUBLIC"
+    return name.value if ours and isinstance(getattr(name, "value", None), str) else ""
+
+
+def _json(data: bytes) -> dict:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise Unreadable("it is saved as UTF-16; save the notebook as UTF-8")
     try:
@@ -55,37 +105,63 @@ def code_cells(data: bytes) -> list[str]:
         raise Unreadable(
             "it is not JSON, as every notebook is; download it again as .ipynb"
         ) from None
-    cells = notebook.get("cells") if isinstance(notebook, dict) else None
-    if not isinstance(cells, list):
+    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
         raise Unreadable("it has no list of cells; open it in Jupyter or Colab, save it again")
-    found = []
-    for cell in cells:
+    return notebook
+
+
+def _python(notebook: dict) -> str:
+    """The Python of the kernel that saved it, as Jupyter notes it: "3.12"; empty if it does not."""
+    about = notebook
+    for name in ("metadata", "language_info", "version"):
+        about = about.get(name) if isinstance(about, dict) else None
+    match = re.match(r"(\d\.\d{1,2})(\.|$)", about) if isinstance(about, str) else None
+    return match[1] if match else ""
+
+
+def _code_cells(notebook: dict) -> Iterator[str]:
+    """The source of each code cell, line ends as Python has them."""
+    for cell in notebook["cells"]:
         if not isinstance(cell, dict) or cell.get("cell_type") != "code":
             continue
         source = cell.get("source", "")
         if isinstance(source, list) and all(isinstance(line, str) for line in source):
             source = "".join(source)
         if isinstance(source, str):
-            found.append(source)
-    return found
+            yield source.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_cell(number: int, text: str) -> list[Statement]:
-    """A cell's statements, without notebook magics.
+    """A cell's statements; magics are calls of IPython's, as in a kernel.
 
     Raises:
         SyntaxError: It is not Python.
     """
+    if magic := CELL_MAGIC.match(text):
+        if magic[1] not in TRANSPARENT:
+            return []
+        text = re.sub(r"\S[^\n]*", "", magic[0]) + text[magic.end() :]
     try:
         tree = _parse(text)
-    except SyntaxError:
-        magic = CELL_MAGIC.match(text)
-        if magic and magic[1] not in TRANSPARENT:
-            return []
-        text = "\n".join(MAGIC.sub(r"\1pass", line) for line in text.split("\n"))
-        tree = _parse(text)
+    except SyntaxError as error:
+        text, tree = _transformed(text, error)
     lines = text.split("\n")
-    return [_statement(number, node, text, lines) for node in tree.body]
+    return [_statement(number, node, lines) for node in tree.body]
+
+
+def _transformed(text: str, error: SyntaxError) -> tuple[str, ast.Module]:
+    """The cell as IPython reads it; without bare commands, if that is still no Python."""
+    for transform in [*TRANSFORM, _without_commands]:
+        text = transform(text)
+        try:
+            return text, _parse(text)
+        except SyntaxError:
+            continue
+    raise error
+
+
+def _without_commands(text: str) -> str:
+    return COMMAND.sub("pass", text)
 
 
 def _parse(text: str) -> ast.Module:
@@ -95,14 +171,24 @@ def _parse(text: str) -> ast.Module:
         raise SyntaxError(f"cannot be parsed ({type(error).__name__})") from None
 
 
-def _statement(cell: int, node: ast.stmt, text: str, lines: Sequence[str]) -> Statement:
-    decorators = getattr(node, "decorator_list", [])
-    if decorators:
-        start = min(decorator.lineno for decorator in decorators)
-        segment = "\n".join(lines[start - 1 : node.end_lineno])
-    else:
-        start, segment = node.lineno, ast.get_source_segment(text, node) or ""
-    table = symtable.symtable(ast.unparse(_without_annotations(node)), "cell", "exec")
+def _statement(cell: int, node: ast.stmt, lines: list[str]) -> Statement:
+    starts = [node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))]
+    start, end = min(starts), node.end_lineno or node.lineno
+    part = lines[start - 1 : end]
+    # Several statements may share a line; columns count UTF-8's bytes.
+    part[-1] = part[-1].encode()[: node.end_col_offset].decode()
+    if len(starts) == 1:
+        part[0] = part[0].encode()[node.col_offset :].decode()
+    binds, needs = _names(node)
+    return Statement(cell, "\n" * (start - 1) + "\n".join(part), node, binds, needs)
+
+
+def _names(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
+    """The names that a statement binds at the top level, and those that it needs from there."""
+    try:
+        table = symtable.symtable(ast.unparse(without_annotations(node)), "cell", "exec")
+    except (SyntaxError, RecursionError, MemoryError, ValueError):
+        return _names_anywhere(node)
     top = table.get_symbols()
     binds = {s.get_name() for s in top if s.is_assigned() or s.is_imported()}
     needs = {s.get_name() for s in top if s.is_referenced()}
@@ -114,17 +200,31 @@ def _statement(cell: int, node: ast.stmt, text: str, lines: Sequence[str]) -> St
         binds |= {
             s.get_name()
             for s in inner.get_symbols()
-            if s.is_declared_global() and s.is_assigned() and not _defines(node)
+            if s.is_declared_global() and s.is_assigned() and not defines(node)
         }
-    return Statement(cell, "\n" * (start - 1) + segment, node, frozenset(binds), frozenset(needs))
+    return frozenset(binds), frozenset(needs)
 
 
-def _defines(node: ast.stmt) -> bool:
+def _names_anywhere(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
+    """The same of a statement too deep for `symtable`, or of one that no compiler takes."""
+    names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+    binds = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    if defines(node):
+        binds = {node.name}
+    return frozenset(binds), frozenset({name.id for name in names} - binds)
+
+
+def defines(node: ast.AST) -> bool:
+    """Whether it is a function's or class's definition."""
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
 
 
-def _without_annotations(node: ast.stmt) -> ast.stmt:
-    """A copy without functions' annotations: they are never evaluated, so they need nothing."""
+def without_annotations(node: ast.stmt) -> ast.stmt:
+    """A copy without functions' annotations, which need nothing to be called.
+
+    Raises:
+        RecursionError: It is nested too deep.
+    """
     copy = ast.parse(ast.unparse(node)).body[0]
     for part in ast.walk(copy):
         if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -132,149 +232,3 @@ def _without_annotations(node: ast.stmt) -> ast.stmt:
         elif isinstance(part, ast.arg):
             part.annotation = None
     return copy
-
-
-def needed(function: str, statements: Sequence[Statement]) -> list[Statement]:
-    """What has to run, in the notebook's order, before the function can be called."""
-    by_name: dict[str, list[int]] = {}
-    stars = []
-    for index, statement in enumerate(statements):
-        for name in statement.binds:
-            by_name.setdefault(name, []).append(index)
-        if isinstance(statement.node, ast.ImportFrom) and statement.node.names[0].name == "*":
-            stars.append(index)
-    taken: set[int] = set()
-    known, waiting = {function}, [function]
-    while waiting:
-        name = waiting.pop()
-        # Only a name that nothing binds and Python does not know can come from a star import.
-        unbound = (
-            name not in by_name
-            and name not in dir(__builtins__)
-            and name not in (__builtins__ if isinstance(__builtins__, dict) else ())
-        )
-        for index in stars if unbound else by_name.get(name, []):
-            taken.add(index)
-            fresh = statements[index].needs - known
-            known |= fresh
-            waiting += sorted(fresh)
-    return [statements[index] for index in sorted(taken)]
-
-
-def shape(node: ast.stmt) -> tuple[str, int]:
-    """What a function does, whatever its names, comments and layout; and how many parts it has.
-
-    Two students' functions of one shape differ at most in names, comments, docstring, layout.
-    """
-    copy = _without_annotations(node)
-    for part in ast.walk(copy):
-        body = getattr(part, "body", None)
-        if (
-            _defines(part)
-            and isinstance(body[0], ast.Expr)
-            and isinstance(getattr(body[0].value, "value", None), str)
-        ):
-            part.body = body[1:] or [ast.Pass()]
-    names: dict[str, str] = {}
-    own = {part.arg for part in ast.walk(copy) if isinstance(part, ast.arg)}
-    own |= {
-        part.id
-        for part in ast.walk(copy)
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
-    }
-    count = 0
-    for part in ast.walk(copy):
-        count += not isinstance(part, ast.expr_context)
-        for field in ("id", "arg"):
-            name = getattr(part, field, None)
-            if name in own and not isinstance(part, ast.keyword):
-                setattr(part, field, names.setdefault(name, f"v{len(names)}"))
-    return hashlib.sha256(ast.dump(copy).encode()).hexdigest()[:24], count
-
-
-def read(data: bytes, functions: Sequence[str]) -> dict:
-    """What the grader has to know of a notebook, as JSON values.
-
-    Args:
-        data: The file.
-        functions: Names of the exercises.
-
-    Returns:
-        `student_id` (None if not filled in) and `functions`: by name a dictionary with `source`,
-        a list of `[cell, text]`, `shape`, `parts`, `letter`, `definitions`, and `notes`; or with
-        the `problem` that there is no such function.
-    """
-    statements: list[Statement] = []
-    broken: list[tuple[int, str, SyntaxError]] = []
-    for number, text in enumerate(code_cells(data), start=1):
-        try:
-            statements += parse_cell(number, text)
-        except SyntaxError as error:
-            broken.append((number, text, error))
-    student_id = None
-    for statement in statements:
-        value = getattr(statement.node, "value", None)
-        if (
-            "STUDENT_ID" in statement.binds
-            and isinstance(value, ast.Constant)
-            and value.value != PLACEHOLDER
-            and isinstance(value.value, str | int)
-        ):
-            student_id = str(value.value).strip() or None
-    return {
-        "student_id": student_id,
-        "functions": {name: _function(name, statements, broken) for name in functions},
-    }
-
-
-def _function(
-    name: str, statements: Sequence[Statement], broken: Sequence[tuple[int, str, SyntaxError]]
-) -> dict:
-    own = [s for s in statements if name in s.binds]
-    unread = [
-        (cell, error)
-        for cell, text, error in broken
-        if re.search(rf"^(async\s+)?def\s+{name}\b", text, re.M)
-    ]
-    if not own:
-        return {"problem": _why_missing(name, statements, unread)}
-    notes = [
-        f"a cell with `{name}` (code cell {cell}) does not parse, an earlier one was graded"
-        for cell, _ in unread
-    ]
-    texts = {s.text.strip() for s in own}
-    if len(own) > 1:
-        notes.append(
-            f"`{name}` is defined {len(own)} times, "
-            + ("each time the same" if len(texts) == 1 else "the last one was graded")
-        )
-    form, parts = shape(own[-1].node)
-    letter = hashlib.sha256(own[-1].text.strip().encode("utf-8", "replace")).hexdigest()[:24]
-    return {
-        "source": [[s.cell, s.text] for s in needed(name, statements)],
-        "shape": form,
-        "parts": parts,
-        "letter": letter,
-        "definitions": len(own),
-        "notes": notes,
-    }
-
-
-def _why_missing(
-    name: str, statements: Sequence[Statement], unread: Sequence[tuple[int, SyntaxError]]
-) -> str:
-    if unread:
-        cell, error = unread[-1]
-        where = f" in its line {error.lineno}" if error.lineno else ""
-        return f"the cell with `{name}` (code cell {cell}) does not parse: {error.msg}{where}"
-    inner = any(
-        isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) and part.name == name
-        for s in statements
-        for part in ast.walk(s.node)
-    )
-    if inner:
-        return f"`{name}` stands inside something else; move it to the left margin"
-    others = [getattr(s.node, "name", "") for s in statements if _defines(s.node)]
-    close = difflib.get_close_matches(name, others, n=1, cutoff=0.75)
-    hint = f"; there is `{close[0]}`, was it renamed?" if close else "; was its cell deleted?"
-    return f"there is no function `{name}`{hint}"

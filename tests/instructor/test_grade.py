@@ -17,7 +17,7 @@ import pytest
 from instructor.assignment import Case, load, numbers
 from instructor.grade import copies, grading, marking, results
 from instructor.grade.grade import grade, local_time, main
-from instructor.sandbox import source
+from instructor.sandbox import plan
 from tests.instructor.classroom import (
     SECRET,
     SOLUTIONS,
@@ -95,6 +95,7 @@ def test_finished_run_asks_nobody_again(graded, monkeypatch):
     before = outputs(folder / "out")
     monkeypatch.setattr(grading, "Exam", None)
     monkeypatch.setattr(grading, "Reading", None)
+    monkeypatch.setattr(grading, "Rehearsal", None)
     grade(TINY, *arguments)
     assert outputs(folder / "out") == before
 
@@ -131,9 +132,10 @@ def test_interrupted_run_resumes(tmp_path):
     with journal.open("ab") as file:
         file.write(b'["half a li')
     done = len(journal.read_bytes().splitlines()) - 1
-    assert 40 < done < 100
+    assert 40 < done < 125
     grade(TINY, *arguments)
-    assert len(journal.read_bytes().splitlines()) == 1 + 25 * 4  # the cut line, 25 x (1 + 3)
+    # The cut line, and for each of 25: read, rehearsed, three exercises.
+    assert len(journal.read_bytes().splitlines()) == 1 + 25 * 5
     grade(TINY, *arguments[:3], tmp_path / "fresh/grades.csv")
     assert outputs(tmp_path / "out") == outputs(tmp_path / "fresh")
 
@@ -202,6 +204,47 @@ def test_page_of_a_student_has_no_hidden_number(tmp_path):
             assert not (case.hidden and shown), case.name
     assert "It raised ValueError: saw 2 16 3." in page, "a public case may say it"
     assert "It raised ValueError." in page and "It raised an exception of its own." in page
+
+
+PIPE = (
+    "import json, os, sys; frame = sys._getframe(1)\n"
+    "    while 'case' not in frame.f_locals: frame = frame.f_back\n"
+    "    nonce = frame.f_locals['case']['nonce']\n"
+    "    os.write(3, json.dumps({'nonce': nonce, 'error': str(a), 'type': FORGED, "
+    "'notes': [str(a)]}).encode() + b'\\n'); os._exit(0)"
+)
+FORGERIES = {
+    "class name": "raise type('E' + str(a), (Exception,), {})()",
+    "class name of Python's": "raise type(f'E{a}', (Exception,), {'__module__': 'builtins'})()",
+    "text": "raise ValueError(str(a))",
+    "notes": "raise OSError(28, str(a), str(b))",
+    "exit code": "import os; os._exit(int(str(a)[:2]) + 1)",
+    "a warning": "import warnings; warnings.simplefilter('error'); warnings.warn(str(a))",
+    "a group": "raise ExceptionGroup(str(a), [ValueError(str(b))])",
+    "a question": "raise KeyError({'refused': str(a)})",
+}
+
+
+FORGERIES |= {
+    f"the pipe, {forged}": PIPE.replace("FORGED", forged)
+    for forged in ("'NoFunction'", "str(a)", "'E%d' % a")
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_no_way_leads_a_hidden_number_to_the_page(tmp_path, name):
+    """What a child says of a hidden case is told in the grader's words, never in its own."""
+    body = FORGERIES[name]
+    cells = [f"def effective_batch(a, b, c):\n    {body}", *SOLUTIONS[1:]]
+    _, students = one(tmp_path, honest("s001", cells))
+    page = (tmp_path / "out/feedback/tiny_s001.html").read_text("utf-8")
+    (case,) = [o.case for o in students["s001"].marks[0].outcomes if o.case.hidden]
+    for number in (*case.arguments[:2], case.expected):
+        assert str(number) not in page, name
+    code = int(str(case.arguments[0])[:2]) + 1
+    (row,) = [row for row in page.split("<tr>") if "another cluster" in row]
+    assert f"({code})" not in row
+    assert students["s001"].score == 7
 
 
 def flat(value):
@@ -328,7 +371,7 @@ def alike_in(name, function, count, text=None):
     assignment = load(name)
     (exercise,) = [e for e in assignment.exercises if e.function == function]
     text = text or inspect.getsource(exercise.solution).replace("good", "ok").replace("###", "#")
-    about = source.read(notebook([text]), [function])["functions"]
+    about = plan.read(notebook([text]), [function])["functions"]
     marks = {}
     for student_ in (f"s{index:02}" for index in range(count)):
         cases = exercise.cases(numbers(name, student_, SECRET))
@@ -355,7 +398,7 @@ def test_a_whole_key_of_short_functions_is_listed(changed, listed):
     exercises = load("activation_memory").exercises
     cells = {e.function: inspect.getsource(e.solution) for e in exercises}
     cells[changed] = cells[changed].replace(":\n", ":\n    unused = 0\n", 1)
-    about = source.read(notebook(list(cells.values())), list(cells))["functions"]
+    about = plan.read(notebook(list(cells.values())), list(cells))["functions"]
     assert all("shape" in one for one in about.values())
     marks = [
         marking.mark(e, cases, [{"value": case.expected} for case in cases])

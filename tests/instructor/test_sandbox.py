@@ -101,6 +101,17 @@ def test_same_order_of_a_set_and_same_chance_in_every_child(box):
     assert third.reply["value"] == first.reply["value"]
 
 
+def test_addresses_are_the_same_in_every_run(box):
+    """So a set of objects has one order, which a student's answer may depend on."""
+    body = """class C: pass
+ALL = [C() for _ in range(99)]
+def f(): return [ALL.index(c) for c in {*ALL}]"""
+    (first,) = ask(box, body)
+    with Sandbox(box.level) as other:
+        (second,) = ask(other, body)
+    assert first.reply["value"] == second.reply["value"]
+
+
 def test_environment_and_arguments_are_not_the_graders(box, monkeypatch):
     body = (
         "import os, sys\ndef f(): return [dict(os.environ), sorted(m for m in sys.modules "

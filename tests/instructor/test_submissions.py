@@ -8,13 +8,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from instructor.grade import submissions
 from instructor.grade.grade import grade
 from instructor.grade.journal import key_of
 from instructor.grade.submissions import Names, Refused, collect
 from instructor.report.table import safe
-from instructor.sandbox import source
+from instructor.sandbox import plan, source
 from tests.instructor.classroom import SOLUTIONS, TINY, honest, notebook, write_class, zipped
 
 ROWS = [
@@ -242,15 +243,34 @@ def test_cells_are_safe_for_spreadsheets(text, cell):
     assert safe(text) == cell
 
 
+@pytest.fixture
+def ipython(monkeypatch):
+    """The transformer that the fork server gives its children."""
+    transform = TransformerManager().transform_cell
+    monkeypatch.setattr(source, "TRANSFORM", [transform])
+
+
 def read(cells, functions=("f",)):
-    return source.read(notebook(cells), list(functions))["functions"]
+    return plan.read(notebook(cells), list(functions))["functions"]
+
+
+def statements(cells, at=0):
+    """What the function cannot do without: `[cell, text]` of each."""
+    about = plan.read(notebook(cells), ["f"])
+    return [about["statements"][number] for number in about["functions"]["f"]["plans"][at][1]]
 
 
 def texts(cells):
-    return [text.strip() for _, text in read(cells)["f"]["source"]]
+    return [text.strip() for _, text in statements(cells)]
 
 
-def test_takes_what_the_function_needs_and_no_more():
+def runs(cells, at=0):
+    """Numbers of the statements that run before the function is called."""
+    cut, must = read(cells)["f"]["plans"][at]
+    return sorted({*range(cut), *must})
+
+
+def test_takes_what_the_function_needs_and_no_more(ipython):
     found = texts(
         [
             "import math\nimport torch\nmodel = torch.nn.Linear(9, 9)\nRATE = 2",
@@ -279,7 +299,11 @@ def test_all_that_binds_a_name_is_taken_in_order():
         "x = 1",
         "x += 1",
         "def f(): return x",
+    ]
+    assert texts(["def f(): return x", "x = 5", "x += 1"]) == [
+        "def f(): return x",
         "x = 5",
+        "x += 1",
     ]
     assert texts(["from math import *", "def f(x): return floor(x)"])[0] == "from math import *"
     assert texts(["from math import *", "def f(x): return abs(x)"]) == ["def f(x): return abs(x)"]
@@ -296,8 +320,91 @@ def test_last_definition_wins_and_is_flagged():
     assert "does not parse, an earlier one was graded" in about["notes"][0]
 
 
+CHECK = 'check("f", PUBLIC, globals())'
+
+
+def test_a_function_is_seen_as_its_own_check_sees_it():
+    """What stands below the check binds nothing for it, unless nothing above does."""
+    cells = ["x = 1", "print(x)", "def f(): return sum([x])", CHECK, "sum = 0", "x = 2"]
+    assert runs(cells) == [0, 1, 2]
+    assert runs([*cells[1:], "y = 3"]) == [0, 1, 3], "x is bound below alone, `sum` is Python's"
+    later = ["def f(): return ...", CHECK, "def f(): return 1"]
+    assert (runs(later), runs(later, 1)) == ([0], [0, 1])
+    assert read(later)["f"]["notes"] == [
+        "`f` is defined 2 times, the one that its check sees was graded"
+    ]
+    twice = ["def f(): return ...", CHECK, "def f(): return 1", CHECK, "x = 1"]
+    assert runs(twice) == [0, 1] and len(read(twice)["f"]["plans"]) == 1
+    early = [CHECK, "def f(): return 1", "x = 1"]
+    assert runs(early) == [0], "a check above all definitions sees none of them"
+    other = ["def f(): return 1", CHECK.replace("f", "g", 1), "x = 1", CHECK]
+    assert runs(other) == [0, 1]
+
+
+def test_checks_of_the_assignment_are_not_run_and_others_are():
+    own = CHECK.replace("PUBLIC", "MINE")
+    cells = ["def f(): pass", CHECK, f" {CHECK} # done\n", f"{CHECK}; f()", own, "check('x')"]
+    found = plan.read(notebook(cells), ["f"])
+    assert [text.strip() for _, text in found["statements"]] == [
+        "def f(): pass",
+        "f()",
+        own,
+        "check('x')",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "found"),
+    [
+        (
+            "!pip \\\n x\nx = 1",
+            ["get_ipython().system('pip   x')", "x = 1"],
+        ),
+        ("%%time\nx = 1", ["x = 1"]),
+        ("\n\n%%capture out\nx = 1", ["x = 1"]),
+        ("%%html\n<b>x = 1</b>", []),
+        ("%%bash\nrm -rf /", []),
+        ("files = !ls", ["files = get_ipython().getoutput('ls')"]),
+        ("x?", ["get_ipython().run_line_magic('pinfo', 'x')"]),
+        ("pip install tqdm\nx = 1", ["pass", "x = 1"]),
+        ("  x = 1\n  y = 2", ["x = 1", "y = 2"]),
+        (">>> x = 1\n>>> y = 2", ["x = 1", "y = 2"]),
+        ("x = 1; y = 'ä'; z = 3", ["x = 1", "y = 'ä'", "z = 3"]),
+        ("x = 1\r\ny = 2\r", ["x = 1", "y = 2"]),
+        ("await g()", ["await g()"]),
+        ("return 5", ["return 5"]),
+        ("x = " + " + ".join(["1"] * 3000), None),
+    ],
+)
+def test_a_cell_is_read_as_ipython_reads_it(ipython, cell, found):
+    about = plan.read(notebook([cell, "def f(): return 1"]), ["f"])
+    texts_ = [text.strip() for _, text in about["statements"]][:-1]
+    if found is None:  # too deep for the compiler, and nobody's loss but its own
+        assert texts_ in ([], [cell])
+    else:
+        assert texts_ == found
+    assert about["functions"]["f"]["plans"][0][1] == [len(texts_)]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "python"),
+    [
+        ({"language_info": {"version": "3.12.1"}}, "3.12"),
+        ({"language_info": {"version": "3.9"}}, "3.9"),
+        ({"language_info": {"version": 3.12}}, ""),
+        ({"language_info": {"version": "<b>"}}, ""),
+        ({"language_info": []}, ""),
+        ([], ""),
+        ({}, ""),
+    ],
+)
+def test_python_that_saved_it(metadata, python):
+    data = json.dumps({"cells": [], "metadata": metadata}).encode()
+    assert plan.read(data, [])["python"] == python
+
+
 def test_line_numbers_are_those_of_the_cell():
-    ((cell, text),) = read(["x = 1", "# a comment\n\ndef f():\n    pass"])["f"]["source"]
+    ((cell, text),) = statements(["x = 1", "# a comment\n\ndef f():\n    pass"])
     assert (cell, text[:2], text.count("\n")) == (3 - 1, "\n\n", 3)
 
 
@@ -330,7 +437,7 @@ def test_shape_ignores_names_and_layout_but_not_work():
 )
 def test_odd_cells_are_passed_over(cells):
     data = json.dumps({"cells": cells}).encode()
-    assert "problem" in source.read(data, ["f"])["functions"]["f"]
+    assert "problem" in plan.read(data, ["f"])["functions"]["f"]
 
 
 def test_keys_tell_parts_apart():

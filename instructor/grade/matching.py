@@ -1,0 +1,88 @@
+"""Whose is what: files to students. A file's name, which an LMS makes, goes before its content."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .marking import show
+from .results import Result
+from .submissions import Names, Submission
+
+NOBODYS = "neither its name nor its STUDENT_ID is in the roster"
+
+
+@dataclass
+class Attempt:
+    """A submission that is graded for a student: for each exercise its replies, or the problem."""
+
+    submission: Submission
+    about: Mapping
+    rehearsal: Mapping = field(default_factory=dict)
+    replies: dict[str, list[dict]] = field(default_factory=dict)
+
+
+def match(
+    submissions: Sequence[Submission],
+    abouts: Sequence[Mapping],
+    names: Names,
+    results: Mapping[str, Result],
+) -> tuple[dict[str, list[Attempt]], list[tuple[str, str]]]:
+    """Each student's attempts, in the order of the results, and the files that are not graded.
+
+    Args:
+        submissions: The files.
+        abouts: What the reader says of each.
+        names: Whom a path or an id names.
+        results: By student, flagged here; a refused file's owner is told so.
+    """
+    named, claimed = defaultdict(list), defaultdict(list)
+    ungraded: list[tuple[str, str]] = []
+    for submission, about in zip(submissions, abouts, strict=True):
+        whose = names.of(submission.name)
+        owner = whose[0] if whose else names.by_id(about.get("student_id"))
+        if "unreadable" in about:
+            ungraded.append((submission.name, about["unreadable"]))
+            if owner:
+                _refuse(results[owner], submission.name, about["unreadable"])
+        elif owner is None:
+            says = about.get("student_id")
+            ungraded.append((submission.name, NOBODYS + (f" ({show(says)})" if says else "")))
+        else:
+            results[owner].flags += _odd(submission.name, about, whose, owner, names)
+            (named if whose else claimed)[owner].append(Attempt(submission, about))
+    for owner, attempts in claimed.items():
+        if owner in named:
+            ungraded += _only_claimed(results[owner], attempts)
+        else:
+            named[owner] = attempts
+    return {own: named[own] for own in results if own in named}, sorted(ungraded)
+
+
+def _refuse(result: Result, name: str, problem: str) -> None:
+    result.status, result.file, result.problem = "refused", name, problem
+    result.flags.append(f"refused, {problem}: {name}")
+
+
+def _odd(name: str, about: Mapping, whose: Sequence[str], owner: str, names: Names) -> list[str]:
+    """What an instructor should know of whose a file is."""
+    says, flags = about.get("student_id"), []
+    if says and names.by_id(says) != owner:
+        flags.append(
+            f"the notebook says STUDENT_ID {show(says)}, the file's name says "
+            f"{owner}; graded as {owner}: {name}"
+        )
+    if len(whose) > 1:
+        flags.append(f"the file's name also names {', '.join(whose[1:])}: {name}")
+    return flags
+
+
+def _only_claimed(result: Result, attempts: Sequence[Attempt]) -> list[tuple[str, str]]:
+    """Files that say to be of somebody whose name another file bears; they are not graded."""
+    own, found = result.student_id, []
+    for attempt in attempts:
+        name = attempt.submission.name
+        result.flags.append(f"another file says STUDENT_ID {own}, which was not graded: {name}")
+        found.append((name, f"it says STUDENT_ID {own}, whose file is another one"))
+    return found

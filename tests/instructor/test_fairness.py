@@ -1,0 +1,152 @@
+"""Right notebooks get full marks, however students write them; wrong ones do not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell
+
+from instructor.assignment import load, numbers
+from instructor.build.notebooks import student_notebook
+from instructor.grade.grade import grade
+from tests.instructor.classroom import SECRET, TINY, honest, notebook, write_class
+from tests.instructor.more_notebooks import MORE, WRONG
+from tests.instructor.right_notebooks import SOL, V, edit
+
+LONG = load("effective_batch")
+NEW_SYNTAX = {"nested_quotes_312", "generic_312"}  # of Python 3.12
+RIGHT = V | MORE
+
+
+def handed_in(name, own, written, version="3.11.7"):
+    """The student's notebook, with their answers and the cells that they added, as bytes."""
+    handed_out = student_notebook(LONG, numbers(LONG.name, own, SECRET))
+    cells = []
+    for cell in handed_out.cells:
+        if "exercise" in cell.metadata.get("tags", []):
+            function = cell.source.split("(")[0].removeprefix("def ")
+            cells += map(new_code_cell, written["before"])
+            cell.source = written["changes"].get(function, SOL[function])
+        if name == "id_as_int" and cell.source.startswith("STUDENT_ID"):
+            cell.source = f"STUDENT_ID = {own}"
+        if name != "deleted_stub_import" or cell.source != "import math":
+            cells.append(cell)
+        if cell.source.startswith("# @title The public cases"):
+            cells += map(new_code_cell, written["top"])
+    handed_out.cells = cells + [new_code_cell(text) for text in written["end"]]
+    handed_out.metadata["language_info"] = {"name": "python", "version": version}
+    return nbformat.writes(handed_out).encode()
+
+
+def graded(folder, notebooks, **how):
+    """Results by name."""
+    ids = {name: str(1000 + number) for number, name in enumerate(notebooks)}
+    files = {
+        f"{LONG.name}_{own}.ipynb": handed_in(name, own, notebooks[name])
+        for name, own in ids.items()
+    }
+    arguments = write_class(folder, {own: name for name, own in ids.items()}, files)
+    found = grade(LONG, *arguments, **how)
+    return {result.row["name"]: result for result in found.results}
+
+
+def lost(result):
+    """What cost points, for the message of a test that fails."""
+    return [
+        (mark.exercise.function, mark.reason[:300])
+        for mark in result.marks
+        if mark.earned < mark.exercise.points
+    ] or result.problem
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    return graded(tmp_path_factory.mktemp("right"), RIGHT)
+
+
+@pytest.mark.parametrize("name", sorted(set(RIGHT) - NEW_SYNTAX))
+def test_right_notebook_gets_full_marks(right, name):
+    assert right[name].score == LONG.points, lost(right[name])
+
+
+def other_python(version):
+    """A Python of that version that starts, or None."""
+    named = f"python{version}"
+    found = [named, *map(str, Path.home().glob(f".pyenv/versions/{version}*/bin/python3"))]
+    for python in found:
+        try:
+            if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+                return python
+        except OSError:
+            continue
+    return None
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_right_notebook_of_a_newer_python(version, tmp_path):
+    python = other_python(version)
+    if python is None:
+        pytest.skip(f"no Python {version} here")
+    some = sorted(RIGHT)[::6] + sorted(NEW_SYNTAX)
+    for name, result in graded(tmp_path, {n: RIGHT[n] for n in some}, python=python).items():
+        assert result.score == LONG.points, (name, lost(result))
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    return graded(tmp_path_factory.mktemp("wrong"), WRONG)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_notebook_stays_wrong(wrong, name):
+    bad = set(WRONG[name]["wrong"])
+    assert {function for function, _ in lost(wrong[name])} == bad
+
+
+def test_a_newer_python_is_said_where_it_may_be_the_cause(tmp_path):
+    """On Python 3.11 an f-string of 3.12 is no Python; the student is not blamed for it."""
+    new = {
+        "whole": 'f"{dict(a=1)["a"]}"\n' + SOL["split_for"],  # parses from 3.12 on
+        "wrong": "def split_for(*_): return 0",
+        "stub": "def split_for(*_): return ...",
+        "right": SOL["split_for"],
+    }
+    files = {
+        f"{LONG.name}_{name}.ipynb": handed_in(name, name, edit({"split_for": text}), "9.1.2")
+        for name, text in new.items()
+    }
+    arguments = write_class(tmp_path, dict.fromkeys(new, "A"), files)
+    found = {r.student_id: r.marks[2].reason for r in grade(LONG, *arguments).results}
+    says = "was saved with Python 9.1, newer than the grader's 3.1"
+    assert says in found["wrong"] and "grade it with --python python9.1" in found["wrong"]
+    assert (found["right"], found["stub"]) == ("right", "not attempted")
+    if sys.version_info < (3, 12):
+        assert says in found["whole"] and "does not parse" in found["whole"]
+
+
+def test_python_that_never_starts_is_refused(tmp_path):
+    arguments = write_class(tmp_path, {"s001": "A"}, {"tiny_s001.ipynb": honest("s001")})
+    with pytest.raises(ValueError, match="--python must be a Python of 3.11 or newer, got 'nopy'"):
+        grade(TINY, *arguments, python="nopy")
+
+
+def test_one_endless_cell_costs_a_notebook_nothing(tmp_path):
+    """A cell that a kernel would never leave is left out, whatever it ends by, up to three."""
+    solutions = honest("s001")
+    cells = ["".join(c["source"]) for c in json.loads(solutions)["cells"][2:]]
+    endless = ["while True: pass", "import os; os._exit(3)", "import time; time.sleep(99)"]
+    mixed = [cells[0], endless[0], cells[1], endless[1], f"{endless[2]}\n{cells[2]}"]
+    arguments = write_class(tmp_path, {"s001": "A"}, {"tiny_s001.ipynb": notebook(mixed, "s001")})
+    (result,) = grade(TINY, *arguments).results
+    assert result.score == TINY.points, lost(result)
+
+
+def test_many_endless_cells_leave_what_a_function_needs(tmp_path):
+    cells = ["FACTOR = 1\nwhile True: pass"] + ["import os; os._exit(3)"] * 6
+    cells += ["def effective_batch(a, b, c): return a * b * c * FACTOR"]
+    arguments = write_class(tmp_path, {"s001": "A"}, {"tiny_s001.ipynb": notebook(cells, "s001")})
+    (result,) = grade(TINY, *arguments).results
+    assert result.marks[0].earned == 3, lost(result)
