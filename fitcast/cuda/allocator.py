@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
+from typing import Any
 
 from fitcast.memory.report import Block
 from fitcast.units import KIB, MIB, round_up
@@ -24,6 +25,8 @@ SMALL_SEGMENT = 2 * MIB  # kSmallBuffer
 MIN_LARGE = 10 * MIB  # kMinLargeAlloc
 LARGE_SEGMENT = 20 * MIB  # kLargeBuffer
 LARGE_GRAIN = 2 * MIB  # kRoundLarge
+
+Event = tuple[int, int, str]  # +1 allocated or -1 freed, block, phase
 
 
 def segment_bytes(n_bytes: int) -> int:
@@ -49,6 +52,54 @@ class Chunk:
     before: Chunk | None = field(default=None, repr=False)
     after: Chunk | None = field(default=None, repr=False)
 
+    @property
+    def is_whole_segment(self) -> bool:
+        """Whether its segment holds nothing else."""
+        return self.before is None and self.after is None
+
+
+class FreeChunks:
+    """The free chunks of small segments, or those of large ones: `BlockPool`.
+
+    Attributes:
+        small: Whether of small segments.
+        end: The last chunk, free or not, of the segment that can grow; `None` without such a one.
+    """
+
+    def __init__(self, small: bool):
+        self.small = small
+        self.end: Chunk | None = None
+        self._by_size: list[tuple[int, int, Chunk]] = []  # (bytes, address, chunk), ascending
+
+    def take(self, wanted: int) -> Chunk | None:
+        """The smallest that holds `wanted` bytes, no longer free: `get_free_block`."""
+        free = self._by_size
+        best = bisect_left(free, (wanted,))
+        if best == len(free):
+            return None
+        if free[best][2] is self.end and best + 1 < len(free):
+            best += 1  # the one that can grow is the last choice
+        return free.pop(best)[2]
+
+    def add(self, chunk: Chunk) -> None:
+        """From now on this chunk is free."""
+        chunk.free = True
+        insort(self._by_size, (chunk.n_bytes, chunk.address, chunk))
+
+    def remove(self, chunk: Chunk) -> None:
+        """This chunk is used, or part of another one."""
+        del self._by_size[bisect_left(self._by_size, (chunk.n_bytes, chunk.address))]
+
+    def remove_whole_segments(self) -> int:
+        """Forget chunks without neighbours; how many bytes these were."""
+        whole = sum(n_bytes for n_bytes, _, chunk in self._by_size if chunk.is_whole_segment)
+        self._by_size = [free for free in self._by_size if not free[2].is_whole_segment]
+        return whole
+
+    def layout(self) -> list[tuple[int, int]]:
+        """(bytes, address) of each, smallest first."""
+        return [(n_bytes, address) for n_bytes, address, _ in self._by_size]
+
 
 class CachingAllocator:
     """Hands out memory as CUDA's caching allocator does, without any.
@@ -71,9 +122,7 @@ class CachingAllocator:
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self._edge = 0  # where the next segment goes
-        self._small: list[tuple[int, int, Chunk]] = []  # free: (bytes, address), smallest first
-        self._large: list[tuple[int, int, Chunk]] = []
-        self._last: dict[bool, Chunk] = {}  # small or not -> the end of its expandable segment
+        self._small, self._large = FreeChunks(small=True), FreeChunks(small=False)
 
     def allocate(self, n_bytes: int) -> Chunk:
         """A chunk for `n_bytes`: its own `n_bytes` are more where a rest was not split off.
@@ -82,102 +131,113 @@ class CachingAllocator:
             MemoryError: It does not fit `limit_bytes`, even with all cached segments given back.
         """
         wanted = round_up(n_bytes, MIN_BLOCK)
-        small = wanted <= SMALL
-        pool = self._small if small else self._large
-        found = bisect_left(pool, (wanted,))
-        if self.expandable and found + 1 < len(pool) and pool[found][2] is self._last[small]:
-            found += 1  # the chunk that can grow is taken last: get_free_block
-        if found < len(pool):
-            chunk = pool.pop(found)[2]
-        else:
-            chunk = (self._expand if self.expandable else self._new_segment)(wanted, small, pool)
+        pool = self._small if wanted <= SMALL else self._large
+        chunk = pool.take(wanted)
+        if chunk is None and self.expandable:
+            chunk = self._grow(pool, wanted)
+        elif chunk is None:
+            chunk = self._new_segment(pool, wanted)
         chunk.free = False
-        rest = chunk.n_bytes - wanted
-        if rest >= MIN_BLOCK if small or self.expandable else rest > SMALL:  # should_split
-            self._split(chunk, wanted, rest, pool)
+        if self._is_worth_splitting(chunk.n_bytes - wanted, pool):
+            self._split(chunk, wanted, pool)
         self.allocated_bytes += chunk.n_bytes
         if self.allocated_bytes > self.peak_allocated_bytes:
             self.peak_allocated_bytes = self.allocated_bytes
         return chunk
 
-    def _split(self, chunk: Chunk, wanted: int, rest: int, pool: list) -> None:
-        other = Chunk(chunk.address + wanted, rest, chunk.small, True, chunk, chunk.after)
-        if chunk.after is not None:
-            chunk.after.before = other
-        chunk.n_bytes, chunk.after = wanted, other
-        if self._last.get(chunk.small) is chunk:
-            self._last[chunk.small] = other
-        insort(pool, (rest, other.address, other))
-
     def free(self, chunk: Chunk) -> None:
-        """Give a chunk back to the pool, merged with free neighbours: `free_block`."""
+        """Give a chunk back to its pool, merged with free neighbours: `free_block`."""
         self.allocated_bytes -= chunk.n_bytes
         pool = self._small if chunk.small else self._large
         after, before = chunk.after, chunk.before
         if after is not None and after.free:
-            self._take_out(pool, after)
-            self._absorb(chunk, after)
+            pool.remove(after)
+            self._absorb(chunk, after, pool)
         if before is not None and before.free:
-            self._take_out(pool, before)
-            self._absorb(before, chunk)
+            pool.remove(before)
+            self._absorb(before, chunk, pool)
             chunk = before
-        chunk.free = True
-        insort(pool, (chunk.n_bytes, chunk.address, chunk))
-
-    def _take_out(self, pool: list, chunk: Chunk) -> None:
-        del pool[bisect_left(pool, (chunk.n_bytes, chunk.address))]
-
-    def _absorb(self, chunk: Chunk, after: Chunk) -> None:
-        chunk.n_bytes += after.n_bytes
-        chunk.after = after.after
-        if after.after is not None:
-            after.after.before = chunk
-        if self._last.get(after.small) is after:
-            self._last[after.small] = chunk
-
-    def _new_segment(self, wanted: int, small: bool, _: list) -> Chunk:
-        n_bytes = segment_bytes(wanted)
-        self._reserve(n_bytes)
-        self._edge += n_bytes + 64 * KIB
-        return Chunk(-self._edge if self.descending else self._edge - n_bytes, n_bytes, small)
-
-    def _expand(self, wanted: int, small: bool, pool: list) -> Chunk:
-        """Map pages behind the last chunk, itself used when it is free: `map_block`."""
-        last, page = self._last.get(small), SMALL_SEGMENT if small else LARGE_SEGMENT
-        grows = last is not None and last.free
-        n_bytes = round_up(wanted - (last.n_bytes if grows else 0), page)
-        self._reserve(n_bytes)
-        if grows:
-            self._take_out(pool, last)
-            last.n_bytes += n_bytes
-            return last
-        # small chunks lie far above all large ones
-        address = (small << 60) if last is None else last.address + last.n_bytes
-        chunk = self._last[small] = Chunk(address, n_bytes, small, before=last)
-        if last is not None:
-            last.after = chunk
-        return chunk
-
-    def _reserve(self, n_bytes: int) -> None:
-        if self.limit_bytes is not None and self.reserved_bytes + n_bytes > self.limit_bytes:
-            self.empty_cache()  # release_cached_blocks, then one more try
-            if self.reserved_bytes + n_bytes > self.limit_bytes:
-                raise MemoryError(f"{n_bytes} bytes do not fit {self.limit_bytes}")
-        self.reserved_bytes += n_bytes
-        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        pool.add(chunk)
 
     def empty_cache(self) -> None:
         """Give segments without a live chunk back to the driver: `torch.cuda.empty_cache()`."""
         if self.expandable:
             return  # its free pages could go; not modelled
         for pool in (self._small, self._large):
-            before = sum(n_bytes for n_bytes, _, _ in pool)
-            pool[:] = [free for free in pool if free[2].before or free[2].after]
-            self.reserved_bytes -= before - sum(n_bytes for n_bytes, _, _ in pool)
+            self.reserved_bytes -= pool.remove_whole_segments()
+
+    def layout(self) -> list[tuple[int, int]]:
+        """(bytes, address) of every free chunk: alike twice, the same requests get the same."""
+        return self._small.layout() + self._large.layout()
+
+    def _is_worth_splitting(self, rest: int, pool: FreeChunks) -> bool:
+        """`should_split`: what is left of a large segment must be of use to large requests."""
+        return rest >= MIN_BLOCK if pool.small or self.expandable else rest > SMALL
+
+    def _split(self, chunk: Chunk, wanted: int, pool: FreeChunks) -> None:
+        """Keep `wanted` bytes of a chunk; the rest becomes a free chunk behind it."""
+        rest = Chunk(chunk.address + wanted, chunk.n_bytes - wanted, chunk.small)
+        rest.before, rest.after = chunk, chunk.after
+        if chunk.after is not None:
+            chunk.after.before = rest
+        chunk.n_bytes, chunk.after = wanted, rest
+        if pool.end is chunk:
+            pool.end = rest
+        pool.add(rest)
+
+    def _absorb(self, chunk: Chunk, after: Chunk, pool: FreeChunks) -> None:
+        """Make one chunk of two neighbours: `try_merge_blocks`."""
+        chunk.n_bytes += after.n_bytes
+        chunk.after = after.after
+        if after.after is not None:
+            after.after.before = chunk
+        if pool.end is after:
+            pool.end = chunk
+
+    def _new_segment(self, pool: FreeChunks, wanted: int) -> Chunk:
+        """A segment of its own from the driver: `alloc_block`."""
+        n_bytes = segment_bytes(wanted)
+        self._reserve(n_bytes)
+        self._edge += n_bytes + 64 * KIB
+        address = -self._edge if self.descending else self._edge - n_bytes
+        return Chunk(address, n_bytes, pool.small)
+
+    def _grow(self, pool: FreeChunks, wanted: int) -> Chunk:
+        """Map pages behind the last chunk, which is part of the new one when free: `map_block`."""
+        end, page = pool.end, SMALL_SEGMENT if pool.small else LARGE_SEGMENT
+        there = end.n_bytes if end is not None and end.free else 0
+        n_bytes = round_up(wanted - there, page)
+        self._reserve(n_bytes)
+        if end is not None and end.free:
+            pool.remove(end)
+            end.n_bytes += n_bytes
+            return end
+        # small chunks lie far above all large ones
+        address = (pool.small << 60) if end is None else end.address + end.n_bytes
+        pool.end = Chunk(address, n_bytes, pool.small, before=end)
+        if end is not None:
+            end.after = pool.end
+        return pool.end
+
+    def _reserve(self, n_bytes: int) -> None:
+        """Take bytes from the driver; if it has too few, give the cache back and ask once more."""
+        if not self._has(n_bytes):
+            self.empty_cache()  # release_cached_blocks
+        if not self._has(n_bytes):
+            raise MemoryError(f"{n_bytes} bytes do not fit {self.limit_bytes}")
+        self.reserved_bytes += n_bytes
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+
+    def _has(self, n_bytes: int) -> bool:
+        return self.limit_bytes is None or self.reserved_bytes + n_bytes <= self.limit_bytes
 
 
 class Playback:
     """Plays a ledger's events through an allocator.
+
+    Args:
+        blocks: What the events are about.
+        options: Of the `CachingAllocator`.
 
     Attributes:
         chunks: Block -> where it lies, of those alive.
@@ -185,13 +245,13 @@ class Playback:
         phase_peaks: Phase -> the most allocated bytes at an allocation in it.
     """
 
-    def __init__(self, blocks: list[Block], **options):
+    def __init__(self, blocks: list[Block], **options: Any):
         self.blocks, self.allocator = blocks, CachingAllocator(**options)
         self.chunks: dict[int, Chunk] = {}
         self.sizes: dict[int, int] = {}
         self.phase_peaks: dict[str, int] = {}
 
-    def play(self, events: list[tuple[int, int, str]]) -> int:
+    def play(self, events: list[Event]) -> int:
         """The most allocated bytes on the way.
 
         Raises:
