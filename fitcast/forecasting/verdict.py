@@ -26,6 +26,7 @@ SLACK = 3 * LARGE_SEGMENT
 # And one temporary may find the hole taken that it fitted here: it then asks for a segment of its
 # own. One above this share of all memory had that from the start, and finds it again.
 MISSED_HOLE_SHARE = 0.1
+LATER_STEPS = 2  # that are replayed under a card's limit, unless the first leaves all as it was
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ def report(stream: Stream, gpu: Gpu, *, repeats: float = 1, expandable: bool = F
         **vars(seen) | {"phase_peaks": peaks},
         gpu=gpu,
         peak_reserved_bytes=bounds,
-        fits=_fits(stream, gpu, peak_bytes, bounds[1], expandable),
+        fits=_fits(stream, cut, gpu, peak_bytes, bounds[1], expandable),
         loaded_bytes=loaded_bytes,
         resident_bytes=resident_bytes,
         operations=operations,
@@ -202,16 +203,42 @@ def _work(stream: Stream, repeats: float) -> tuple[int, int, float]:
     return int(operations), int(flops), seconds
 
 
-def _fits(stream: Stream, gpu: Gpu, peak: int, reserved: int, expandable: bool) -> bool:
-    """Whether it runs in the GPU's memory, cached segments given back when that helps."""
+def _fits(
+    stream: Stream, cut: Moments, gpu: Gpu, peak: int, reserved: int, expandable: bool
+) -> bool:
+    """Whether it runs in the GPU's memory, cached segments given back when that helps.
+
+    Args:
+        stream: What is run.
+        cut: Its events.
+        gpu: The card.
+        peak: Most bytes in tensors.
+        reserved: Upper bound of what the allocator takes where it is not limited.
+        expandable: Whether segments grow; what giving their pages back would do is not known.
+    """
     if peak > gpu.usable_bytes:
         return False
     if reserved <= gpu.usable_bytes:
         return True
-    if expandable:
-        return False
+    return not expandable and _runs_within(gpu.usable_bytes, stream, cut)
+
+
+def _runs_within(limit_bytes: int, stream: Stream, cut: Moments) -> bool:
+    """Whether no step runs out where the allocator cannot have more than this.
+
+    The second step is another one than the first: the optimizer's state lies where there was room.
+    The third may be: what was given back in the second comes again in other pieces. When a step
+    leaves the allocator as it found it, all further ones do the same.
+    """
+    card = Playback(stream.blocks, descending=True, limit_bytes=limit_bytes)
     try:
-        Playback(stream.blocks, descending=True, limit_bytes=gpu.usable_bytes).play(stream.events)
+        card.play(cut.before)
+        card.play(cut.first)
+        for _ in range(LATER_STEPS):
+            found = card.allocator.layout()
+            card.play(cut.later)
+            if card.allocator.layout() == found:
+                break
     except MemoryError:
         return False
     return True

@@ -283,7 +283,8 @@ def test_layers_that_differ_are_not_repeated():
         if "layers.2.mlp" in block.module and block.phase == "forward":
             shallow.blocks[index] = dataclasses.replace(block, n_bytes=block.n_bytes + 512)
     with pytest.raises(depth.NotRepeating, match="layers 1 and 2 differ"):
-        depth._check(depth._segments(shallow, 16), shallow, [2])
+        segments = depth._segments(shallow)
+        depth._check(segments, depth._names(segments, shallow), shallow.blocks, [2])
 
 
 def test_composition_adds_up_and_the_peak_is_named():
