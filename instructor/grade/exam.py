@@ -44,7 +44,7 @@ class Exam(Questions):
         super().__init__(plans[0], exercise.function)
         self.exercise, self.cases, self.plans, self.replies = exercise, cases, plans, replies
         self.cpu_seconds, self.memory_bytes = exercise.cpu_seconds + seconds, exercise.memory_bytes
-        self._seconds = seconds
+        self.seconds = seconds
         self.firm = True
         self._asked, self._spoilt = 0, None
 
@@ -97,7 +97,7 @@ class Exam(Questions):
         return ()
 
     def _again(self, plans: Sequence[Sequence[Sequence]]) -> Exam:
-        other = Exam(self.exercise, self.cases, plans, self.replies, self._seconds)
+        other = Exam(self.exercise, self.cases, plans, self.replies, self.seconds)
         other.firm = self.firm
         return other
 
