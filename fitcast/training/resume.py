@@ -1,4 +1,8 @@
-"""Which checkpoint a run continues: the last whole one of the same recipe, or none.
+"""Which checkpoint a run continues: the last whole one of the same run, or none.
+
+The same run has the same rows and every field of the recipe that changes what is learned. Those
+that change only memory, disk or what is printed (`FREE_TO_CHANGE`) may be others: whoever ran out
+of memory goes on with more layers checkpointed.
 
 Not modelled: going on with another recipe than the one that was saved.
 """
@@ -8,23 +12,45 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from fitcast.recipe import TrainRecipe
 from fitcast.training import checkpoints
+from fitcast.units import Said, refusal
+
+# Fields of a recipe that change no number of a run. sequence_length and padded say what the rows
+# are like, and the rows themselves are compared.
+FREE_TO_CHANGE = frozenset(
+    {
+        "sequence_length",
+        "padded",
+        "checkpointed_layers",
+        "offload_checkpoints",
+        "keep_attention",
+        "expandable_segments",
+        "logging_steps",
+        "save_steps",
+    }
+)
 
 
 def checkpoint_to_resume(
-    recipe: TrainRecipe, output_dir: Path, drive: Path | None, resume: bool | str | Path
+    recipe: TrainRecipe,
+    output_dir: Path,
+    drive: Path | None,
+    resume: bool | str | Path,
+    rows_sha256: str | None = None,
 ) -> Path | None:
     """The whole checkpoint that a run continues, or `None` for one that starts.
 
     Args:
-        recipe: Of the run; it has to be the checkpoint's own.
+        recipe: Of the run; it has to be the checkpoint's own, but for `FREE_TO_CHANGE`.
         output_dir, drive: Where checkpoints are looked for.
         resume: As for `training.train`.
+        rows_sha256: Of the run's rows, as `data.summarize` says; `None` where nobody can.
 
     Raises:
-        ValueError: It is not this recipe's, not the last one, or not asked for.
+        ValueError: It is not this run's, not the last one, or not asked for.
         FileNotFoundError: `resume` names a checkpoint that is not whole.
     """
     checkpoint = (
@@ -33,28 +59,55 @@ def checkpoint_to_resume(
     if checkpoint is None:
         return None
     if resume is False:
-        raise ValueError(
-            f"output_dir must hold no checkpoint when resume is False, got "
-            f"{checkpoint}; choose another folder or delete that one"
+        raise refusal(
+            "output_dir",
+            "hold no checkpoint when resume is False",
+            Said(checkpoint),
+            "choose another folder or delete that one",
         )
-    saved = checkpoints.verify(checkpoint).get("recipe")
-    last = None if resume is True else checkpoints.find_last(output_dir, drive, say=lambda _: None)
+    saved = checkpoints.verify(checkpoint)
+    if resume is not True:
+        _refuse_going_back(checkpoint, output_dir, drive)
+    _refuse_another_run(checkpoint, saved, recipe, rows_sha256)
+    print(f"Resuming from {checkpoint.name}.")
+    return checkpoint
+
+
+def _refuse_going_back(checkpoint: Path, output_dir: Path, drive: Path | None) -> None:
+    last = checkpoints.find_last(output_dir, drive, say=lambda _: None)
     if last and checkpoints.step_of(last) > checkpoints.step_of(checkpoint):
-        raise ValueError(
-            f"resume must not go back behind {last}, got {checkpoint}; move the later "
-            "ones away, or train in another output_dir"
+        raise refusal(
+            "resume",
+            f"not go back behind {last}",
+            Said(checkpoint),
+            "move the later ones away, or train in another output_dir",
         )
-    if saved is None:
-        raise ValueError(
-            f"resume must be a checkpoint that train wrote, got {checkpoint} without "
-            "a recipe; name another one"
+
+
+def _refuse_another_run(
+    checkpoint: Path, saved: dict[str, Any], recipe: TrainRecipe, rows_sha256: str | None
+) -> None:
+    if saved.get("recipe") is None:
+        raise refusal(
+            "resume",
+            "be a checkpoint that train wrote",
+            Said(f"{checkpoint} without a recipe"),
+            "name another one",
         )
     wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
     for field, value in wanted.items():
-        if saved.get(field) != value:
-            raise ValueError(
-                f"{field} must be {saved.get(field)!r} to resume {checkpoint}, got "
-                f"{value!r}; use that recipe, or another output_dir"
+        before = saved["recipe"].get(field)
+        if before != value and field not in FREE_TO_CHANGE:
+            raise refusal(
+                field,
+                f"be {before!r} to resume {checkpoint}",
+                value,
+                "use that recipe, or another output_dir",
             )
-    print(f"Resuming from {checkpoint.name}.")
-    return checkpoint
+    if rows_sha256 and saved.get("rows_sha256", rows_sha256) != rows_sha256:
+        raise refusal(
+            "rows",
+            f"be those of {checkpoint} to resume it",
+            Said("others"),
+            "encode the same examples with the same sequence_length, or use another output_dir",
+        )

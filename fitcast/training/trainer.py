@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +32,7 @@ from fitcast.step import qlora
 from fitcast.training import checkpoints, data
 from fitcast.training.preflight import refuse_silent_failures
 from fitcast.training.resume import checkpoint_to_resume
+from fitcast.units import Said, refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ def build_model(recipe: TrainRecipe, source: str | None = None) -> torch.nn.Modu
     """The model that a recipe trains: base, adapters (the same ones for the same seed), levers.
 
     Args:
+        recipe: Uses everything but the schedule.
         source: Folder of the base's weights, as for `qlora.load_base`.
     """
     base = qlora.load_base(recipe, source)
@@ -81,7 +83,10 @@ def train(
     """Train `model` in place, from the last whole checkpoint if there is one.
 
     Args:
-        rows: Encoded examples, as from `data.encode`.
+        recipe: What to train; a resumed run may change `resume.FREE_TO_CHANGE` of it.
+        model: As from `build_model(recipe)`.
+        rows: Encoded examples, as from `data.encode(..., recipe.sequence_length)`.
+        tokenizer: Only its padding token is used.
         output_dir: Folder of the checkpoints, one run only.
         resume: True for the last whole checkpoint here or on the Drive, a path for that one, False
             to insist on a fresh start.
@@ -89,11 +94,11 @@ def train(
             the whole run.
         drive: A mounted folder that gets a copy of each checkpoint.
         on_step: Called with each step's row.
-        overrides: Further TrainingArguments.
+        overrides: Further TrainingArguments, but for what the recipe decides.
 
     Raises:
-        ValueError: The recipe and the GPU, the processes, the rows or the checkpoint do not go
-            together; or there are later checkpoints than `resume`.
+        ValueError: The recipe and the GPU, the processes, the rows, the overrides or the checkpoint
+            do not go together; or there are later checkpoints than `resume`.
         FileNotFoundError: `resume` names a checkpoint that is not whole.
         FloatingPointError: The loss is no longer a number.
     """
@@ -111,7 +116,7 @@ def train(
         on_step=on_step,
         **overrides,
     )
-    checkpoint = checkpoint_to_resume(recipe, output_dir, drive, resume)
+    checkpoint = checkpoint_to_resume(recipe, output_dir, drive, resume, trainer.rows_sha256)
     if checkpoint and checkpoints.step_of(checkpoint) >= (stop_at or recipe.max_steps):
         trainer._load_from_checkpoint(str(checkpoint))  # done already
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -138,8 +143,10 @@ class QLoRATrainer(Trainer):
         **overrides: Any,
     ):
         refuse_silent_failures(recipe, model, overrides)
+        summary = data.summarize(rows)
+        self.rows_sha256 = summary.sha256 if summary else None
         self.recipe, self.drive = recipe, drive
-        self._staging: str | None = None  # where a checkpoint is being written, during a save
+        self._staging: Path | None = None  # where a checkpoint is being written, during a save
         self._tokens, self._started = 0, 0.0
         arguments = recipe.to_training_arguments(
             str(output_dir), **{"logging_steps": 1} | overrides
@@ -154,54 +161,80 @@ class QLoRATrainer(Trainer):
             data_collator=functools.partial(data.collate, pad_token_id=tokenizer.pad_token_id),
         )
         if recipe.world_size != self.args.world_size:
-            raise ValueError(
-                f"world_size must be {self.args.world_size}, the processes of this "
-                f"run, got {recipe.world_size}; start it under torchrun, or change it"
+            raise refusal(
+                "world_size",
+                f"be {self.args.world_size}, the processes of this run",
+                recipe.world_size,
+                "start it under torchrun, or change it",
             )
+        if summary:
+            self._compare(summary)
+        if self.args.world_size > 1:
+            answer_with_the_loss(model)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the step's labelled tokens
         self.remove_callback(PrinterCallback)
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def _compare(self, rows: data.RowSummary) -> None:
+        """Refuse rows that the forecast of this recipe does not cover; say what it leaves out."""
+        if rows.longest > self.recipe.sequence_length:
+            raise refusal(
+                "rows",
+                f"have at most sequence_length, {self.recipe.sequence_length}, tokens",
+                Said(f"one of {rows.longest}"),
+                "encode them with it, or raise it",
+            )
+        uneven = self.recipe.micro_batch_size > 1 and rows.shortest < rows.longest
+        if uneven and not self.recipe.padded and self.is_world_process_zero():
+            print(
+                f"Warning: padded is False, but rows of {rows.shortest} to {rows.longest} tokens "
+                "are padded and carry a mask, which a forecast of this recipe leaves out; set "
+                "padded=True."
+            )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the forecast counts."""
         if self.optimizer is None:
-            self.optimizer = qlora.build_optimizer(self.model, self.recipe)
+            self.optimizer = qlora.build_optimizer(cast(torch.nn.Module, self.model), self.recipe)
         return self.optimizer
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The micro batch's share of the step's loss: its token losses over all tokens' number."""
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The micro batch's share of the step's loss: its token losses over all tokens' number.
+
+        Args:
+            model: The model, or the wrapper around it that averages gradients among processes.
+            inputs: input_ids, labels and maybe attention_mask, (batch, tokens).
+            return_outputs: Whether Trainer wants a pair, as in evaluation.
+            num_items_in_batch: Labelled tokens of the whole step, in all processes.
+
+        Returns:
+            A scalar in nats per labelled token, or the pair of it and a dict.
+        """
+        asked = (inputs, self.recipe, num_items_in_batch)
         with self.accelerator.autocast():  # a chunked loss does not pass through model.forward
-            loss = self._through(model)(inputs, self.recipe, num_items_in_batch)
+            if isinstance(model, DistributedDataParallel):
+                loss = model(loss_of=asked)
+            else:
+                loss = qlora.compute_loss(model, *asked)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP divides the gradients by it
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _through(self, model: torch.nn.Module) -> Callable[..., torch.Tensor]:
-        """`qlora.compute_loss` of a model; of a DDP-wrapped one inside the wrapper's forward.
-
-        DDP averages gradients only after a forward of its own: a loss computed beside it would let
-        every process train a model of its own, in silence.
-        """
-        if not isinstance(model, DistributedDataParallel):
-            return functools.partial(qlora.compute_loss, model)
-
-        def loss(*args):
-            inner = model.module
-            plain = inner.forward
-
-            def forward(*arguments):
-                inner.forward = plain  # the full loss calls it
-                return qlora.compute_loss(inner, *arguments)
-
-            inner.forward = forward
-            try:
-                return model(*args)
-            finally:
-                inner.forward = plain
-
-        return loss
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         """Forward and backward of one micro batch.
+
+        Args:
+            model, inputs, num_items_in_batch: As for `compute_loss`.
+
+        Returns:
+            The loss, a scalar without a graph.
 
         Raises:
             FloatingPointError: The step's loss is NaN or infinite; no weight has changed yet.
@@ -212,22 +245,32 @@ class QLoRATrainer(Trainer):
             self._started = time.perf_counter()
         self._tokens += inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and not math.isfinite(so_far := (self._tr_loss + loss)):
-            if num_items_in_batch is not None and num_items_in_batch == 0:
-                raise ValueError(
-                    f"rows must hold a labelled token in each step, got none at step "
-                    f"{self.state.global_step + 1}; drop rows without an answer"
-                )
-            raise FloatingPointError(
-                f"loss must be a finite number, got {so_far.item()} at step "
-                f"{self.state.global_step + 1}; lower learning_rate ({self.recipe.learning_rate:g})"
-                f" or train in another amp_dtype ({self.recipe.amp_dtype}). The weights are those "
-                f"of step {self.state.global_step}."
-            )
+        if self.accelerator.sync_gradients:
+            so_far = (self._tr_loss + loss).item()
+            if not math.isfinite(so_far):
+                self._refuse_to_step(so_far, num_items_in_batch)
         return loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with each step's speed and memory peak."""
+    def _refuse_to_step(self, loss: float, num_items_in_batch: Any) -> None:
+        step = self.state.global_step + 1
+        if num_items_in_batch is not None and num_items_in_batch == 0:
+            raise refusal(
+                "rows",
+                "hold a labelled token in each step",
+                Said(f"none at step {step}"),
+                "drop rows without an answer",
+            )
+        no_number = refusal(
+            "loss",
+            "be a finite number",
+            Said(f"{loss} at step {step}"),
+            f"lower learning_rate ({self.recipe.learning_rate:g}) or train in another amp_dtype "
+            f"({self.recipe.amp_dtype}). The weights are those of step {step - 1}.",
+        )
+        raise FloatingPointError(str(no_number))
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Trainer's log, with each step's speed (tokens a second) and memory peak (bytes)."""
         if "loss" in logs:  # reading the loss has waited for the GPU
             seconds = time.perf_counter() - self._started
             logs |= {
@@ -238,14 +281,14 @@ class QLoRATrainer(Trainer):
             self._tokens = 0
         super().log(logs, start_time)
 
-    def _get_output_dir(self, trial) -> str:
-        return self._staging or super()._get_output_dir(trial)
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        output_dir = Path(self.args.output_dir)
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output_dir = Path(cast(str, self.args.output_dir))
         target = output_dir / f"{checkpoints.PREFIX}{self.state.global_step}"
-        self._staging = str(output_dir / checkpoints.STAGING)
-        facts = {"recipe": dataclasses.asdict(self.recipe)}
+        self._staging = output_dir / checkpoints.STAGING
+        facts = {"recipe": dataclasses.asdict(self.recipe), "rows_sha256": self.rows_sha256}
         try:
             with contextlib.ExitStack() as stack:
                 self._together(
@@ -275,11 +318,29 @@ class QLoRATrainer(Trainer):
             work()
         except Exception as raised:
             error = raised
-        failed = self.accelerator.reduce(
+        failed: Any = self.accelerator.reduce(
             torch.tensor([float(error is not None)], device=self.args.device)
         )
         if error or failed.item():
             raise error or checkpoints.SaveError("another process could not save")
+
+
+def answer_with_the_loss(model: torch.nn.Module) -> None:
+    """Let the model's forward answer `loss_of=(...)` with `qlora.compute_loss` of these arguments.
+
+    DDP averages gradients only after a forward of its own, which calls the model's: a loss computed
+    beside it would let every process train a model of its own, in silence. Any other call is
+    answered as before.
+    """
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, loss_of: tuple | None = None, **options: Any) -> Any:
+        if loss_of is None:
+            return plain(*args, **options)
+        return qlora.compute_loss(model, *loss_of)
+
+    model.forward = forward
 
 
 class Watch(TrainerCallback):
@@ -288,10 +349,16 @@ class Watch(TrainerCallback):
     def __init__(self, stop_at: int | None, on_step: Callable[[dict], None] | None):
         self.stop_at, self.on_step = stop_at, on_step
 
-    def on_log(self, args, state, control, logs=None, **_):
-        if self.on_step and "loss" in logs:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save and log as this run says; a resumed state still knows the intervals of its first."""
+        state.compute_steps(args, state.max_steps)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if self.on_step and logs and "loss" in logs:
             self.on_step({"step": state.global_step, **logs})
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.stop_at:
             control.should_training_stop = True
