@@ -5,6 +5,8 @@ Not modelled: parameters that get no gradient (they are left out), sparse gradie
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -13,12 +15,22 @@ from fitcast.units import IGNORED
 
 
 def gradient(model: torch.nn.Module) -> torch.Tensor:
-    """All gradients of the model as one vector, a copy."""
+    """All gradients of the model as one vector, a copy.
+
+    Args:
+        model: After a backward pass; parameters without a gradient are left out.
+
+    Returns:
+        (numbers,), in the order of `parameters()`.
+    """
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def relative_error(approximate: torch.Tensor, exact: torch.Tensor) -> float:
     """Length of the difference by the length of the exact vector: 0 is equal, 1 as bad as zero.
+
+    Args:
+        approximate, exact: Of the same shape, in any dtype.
 
     Example:
         >>> relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0]))
@@ -33,9 +45,13 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
 
     `model.double()` is not enough: the norms and the loss of transformers' Llama compute in
     float32, whatever the weights are.
+
+    Args:
+        model: A Hugging Face causal language model; it is changed in place, and returned.
     """
     use_native_norm(model)
-    model.loss_function = token_loss
+    causal: Any = model
+    causal.loss_function = token_loss
     return model.double()
 
 
@@ -51,7 +67,11 @@ def token_loss(
     Args:
         logits: (batch, seq, vocab).
         labels: (batch, seq), -100 where there is no target.
+        vocab_size: Given by transformers, not needed here.
         num_items_in_batch: What to divide the sum by; `None` means this batch's labelled tokens.
+
+    Returns:
+        A scalar, nats per labelled token.
     """
     targets = labels[:, 1:].flatten()
     total = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from fitcast.memory.ledger import MemoryLedger
 from fitcast.memory.report import MemoryReport
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
+from fitcast.training.restoring import kept_modes
+from fitcast.units import refusal
 
 MOST_SKIPPED_STEPS = 20  # the gradient scaler starts at 2**16 and halves: it needs far fewer
 
@@ -45,48 +48,71 @@ class Measurement:
 def measure_step(recipe: TrainRecipe, model: torch.nn.Module, steps: int = 3) -> Measurement:
     """Train `model` on random full-length sequences for some steps, and measure.
 
-    Changes the adapters: measure before or after a run, on a model that nobody needs.
+    Changes the adapters: measure before or after a run, on a model that nobody needs. Its modules
+    are afterwards in the modes in which they were.
 
     Args:
         recipe: Uses everything but the schedule; world_size is that of this process, 1.
         model: As from `training.build_model(recipe)`.
         steps: How many steps are timed.
+
+    Raises:
+        ValueError: No step is to be timed.
     """
+    if steps < 1:
+        raise refusal("steps", "be at least 1", steps, "3 give a median")
     device = gpus.device()
     batches = random_batches(recipe, device)
     optimizer = qlora.build_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device, enabled=recipe.amp_dtype == "float16")
-    model.train()
 
     def step() -> None:
         qlora.training_step(model, optimizer, batches, recipe, scaler)
         gpus.synchronize()
 
-    for _ in range(MOST_SKIPPED_STEPS):  # the optimizer's state appears in its first real step
-        step()
-        if optimizer.state:
-            break
-    gpus.reset_peak()
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    allocated, reserved = gpus.peak_allocated_bytes(), gpus.peak_reserved_bytes()
-    with MemoryLedger(model, optimizer=optimizer, inputs=batches) as ledger:
-        step()
+    with kept_modes(model):
+        model.train()
+        for _ in range(MOST_SKIPPED_STEPS):  # the optimizer's state appears in its first real step
+            step()
+            if optimizer.state:
+                break
+        gpus.reset_peak()
+        seconds = statistics.median(_seconds(step, steps))
+        allocated, reserved = gpus.peak_allocated_bytes(), gpus.peak_reserved_bytes()
+        with MemoryLedger(model, optimizer=optimizer, inputs=batches) as ledger:
+            step()
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     return Measurement(
-        seconds=statistics.median(seconds),
-        tokens_per_second=tokens / statistics.median(seconds),
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
         peak_allocated_bytes=allocated,
         peak_reserved_bytes=reserved,
         report=ledger.report(),
     )
 
 
+def _seconds(work: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each of several calls; `work` has to wait for the GPU itself."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 def random_batches(recipe: TrainRecipe, device: str) -> list[dict[str, torch.Tensor]]:
-    """The micro batches of one optimizer step: random tokens (micro batch, seq), all labelled."""
+    """The micro batches of one optimizer step: random tokens, all labelled.
+
+    Args:
+        recipe: Uses model (its vocabulary), micro_batch_size, gradient_accumulation_steps,
+            sequence_length, padded and seed.
+        device: Where the tensors are made.
+
+    Returns:
+        For each micro batch input_ids, labels and, if padded, an attention_mask of ones, each
+        (micro batch, sequence), int64.
+    """
     shape = (recipe.micro_batch_size, recipe.sequence_length)
     random = torch.Generator().manual_seed(recipe.seed)
     vocab_size = models.config(recipe.model).vocab_size
@@ -100,15 +126,20 @@ def random_batches(recipe: TrainRecipe, device: str) -> list[dict[str, torch.Ten
 
 
 def matmul_flops(name: str, size: int = 4096, repeats: int = 10) -> float | None:
-    """FLOP/s of a square matrix product on this GPU, median; `None` without a GPU."""
+    """FLOP/s of a square matrix product on this GPU, median; `None` without a GPU.
+
+    Args:
+        name: Dtype of the matrices, as "float16".
+        size: Rows and columns of both.
+        repeats: How many products are timed.
+    """
     if gpus.detect() is None:
         return None
     x = torch.randn(size, size, device=gpus.device()).to(getattr(torch, name))
-    seconds = []
-    for _ in range(repeats + 1):  # the first one loads the kernel: not counted
+
+    def product() -> None:
+        torch.matmul(x, x)
         gpus.synchronize()
-        start = time.perf_counter()
-        x @ x
-        gpus.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / sorted(seconds[1:])[repeats // 2]
+
+    product()  # the first one loads the kernel: not counted
+    return 2 * size**3 / sorted(_seconds(product, repeats))[repeats // 2]

@@ -39,6 +39,14 @@ def test_time_is_the_clocks(recipe):
     assert (found.peak_allocated_bytes is None) == (gpus.device() == "cpu")
 
 
+def test_measuring_puts_modes_back_and_wants_a_step(recipe):
+    model = trainer.build_model(recipe).eval()
+    measurement.measure_step(recipe, model, steps=1)
+    assert not any(module.training for module in model.modules())
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        measurement.measure_step(recipe, model, steps=0)
+
+
 def test_batches_have_the_recipes_shape(recipe):
     padded = dataclasses.replace(recipe, padded=True, gradient_accumulation_steps=3)
     batches = measurement.random_batches(padded, "cpu")
