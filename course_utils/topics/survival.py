@@ -47,7 +47,10 @@ def train_and_kill(
     """Train in another process, and SIGKILL it once it has done `at_step` steps.
 
     Args:
-        recipe, rows, tokenizer, output_dir: As for `fitcast.train`.
+        recipe: As for `fitcast.train`.
+        rows: As for `fitcast.train`.
+        tokenizer: Only its padding token is used.
+        output_dir: As for `fitcast.train`.
         at_step: Optimizer steps that the process lives to see.
 
     Returns:

@@ -170,6 +170,24 @@ def test_a_stamp_is_that_of_its_rows():
     )
 
 
+def test_a_missing_or_damaged_recording_says_how_to_restore_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recorded, "PATH", tmp_path / "recorded_runs.json")
+    with pytest.raises(
+        FileNotFoundError, match=r"recorded_runs\.json is missing; .* reinstall the"
+    ):
+        recorded.rows("ladder")
+    recorded.show("ladder", str)
+    assert capsys.readouterr().out == "ladder: not recorded yet\n"
+    recorded.PATH.write_text("{", "utf-8")
+    with pytest.raises(ValueError, match=r"recorded_runs must be JSON, got /.*; .* reinstall the"):
+        recorded.rows("ladder")
+
+
+def test_an_unknown_group_hears_the_known_ones():
+    with pytest.raises(ValueError, match="group must be one of .*ladder.*, got 'leader'; see"):
+        recorded.rows("leader")
+
+
 def test_every_group_is_recorded_and_every_rung():
     assert {row["group"] for row in ROWS} == set(GROUPS)
     assert {name for name, _ in LADDER} <= {row["name"] for row in ROWS}
