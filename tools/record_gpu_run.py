@@ -423,7 +423,7 @@ def run_on_gpus(spec: dict) -> dict:
 
 def run_tests(spec: dict) -> dict:
     """The outcome of each test of a module that needs CUDA, in a pytest without plugins."""
-    path = ROOT / "tests" / spec["name"]
+    path = next((ROOT / "tests").rglob(spec["name"]))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         done = subprocess.run(

@@ -343,7 +343,7 @@ def head_loss(
     Raises:
         ValueError: The head is trained: it would get no gradient.
     """
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():  # an evaluation asks for no gradient
         raise refusal(
             "loss",
             "be 'full' or 'chunked' for a head that is trained",

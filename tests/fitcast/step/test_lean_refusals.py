@@ -214,3 +214,13 @@ def test_a_max_grad_norm_of_zero_does_not_clip():
         model, qlora.build_optimizer(model, recipe), [{"input_ids": ids, "labels": ids}], recipe
     )
     assert not all(torch.equal(*pair) for pair in zip(before, weights, strict=True))
+
+
+def test_an_evaluation_of_a_model_whose_head_could_be_trained_has_its_loss():
+    """A merged model is loaded with every weight trainable, and only evaluated."""
+    hidden, head = torch.randn(5, 32), torch.randn(64, 32, requires_grad=True)
+    targets = torch.tensor([3, 7, IGNORED, 1, 2])
+    with torch.no_grad():
+        found = head_loss(hidden, head, targets, 2)
+    wanted = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="sum")
+    assert found == pytest.approx(wanted.item(), rel=1e-5)
