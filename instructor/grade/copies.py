@@ -2,7 +2,9 @@
 
 Evidence for a conversation, not a verdict: there are innocent ways, such as working together.
 Right answers to short exercises look alike, so they never count. Long ones do however many share
-them, and one student is enough where it is the solution that the course publishes.
+them, and one student is enough where it is the solution that the course publishes. Comments, white
+space, line ends and other names for variables hide nothing (`sandbox.shape`). Students who are
+alike in several ways are one group.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..sandbox.shape import shape
-from .marking import Mark, Outcome, equal, show
+from .marking import Mark, Outcome, equal, show, some_of
 
-LONG_PARTS = 60  # of a function, from which on the same letters are no accident, in no number
+LONG_PARTS = 60  # of a function, from which on the same shape is no accident, in no number
 SHORT_PARTS = 15  # of a wrong one
 FEW = 3  # students; what more share is an obvious way to write it, if it is short
 FEW_SHARE = 0.05  # of the class
@@ -55,11 +57,38 @@ def find(
 
     Args:
         marks: By student.
-        code: By student and function, what `source.read` said of it.
+        code: By student and function, what `plan.read` said of it.
     """
     few = max(FEW, int(FEW_SHARE * len(marks)))
-    found = [*_same_code(marks, code, few), *_same_answers(marks, few), *_anothers(marks)]
-    return sorted(found, key=lambda alike: (alike.students, alike.evidence))
+    code_alike = _same_code(marks, code, few)
+    with_key = [alike for alike in code_alike if alike.key]
+    among = [alike for alike in code_alike if not alike.key]
+    groups = _merged([*among, *_same_answers(marks, few), *_anothers(marks)])
+    return sorted([*with_key, *groups], key=lambda alike: (alike.students, alike.evidence))
+
+
+def _merged(found: Sequence[Alike]) -> list[Alike]:
+    """One for each group of students who are linked, directly or by others."""
+    groups: list[tuple[set[str], list[Alike]]] = []
+    for alike in sorted(found, key=lambda alike: (alike.students, alike.evidence)):
+        linked = [group for group in groups if group[0] & set(alike.students)]
+        groups = [group for group in groups if group not in linked]
+        students = set(alike.students).union(*(group[0] for group in linked))
+        groups.append((students, [*(one for _, several in linked for one in several), alike]))
+    return [_group(students, several) for students, several in groups]
+
+
+def _group(students: set[str], several: Sequence[Alike]) -> Alike:
+    """The group's one line: who is meant by a piece of evidence is said where not all are."""
+    lines = [
+        one.evidence if set(one.students) == students else f"{_named(one.students)}: {one.evidence}"
+        for one in several
+    ]
+    return Alike(tuple(sorted(students)), "; ".join(some_of(lines, MOST_NAMED)))
+
+
+def _named(students: Sequence[str]) -> str:
+    return ", ".join(some_of([*students], MOST_NAMED))
 
 
 def _same_code(marks: Mapping, code: Mapping, few: int) -> list[Alike]:
@@ -76,7 +105,7 @@ def _same_code(marks: Mapping, code: Mapping, few: int) -> list[Alike]:
             if name in copied:
                 shared[name, "key", True, about["shape"]].append(student)
             elif right and long:
-                shared[name, "letter", True, about["shape"]].append(student)
+                shared[name, "right", True, about["shape"]].append(student)
             elif odd and about["parts"] >= SHORT_PARTS:
                 shared[name, "shape", long, about["shape"]].append(student)
     groups: dict[tuple, list[str]] = defaultdict(list)
@@ -85,7 +114,7 @@ def _same_code(marks: Mapping, code: Mapping, few: int) -> list[Alike]:
             groups[tuple(students), kind == "key"].append(
                 {
                     "key": f"`{name}` is the published solution but for names and layout",
-                    "letter": f"`{name}` is the same to the letter",
+                    "right": f"`{name}` is the same but for names and layout",
                     "shape": f"`{name}` is not right and the same but for names and layout",
                 }[kind]
             )

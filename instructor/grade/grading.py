@@ -6,22 +6,28 @@ the expected answers, and here nothing of a student's is ever run.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from ..assignment import Assignment, Case, Exercise, numbers
+from ..lms.base import PLAIN, Platform
 from ..sandbox.box import Sandbox
 from ..sandbox.reading import Reading, Rehearsal
 from . import copies
+from .changes import Changes
 from .exam import Exam
 from .journal import Journal, key_of
-from .marking import Mark, mark
+from .late import DAY, Policy, show_late
+from .marking import Mark, mark, some_of
 from .matching import Attempt, match
 from .results import ClassResult, Result
 from .submissions import Names, Refused, Submission
+from .warnings import warnings
 
 # What answers depend on besides the submission: the code that reads and runs it.
 ENGINE = [
@@ -77,8 +83,11 @@ class Grader:
         secret: The instructor's, which the hidden numbers come from.
         sandbox: In which students' code runs; opened by the caller.
         journal: Of earlier runs and this one.
-        due: Files changed later are listed as late.
-        progress: Called with what is done and what there is to do.
+        platform: Whose names the files have.
+        policy: Who is late, and what that costs.
+        changes: By hand.
+        again: Students whose functions are asked again, whatever the journal knows.
+        progress: Called with the stage, what is done and what there is to do.
     """
 
     def __init__(
@@ -88,22 +97,31 @@ class Grader:
         secret: str,
         sandbox: Sandbox,
         journal: Journal,
-        due: datetime | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        platform: Platform = PLAIN,
+        policy: Policy | None = None,
+        changes: Changes | None = None,
+        again: Collection[str] = (),
+        progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     ):
         self.assignment, self.rows, self.secret = assignment, rows, secret
-        self.sandbox, self.journal, self.due, self._progress = sandbox, journal, due, progress
+        self.sandbox, self.journal, self.progress = sandbox, journal, progress
+        self.policy, self.changes = policy or Policy(), changes or Changes()
+        self._again = set(again)
         self._functions = [exercise.function for exercise in assignment.exercises]
-        self._names = Names(rows, assignment.name)
+        self._names = Names(rows, assignment.name, platform)
         self._base = key_of(*ENGINE, sandbox.version, sandbox.level)
-        self._done, self._total = 0, 0
 
     def grade(self, submissions: Sequence[Submission]) -> ClassResult:
         """Everything, in the roster's order."""
-        self._total = len(submissions) + len(self.rows)
+        ignores = self._names.platform.ignores
+        submissions = [one for one in submissions if not ignores(one.name)]
         abouts = self._read(submissions)
         results = {row["student_id"]: Result(row) for row in self.rows}
         attempts, ungraded = match(submissions, abouts, self._names, results)
+        for attempt in itertools.chain.from_iterable(attempts.values()):
+            python = attempt.about["python"]
+            if python and _version(python) > _version(self.sandbox.version):
+                attempt.newer = python
         self._rehearse(attempts)
         cases = self._ask(attempts)
         for student, tried in attempts.items():
@@ -116,16 +134,22 @@ class Grader:
             for student in group.students:
                 results[student].flags.append(group.flag(student))
         for result in results.values():
-            result.flags = list(dict.fromkeys(result.flags))
-        return ClassResult(list(results.values()), ungraded, alike, self.sandbox.says)
-
-    def _step(self, count: int = 1) -> None:
-        self._done += count
-        self._progress(self._done, self._total)
+            self.changes.apply(result, self.assignment.exercises)
+            result.flags = some_of([*dict.fromkeys(result.flags)])
+        found = [*results.values()]
+        return ClassResult(
+            found,
+            self.changes.out_of(self.assignment),
+            ungraded,
+            alike,
+            self.sandbox.says,
+            warnings(self.assignment, self.secret, self._names, found, attempts, ungraded),
+        )
 
     def _read(self, submissions: Sequence[Submission]) -> list[dict]:
         """What the reader says of each; a refused one is `unreadable`."""
         abouts: list[dict] = [{}] * len(submissions)
+        step = self._steps("notebooks read", len(submissions))
 
         def jobs() -> Iterator[Reading]:
             for index, submission in enumerate(submissions):
@@ -135,12 +159,12 @@ class Grader:
                     data = submission.read()
                 except Refused as error:
                     abouts[index] = {"unreadable": str(error)}
-                    self._step()
+                    step()
                     continue
                 key = key_of(self._base, data, self._functions)
                 if (known := self.journal.get(key)) is not None:
                     abouts[index] = known
-                    self._step()
+                    step()
                 else:
                     yield Reading(data, self._functions, (index, key))
 
@@ -148,19 +172,30 @@ class Grader:
             index, key = job.label
             abouts[index] = job.about
             self.journal.put(key, job.about)
-            self._step()
+            step()
         return abouts
+
+    def _steps(self, stage: str, total: int) -> Callable[[], None]:
+        """Called at each step of a stage."""
+        done = itertools.count(1)
+        return lambda: self.progress(stage, next(done), total)
+
+    def _known(self, student: str, key: str) -> Any:
+        """What the journal knows, unless the student is to be graded again."""
+        return None if student in self._again else self.journal.get(key)
 
     def _rehearse(self, attempts: Mapping[str, Sequence[Attempt]]) -> None:
         """Run each attempt's notebook once, to learn which statements stop it and which fail."""
+        step = self._steps("notebooks run", sum(map(len, attempts.values())))
 
         def jobs() -> Iterator[Rehearsal]:
-            for tried in attempts.values():
+            for student, tried in attempts.items():
                 for attempt in tried:
                     statements = attempt.about["statements"]
                     key = key_of(self._base, "rehearsal", statements)
-                    if (known := self.journal.get(key)) is not None:
+                    if (known := self._known(student, key)) is not None:
                         attempt.rehearsal = known
+                        step()
                     else:
                         yield Rehearsal(statements, (attempt, key))
 
@@ -169,6 +204,7 @@ class Grader:
                 attempt, key = job.label
                 attempt.rehearsal = json.loads(json.dumps(job.about))  # as the journal has it
                 self.journal.put(key, attempt.rehearsal)
+                step()
 
     def _ask(self, attempts: Mapping[str, Sequence[Attempt]]) -> dict[str, dict[str, tuple]]:
         """Ask every function of every attempt; returns the cases by student and function."""
@@ -178,9 +214,8 @@ class Grader:
             if not torch:
                 self._run(self.sandbox, attempts, exercises, cases)
             elif exercises:
-                with Sandbox(self.sandbox.level, torch=True) as sandbox:
+                with Sandbox(self.sandbox.level, True, self.sandbox.python) as sandbox:
                     self._run(sandbox, attempts, exercises, cases)
-        self._step(self._total - self._done)
         return cases
 
     def _run(
@@ -191,6 +226,8 @@ class Grader:
         cases: dict[str, dict[str, tuple]],
     ) -> None:
         keys: dict[int, str] = {}
+        tries = sum(map(len, attempts.values()))
+        step = self._steps("exercises asked", tries * len(exercises))
 
         def jobs() -> Iterator[Exam]:
             for student, tried in attempts.items():
@@ -201,21 +238,24 @@ class Grader:
                     for attempt in tried:
                         about = attempt.about["functions"][exercise.function]
                         if "problem" in about:
+                            step()
                             continue
                         plans = plans_of(attempt, exercise.function)
                         seconds = attempt.rehearsal["seconds"]
                         key = self._key(student, exercise, mine, [plans, seconds])
-                        replies = self.journal.get(key) or []
+                        replies = self._known(student, key) or []
                         attempt.replies[exercise.function] = replies
-                        if not replies:
+                        if replies:
+                            step()
+                        else:
                             keys[id(replies)] = key
                             yield Exam(exercise, mine, plans, replies, seconds)
-                if not exercises[0].needs_torch:
-                    self._step()
 
         for job in sandbox.run(jobs()) if exercises else ():
-            if job.done and (key := keys.pop(id(job.replies), None)) and job.firm:
-                self.journal.put(key, job.replies)
+            if job.done and (key := keys.pop(id(job.replies), None)):
+                step()
+                if job.firm:
+                    self.journal.put(key, job.replies)
 
     def _key(
         self, student: str, exercise: Exercise, cases: Sequence[Case], source: Sequence
@@ -240,24 +280,34 @@ class Grader:
         judged = []
         for attempt in attempts:
             marks = [self._mark(attempt, exercise, cases) for exercise in self.assignment.exercises]
+            late = self._late(result.student_id, attempt.submission)
+            score = sum(m.earned for m in marks) * (1 - self.policy.costs(late))
             changed = attempt.submission.modified or datetime.min
-            score = sum(m.earned for m in marks)
-            judged.append(((score, changed, attempt.submission.name), attempt, marks))
-        _, best, result.marks = max(judged, key=lambda entry: entry[0])
+            judged.append(((score, changed, attempt.submission.name), attempt, marks, late))
+        _, best, result.marks, late = max(judged, key=lambda entry: entry[0])
         if len(judged) > 1:
-            others = ", ".join(a.submission.name for _, a, _ in judged if a is not best)
+            others = [a.submission.name for _, a, _, _ in judged if a is not best]
             result.flags.append(
-                f"handed in {len(judged)} files, the best one counts; the others: {others}"
+                f"handed in {len(judged)} files, the best one counts; the others: "
+                + ", ".join(some_of(others))
             )
         result.status, result.file, result.problem = "graded", best.submission.name, ""
         result.code = best.about["functions"]
-        result.late = self._late(best.submission.modified)
+        result.late, result.penalty = show_late(late), self.policy.costs(late)
         result.flags += [note for m in result.marks for note in m.notes]
+
+    def _late(self, student: str, submission: Submission) -> timedelta:
+        """How late a file is, as far as the platform lets the grader know."""
+        platform, given = self._names.platform, self.changes.handed_in.get(student)
+        if given or platform.times == "files":
+            return self.policy.by(student, given or submission.modified)
+        # By how much is not in the archive: at least a part of a day.
+        return DAY if platform.late(submission.name) and self.policy.due else timedelta()
 
     def _mark(
         self, attempt: Attempt, exercise: Exercise, cases: Mapping[str, Sequence[Case]]
     ) -> Mark:
-        function, age = exercise.function, self._age(attempt.about)
+        function, age = exercise.function, self._age(attempt)
         about = attempt.about["functions"][function]
         if "problem" in about:
             said = [about["problem"], *([age] if about["broken"] else [])]
@@ -273,19 +323,11 @@ class Grader:
             return replace(found, notes=(*found.notes, age))
         return found
 
-    def _age(self, about: Mapping) -> str:
+    def _age(self, attempt: Attempt) -> str:
         """That the notebook is from a newer Python than the grader's, if it is."""
-        ours, theirs = self.sandbox.version, about["python"]
-        if not theirs or _version(theirs) <= _version(ours):
+        if not attempt.newer:
             return ""
         return (
-            f"the notebook was saved with Python {theirs}, newer than the grader's {ours}; "
-            f"grade it with --python python{theirs}"
+            f"the notebook was saved with Python {attempt.newer}, newer than the grader's "
+            f"{self.sandbox.version}; grade it with --python python{attempt.newer}"
         )
-
-    def _late(self, changed: datetime | None) -> str:
-        if self.due is None or changed is None or changed <= self.due:
-            return ""
-        minutes = int((changed - self.due).total_seconds() // 60)
-        days, minutes = divmod(minutes, 24 * 60)
-        return (f"{days} d " if days else "") + f"{minutes // 60} h {minutes % 60:02d} min"

@@ -17,6 +17,7 @@ from ..assignment import TOO_MANY, Case, Exercise
 from ..build.selfcheck import same
 from .rubric import show_points
 
+MOST_SAID = 20  # flags of a student, files of a kind
 MOST_NOTES = 3  # of an exercise
 LONGEST_SHOWN = 80  # characters of an answer
 MISTAKE_TOLERANCE = 1e-9  # relative, as in the notebook's self-check
@@ -88,17 +89,33 @@ class Mark:
         outcomes: One a case.
         problem: Why there is nothing to judge; then no case earned anything.
         notes: What the reader of the notebook found odd.
+        weight: How much it counts; 0 if it is dropped.
+        by_hand: Points that the instructor gave instead.
+        comment: Why.
     """
 
     exercise: Exercise
     outcomes: tuple[Outcome, ...] = ()
     problem: str = ""
     notes: tuple[str, ...] = field(default=())
+    weight: float = 1.0
+    by_hand: float | None = None
+    comment: str = ""
+
+    @property
+    def found(self) -> float:
+        """Points that the grader found."""
+        return math.fsum(outcome.earned for outcome in self.outcomes)
 
     @property
     def earned(self) -> float:
-        """Points."""
-        return math.fsum(outcome.earned for outcome in self.outcomes)
+        """Points: the instructor's if there are some, else what the grader found."""
+        return self.found if self.by_hand is None else self.by_hand
+
+    @property
+    def counts(self) -> float:
+        """Points by their weight."""
+        return self.weight * self.earned
 
     @property
     def right(self) -> bool:
@@ -116,8 +133,24 @@ class Mark:
         return dict(Counter(o.mistake for o in self.outcomes if o.mistake))
 
     @property
+    def changed(self) -> str:
+        """What the instructor changed, in words; empty for nothing."""
+        said = []
+        if self.by_hand is not None:
+            why = f": {self.comment}" if self.comment else ""
+            given, found = show_points(self.by_hand), show_points(self.found)
+            said.append(f"set by hand to {given}, the grader found {found}{why}")
+        if self.weight != 1:
+            said.append(f"counts {show_points(self.weight)} times" if self.weight else "dropped")
+        return "; ".join(said)
+
+    @property
     def reason(self) -> str:
         """Why not all points, in a line for the instructor."""
+        return "; ".join(filter(None, [self.changed, self._reason]))
+
+    @property
+    def _reason(self) -> str:
         if self.problem:
             return "; ".join([self.problem, *self.notes])
         if self.unfinished:
@@ -256,9 +289,14 @@ def show(value: Any, longest: int = LONGEST_SHOWN) -> str:
     return text if len(text) <= longest else text[: longest - 4] + " ..." + text[-1:]
 
 
+def some_of(texts: list[str], most: int = MOST_SAID) -> list[str]:
+    """The first of them, and how many more there are: a hostile notebook may cause thousands."""
+    return texts if len(texts) <= most else [*texts[:most], f"and {len(texts) - most} more"]
+
+
 def points_of(earned: float, out_of: float) -> str:
     """`2.5 of 4`."""
-    return f"{show_points(earned)} of {show_points(out_of)}"
+    return f"{show_points(round(earned, 4))} of {show_points(out_of)}"
 
 
 def _capital(text: str) -> str:

@@ -10,15 +10,25 @@ from .marking import show
 from .results import Result
 from .submissions import Names, Submission
 
+STRANGER = "{}'s {} is not in the roster; has the student left the class?"
 NOBODYS = "neither its name nor its STUDENT_ID is in the roster"
 
 
 @dataclass
 class Attempt:
-    """A submission that is graded for a student: for each exercise its replies, or the problem."""
+    """A submission that is graded for a student.
+
+    Args:
+        submission: The file.
+        about: What the reader says of it.
+        newer: The Python that it was saved with, if that is newer than the grader's.
+        rehearsal: What its rehearsal found.
+        replies: For each exercise what its function answered, one a case.
+    """
 
     submission: Submission
     about: Mapping
+    newer: str = ""
     rehearsal: Mapping = field(default_factory=dict)
     replies: dict[str, list[dict]] = field(default_factory=dict)
 
@@ -40,6 +50,9 @@ def match(
     named, claimed = defaultdict(list), defaultdict(list)
     ungraded: list[tuple[str, str]] = []
     for submission, about in zip(submissions, abouts, strict=True):
+        if key := names.stranger(submission.name):
+            ungraded.append((submission.name, STRANGER.format(names.platform.name, key)))
+            continue
         whose = names.of(submission.name)
         owner = whose[0] if whose else names.by_id(about.get("student_id"))
         if "unreadable" in about:

@@ -1,19 +1,59 @@
-"""The class list: `student_id,name` in a CSV, other columns kept; and the names of its files."""
+"""The class list, a CSV: `student_id,name`, or what Canvas, Moodle or GitHub Classroom exports."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import re
+import unicodedata
 from pathlib import Path
+
+from ..lms.base import Table
+from ..lms.known import of_table
 
 
 def read_roster(path: str | Path) -> list[dict[str, str]]:
-    """One dictionary per student, in the file's order.
+    """One dictionary per student, in the file's order: `student_id`, `name`, other columns.
 
     Raises:
         ValueError: It is no such file, a column is missing, an id is empty or there twice.
     """
+    return read_class(path).students
+
+
+def read_class(path: str | Path) -> Table:
+    """The class list with the table that it came in.
+
+    Raises:
+        ValueError: As `read_roster`.
+    """
+    text = _text(path)
+    header, *lines = [*csv.reader(text.splitlines())] or [[]]
+    header = [name.strip() for name in header]
+    platform = of_table(header)
+    if platform is None or not any(map(any, lines)):
+        raise ValueError(
+            f"roster must have the columns student_id,name and a student, got "
+            f"{text.splitlines()[:1]}; write them in its first line"
+        )
+    table = Table(platform, header, [(row + [""] * len(header))[: len(header)] for row in lines])
+    for number, line in enumerate(table.rows):
+        cells = [cell.strip() for cell in line]
+        student = any(cells) and platform.student(dict(zip(header, cells, strict=True)))
+        if not student:
+            continue
+        own = student["student_id"]
+        if not own or own in table.line_of:
+            raise ValueError(
+                f"student_id must be there once for each student, got "
+                f"{own!r} for {student['name']!r}; mend the roster"
+            )
+        table.line_of[own] = number
+        table.students.append(student)
+    return table
+
+
+def _text(path: str | Path) -> str:
     if not Path(path).is_file():
         raise ValueError(
             f"--roster must be a file, got {str(path)!r}; see step 2 of instructor/README.md"
@@ -30,29 +70,12 @@ def read_roster(path: str | Path) -> list[dict[str, str]]:
             f"roster must have the columns student_id,name, got {first!r}; separate "
             "columns by commas"
         )
-    rows = [
-        {
-            (key or "").strip(): (value or "").strip()
-            for key, value in row.items()
-            if not isinstance(value, list)
-        }
-        for row in csv.DictReader(text.splitlines())
-    ]
-    for column in ("student_id", "name"):
-        if not rows or column not in rows[0]:
-            raise ValueError(
-                f"roster must have the columns student_id,name and a student, got "
-                f"{text.splitlines()[:1]}; write them in its first line"
-            )
-    seen: set[str] = set()
-    for row in rows:
-        if not row["student_id"] or row["student_id"] in seen:
-            raise ValueError(
-                f"student_id must be there once for each student, got "
-                f"{row['student_id']!r} for {row['name']!r}; mend the roster"
-            )
-        seen.add(row["student_id"])
-    return rows
+    return text
+
+
+def fold(text: str) -> str:
+    """An id or a name without what cannot be seen: case, white space around, Unicode's form."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).strip()
 
 
 def file_name(assignment: str, student_id: str) -> str:

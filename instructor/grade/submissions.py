@@ -18,15 +18,15 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from .roster import file_name
+from ..lms.base import PLAIN, Platform
+from .roster import file_name, fold
 
 MOST_BYTES = 10 * 1024 * 1024  # of a notebook
 MOST_FILES = 20_000
-MOST_RATIO = 200  # of a zip entry's size to what it takes in the zip
-RATIO_FROM = 1024 * 1024  # bytes; small files may compress as they like
+MOST_RATIO = 200  # of a larger zip entry's size to what it takes in the zip
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz", ".bz2", ".xz")
 SYSTEM = re.compile(
-    r"(^|/)(__MACOSX|\.ipynb_checkpoints|\.DS_Store|Thumbs\.db|desktop\.ini"
+    r"(^|/)(__MACOSX|\.ipynb_checkpoints|\.git(hub)?|\.DS_Store|Thumbs\.db|desktop\.ini"
     r"|\._[^/]*)(/|$)"
 )
 SHORTEST_TOKEN = 3  # characters of an id that may be part of a file's name
@@ -145,9 +145,9 @@ def _entry_problem(entry: zipfile.ZipInfo) -> str:
         return "it is no ordinary file"
     if entry.flag_bits & 1:
         return "it is encrypted; ask for it without a password"
-    if entry.file_size > RATIO_FROM and entry.file_size > MOST_RATIO * max(1, entry.compress_size):
-        return "it would unpack to far more than its size, as a zip bomb does"
     if entry.file_size > MOST_BYTES:
+        if entry.file_size > MOST_RATIO * max(1, entry.compress_size):
+            return "it would unpack to far more than its size, as a zip bomb does"
         return _too_large(entry.file_size)
     return _name_problem(entry.filename)
 
@@ -204,30 +204,48 @@ def _shown(name: str) -> str:
 
 
 class Names:
-    """Whom a file's path names: ids, and names in either order, of the roster.
+    """Whom a file's path names: what the platform calls a student, ids, and names in either order.
 
     Args:
         rows: The roster.
         assignment: Whose built notebooks' names are known.
+        platform: Whose export the roster is.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, str]], assignment: str):
+    def __init__(
+        self, rows: Sequence[Mapping[str, str]], assignment: str, platform: Platform = PLAIN
+    ):
+        self.platform = platform
+        self._keys = {platform.key(row): row["student_id"] for row in rows if platform.key(row)}
+        self._exact = {row["student_id"] for row in rows}
         self._ids: dict[str, set[str]] = {}
         self._people: dict[str, set[str]] = {}
         for row in rows:
             own = row["student_id"]
             built = PurePosixPath(file_name(assignment, own)).stem
             for name in (own, built):
-                self._ids.setdefault(name.casefold(), set()).add(own)
+                self._ids.setdefault(fold(name), set()).add(own)
             words = _words(row["name"])
             for order in {tuple(words), tuple(words[-1:] + words[:-1])}:
                 if len(words) > 1:
                     self._people.setdefault("".join(order), set()).add(own)
 
+    @property
+    def alike(self) -> list[tuple[str, ...]]:
+        """Ids that differ in nothing but case, Unicode form or white space around."""
+        return sorted(tuple(sorted(ids)) for ids in self._ids.values() if len(ids) > 1)
+
     def by_id(self, student_id: str | None) -> str | None:
         """The roster's spelling of an id; None if it has none such."""
-        found = self._ids.get((student_id or "").strip().casefold(), set())
+        if (own := (student_id or "").strip()) in self._exact:
+            return own
+        found = self._ids.get(fold(own), set())
         return next(iter(found)) if len(found) == 1 else None
+
+    def stranger(self, path: str) -> str:
+        """What the platform calls somebody who is not in the roster; empty if nobody is."""
+        key = self.platform.owner(path, self._keys)
+        return key if key is not None and key not in self._keys else ""
 
     def of(self, path: str) -> list[str]:
         """The students whom a path names, the first one first.
@@ -236,9 +254,11 @@ class Names:
         choice of a name after it: so the first is the one to believe.
         """
         found: list[str] = []
+        if (key := self.platform.owner(path, self._keys)) in self._keys:
+            found, path = [self._keys[key]], self.platform.own_part(path)
         for part in PurePosixPath(path).parts:
             stem = part.removesuffix(".ipynb")
-            stem = re.sub(r"[ _-]*\(\d+\)$", "", stem).casefold()  # a browser's second copy
+            stem = fold(re.sub(r"[ _-]*\(\d+\)$", "", stem))  # a browser's second copy
             for named in [self._ids.get(stem, set()), *self._runs(stem)]:
                 if len(named) == 1:
                     found += named - set(found)

@@ -14,6 +14,7 @@ from ..grade.rubric import show_points
 from .page import code, page, sentence
 
 BINS = 10
+MOST_FILES = 1000
 LINE_BREAK = Markup("<br>")
 MOST_MISTAKES = 15
 ALIKE = """Evidence for a conversation, no verdict: working together or a common source explain some
@@ -25,12 +26,12 @@ function works."""
 def class_report(assignment: Assignment, found: ClassResult) -> str:
     """The page. It names students: for the instructor alone."""
     graded = [result for result in found.results if result.status == "graded"]
-    bars = _bars(assignment, graded) if graded else []
+    bars = _bars(found, graded) if graded else []
     return page(
         "class_report",
         assignment=assignment,
         found=found,
-        summary=_summary(assignment, found, graded),
+        summary=_summary(found, graded),
         bars=bars,
         words=", ".join(f"{bar['range'].replace('-', ' to ')} %: {bar['count']}" for bar in bars),
         sections=[*_exercises(assignment, graded), *_students(found)],
@@ -38,28 +39,29 @@ def class_report(assignment: Assignment, found: ClassResult) -> str:
     )
 
 
-def _summary(assignment: Assignment, found: ClassResult, graded: Sequence[Result]) -> list[str]:
+def _summary(found: ClassResult, graded: Sequence[Result]) -> list[str]:
     counts = Counter(result.status for result in found.results)
     late = sum(bool(result.late) for result in found.results)
+    by_hand = f"{counts['by hand']} by hand, " if counts["by hand"] else ""
     lines = [
         f"{len(found.results)} students: {counts['graded']} graded, {counts['refused']} "
-        f"refused, {counts['missing']} missing, {late} late."
+        f"refused, {counts['missing']} missing, {by_hand}{late} late."
     ]
     if graded:
         scores = [result.score for result in graded]
         lines.append(
-            f"Of {show_points(assignment.points)} points: median "
+            f"Of {show_points(found.out_of)} points: median "
             f"{statistics.median(scores):.1f}, mean {statistics.fmean(scores):.1f}, from "
             f"{show_points(min(scores))} to {show_points(max(scores))}."
         )
     return lines
 
 
-def _bars(assignment: Assignment, graded: Sequence[Result]) -> list[dict]:
+def _bars(found: ClassResult, graded: Sequence[Result]) -> list[dict]:
     """The histogram's bars: students by share of the points, in tenths."""
     counts = [0] * BINS
     for result in graded:
-        counts[min(BINS - 1, int(BINS * result.score / assignment.points))] += 1
+        counts[min(BINS - 1, int(BINS * result.score / found.out_of) if found.out_of else 0)] += 1
     return [
         {
             "x": 10 + 60 * index,
@@ -114,9 +116,19 @@ def _students(found: ClassResult) -> list[tuple]:
             ],
         ),
         (
+            "Changed by hand",
+            ("student", "what"),
+            [
+                (r.student_id, LINE_BREAK.join(map(sentence, c)))
+                for r in found.results
+                if (c := _changed(r))
+            ],
+            "From the CSV of changes.",
+        ),
+        (
             "Files that were not graded",
             ("file", "why"),
-            [(name, sentence(why)) for name, why in found.ungraded],
+            [(name, sentence(why)) for name, why in _files(found.ungraded)],
         ),
         (
             "Late",
@@ -130,6 +142,17 @@ def _students(found: ClassResult) -> list[tuple]:
             [(r.student_id, r.row["name"]) for r in found.results if r.status == "missing"],
         ),
     ]
+
+
+def _files(ungraded: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    rest = len(ungraded) - MOST_FILES
+    return [*ungraded[:MOST_FILES], *([(f"and {rest} more", "")] if rest > 0 else [])]
+
+
+def _changed(result: Result) -> list[str]:
+    """What the instructor changed for one student."""
+    points = [f"{m.exercise.function}: {m.changed}" for m in result.marks if m.by_hand is not None]
+    return [*points, *([result.comment] if result.comment else [])]
 
 
 def _hardest(assignment: Assignment, graded: Sequence[Result]) -> list[tuple]:

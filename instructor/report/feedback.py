@@ -9,6 +9,7 @@ from ..assignment import Assignment, Case
 from ..build import selfcheck
 from ..grade.marking import points_of
 from ..grade.results import Result
+from ..grade.rubric import show_points
 from .page import page
 
 SIGNS = {
@@ -19,16 +20,25 @@ SIGNS = {
 }
 
 
-def feedback(assignment: Assignment, result: Result) -> str:
-    """The page of one student whose work came back."""
+def feedback(assignment: Assignment, result: Result, out_of: float | None = None) -> str:
+    """The page of one student whose work came back.
+
+    Args:
+        assignment: Which.
+        result: The student's.
+        out_of: Points of the assignment as it counts; all of its points if None.
+    """
+    out_of = assignment.points if out_of is None else out_of
     return page(
         "feedback",
         assignment=assignment,
         result=result,
-        overall=_overall(result.score / assignment.points),
+        out_of=out_of,
+        overall=_overall(result.score / out_of if out_of else 0.0),
         reread=_reread(result),
         signs=SIGNS,
         points_of=points_of,
+        show_points=show_points,
         show_call=_show_call,
     )
 
@@ -51,7 +61,7 @@ def _reread(result: Result) -> list[str]:
     """What to reread: once each, what costs most first."""
     lost: dict[str, float] = {}
     for mark in result.marks:
-        missing = mark.exercise.points - mark.earned
+        missing = mark.weight * (mark.exercise.points - mark.earned)
         if missing > 0:
             lost[mark.exercise.reread] = lost.get(mark.exercise.reread, 0.0) + missing
     return [place for place, _ in sorted(lost.items(), key=lambda pair: -pair[1])]

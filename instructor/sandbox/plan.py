@@ -13,14 +13,16 @@ from __future__ import annotations
 import ast
 import builtins
 import difflib
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .shape import shape
 from .source import Notebook, Statement, defines, parse
 
 PLACEHOLDER = "..."  # the student id of a notebook that nobody has filled in
-LONGEST_ID = 200  # characters
+LONGEST_ID, MOST_NAMES = 200, 100  # characters, names of functions
 
 
 def read(data: bytes, functions: Sequence[str]) -> dict:
@@ -32,6 +34,8 @@ def read(data: bytes, functions: Sequence[str]) -> dict:
 
     Returns:
         `student_id` (None if not filled in); `python`, that of the kernel (empty if unknown);
+        `public`, the `digest` of the public numbers that it was built with (empty without any);
+        `defines`, names of functions;
         `statements`, a list of `[cell, text]`; and `functions`: by name a dictionary with `plans`
         (each says how many statements a kernel has run, and the numbers of those that the function
         cannot do without), `shape`, `parts`, `definitions`, `broken` (whether a cell with it does
@@ -44,9 +48,37 @@ def read(data: bytes, functions: Sequence[str]) -> dict:
     return {
         "student_id": _student_id(notebook.statements),
         "python": notebook.python,
+        "public": _public(notebook.statements),
+        "defines": _defines(notebook.statements),
         "statements": [[s.cell, s.text] for s in notebook.statements],
         "functions": {name: _function(name, notebook) for name in functions},
     }
+
+
+def digest(public: Mapping[str, Sequence[Sequence]]) -> str:
+    """Of public numbers: by function, the arguments of each case."""
+    return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _public(statements: Sequence[Statement]) -> str:
+    for statement in statements:
+        text = getattr(getattr(statement.node, "value", None), "value", None)
+        if "PUBLIC" in statement.binds and isinstance(text, str):
+            try:
+                return digest(
+                    {
+                        name: [case["arguments"] for case in exercise["cases"]]
+                        for name, exercise in json.loads(text).items()
+                    }
+                )
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                return ""
+    return ""
+
+
+def _defines(statements: Sequence[Statement]) -> list[str]:
+    found = {s.node.name[:LONGEST_ID] for s in statements if isinstance(s.node, ast.FunctionDef)}
+    return sorted(found)[:MOST_NAMES]
 
 
 def _student_id(statements: Sequence[Statement]) -> str | None:

@@ -11,14 +11,13 @@ from .source import defines, without_annotations
 def shape(node: ast.stmt) -> tuple[str, int]:
     """A key that two functions share if they do the same in the same order; and how many parts.
 
-    Two students' functions of one shape differ at most in names, comments, docstring, layout. A
-    function that is nested too deep to be looked at has the empty key and no part.
+    Two students' functions of one shape differ at most in names, comments, layout and statements
+    that do nothing. A function that is nested too deep to be looked at has the empty key and no part.
     """
     try:
         copy = without_annotations(node)
         for part in ast.walk(copy):
-            if defines(part):
-                _drop_docstring(part)
+            _drop_idle(part)
         count = _rename(copy)
         text = ast.dump(copy)
     except (RecursionError, MemoryError):
@@ -26,10 +25,19 @@ def shape(node: ast.stmt) -> tuple[str, int]:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24], count
 
 
-def _drop_docstring(node: ast.AST) -> None:
-    first = node.body[0]
-    if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-        node.body = node.body[1:] or [ast.Pass()]
+def _drop_idle(node: ast.AST) -> None:
+    """Drop the statements that do nothing: docstrings and other texts, `pass`, bare numbers."""
+    for field in ("body", "orelse", "finalbody"):
+        block = getattr(node, field, None)
+        if isinstance(block, list):
+            kept = [one for one in block if not _idle(one)]
+            setattr(node, field, kept or ([ast.Pass()] if field == "body" else []))
+
+
+def _idle(node: ast.AST) -> bool:
+    return isinstance(node, ast.Pass) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    )
 
 
 def _rename(node: ast.stmt) -> int:

@@ -16,7 +16,7 @@ import pytest
 
 from instructor.assignment import Case, load, numbers
 from instructor.grade import copies, grading, marking, results
-from instructor.grade.grade import grade, local_time, main
+from instructor.grade.grade import due_time, grade, main
 from instructor.sandbox import plan
 from tests.instructor.classroom import (
     SECRET,
@@ -84,7 +84,7 @@ def test_scores_are_the_truth(graded):
 def test_three_runs_are_byte_identical(graded, tmp_path):
     _, _, folder, arguments = graded
     first = outputs(folder / "out")
-    assert len(first) == COUNT + 2
+    assert len(first) == COUNT + 3  # a page each, two lists, the zip of the pages
     for run in ("second", "third"):
         grade(TINY, *arguments[:3], tmp_path / run / "grades.csv")
         assert outputs(tmp_path / run) == first
@@ -328,15 +328,14 @@ def test_same_code_and_anothers_answers_are_flagged_with_evidence(tmp_path):
             },
         ),
     )
-    assert [(alike.students, alike.evidence) for alike in found.alike] == [
-        (("s001", "s002"), "`mean_loss` is not right and the same but for names and layout"),
-        (
-            ("s001", "s002"),
-            "answers of s002 that are right with the numbers of s001: "
-            f"effective_batch, your cluster: {answers[0]}; "
-            f"effective_batch, another cluster: {answers[1]}",
-        ),
-    ]
+    (alike,) = found.alike  # one line for the two, whatever speaks for it
+    assert alike.students == ("s001", "s002")
+    assert alike.evidence == (
+        "`mean_loss` is not right and the same but for names and layout; "
+        "answers of s002 that are right with the numbers of s001: "
+        f"effective_batch, your cluster: {answers[0]}; "
+        f"effective_batch, another cluster: {answers[1]}"
+    )
     assert "alike with s001, see the class report" in found.results[1].flags
     report = (tmp_path / "out/class_report.html").read_text("utf-8")
     assert "no verdict" in report and str(answers[1]) in report
@@ -418,8 +417,53 @@ def test_a_long_right_function_is_listed_by_however_many_it_is_shared():
     other = inspect.getsource(exercise.solution).replace("bad - good > 1", "good + 1 < bad")
     for count in (2, 60):
         (found,) = alike_in("effective_batch", "largest_micro_batch", count, other)
-        assert len(found.students) == count and "the same to the letter" in found.evidence
+        assert len(found.students) == count and "the same but for names" in found.evidence
     assert alike_in("effective_batch", "largest_micro_batch", 1, other) == []
+
+
+DISGUISES = {
+    "a comment": lambda text: text.replace(":\n", ":  # mine\n", 1),
+    "comments everywhere": lambda text: text.replace("\n", "  # step\n"),
+    "a docstring": lambda text: text.replace(":\n", ':\n    """My own."""\n', 1),
+    "empty lines": lambda text: text.replace("\n    ", "\n\n    "),
+    "line ends of Windows": lambda text: text.replace("\n", "\r\n"),
+    "tabs": lambda text: text.replace("    ", "\t"),
+    "names": lambda text: text.replace("good", "lo").replace("bad", "hi").replace("middle", "m"),
+    "arguments": lambda text: text.replace("per_rank", "n").replace("fits", "ok"),
+    "annotations": lambda text: text.replace("(per_rank, fits)", "(per_rank: int, fits) -> int"),
+    "parentheses": lambda text: text.replace("(good + bad) // 2", "((good + (bad)) // (2))"),
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_no_disguise_hides_a_copy(disguise):
+    (exercise,) = [
+        e for e in load("effective_batch").exercises if e.function == "largest_micro_batch"
+    ]
+    other = inspect.getsource(exercise.solution).replace("bad - good > 1", "good + 1 < bad")
+    copied = DISGUISES[disguise](other)
+    assert copied != other
+    marks, code = {}, {}
+    for own, text in (("s1", other), ("s2", copied)):
+        cases = exercise.cases(numbers("effective_batch", own, SECRET))
+        marks[own] = [marking.mark(exercise, cases, [{"value": c.expected} for c in cases])]
+        code[own] = plan.read(notebook([text]), [exercise.function])["functions"]
+    (found,) = copies.find(marks, code)
+    assert found.students == ("s1", "s2")
+
+
+def test_a_ring_is_one_line():
+    """a with b, b with c in another exercise, d with e: two groups."""
+    pairs = [copies.Alike(("a", "b"), "x"), copies.Alike(("b", "c"), "y")]
+    pairs += [copies.Alike(("d", "e"), "z"), copies.Alike(("d", "e"), "w")]
+    found = copies._merged(pairs)
+    assert [(one.students, one.evidence) for one in found] == [
+        (("a", "b", "c"), "a, b: x; b, c: y"),
+        (("d", "e"), "w; z"),
+    ]
+    many = [copies.Alike((f"s{n:03}", "s999"), "x") for n in range(300)]
+    (one,) = copies._merged(many)
+    assert len(one.students) == 301 and "and 290 more" in one.evidence
 
 
 def test_small_wrong_answers_in_common_are_no_evidence(tmp_path):
@@ -549,7 +593,7 @@ def test_output_that_is_a_folder_is_refused_before_anybody_is_graded(tmp_path):
 @pytest.mark.parametrize("text", ["30.11.2026", "2026-11-30", "tomorrow"])
 def test_due_time_that_is_none_is_refused(text):
     with pytest.raises(ArgumentTypeError, match=f"--due must look like .*, got '{text}'"):
-        local_time(text)
+        due_time(text)
 
 
 def test_where_processes_have_no_limits_it_declines_with_advice():
@@ -562,11 +606,11 @@ def test_where_processes_have_no_limits_it_declines_with_advice():
     assert "use WSL or a Linux container" in done.stderr
 
 
-def test_due_time_with_a_zone_is_turned_into_local_time():
-    assert local_time("2026-11-01T23:59") == datetime(2026, 11, 1, 23, 59)
+def test_due_time_with_a_zone_is_turned_into_due_time():
+    assert due_time("2026-11-01T23:59") == datetime(2026, 11, 1, 23, 59)
     here = datetime(2026, 11, 1, 12).astimezone()
-    assert local_time(here.isoformat()) == datetime(2026, 11, 1, 12)
-    assert local_time((here + timedelta(hours=3)).astimezone(UTC).isoformat()).hour == 15
+    assert due_time(here.isoformat()) == datetime(2026, 11, 1, 12)
+    assert due_time((here + timedelta(hours=3)).astimezone(UTC).isoformat()).hour == 15
 
 
 def test_grader_imports_no_torch():

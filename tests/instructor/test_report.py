@@ -124,11 +124,13 @@ def a_class(text):
         marks.append(mark(exercise, cases, replies, [text]))
     marks[1] = replace(marks[1], outcomes=(), problem=text)
     row = {"student_id": text, "name": text}
-    graded = Result(row, "graded", text, "", text, marks, [text, text])
+    marks[2] = replace(marks[2], by_hand=1.0, comment=text)
+    graded = Result(row, "graded", text, "", text, 0.1, text, marks, [text, text])
     refused = Result(row, "refused", text, text)
     missing = Result(row)
     alike = [Alike((text, text), text)]
-    return graded, refused, ClassResult([graded, refused, missing], [(text, text)], alike, text)
+    results = [graded, refused, missing]
+    return graded, refused, ClassResult(results, 10.0, [(text, text)], alike, text, [text])
 
 
 def shown(text):
