@@ -301,7 +301,10 @@ MATRIX_PRODUCTS = {
     "aten::_grouped_mm",
     "bitsandbytes::gemm_4bit",
 }
-NO_WORK = {
+NO_WORK = {  # views, what allocates only, what the host does
+    "aten::_local_scalar_dense",
+    "profiler::_record_function_enter_new",
+    "profiler::_record_function_exit",
     "aten::_unsafe_view",
     "aten::detach",
     "aten::lift_fresh",

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from fitcast.memory.report import Block, Event
-from fitcast.memory.stream import Stream
+from fitcast.memory.stream import Stream, Work
 
 RUN = 4  # layers of a kind that are run: first, two to compare, last
 
@@ -41,6 +41,7 @@ class Segment:
     operations: int = 0
     flops: int = 0
     seconds: float = 0.0
+    shared: list[Work] = field(default_factory=list)  # of operations over several layers' tensors
     marks: tuple[str, ...] = ()  # moments just before
 
 
@@ -197,11 +198,14 @@ class _Cutter:
     def spread_work(self) -> None:
         """Work belongs to the segment of the event before it."""
         last = len(self._segment_of) - 1
-        for n_before, operations, flops, seconds in self._stream.work:
-            segment = self._segment_of[min(max(n_before - 1, 0), last)]
-            segment.operations += operations
-            segment.flops += flops
-            segment.seconds += seconds
+        for work in self._stream.work:
+            segment = self._segment_of[min(max(work.n_events - 1, 0), last)]
+            if work.shares:
+                segment.shared.append(work)
+            else:
+                segment.operations += work.operations
+                segment.flops += work.flops
+                segment.seconds += work.seconds
 
 
 def _number_passes(segments: list[Segment]) -> None:
@@ -298,6 +302,8 @@ class _Expansion:
             for place in self._order(number):
                 for segment in group:
                     self._write(segment, place)
+            for segment in group:
+                self._deep.work += map(self._work_of_more_layers, segment.shared)
         for name, position in self._shallow.marks.items():
             if position == len(self._shallow.events):
                 self._deep.marks[name] = len(self._deep.events)
@@ -325,7 +331,22 @@ class _Expansion:
             elif name not in self._made:
                 raise NotRepeating(f"{name} is freed before it is allocated")
             deep.events.append((sign, self._made[name], phase))
-        deep.work.append((len(deep.events), segment.operations, segment.flops, segment.seconds))
+        deep.work.append(Work(len(deep.events), segment.operations, segment.flops, segment.seconds))
+
+    def _work_of_more_layers(self, work: Work) -> Work:
+        """An operation over the tensors of several layers, as of the optimizer, grows with them.
+
+        It stays one operation; one on a single layer's tensors is done again for each further one.
+        """
+        more = {layer: len(self._places[layer]) - 1 for layer in work.shares}
+        factor = 1 + sum(share * more[layer] for layer, share in work.shares.items())
+        again = sum(more.values()) if len(work.shares) == 1 else 0
+        return Work(
+            len(self._deep.events),
+            work.operations * (1 + again),
+            round(work.flops * factor),
+            work.seconds * factor,
+        )
 
     def _name_at(self, block: int, segment: Segment, place: int | None) -> Name:
         """The block's name in the deep model, seen from a layer's place there."""

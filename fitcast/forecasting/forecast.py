@@ -22,7 +22,7 @@ from fitcast import models
 from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
 from fitcast.forecasting import cache, depth, fake
-from fitcast.forecasting.run import MICRO_BATCHES, fake_run
+from fitcast.forecasting.run import fake_run
 from fitcast.forecasting.verdict import Forecast, report
 from fitcast.gpus import T4, Gpu
 from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
@@ -63,9 +63,11 @@ def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
 
 
 def _forecast(recipe: TrainRecipe, gpu: Gpu) -> Forecast:
-    repeats = max(1.0, recipe.gradient_accumulation_steps / MICRO_BATCHES)
     return report(
-        run_stream(recipe, gpu), gpu, repeats=repeats, expandable=recipe.expandable_segments
+        run_stream(recipe, gpu),
+        gpu,
+        micro_batches=recipe.gradient_accumulation_steps,
+        expandable=recipe.expandable_segments,
     )
 
 

@@ -128,8 +128,8 @@ def forecast_run(
         model, arguments, peft_config, quantization_config, dtype, attn_implementation,
         sequence_length, padded, trainer, trainer_options,
     )  # fmt: skip
-    repeats = max(1.0, arguments.gradient_accumulation_steps / MICRO_BATCHES)
-    return report(run_stream(run, gpu), gpu, repeats=repeats)
+    micro_batches = arguments.gradient_accumulation_steps
+    return report(run_stream(run, gpu), gpu, micro_batches=micro_batches)
 
 
 def notes(run: Run) -> tuple[str, ...]:

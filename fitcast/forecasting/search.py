@@ -27,7 +27,7 @@ from fitcast.step.levers import odd_head
 from fitcast.units import show_bytes, with_article
 
 UTILISATION = 0.6
-LAUNCH_SECONDS = 4e-5  # of one operation, Python included: recorded_runs.json, group "launch"
+LAUNCH_SECONDS = 4.5e-5  # of one operation, Python included: recorded_runs.json, group "launch"
 
 
 class DoesNotFit(ValueError, MemoryError):

@@ -10,12 +10,13 @@ Not modelled: what other work in the same process left in the allocator, beyond 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from fitcast.cuda.allocator import LARGE_SEGMENT, Playback, segment_bytes
 from fitcast.gpus import Gpu
 from fitcast.memory.report import MemoryReport, replay
-from fitcast.memory.stream import Stream, later_step
+from fitcast.memory.stream import Stream, Work, later_step
 from fitcast.units import show_bytes, with_article
 
 Events = list[tuple[int, int, str]]
@@ -115,14 +116,17 @@ def moments(stream: Stream) -> Moments:
     )
 
 
-def report(stream: Stream, gpu: Gpu, *, repeats: float = 1, expandable: bool = False) -> Forecast:
+def report(
+    stream: Stream, gpu: Gpu, *, micro_batches: int = 1, expandable: bool = False
+) -> Forecast:
     """What a stream of memory events will be on a GPU.
 
     Args:
         stream: Loading and first step, with the marks "load" and "ready"; or a reader's own step,
             with "ready" alone.
         gpu: The card.
-        repeats: How often the work of the stream's step is done.
+        micro_batches: How many the step has. The stream holds the first ones of them; the further
+            ones do what its last one does. The optimizer's work is done once.
         expandable: Whether the allocator grows one segment (`expandable_segments`).
     """
     cut = moments(stream)
@@ -144,7 +148,7 @@ def report(stream: Stream, gpu: Gpu, *, repeats: float = 1, expandable: bool = F
     blocks = [block.resized(sizes.get(index, 0)) for index, block in enumerate(stream.blocks)]
     seen = replay(blocks, alive, cut.later, falling.allocator.allocated_bytes)
     peaks = {phase: n for phase, n in falling.phase_peaks.items() if phase != "start"}
-    operations, flops, seconds = _work(stream, repeats)
+    work = work_of_step(stream, micro_batches)
     return Forecast(
         **vars(seen) | {"phase_peaks": peaks},
         gpu=gpu,
@@ -152,9 +156,9 @@ def report(stream: Stream, gpu: Gpu, *, repeats: float = 1, expandable: bool = F
         fits=_fits(stream, cut, gpu, peak_bytes, bounds[1], expandable),
         loaded_bytes=loaded_bytes,
         resident_bytes=resident_bytes,
-        operations=operations,
-        flops=flops,
-        ideal_seconds=seconds,
+        operations=work.operations,
+        flops=work.flops,
+        ideal_seconds=work.seconds,
     )
 
 
@@ -194,13 +198,32 @@ def _reserved_bounds(peak: int, simulated: tuple[int, int], largest: int) -> tup
     return low, high
 
 
-def _work(stream: Stream, repeats: float) -> tuple[int, int, float]:
-    """Operations, FLOPs and seconds of the step."""
-    after = [work[1:] for work in stream.work if work[0] > stream.marks["ready"]]
-    operations, flops, seconds = (
-        repeats * sum(column) for column in zip((0, 0, 0.0), *after, strict=True)
+def work_of_step(stream: Stream, micro_batches: int) -> Work:
+    """What a step computes, with as many micro batches as it has.
+
+    A micro batch ends with the last event of its backward pass; what comes after the last one
+    (unscale, clip, update) is done once a step.
+    """
+    ready, phases = stream.marks["ready"], [phase for _, _, phase in stream.events]
+    ends = [
+        n + 1
+        for n, phase in enumerate(phases)
+        if n >= ready and phase == "backward" and phases[n + 1 : n + 2] != ["backward"]
+    ]
+    parts: list[list[Work]] = [[] for _ in [*ends, "update"]]
+    for work in stream.work:
+        if work.n_events > ready:
+            parts[bisect_left(ends, work.n_events)].append(work)
+    further = max(0, micro_batches - len(ends)) if ends else 0
+    times = [1] * len(parts)
+    times[-2:-1] = [1 + further]  # the last micro batch stands for the further ones
+    counted = list(zip(times, parts, strict=True))
+    return Work(
+        n_events=len(phases),
+        operations=sum(n * work.operations for n, part in counted for work in part),
+        flops=sum(n * work.flops for n, part in counted for work in part),
+        seconds=sum(n * work.seconds for n, part in counted for work in part),
     )
-    return int(operations), int(flops), seconds
 
 
 def _fits(

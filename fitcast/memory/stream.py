@@ -9,7 +9,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,7 +20,26 @@ from fitcast.memory.ledger import MemoryLedger
 from fitcast.memory.report import Block, Event, tensors_in
 from fitcast.units import Said, refusal
 
-Work = tuple[int, int, int, float]  # events before, operations, FLOPs, seconds
+
+class Work(NamedTuple):
+    """What one or some operations do.
+
+    Attributes:
+        n_events: Number of events before their end.
+        operations: How many they are.
+        flops: Their multiplications and additions.
+        seconds: How long they take at least.
+        shares: Of an operation outside of all modules, as the optimizer's: layer -> the part of
+            its traffic that belongs to it.
+        made: Of such an operation: the block that it has just made, if any.
+    """
+
+    n_events: int
+    operations: int
+    flops: int
+    seconds: float
+    shares: dict[int, float] = {}
+    made: int | None = None
 
 
 @dataclass
@@ -31,7 +50,8 @@ class Stream:
         blocks: Every storage, with its size as asked for.
         events: (+1 or -1, index of the block, phase) for each allocation or free, in order.
         marks: Name of a moment -> number of events before it.
-        work: Events before, operations, FLOPs and seconds of one or some operations.
+        work: What was computed. Of what is done once, to make what stays (the optimizer's state),
+            nothing.
         growing: Bytes that a block of no layer gains with each further layer.
         layers: Which layer a block's module belongs to.
     """
@@ -85,6 +105,34 @@ class DeviceLedger(MemoryLedger):
             )
         super()._start_optimizer(optimizer)
 
+    def note_work(
+        self, flops: int, seconds: float, tensors: list[torch.Tensor], result: object
+    ) -> None:
+        """Note an operation that has just been done.
+
+        Args:
+            flops: Its multiplications and additions.
+            seconds: How long it takes at least.
+            tensors: What it reads and writes.
+            result: What it gives back.
+        """
+        if self._modules or torch._C._current_graph_task_id() != -1:
+            self.work.append(Work(len(self._events), 1, flops, seconds))
+            return
+        newest = len(self._blocks) - 1
+        made = newest if any(self._block_of(t) == newest for t in tensors_in(result)) else None
+        self.work.append(Work(len(self._events), 1, flops, seconds, self._shares(tensors), made))
+
+    def _shares(self, tensors: list[torch.Tensor]) -> dict[int, float]:
+        """layer -> which part of the tensors' bytes is its own; all, if it is the only layer."""
+        n_bytes: dict[int, int] = {}
+        for tensor in tensors:
+            layer = self.layers.unit(self._module_of(tensor))
+            if layer is not None:
+                n_bytes[layer] = n_bytes.get(layer, 0) + _bytes_of(tensor)
+        total = sum(n_bytes.values() if len(n_bytes) == 1 else map(_bytes_of, tensors))
+        return {layer: n / total for layer, n in n_bytes.items() if n}
+
     def mark(self, name: str) -> None:
         """Name this moment."""
         self.marks[name] = len(self._events)
@@ -134,12 +182,13 @@ class DeviceLedger(MemoryLedger):
 
     def _module_of(self, tensor: object) -> str:
         """Path of the module to which the block of a fake tensor belongs, "" where it has none."""
-        index = (
-            self._index.get(tensor.untyped_storage()._cdata)
-            if isinstance(tensor, FakeTensor)
-            else None
-        )
+        index = self._block_of(tensor)
         return "" if index is None else self._blocks[index].module
+
+    def _block_of(self, tensor: object) -> int | None:
+        if not isinstance(tensor, FakeTensor):
+            return None
+        return self._index.get(tensor.untyped_storage()._cdata)
 
     def _module_now(self) -> str:
         """Outside of modules, a tensor belongs where the one does that it was made from."""
@@ -149,11 +198,16 @@ class DeviceLedger(MemoryLedger):
         """What was seen so far; blocks that existed before come first."""
         existed = [(1, block, "start") for block in self._initial]
         before = len(existed)
+        gone = {block for sign, block, _ in self._events if sign < 0}
         return Stream(
             blocks=self._blocks,
             events=existed + self._events,
             marks={name: before + n for name, n in self.marks.items()},
-            work=[(before + n, count, flops, seconds) for n, count, flops, seconds in self.work],
+            work=[
+                work._replace(n_events=before + work.n_events)
+                for work in self.work
+                if work.made is None or work.made in gone
+            ],
             growing=self.growing,
             layers=self.layers,
         )
@@ -173,9 +227,14 @@ def work_recorder(ledger: DeviceLedger, gpu: Gpu) -> Callable[[int, tuple, objec
 
     def record(flops: int, args: tuple, result: object) -> None:
         tensors = list(tensors_in((args, result)))
-        traffic = sum(t.numel() * t.itemsize for t in tensors)  # bytes
+        traffic = sum(map(_bytes_of, tensors))
         rate = gpu.matmul_flops if tensors and tensors[0].itemsize < 4 else gpu.float32_flops
         seconds = max(flops / rate, traffic / gpu.bandwidth)
-        ledger.work.append((len(ledger._events), 1, flops, seconds))
+        ledger.note_work(flops, seconds, tensors, result)
 
     return record
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    """Bytes that an operation moves which reads or writes all of a tensor once."""
+    return tensor.numel() * tensor.itemsize

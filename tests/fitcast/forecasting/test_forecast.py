@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from course_utils.data import BUNDLED
 from course_utils.topics import recorded
 from fitcast import gpus, models
-from fitcast.forecasting import depth
+from fitcast.forecasting import depth, run
 from fitcast.forecasting.fake import fake_model
-from fitcast.forecasting.forecast import forecast, forecast_step, run_stream
+from fitcast.forecasting.forecast import checked_config, forecast, forecast_step, run_stream
+from fitcast.forecasting.verdict import work_of_step
 from fitcast.gpus import T4
 from fitcast.memory.stream import later_step
 from fitcast.recipe import TrainRecipe
@@ -260,20 +262,20 @@ def test_few_layers_give_every_event_of_many(tmp_path, model, changes, layers, c
 
     def events(stream):
         runs = itertools.groupby(stream.events, key=lambda event: event[0])
-        for sign, run in runs:
+        for sign, several in runs:
             blocks = [
                 (stream.blocks[block].n_bytes, stream.blocks[block].module, phase)
-                for _, block, phase in run
+                for _, block, phase in several
             ]
             yield sign, blocks if sign > 0 else sorted(blocks)
 
     assert list(events(deep)) == list(events(whole))
     assert deep.marks == whole.marks
-    (operations, flops), (expected, all_flops) = (
-        [sum(work[part] for work in stream.work) for part in (1, 2)] for stream in (deep, whole)
+    few_work, all_work = (
+        work_of_step(stream, recipe.gradient_accumulation_steps) for stream in (deep, whole)
     )
-    assert flops == all_flops
-    assert operations == pytest.approx(expected, rel=0.03)  # the optimizer's are of no layer
+    assert (few_work.operations, few_work.flops) == (all_work.operations, all_work.flops)
+    assert few_work.seconds == pytest.approx(all_work.seconds, rel=1e-6)
 
 
 def test_layers_that_differ_are_not_repeated():
@@ -310,6 +312,40 @@ def test_fits_is_the_question_of_the_gpu():
     assert not forecast(usual).fits and forecast(usual).margin_bytes < 0
     assert forecast(lean).fits and forecast(lean).margin_bytes > 0
     assert forecast(usual, gpus.A100).fits
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base": "float32", "lora_rank": None, "optimizer": "adamw", "lora_dropout": 0.0},
+        {"amp_dtype": "float16"},
+    ],
+)
+def test_further_micro_batches_repeat_the_second_and_the_optimizer_nothing(monkeypatch, changes):
+    """Against a step in which all five micro batches are run."""
+    recipe = TrainRecipe(
+        model=BUNDLED, sequence_length=64, gradient_accumulation_steps=5, **changes
+    )
+    said = forecast(recipe)
+    monkeypatch.setattr(run, "MICRO_BATCHES", 5)
+    stream = run.fake_run(recipe, T4, checked_config(recipe))
+    done = work_of_step(stream, 5)
+    labels_counted = 3 * 3  # before the first micro batch: three small operations for each
+    assert (said.operations + labels_counted, said.flops) == (done.operations, done.flops)
+    assert said.ideal_seconds == pytest.approx(done.seconds, rel=1e-4)
+
+
+def test_a_larger_batch_pays_for_one_update():
+    """A full fine-tune, where the optimizer reads and writes most of what a step moves."""
+    recipe = TrainRecipe(
+        model=BUNDLED, base="float32", lora_rank=None, optimizer="adamw", sequence_length=16
+    )
+    one, two, many = (
+        forecast(dataclasses.replace(recipe, gradient_accumulation_steps=n)).ideal_seconds
+        for n in (1, 2, 64)
+    )
+    assert many == pytest.approx(one + 63 * (two - one), rel=0.001)
+    assert many < 0.9 * 32 * two
 
 
 def test_accumulation_repeats_the_second_micro_batch():

@@ -10,10 +10,19 @@ import pytest
 from transformers import GraniteConfig
 
 from course_utils.data import BUNDLED
+from course_utils.topics import recorded
 from fitcast import models
 from fitcast.forecasting import search
 from fitcast.forecasting.forecast import forecast
-from fitcast.forecasting.search import DoesNotFit, Lever, fit, levers, tokens_per_second
+from fitcast.forecasting.search import (
+    LAUNCH_SECONDS,
+    UTILISATION,
+    DoesNotFit,
+    Lever,
+    fit,
+    levers,
+    tokens_per_second,
+)
 from fitcast.gpus import H200, T4
 from fitcast.recipe import TrainRecipe
 from fitcast.units import MIB
@@ -192,3 +201,12 @@ def test_speed_of_large_steps_is_the_measured_one(tmp_path):
         )
         estimate = tokens_per_second(recipe, forecast(recipe, gpu))
         assert estimate == pytest.approx(row["tokens_per_s"], rel=0.1)
+
+
+def test_speed_of_a_step_of_small_operations_is_pythons():
+    """The recorded step of 64 tokens, where the GPU waits for Python."""
+    (row,) = (row for row in recorded.recording()["rows"] if row["group"] == "launch")
+    recipe = TrainRecipe(**row["recipe"])
+    f = forecast(recipe, dataclasses.replace(H200, flash_attention=False))  # it ran on an H200
+    assert f.operations * LAUNCH_SECONDS > 2 * f.ideal_seconds / UTILISATION
+    assert tokens_per_second(recipe, f) == pytest.approx(row["tokens_per_second"], rel=0.02)

@@ -312,7 +312,7 @@ def test_a_model_is_not_kept_alive_by_the_ledger_that_watches_it():
 
 def test_a_device_ledgers_stream_can_be_asked_for_twice():
     from fitcast.forecasting.fake import fake_tensors
-    from fitcast.memory.stream import DeviceLedger
+    from fitcast.memory.stream import DeviceLedger, Work
 
     ledger = DeviceLedger()
     with fake_tensors():
@@ -320,7 +320,7 @@ def test_a_device_ledgers_stream_can_be_asked_for_twice():
         with ledger:
             y = x + 1
             ledger.mark("made")
-            ledger.work.append((1, 1, 0, 0.0))
+            ledger.work.append(Work(1, 1, 0, 0.0))
         once, again = ledger.stream(), ledger.stream()
         del y  # and what is freed afterwards is not in a stream that was handed out
     assert once == again and len(once.events) == 2 and once.marks == {"made": 2}
