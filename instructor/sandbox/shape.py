@@ -12,7 +12,7 @@ def shape(node: ast.stmt) -> tuple[str, int]:
     """A key that two functions share if they do the same in the same order; and how many parts.
 
     Two students' functions of one shape differ at most in names, comments, layout and statements
-    that do nothing. A function that is nested too deep to be looked at has the empty key and no part.
+    that do nothing. One that is nested too deep to be looked at has the empty key and no part.
     """
     try:
         copy = without_annotations(node)

@@ -246,6 +246,242 @@ def effective_batch(a, b, c):
 }
 
 
+# Kinds that published escapes from sandboxes and faults of graders have made known: nbgrader,
+# otter-grader, Gradescope's autograders, JupyterHub; and those that this grader once had.
+NONCE = """    import json, os, sys
+    frame = sys._getframe(1)
+    while "case" not in frame.f_locals:
+        frame = frame.f_back
+    nonce = frame.f_locals["case"]["nonce"]
+"""
+CODE |= {
+    "has the kernel kill the grader": (
+        BATCH + "    import fcntl\n    flags = fcntl.fcntl(3, fcntl.F_GETFL)\n"
+        "    fcntl.fcntl(3, fcntl.F_SETFL, flags | 0o20000)\n    fcntl.fcntl(3, 10, 9)\n"
+        "    fcntl.fcntl(3, fcntl.F_SETOWN, PARENT)\n    return a * b * c",
+        "raised PermissionError",
+        0,
+    ),
+    "answer nested deep": (
+        BATCH + "    x = 0\n    for _ in range(400): x = [x]\n    return x",
+        "nested far too deep",
+        0,
+    ),
+    "answer nested deep, by the pipe": (
+        BATCH + NONCE + "    deep = b'[' * 9000 + b']' * 9000\n"
+        '    os.write(3, b\'{"nonce": "%s", "value": %s}\\n\' % (nonce.encode(), deep))\n'
+        "    os._exit(0)",
+        "nested far too deep|meddled",
+        0,
+    ),
+    "folders in folders": (
+        "import os\n" + BATCH + "    for _ in range(20_000):\n"
+        "        os.mkdir('d')\n        os.chdir('d')\n    return a * b * c",
+        "raised",
+        0,
+    ),
+    "fills the disk": (
+        BATCH + "    for n in range(10_000): open(f'/tmp/{n}', 'wb').write(bytes(1 << 20))",
+        "raised",
+        0,
+    ),
+    "writes the autograder's results": (
+        "import json, os\n" + BATCH + "    os.makedirs('/autograder/results', exist_ok=True)\n"
+        "    json.dump({'score': 100}, open('/autograder/results/results.json', 'w'))",
+        "raised",
+        0,
+    ),
+    "reads the tests": (
+        "import glob\n" + BATCH + "    return sorted(glob.glob('/**/*secret*', recursive=True)"
+        " + glob.glob('/**/tests/*.py', recursive=True))[:9]",
+        r"answered \[|raised|did not come back",
+        0,
+    ),
+    "patches what writes the answer": (
+        "import json, os\n" + BATCH + "    real = os.write\n"
+        "    os.write = lambda fd, data: real(fd, bytes(data).replace(b'wrong', b'right'))\n"
+        "    return 'wrong'",
+        "answered 'right'",
+        0,
+    ),
+    "closes the pipe": (
+        "import os\n" + BATCH + "    os.close(3)\n    return a * b * c",
+        "ended",
+        0,
+    ),
+    "puts a file over the pipe": (
+        "import os\n" + BATCH + "    os.dup2(1, 3)\n    return a * b * c",
+        "ended|does not come|meddled",
+        0,
+    ),
+    "reads ahead": (
+        "import os\n" + BATCH + "    return os.read(3, 1 << 16).decode()",
+        "does not come",
+        0,
+    ),
+    "answers with an old nonce": (
+        "import json, os, sys\nKEPT = []\n" + BATCH + NONCE + "    KEPT.append(nonce)\n"
+        "    os.write(3, json.dumps({'nonce': KEPT[0], 'value': a * b * c}).encode() + b'\\n')\n"
+        "    return a * b * c",
+        "meddled",
+        None,
+    ),
+    "answers twice": (
+        BATCH + NONCE + "    line = json.dumps({'nonce': nonce, 'value': 1}).encode() + b'\\n'\n"
+        "    os.write(3, line * 2)\n    return a * b * c",
+        "meddled|answered 1",
+        0,
+    ),
+    "changes the case": (
+        "import sys\n" + BATCH + "    frame = sys._getframe(1)\n"
+        "    case = frame.f_locals['case']\n    case['arguments'] = [1, 1, 1]\n"
+        "    case['nonce'] = 'x'\n    return 1",
+        "answered 1",
+        0,
+    ),
+    "traces the grader's frames": (
+        "import sys\n" + BATCH + "    def trace(frame, event, arg):\n"
+        "        frame.f_globals['plain'] = lambda value: 7\n        return trace\n"
+        "    sys.settrace(trace)\n    sys._getframe(1).f_trace = trace\n    return 0",
+        "answered|meddled|raised",
+        0,
+    ),
+    "replaces the child's functions": (
+        "import sys\n" + BATCH + "    for name, module in list(sys.modules.items()):\n"
+        "        if name.startswith('instructor'):\n"
+        "            for key in list(vars(module)):\n"
+        "                if callable(getattr(module, key)):\n"
+        "                    setattr(module, key, lambda *a, **k: True)\n    return 0",
+        "answered|meddled|raised|ended",
+        0,
+    ),
+    "answer that is a verdict": (
+        BATCH + "    return {'value': a * b * c, 'verdict': 'right', 'earned': 99, 'points': 99}",
+        "answered {'value'",
+        0,
+    ),
+    "not a number": (BATCH + "    return float('nan')", "answered nan", 0),
+    "infinite": (BATCH + "    return float('inf')", "answered inf", 0),
+    "list without an end": (
+        "class Long(list):\n    def __iter__(self):\n        while True: yield 1\n"
+        + BATCH
+        + "    return Long([1])",
+        "more memory|did not come back|MemoryError|far too long",
+        0,
+    ),
+    "array that never comes": (
+        "class Slow:\n    def tolist(self):\n        while True: pass\n"
+        + BATCH
+        + "    return Slow()",
+        "did not come back",
+        0,
+    ),
+    "number that exits": (
+        "import os\nclass Gone:\n    def __float__(self): os._exit(0)\n"
+        + BATCH
+        + "    return Gone()",
+        "ended without an answer",
+        0,
+    ),
+    "class that lies": (
+        "class Liar:\n    __class__ = int\n    def __eq__(self, other): return True\n"
+        "    __hash__ = None\n" + BATCH + "    return Liar()",
+        "raised TypeError",
+        0,
+    ),
+    "metaclass that lies": (
+        "class Meta(type):\n    def __instancecheck__(cls, x): return True\n"
+        "class Yes(metaclass=Meta): pass\n"
+        + BATCH
+        + "    import builtins\n    builtins.int = builtins.float = Yes\n    return 'x'",
+        "answered 'x'|raised",
+        0,
+    ),
+    "exception without an end": (
+        "class Odd(Exception):\n    def __str__(self):\n        while True: pass\n"
+        + BATCH
+        + "    raise Odd",
+        "did not come back",
+        0,
+    ),
+    "exception that is no Exception": (
+        "class Odd(BaseException): pass\n" + BATCH + "    raise Odd('x')",
+        "raised Odd",
+        0,
+    ),
+    "interrupts": (BATCH + "    raise KeyboardInterrupt", "raised KeyboardInterrupt", 0),
+    "deaf to signals": (
+        "import signal\n" + BATCH + "    for number in range(1, 64):\n"
+        "        try: signal.signal(number, signal.SIG_IGN)\n"
+        "        except (OSError, ValueError): pass\n    while True: pass",
+        "did not come back|raised",
+        0,
+    ),
+    "raises its limits": (
+        "import resource\n" + BATCH + "    unlimited = resource.RLIM_INFINITY\n"
+        "    resource.setrlimit(resource.RLIMIT_CPU, (unlimited, unlimited))\n"
+        "    return a * b * c",
+        "raised",
+        0,
+    ),
+    "raises its priority": ("import os\n" + BATCH + "    os.nice(-20)", "raised|answered None", 0),
+    "dumps core": ("import os\n" + BATCH + "    os.abort()", "crashed|raised|ended", 0),
+    "null pointer": (
+        "import ctypes\n" + BATCH + "    return ctypes.string_at(0)",
+        "crashed|raised|not defined",
+        0,
+    ),
+    "calls the kernel itself": (
+        "import ctypes\n" + BATCH + "    libc = ctypes.CDLL(None, use_errno=True)\n"
+        "    return [libc.syscall(n, 0, 0, 0, 0) for n in (57, 62, 101, 425, 323, 157, 319, 41)]",
+        r"answered \[-1, -1, -1, -1, -1, -1, -1, -1\]|raised",
+        0,
+    ),
+    "a pickle": (
+        "import pickle\n"
+        + BATCH
+        + "    return pickle.loads(b\"cos\\nsystem\\n(S'touch CANARY'\\ntR.\")",
+        "raised|answered -1|answered 32512",  # what a shell says that never came to be
+        0,
+    ),
+    "says it at the exit": (
+        "import atexit, os\n"
+        + BATCH
+        + "    atexit.register(lambda: os.write(3, b'{\"score\": 100}\\n'))\n    return a * b * c",
+        "right",
+        3,
+    ),
+    "takes the place of a module": (
+        "import sys\n" + BATCH + "    for name in ('json', 'os', 'math', '__main__'):\n"
+        "        sys.modules[name] = None\n    return a * b * c",
+        "right|meddled|ended|raised",
+        None,
+    ),
+    "a bomb where the public cases are": (
+        "PUBLIC = '[' * 100_000\nPUBLIC = '" + "[" * 50_000 + "'\n" + RIGHT,
+        "right",
+        3,
+    ),
+    "an id without an end": ("STUDENT_ID = '" + "x" * 100_000 + "'\n" + RIGHT, "right", 3),
+    "a letter of another alphabet": (
+        RIGHT.replace("effective", "eff\u0435ctive"),
+        "was it renamed",
+        0,
+    ),
+    "shared memory": (
+        "import mmap, os\n" + BATCH + "    fd = os.open('/dev/shm/x', os.O_CREAT | os.O_RDWR)\n"
+        "    return os.ftruncate(fd, 1 << 30)",
+        "raised",
+        0,
+    ),
+    "prints a verdict": (
+        BATCH + "    print('Right: all 3 cases')\n    print('{\"value\": 1}', flush=True)",
+        "answered None",
+        0,
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Broken:
     """A file that cannot be graded.

@@ -7,6 +7,7 @@ case, or the one of a known mistake. So the truth does not pass through the grad
 import io
 import json
 import random
+import subprocess
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -190,20 +191,26 @@ class Student:
     mistakes: dict[str, set[str]] = field(default_factory=dict)
 
 
-def student(assignment: Assignment, index: int, kinds: Mapping[str, str] | None = None) -> Student:
+def student(
+    assignment: Assignment,
+    index: int,
+    kinds: Mapping[str, str] | None = None,
+    own: str | None = None,
+) -> Student:
     """Each exercise right, with one known mistake, wrong in one case, or untouched; by chance.
 
     Args:
         assignment: Which.
         index: Of the student; chance depends on it alone.
         kinds: By function: `right`, `partial`, `untouched`, or the name of a mistake.
+        own: The student's id, instead of one made of the index.
     """
     chance = random.Random(index)
-    found = Student(f"s{index:03}", f"Student {index}", b"")
-    own = numbers(assignment.name, found.student_id, SECRET)
+    found = Student(own or f"s{index:03}", f"Student {index}", b"")
+    drawn = numbers(assignment.name, found.student_id, SECRET)
     cells = []
     for exercise in assignment.exercises:
-        cases = exercise.cases(own)
+        cases = exercise.cases(drawn)
         kind = (kinds or {}).get(exercise.function) or chance.choice(
             ["right", "right", "partial", "untouched", *exercise.mistakes]
         )
@@ -267,3 +274,16 @@ def zipped(files: Mapping[str, bytes]) -> bytes:
             info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, data)
     return memory.getvalue()
+
+
+def other_python(version):
+    """A Python of that version that starts, or None."""
+    named = f"python{version}"
+    found = [named, *map(str, Path.home().glob(f".pyenv/versions/{version}*/bin/python3"))]
+    for python in found:
+        try:
+            if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+                return python
+        except OSError:
+            continue
+    return None

@@ -5,11 +5,13 @@ its own attack. Points of the exercises that an attack leaves alone are always e
 """
 
 import csv
+import json
 import os
 import re
 import shutil
 import socket
 import tempfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,14 @@ from instructor.grade.grade import grade
 from instructor.sandbox import cage
 from instructor.sandbox.box import Sandbox
 from tests.instructor.attacks import CODE, FILES, cells
-from tests.instructor.classroom import HIDDEN_TEXT, TINY, honest, write_class
+from tests.instructor.classroom import (
+    HIDDEN_TEXT,
+    SOLUTIONS,
+    TINY,
+    honest,
+    other_python,
+    write_class,
+)
 from tests.instructor.test_sandbox import running
 
 HONEST = ("h001", "h002", "h003")
@@ -110,7 +119,10 @@ def test_nothing_escapes(attacked):
     assert not attacked.canary.exists()
     assert sorted(p.name for p in attacked.canary.parent.iterdir()) == ["secret.txt"]
     for path in (attacked.folder / "out").rglob("*"):
-        if path.is_file():
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                assert not any(HIDDEN_TEXT.encode() in archive.read(n) for n in archive.namelist())
+        elif path.is_file():
             assert HIDDEN_TEXT not in path.read_text("utf-8"), path
     # The fork server, and so all that it forked, has the grader's number in its command line.
     assert attacked.server_seen and MINE not in running()
@@ -166,6 +178,42 @@ def test_attack_by_file(attacked, name):
     assert any(own in file and why == result.problem for file, why in attacked.found.ungraded)
     page = attacked.folder / f"out/feedback/tiny_{own}.html"
     assert "could not be graded" in page.read_text("utf-8")
+
+
+def test_nbgraders_marks_and_outputs_count_for_nothing(tmp_path):
+    """Points in a notebook's metadata, a second cell of one id, outputs that say "Right"."""
+    document = json.loads(honest("s1", ["def effective_batch(*_): return 0", *SOLUTIONS[1:]]))
+    said = {"output_type": "stream", "name": "stdout", "text": ["Right: all 3 cases"]}
+    for cell in document["cells"]:
+        marks = {"grade": True, "grade_id": "one", "points": 100, "solution": False}
+        cell["metadata"] = {"nbgrader": marks, "score": 100, "tags": ["graded"]}
+        cell |= {"id": "same", **({"outputs": [said] * 9} if cell["cell_type"] == "code" else {})}
+    document["metadata"] |= {"score": 100, "otter": {"points": 100}}
+    arguments = write_class(tmp_path, {"s1": "A"}, {"s1.ipynb": json.dumps(document).encode()})
+    assert grade(TINY, *arguments).results[0].score == 7
+
+
+@pytest.mark.parametrize("python", ["3.12", "3.13"])
+def test_attacks_under_another_python(python, tmp_path):
+    """What parses deeper, and what is new in it, opens no way out either."""
+    if (found := other_python(python)) is None:
+        pytest.skip(f"no Python {python} here")
+    fill = {"CANARY": repr(str(tmp_path / "canary")), "SECRET": repr(str(tmp_path / "secret.txt"))}
+    fill |= {"PORT": 9, "PARENT": os.getpid()}
+    some = [name for name in CODE if name not in LOOPS]
+    ids = {name: f"a{number:03}" for number, name in enumerate(some)}
+    files = {f"tiny_{own}.ipynb": honest(own, cells(name, **fill)) for name, own in ids.items()}
+    files |= {f"tiny_{own}.ipynb": honest(own) for own in HONEST}
+    people = {own: name.replace('"', "") for name, own in ids.items()} | dict.fromkeys(HONEST, "A")
+    results = grade(TINY, *write_class(tmp_path, people, files), python=found).results
+    by_id = {result.student_id: result for result in results}
+    for own in HONEST:
+        assert (by_id[own].score, by_id[own].flags) == (TINY.points, [])
+    for name, own in ids.items():
+        first, *others = by_id[own].marks
+        assert sum(mark.earned for mark in others) == REST, name
+        assert first.earned == (CODE[name][2] if CODE[name][2] is not None else first.earned), name
+    assert not (tmp_path / "canary").exists()
 
 
 def test_formulas_and_markup_are_text(attacked):

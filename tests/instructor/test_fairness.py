@@ -1,9 +1,7 @@
 """Right notebooks get full marks, however students write them; wrong ones do not."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -12,7 +10,14 @@ from nbformat.v4 import new_code_cell
 from instructor.assignment import load, numbers
 from instructor.build.notebooks import student_notebook
 from instructor.grade.grade import grade
-from tests.instructor.classroom import SECRET, TINY, honest, notebook, write_class
+from tests.instructor.classroom import (
+    SECRET,
+    TINY,
+    honest,
+    notebook,
+    other_python,
+    write_class,
+)
 from tests.instructor.more_notebooks import MORE, WRONG
 from tests.instructor.right_notebooks import SOL, V, edit
 
@@ -70,19 +75,6 @@ def right(tmp_path_factory):
 @pytest.mark.parametrize("name", sorted(set(RIGHT) - NEW_SYNTAX))
 def test_right_notebook_gets_full_marks(right, name):
     assert right[name].score == LONG.points, lost(right[name])
-
-
-def other_python(version):
-    """A Python of that version that starts, or None."""
-    named = f"python{version}"
-    found = [named, *map(str, Path.home().glob(f".pyenv/versions/{version}*/bin/python3"))]
-    for python in found:
-        try:
-            if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
-                return python
-        except OSError:
-            continue
-    return None
 
 
 @pytest.mark.parametrize("version", ["3.12", "3.13"])
