@@ -17,7 +17,7 @@ from nbformat import NotebookNode
 from tools.surroundings import ENVIRONMENT, ROOT
 
 LESSONS = ROOT / "lessons"
-CELL_TIMEOUT_SECONDS = 180
+CELL_TIMEOUT_SECONDS = 300  # the longest, a training, takes a quarter of it on one core
 
 METADATA = {
     "accelerator": "GPU",
