@@ -161,6 +161,9 @@ def config(model: str) -> PretrainedConfig:
 
     Only a hub id needs the network.
 
+    Args:
+        model: As in `TrainRecipe.model`.
+
     Raises:
         ValueError: Unknown name, a config.json of no model_type that transformers knows, or a hub
             that does not answer.

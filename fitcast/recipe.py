@@ -217,6 +217,9 @@ class TrainRecipe:
     def check_on(self, gpu: gpus.Gpu) -> None:
         """Refuse a recipe whose precision `gpu` does not compute in.
 
+        Args:
+            gpu: The card that it would run on.
+
         Raises:
             ValueError: bfloat16 (autocast or base) on a GPU that only emulates it.
         """

@@ -45,6 +45,13 @@ def labelled_tokens(batch: dict[str, torch.Tensor]) -> int:
 def split(batch: dict[str, torch.Tensor], micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
     """The batch as micro batches of `micro_batch_size` rows, the last one shorter if need be.
 
+    Args:
+        batch: Tensors of (rows, ...), as many rows in each.
+        micro_batch_size: Rows of each part.
+
+    Returns:
+        Views of the batch's tensors, in order.
+
     Raises:
         ValueError: Not a whole number from 1.
     """

@@ -211,7 +211,12 @@ def _missing(rule: str, checkpoint: Path, how: str) -> FileNotFoundError:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step after which a checkpoint was written: N of checkpoint-N."""
+    """The optimizer step after which a checkpoint was written: N of checkpoint-N.
+
+    Example:
+        >>> step_of(Path("run/checkpoint-28"))
+        28
+    """
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
@@ -273,7 +278,11 @@ def prune(newest: Path, keep: int = KEEP) -> None:
 
 
 def on_drive(folder: str) -> Path | None:
-    """A folder of the Google Drive that is mounted on Colab, or `None` when none is."""
+    """A folder of the Google Drive that is mounted on Colab, or `None` when none is.
+
+    Args:
+        folder: Its name below MyDrive; it need not be there.
+    """
     return MOUNTED_DRIVE / folder if MOUNTED_DRIVE.is_dir() else None
 
 

@@ -35,6 +35,10 @@ def is_heldout(prompt: str) -> bool:
 def render_prompt(prompt: str, tokenizer: Any) -> str:
     """The prompt as the model sees it, up to the point where its answer begins.
 
+    Args:
+        prompt: What the user says.
+        tokenizer: With a chat template.
+
     Raises:
         ValueError: The tokenizer has no chat template.
     """

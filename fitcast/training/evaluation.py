@@ -111,7 +111,11 @@ def generate(
 
 
 def largest_shift(one: Sequence[float], other: Sequence[float]) -> float:
-    """Largest absolute difference between two lists of losses of the same examples."""
+    """Largest absolute difference between two lists of losses of the same examples.
+
+    Args:
+        one, other: Nats per token of each example, in the same order.
+    """
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 

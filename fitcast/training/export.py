@@ -183,6 +183,10 @@ def save_merged(model: PreTrainedModel, folder: str | Path) -> int:
 
     A model of 16 bits is written as it is; a float32 one becomes float16, itself too.
 
+    Args:
+        model: As from `merge`.
+        folder: Made if need be.
+
     Returns:
         Bytes of its weights' files.
 
@@ -201,6 +205,10 @@ def load_merged(recipe: TrainRecipe, folder: str | Path) -> torch.nn.Module:
 
     A recipe in bfloat16 rounds what was learned once more; `replace(recipe, amp_dtype="float16")`
     loads, and computes with, what is in the file.
+
+    Args:
+        recipe: That of the training run.
+        folder: Written by `save_merged`.
     """
     plain = replace(
         recipe,

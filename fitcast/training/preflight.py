@@ -47,7 +47,7 @@ class Preflight:
             ValueError: Something would stop the run; the message has every fix.
         """
         if stops := [
-            f"{f.name} must let the run pass, got {f.found}; {f.fix}"
+            str(refusal(f.name, "let the run pass", Said(f.found), f.fix))
             for f in self.findings
             if f.fix
         ]:
@@ -64,6 +64,7 @@ def preflight(
     """Look at everything that stops runs, without loading or downloading weights.
 
     Args:
+        recipe: Of the run to come.
         gpu: What `gpus.detect()` found.
         output_dir: Where checkpoints will go.
         planned: The step's forecast, if there is one.

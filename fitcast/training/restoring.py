@@ -1,7 +1,9 @@
-"""Try something on a model and leave no trace: each block puts back what it names.
+"""Try something on a model and leave no trace: each `with` block puts back what it names.
 
 Evaluation borrows a model for a moment, a gate trains it for some steps, a search trains it until
 memory ends; whoever lent it finds it as it was, however the block ends.
+
+Each takes the model (or optimizer) that is lent, and works on it in place.
 
 Not modelled: Python's and NumPy's random state, data loaders, hooks.
 """

@@ -103,7 +103,7 @@ def train(
         FloatingPointError: The loss is no longer a number.
     """
     if stop_at is not None and stop_at < 1:
-        raise ValueError(f"stop_at must be a step from 1, or None, got {stop_at}; 1 is the first")
+        raise refusal("stop_at", "be a step from 1, or None", stop_at, "1 is the first")
     output_dir, drive = Path(output_dir), Path(drive) if drive else None
     trainer = QLoRATrainer(
         recipe,
@@ -192,7 +192,7 @@ class QLoRATrainer(Trainer):
             )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer that the forecast counts."""
+        """The recipe's optimizer, the one that the forecast counts (`model` is Trainer's own)."""
         if self.optimizer is None:
             self.optimizer = qlora.build_optimizer(cast(torch.nn.Module, self.model), self.recipe)
         return self.optimizer
@@ -270,7 +270,12 @@ class QLoRATrainer(Trainer):
         raise FloatingPointError(str(no_number))
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Trainer's log, with each step's speed (tokens a second) and memory peak (bytes)."""
+        """Trainer's log, with each step's speed (tokens a second) and memory peak (bytes).
+
+        Args:
+            logs: A line of the log; those of training have a `loss`.
+            start_time: As for Trainer.
+        """
         if "loss" in logs:  # reading the loss has waited for the GPU
             seconds = time.perf_counter() - self._started
             logs |= {
@@ -331,6 +336,9 @@ def answer_with_the_loss(model: torch.nn.Module) -> None:
     DDP averages gradients only after a forward of its own, which calls the model's: a loss computed
     beside it would let every process train a model of its own, in silence. Any other call is
     answered as before.
+
+    Args:
+        model: Changed in place; what a wrapper will be put around.
     """
     plain = model.forward
 

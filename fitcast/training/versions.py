@@ -40,6 +40,9 @@ def record() -> dict[str, Any]:
 def numbers(version: str) -> tuple[int, int]:
     """Major and minor version; what follows them (patch, suffix) does not count here.
 
+    Args:
+        version: As a package says it.
+
     Raises:
         packaging.version.InvalidVersion: Not a version (a ValueError).
 
@@ -54,6 +57,10 @@ def numbers(version: str) -> tuple[int, int]:
 def below(version: str, floor: tuple[int, int]) -> bool:
     """Whether a version is older than a floor; the floor's own release candidates are.
 
+    Args:
+        version: As a package says it.
+        floor: Major and minor version, as in `FLOORS`.
+
     Example:
         >>> below("5.15rc1", (5, 15)), below("5.15.0", (5, 15))
         (True, False)
@@ -62,7 +69,7 @@ def below(version: str, floor: tuple[int, int]) -> bool:
 
 
 def installed(name: str) -> str | None:
-    """The installed version of a package, `None` when it is not there."""
+    """The installed version of a package, by its name on PyPI; `None` when it is not there."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
