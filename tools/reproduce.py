@@ -59,7 +59,9 @@ def fingerprint(script: Path) -> str:
     for path in ours:
         if path.is_file() and "__pycache__" not in path.parts:
             found.update(f"\n{path}\n".encode() + path.read_bytes())
-    installed = sorted(info.name for place in sys.path for info in Path(place).glob("*.dist-info"))
+    installed = sorted(
+        {info.name for place in sys.path for info in Path(place).glob("*.dist-info")}
+    )
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not shutil.which("nvidia-smi")
     emulated = os.environ.get("COURSE_EMULATE_GPU", "")
     found.update(json.dumps([sys.version, installed, hidden, emulated]).encode())

@@ -7,6 +7,8 @@ against a planted fault.
 
 import copy
 import re
+import subprocess
+import sys
 
 import jupytext
 import nbformat
@@ -16,6 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from tools import notebooks, reproduce
 from tools.notebooks import LESSONS, METADATA, clean, lesson_scripts
 from tools.reproduce import LOOSE, differences
+from tools.surroundings import ROOT
 
 NOTEBOOKS = sorted(LESSONS.glob("*.ipynb"))
 MAX_CELL_LINES = 15
@@ -452,6 +455,16 @@ def test_another_gpu_or_another_version_is_another_execution(lesson, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     keys.add(reproduce.fingerprint(lesson))
     assert len(keys) == 3
+
+
+def test_make_lessons_and_make_test_ask_for_the_same_execution():
+    """The one asks from a process of its own, the other from pytest's."""
+    code = (
+        "from tools import reproduce\nfrom tools.notebooks import lesson_scripts\n"
+        "print(reproduce.fingerprint(lesson_scripts(['01'])[0]))"
+    )
+    asked = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert asked.strip() == reproduce.fingerprint(lesson_scripts(["01"])[0])
 
 
 def test_a_failure_is_told_and_not_kept(lesson):
