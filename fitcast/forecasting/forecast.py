@@ -21,7 +21,7 @@ from torch._subclasses import fake_tensor
 from fitcast import models
 from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
-from fitcast.forecasting import cache, depth, fake
+from fitcast.forecasting import cache, data_parallel, depth, fake
 from fitcast.forecasting.run import fake_run
 from fitcast.forecasting.verdict import Forecast, report
 from fitcast.gpus import T4, Gpu
@@ -36,7 +36,6 @@ NO_MEMORY = {
     "learning_rate": 2e-4,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
-    "world_size": 1,
     "warmup_fraction": 0.0,
     "max_steps": 1,
     "logging_steps": 1,
@@ -58,13 +57,17 @@ def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
         True
     """
     recipe.check_on(gpu)
-    asked = dataclasses.replace(recipe, **NO_MEMORY)
+    processes = min(recipe.world_size, 2)  # any further one is like the second
+    asked = dataclasses.replace(recipe, world_size=processes, **NO_MEMORY)
     return cache.remembered(asked, gpu, lambda: _forecast(asked, gpu))
 
 
 def _forecast(recipe: TrainRecipe, gpu: Gpu) -> Forecast:
+    stream = run_stream(dataclasses.replace(recipe, world_size=1), gpu)
+    if recipe.world_size > 1:
+        stream = data_parallel.wrapped(stream)
     return report(
-        run_stream(recipe, gpu),
+        stream,
         gpu,
         micro_batches=recipe.gradient_accumulation_steps,
         expandable=recipe.expandable_segments,
