@@ -68,6 +68,7 @@ recipe = TrainRecipe(
     model=source.model, base="nf4", double_quant=True,        # 4-bit weights, frozen
     lora_rank=16, lora_alpha=32, lora_dropout=0.0,
     micro_batch_size=8, gradient_accumulation_steps=4,        # 32 sequences a step
+    padded=True,                                              # texts of different lengths
     attention="explicit_kv", loss="lean",                     # four levers: section 12
     norm="native", adapters="lean",
     optimizer="paged_adamw_8bit", warmup_fraction=0.05, max_steps=56, save_steps=28, seed=1,

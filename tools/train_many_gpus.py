@@ -39,6 +39,7 @@ def lesson_recipe(source: sources.Source) -> TrainRecipe:
         lora_dropout=0.0,
         micro_batch_size=8,
         gradient_accumulation_steps=4,
+        padded=True,
         attention="explicit_kv",
         loss="lean",
         norm="native",
