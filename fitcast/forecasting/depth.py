@@ -268,7 +268,7 @@ def _story(segment: Segment, names: dict[int, Name], blocks: list[Block]) -> Ite
     """A layer's events in words that are the same for every layer which does the same."""
     for sign, block, phase in segment.events:
         sweep, layer, which = names[block]
-        away = None if layer is None else layer - segment.layer
+        away = None if layer is None or segment.layer is None else layer - segment.layer
         made = blocks[block]
         size = (made.n_bytes, made.category, made.saved) if sign > 0 else ()
         yield (sign, sweep, away, which, phase, *size)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -106,7 +106,7 @@ def on_fake_tensors(model: torch.nn.Module) -> torch.nn.Module:
 
     On the CPU, because a fake CUDA tensor under autograd aborts a PyTorch built without CUDA.
     """
-    made: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+    made: dict[int, Any] = {}  # tied weights stay one tensor
     with _mode():
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):

@@ -55,12 +55,13 @@ class FastFakeMode(FakeTensorMode):
             self._remember(question, result, tensors)
         return result
 
-    def _remember(self, question: tuple, result: object, tensors: list[FakeTensor]) -> None:
+    def _remember(self, question: tuple, result: Any, tensors: list[FakeTensor]) -> None:
         """Note of each tensor made: which argument it is or views (`None`: neither), its layout."""
         container = next((kind for kind in (tuple, list) if isinstance(result, kind)), None)
         homes = {t.untyped_storage()._cdata: i for i, t in enumerate(tensors)}
         ambiguous, notes = len(homes) < len(tensors), []  # two arguments share a storage
-        for tensor in result if container else [result]:
+        made: list[Any] = list(result) if container else [result]
+        for tensor in made:
             if not _is_plain(tensor):
                 return
             storage, layout = tensor.untyped_storage()._cdata, _layout(tensor)
@@ -81,6 +82,7 @@ class FastFakeMode(FakeTensorMode):
 
     def _make(self, tensors: list, home: int | None, layout: tuple | None) -> FakeTensor:
         if layout is None:
+            assert home is not None  # without a layout it is an argument itself
             return tensors[home]
         (size, stride, offset, dtype, _), *_ = layout
         if home is None:
@@ -96,7 +98,7 @@ class FastFakeMode(FakeTensorMode):
         return made
 
 
-def _described(value: object, tensors: list[FakeTensor]) -> tuple:
+def _described(value: Any, tensors: list[Any]) -> tuple:
     """An argument as part of a question; its tensors are collected."""
     kind = value.__class__
     if isinstance(value, torch.Tensor):

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
+import dataclasses
 import tempfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fitcast import models
 from fitcast.cuda import experts
 from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
@@ -34,14 +33,17 @@ from fitcast.cuda.trainers import (
     pretend_trainer,
     trl_kernels,
 )
-from fitcast.forecasting import depth, fake, layers
+from fitcast.forecasting import base, depth, fake, layers
 from fitcast.forecasting.answers import Answers
-from fitcast.forecasting.forecast import Forecast, report
 from fitcast.forecasting.place import place
+from fitcast.forecasting.refusals import explained
+from fitcast.forecasting.verdict import Forecast, report
 from fitcast.gpus import T4, Gpu
 from fitcast.memory.layers import Layers
 from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
-from fitcast.units import Said, refusal
+from fitcast.step.overflow import float16_warning
+from fitcast.step.targets import attention_targets, peft_targets
+from fitcast.units import refusal, show_bytes
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -67,15 +69,18 @@ class Run:
 
     Attributes:
         config: Of the model.
+        kind: The model's class, or `None` for the checkpoint's.
         arguments: `TrainingArguments`, `SFTConfig`, ...
         trainer: The class that trains.
         dtype: Of the weights that are not quantized, as `from_pretrained(dtype=...)` loads them.
         sequence_length: Tokens in a row of the batch.
         padded: Whether masks hide padding.
         routing: Of loops over experts: `experts.EVEN` or `experts.WORST`.
+        assumed: Sentences about what the script did not say.
     """
 
     config: PretrainedConfig
+    kind: type[PreTrainedModel] | None
     arguments: TrainingArguments
     trainer: type
     dtype: torch.dtype
@@ -86,6 +91,7 @@ class Run:
     attention: str | None = None
     trainer_options: dict[str, Any] = field(default_factory=dict)
     routing: str = experts.EVEN
+    assumed: tuple[str, ...] = ()
 
 
 def forecast_run(
@@ -99,6 +105,7 @@ def forecast_run(
     attn_implementation: str | None = None,
     sequence_length: int | None = None,
     padded: bool | None = None,
+    expandable_segments: bool = False,
     trainer: type | None = None,
     **trainer_options: Any,
 ) -> Forecast:
@@ -115,6 +122,7 @@ def forecast_run(
         attn_implementation: As given to `from_pretrained`.
         sequence_length: Tokens in a row; by default `arguments.max_length`.
         padded: Whether rows are padded; by default, unless the batch is one row or is packed.
+        expandable_segments: As PYTORCH_ALLOC_CONF says it.
         trainer: The class, if it is none of transformers' or TRL's that belongs to `arguments`.
         trainer_options: What else the class takes, such as `compute_loss_func`.
 
@@ -129,10 +137,20 @@ def forecast_run(
         sequence_length, padded, trainer, trainer_options,
     )  # fmt: skip
     micro_batches = arguments.gradient_accumulation_steps
-    return report(run_stream(run, gpu), gpu, micro_batches=micro_batches)
+    even = report(
+        run_stream(run, gpu), gpu, micro_batches=micro_batches, expandable=expandable_segments
+    )
+    said = (*run.assumed, *notes(run, gpu))
+    if experts.expert_loops(_bare(run)):
+        worst = report(run_stream(dataclasses.replace(run, routing=experts.WORST), gpu), gpu)
+        said += (
+            "tokens are spread evenly over the experts; if all of them went to the same ones, the "
+            f"peak would be {show_bytes(worst.peak_allocated_bytes, 'GiB')}",
+        )
+    return dataclasses.replace(even, notes=said)
 
 
-def notes(run: Run) -> tuple[str, ...]:
+def notes(run: Run, gpu: Gpu) -> tuple[str, ...]:
     """What a forecast of this run assumes, and what it does not model, a sentence each."""
     said = [
         f"{name}={getattr(run.arguments, name)!r} is not modelled: {why}"
@@ -140,51 +158,52 @@ def notes(run: Run) -> tuple[str, ...]:
         if getattr(run.arguments, name, None) not in (None, False, "", [], {})
     ]
     rows = "padded to" if run.padded else "without padding,"
-    return (*said, f"rows are {rows} {run.sequence_length} tokens, and every token has a label")
+    said.append(f"rows are {rows} {run.sequence_length} tokens, and every token has a label")
+    return (*said, *_about_the_model(run, gpu))
+
+
+def _about_the_model(run: Run, gpu: Gpu) -> list[str]:
+    text, said = base.text_config(run.config), []
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit and run.sequence_length > limit:
+        said.append(
+            f"rows are longer than the {limit} positions that the model was made for "
+            "(max_position_embeddings): memory is as said, quality is another matter"
+        )
+    if text is not run.config:
+        said.append("batches hold text only: what else the model has is counted by its weights")
+    in_float16 = run.arguments.fp16 or (run.dtype == torch.float16 and not run.arguments.bf16)
+    for kind in dict.fromkeys((run.config.model_type, text.model_type)):
+        warning = float16_warning(kind, gpu) if in_float16 else None
+        if warning is not None:
+            said.append(warning)
+            break
+    if getattr(run.quantization_config, "load_in_8bit", False):
+        said.append("8-bit layers keep no outlier columns, which depend on the numbers")
+    return said
 
 
 def run_stream(run: Run, gpu: Gpu) -> Stream:
-    """Memory events of load and first step; of few layers where they repeat."""
-    model = meta_base(run)
+    """Memory events of load and first step; of few layers where they repeat.
+
+    Raises:
+        ValueError: What the libraries refuse, as one sentence.
+    """
+    model = _bare(run)
     rhythm = layers.rhythm(model)
-    if rhythm is not None:
-        layers.shorten(model, rhythm.run)
-        with contextlib.suppress(depth.NotRepeating):
-            return depth.deepen(_train(run, gpu, model, rhythm), rhythm.counts)
-        model = meta_base(run)
-    return _train(run, gpu, model)
-
-
-def meta_base(run: Run) -> PreTrainedModel:
-    """The model without memory."""
-    from transformers import AutoModelForCausalLM
-
-    options = {"attn_implementation": run.attention} if run.attention else {}
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(run.config, dtype=run.dtype, **options)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise refusal(
-            "model", "be a causal language model that transformers can build",
-            Said(f"a config of kind {run.config.model_type!r} ({error})"),
-            "see the model's own page for the class that it needs",
-        ) from error  # fmt: skip
-    return model.train()
+        if rhythm is not None:
+            layers.shorten(model, rhythm.run)
+            with contextlib.suppress(depth.NotRepeating):
+                return depth.deepen(_train(run, gpu, model, rhythm), rhythm.counts)
+            model = _bare(run)
+        return _train(run, gpu, model)
+    except Exception as error:  # other people's code, which may do anything
+        raise explained(error, run.config.model_type) from error
 
 
-def _quantize(model: PreTrainedModel, quantization_config: Any) -> None:
-    """Source: transformers/quantizers/base.py and quantizer_bnb_4bit.py."""
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    quantizer = AutoHfQuantizer.from_config(quantization_config)
-    quantizer.pre_quantized = False
-    quantizer.preprocess_model(model=model, device_map=None)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = quantization_config.quant_method
-    model.config.quantization_config = quantization_config
-    model.is_loaded_in_4bit = bool(getattr(quantization_config, "load_in_4bit", False))
-    model.is_loaded_in_8bit = bool(getattr(quantization_config, "load_in_8bit", False))
+def _bare(run: Run) -> PreTrainedModel:
+    return base.meta_base(run.config, run.dtype, run.attention, run.kind)
 
 
 def _train(
@@ -193,7 +212,7 @@ def _train(
     """Make the trainer, place the weights, take one optimizer step of its `train()`."""
     ledger = DeviceLedger()
     if run.quantization_config is not None:
-        _quantize(model, run.quantization_config)
+        base.quantize(model, run.quantization_config)
     kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
     with tempfile.TemporaryDirectory() as folder, pretend_trainer():
         trainer, batch = _trainer(run, folder, ledger, model)
@@ -230,9 +249,7 @@ def _layers(model: torch.nn.Module, rhythm: layers.Rhythm | None) -> Layers:
     return Layers() if path is None or rhythm is None else rhythm.named(path)
 
 
-def _trainer(
-    run: Run, folder: str, ledger: DeviceLedger, model: PreTrainedModel
-) -> tuple[Any, dict[str, Any]]:
+def _trainer(run: Run, folder: str, ledger: DeviceLedger, model: Any) -> tuple[Any, dict[str, Any]]:
     """The trainer over a model on meta, and a batch as its collator makes it."""
     from transformers import PrinterCallback, ProgressCallback
 
@@ -241,13 +258,13 @@ def _trainer(
     rows = _rows(run)
     if "trl" in run.trainer.__module__:
         options.setdefault("processing_class", _tokenizer())
-        options["peft_config"] = run.peft_config
+        options["peft_config"] = copy.deepcopy(run.peft_config)  # PEFT writes into it
     elif run.peft_config is not None:
         from peft import get_peft_model
 
         if arguments.gradient_checkpointing:
             model.enable_input_require_grads()
-        model = get_peft_model(model, run.peft_config)
+        model = get_peft_model(model, copy.deepcopy(run.peft_config))
     trainer = run.trainer(
         model=model, args=arguments, train_dataset=rows, callbacks=[_end_of_step(ledger)], **options
     )
@@ -277,7 +294,7 @@ def _quiet(arguments: TrainingArguments, folder: str) -> TrainingArguments:
     """A copy that computes as asked for, and neither logs, nor saves, nor asks for a GPU."""
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-    quiet = copy.copy(arguments)
+    quiet: Any = copy.copy(arguments)
     quiet.__dict__.pop("_setup_devices", None)  # a cached property: the device of this process
     quiet.output_dir, quiet.use_cpu, quiet.report_to = folder, True, []
     quiet.logging_strategy = quiet.eval_strategy = IntervalStrategy.NO
@@ -319,7 +336,7 @@ def _described(
     model, arguments, peft_config, quantization_config, dtype, attention, sequence_length, padded,
     trainer, trainer_options,
 ) -> Run:  # fmt: skip
-    config = _config(model)
+    config = base.read_config(model)
     length = sequence_length or getattr(arguments, "max_length", None)
     if not isinstance(length, int) or length < 2:
         raise refusal(
@@ -328,46 +345,53 @@ def _described(
         )  # fmt: skip
     packed = getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)
     alone = arguments.per_device_train_batch_size == 1
+    kept_dtype = base.dtype_of(dtype, model, config)
+    kind: Any = type(model) if isinstance(model, torch.nn.Module) else None
+    bare = base.meta_base(config, kept_dtype, attention, kind)
+    _check_length(length, bare)
+    peft_config, assumed = _with_targets(peft_config, bare)
     return Run(
         config=config,
+        kind=kind,
         arguments=arguments,
         trainer=trainer or trainer_of(arguments),
-        dtype=_dtype(dtype, model, config),
+        dtype=kept_dtype,
         sequence_length=length,
         padded=not (packed or alone) if padded is None else padded,
         peft_config=peft_config,
-        quantization_config=quantization_config,
+        quantization_config=base.quantization_of(config, quantization_config),
         attention=attention,
         trainer_options=trainer_options,
+        assumed=assumed,
     )
 
 
-def _config(model: Any) -> PretrainedConfig:
-    if isinstance(model, (str, os.PathLike)):
-        return models.config(str(model))
-    config = getattr(model, "config", model)  # a model's, or the config itself
-    if not hasattr(config, "model_type"):
+def _check_length(length: int, model: PreTrainedModel) -> None:
+    """Learned positions end; computed ones go on."""
+    limit = base.learned_positions(model)
+    if limit is not None and length > limit:
         raise refusal(
-            "model", "be a name, a folder, a config or a model of transformers", type(model),
-            "for a module of your own write a step and use forecast_step",
+            "sequence_length", f"be at most {limit} for {model.config.model_type}", length,
+            "its positions are learned, and it has no more of them",
         )  # fmt: skip
-    return copy.deepcopy(config)
 
 
-def _dtype(dtype: Any, model: Any, config: PretrainedConfig) -> torch.dtype:
-    """The dtype that `from_pretrained` would load: what was given, else the checkpoint's."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in (None, "auto"):
-        found = getattr(torch, str(dtype), None)
-        if not isinstance(found, torch.dtype):
-            raise refusal("dtype", "be a dtype of torch", dtype, "for example dtype='float16'")
-        return found
-    if isinstance(model, torch.nn.Module):
-        return model.dtype
-    own = getattr(config, "dtype", None)
-    preset = isinstance(model, str) and model in models.SHAPES  # bfloat16 on the hub, all of them
-    return own if isinstance(own, torch.dtype) else torch.bfloat16 if preset else torch.float32
+def _with_targets(
+    peft_config: PeftConfig | None, model: PreTrainedModel
+) -> tuple[PeftConfig | None, tuple[str, ...]]:
+    """Adapters' targets, where the script names none and PEFT does not know the family."""
+    named = any(getattr(peft_config, f"target_{kind}", True) for kind in ("modules", "parameters"))
+    kind = model.config.model_type
+    if peft_config is None or named:
+        return peft_config, ()
+    targets, whose = peft_targets(kind), "PEFT's choice"
+    if not targets:
+        targets = attention_targets(layers.decoder(model)) or "all-linear"
+        whose = "a choice made here, since PEFT makes none"
+    filled: Any = copy.deepcopy(peft_config)
+    filled.target_modules = targets if isinstance(targets, str) else set(targets)
+    named = targets if isinstance(targets, str) else ", ".join(targets)
+    return filled, (f"adapters are on {named}: {whose} for {kind}",)
 
 
 def trainer_of(arguments: TrainingArguments) -> type:

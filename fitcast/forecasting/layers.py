@@ -1,10 +1,10 @@
 """Where a model's layers are and how they repeat, found by structure and not by a name.
 
-The decoder's list of layers is the longest list in it; two layers are alike when they have the same
-modules, parameters and settings. Where the same kinds follow each other again and again (dense
-layers first, then experts; five sliding windows, then full attention) a few units of them are run
-and `depth` repeats the rest. Layers are cut off a model that was built whole, so that whatever else
-depends on their number stays as it is.
+The decoder's list of layers is the one of the length that its config tells; two layers are alike
+when they have the same modules, parameters and settings. Where the same kinds follow each other
+again and again (dense layers first, then experts; five sliding windows, then full attention) a few
+units of them are run and `depth` repeats the rest. Layers are cut off a model that was built whole,
+so that whatever else depends on their number stays as it is.
 
 Not modelled: layers that share modules with layers that were cut off; such a model is run whole.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fitcast.forecasting.base import text_config
 from fitcast.forecasting.depth import RUN
 from fitcast.memory.layers import Layers
 
@@ -64,22 +65,29 @@ class Rhythm:
         return Layers(where, self.before, self.period, min(RUN, self.periods))
 
 
-def layer_list(model: torch.nn.Module) -> torch.nn.ModuleList | None:
-    """The decoder's list of layers: its longest, lists within layers aside."""
-    decoder = _decoder(model)
-    found, inner = None, ()
-    for name, module in decoder.named_modules():
-        if not isinstance(module, torch.nn.ModuleList) or name.startswith(inner):
-            continue
-        inner = (*inner, name + ".")
-        if found is None or len(module) > len(found):
-            found = module
-    return found
+def layer_list(model: Any) -> torch.nn.ModuleList | None:
+    """The decoder's list of layers: as long as its config says, else its longest.
+
+    Lists within layers, of experts for example, are not meant.
+    """
+    lists, inner = [], ()
+    for name, module in decoder(model).named_modules():
+        if isinstance(module, torch.nn.ModuleList) and not name.startswith(inner):
+            inner = (*inner, name + ".")
+            lists.append(module)
+    told = getattr(text_config(model.config), "num_hidden_layers", None)
+    return max(lists, key=lambda found: (len(found) == told, len(found)), default=None)
 
 
-def _decoder(model: torch.nn.Module) -> torch.nn.Module:
+def decoder(model: Any) -> Any:
+    """The part of a model that predicts text; towers that see or hear are not in it."""
+    text = text_config(model.config)
+    if text is not model.config:
+        for module in model.modules():
+            if getattr(getattr(module, "config", None), "model_type", None) == text.model_type:
+                return module
     try:
-        return model.get_decoder()  # pyright: ignore[reportCallIssue]  (of transformers' models)
+        return model.get_decoder()
     except AttributeError:
         return model
 
@@ -120,12 +128,11 @@ def _rhythms(kinds: list[int]) -> list[Rhythm]:
     return found
 
 
-def _types(model: torch.nn.Module, count: int) -> list[Any]:
+def _types(model: Any, count: int) -> list[Any]:
     """What the config says about each layer: every list in it that is as long as they are many."""
-    config = model.config
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    lists = [v for v in vars(text).values() if isinstance(v, (list, tuple)) and len(v) == count]
-    return [tuple(map(str, said)) for said in zip(*lists, strict=True)] or [()] * count
+    said = vars(text_config(model.config)).values()
+    lists = [v for v in said if isinstance(v, (list, tuple)) and len(v) == count]
+    return [tuple(map(str, layer)) for layer in zip(*lists, strict=True)] or [()] * count
 
 
 def _shared(layers: torch.nn.ModuleList) -> bool:

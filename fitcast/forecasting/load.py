@@ -20,7 +20,7 @@ def blueprint(recipe: TrainRecipe, config: Any) -> torch.nn.Module:
     Raises:
         ValueError: Its layers are not where a Llama's are, or a LoRA target matches none.
     """
-    model = fake.meta_model(config, qlora.storage_dtype(recipe))
+    model: Any = fake.meta_model(config, qlora.storage_dtype(recipe))
     if not hasattr(getattr(model, "model", None), "layers"):
         raise refusal(
             "model",
@@ -31,7 +31,9 @@ def blueprint(recipe: TrainRecipe, config: Any) -> torch.nn.Module:
     if recipe.base == "nf4":
         from transformers.quantizers.auto import AutoHfQuantizer
 
-        quantizer = AutoHfQuantizer.from_config(qlora.quantization(recipe))
+        quantization = qlora.quantization(recipe)
+        assert quantization is not None  # nf4 has one
+        quantizer = AutoHfQuantizer.from_config(quantization)
         quantizer.pre_quantized = False
         quantizer.preprocess_model(model=model, device_map=None)
         model.is_loaded_in_4bit = True  # as `from_pretrained` marks it

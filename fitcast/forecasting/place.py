@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def place(model: torch.nn.Module, dtype: torch.dtype, ledger: DeviceLedger) -> N
         dtype: Of the weights that are not quantized, as they are loaded.
         ledger: Books what is placed.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
     base = {name: p for name, p in parameters.items() if not ADDED.search(name)}
     added = {name: p for name, p in parameters.items() if name not in base}
     places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
@@ -39,7 +40,7 @@ def place(model: torch.nn.Module, dtype: torch.dtype, ledger: DeviceLedger) -> N
 
     def put(old: torch.Tensor, new: torch.Tensor) -> None:
         for module, name in places[id(old)]:
-            module._parameters[name] = new
+            module._parameters[name] = new  # pyright: ignore[reportArgumentType]
 
     with ledger.phase("load"):
         sizes = {name: _stored_bytes(p, dtype) for name, p in base.items()}
@@ -79,7 +80,12 @@ def _cast_after_loading(
                 put(parameter, torch.nn.Parameter(cast, requires_grad=parameter.requires_grad))
 
 
-def _place_added(added, dtype, put, ledger) -> None:
+def _place_added(
+    added: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    put: Callable[[torch.Tensor, torch.Tensor], None],
+    ledger: DeviceLedger,
+) -> None:
     made = {}
     for name, parameter in added.items():
         with ledger.inside(name.rpartition(".")[0]):
@@ -106,7 +112,9 @@ def _stored_bytes(parameter: torch.Tensor, dtype: torch.dtype) -> int:
     return parameter.numel() * (1 if is_quantized(parameter) else dtype.itemsize)
 
 
-def _loaded(parameter: torch.Tensor, dtype: torch.dtype, module: torch.nn.Module):
+def _loaded(
+    parameter: torch.Tensor, dtype: torch.dtype, module: torch.nn.Module
+) -> torch.nn.Parameter:
     """A weight on the device in the dtype of storage, quantized where the model says so."""
     weight = torch.empty(parameter.shape, dtype=dtype)
     if hasattr(parameter, "quant_type"):
@@ -118,23 +126,25 @@ def _loaded(parameter: torch.Tensor, dtype: torch.dtype, module: torch.nn.Module
     return torch.nn.Parameter(weight, requires_grad=parameter.requires_grad)
 
 
-def _in_4_bits(weight: torch.Tensor, parameter: torch.Tensor, module: torch.nn.Module):
+def _in_4_bits(weight: torch.Tensor, parameter: Any, module: Any) -> torch.nn.Parameter:
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
         weight, compress_statistics=parameter.compress_statistics, quant_type=parameter.quant_type
     )
-    new = torch.nn.Parameter(packed, requires_grad=False)  # Params4bit cannot hold a fake tensor
+    new: Any = torch.nn.Parameter(
+        packed, requires_grad=False
+    )  # Params4bit cannot hold a fake tensor
     new.quant_type, new.compress_statistics = parameter.quant_type, parameter.compress_statistics
     new.quant_state = module.quant_state = state
     return new
 
 
-def _in_8_bits(weight: torch.Tensor):
+def _in_8_bits(weight: torch.Tensor) -> torch.nn.Parameter:
     """One byte a weight and a float32 scale a row, made from a copy in float16."""
     from bitsandbytes.functional import int8_vectorwise_quant
 
     bytes_, scales, _ = int8_vectorwise_quant(weight.contiguous().to(torch.float16))
-    new = torch.nn.Parameter(bytes_, requires_grad=False)  # Int8Params cannot hold one either
+    new: Any = torch.nn.Parameter(bytes_, requires_grad=False)  # Int8Params cannot hold one either
     new.CB, new.SCB, new.has_fp16_weights = bytes_, scales, False
     return new

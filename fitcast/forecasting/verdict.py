@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import Any
 
 from fitcast.cuda.allocator import LARGE_SEGMENT, Playback, segment_bytes
 from fitcast.gpus import Gpu
@@ -149,8 +150,9 @@ def report(
     seen = replay(blocks, alive, cut.later, falling.allocator.allocated_bytes)
     peaks = {phase: n for phase, n in falling.phase_peaks.items() if phase != "start"}
     work = work_of_step(stream, micro_batches)
+    fields: dict[str, Any] = vars(seen) | {"phase_peaks": peaks}
     return Forecast(
-        **vars(seen) | {"phase_peaks": peaks},
+        **fields,
         gpu=gpu,
         peak_reserved_bytes=bounds,
         fits=_fits(stream, cut, gpu, peak_bytes, bounds[1], expandable),

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import nbformat
 
+from fitcast.units import Said, refusal
+
 from ..assignment import load, names, numbers, read_secret
 from ..grade.roster import file_name, read_roster
 from ..grade.rubric import rubric
@@ -49,9 +51,11 @@ def build(
     """
     assignment, secret = load(name), read_secret(secret_file) if secret_file else None
     if secret is None and (roster or nbgrader):
-        raise ValueError(
-            "--secret-file must be given with --roster and --nbgrader, got none; "
-            "students' numbers come from it, and grading needs the same one"
+        raise refusal(
+            "--secret-file",
+            "be given with --roster and --nbgrader",
+            Said("none"),
+            "students' numbers come from it, and grading needs the same one",
         )
     files = {f"{name}_answer_key.ipynb": answer_key(assignment)}
     if nbgrader:

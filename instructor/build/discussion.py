@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fitcast.units import Said, refusal
 from tools.notebooks import LESSONS
 
 SECTION = "## Try with AI"
@@ -46,8 +47,8 @@ def timing(notebook: dict) -> str:
     )
     title = re.search(r"^# (.+)$", text, re.M)[1]
     if not (minutes := re.search(r"\*\*(\d+) min\*\*", text)):
-        raise ValueError(
-            f"lesson {title!r} must say '**45 min**' or so at its top, got no minutes; add them"
+        raise refusal(
+            f"lesson {title!r}", "say '**45 min**' or so at its top", Said("no minutes"), "add them"
         )
     exercises = re.findall(
         r"^##+ Exercise (\S+) · (.+)\n+\*(\w+), (\d+) minutes(, at home)?", text, re.M
@@ -72,9 +73,11 @@ def page(lessons: Path = LESSONS) -> str:
         title = rows[-1].split(" | ")[0].removeprefix("| ")
         found = list(section(notebook))
         if not found or "```text\n\n```" in found:
-            raise ValueError(
-                f"{path.name} must have a section {SECTION!r} with printed numbers, "
-                "got none; execute the lesson"
+            raise refusal(
+                path.name,
+                f"have a section {SECTION!r} with printed numbers",
+                Said("none"),
+                "execute the lesson",
             )
         parts += [f"## {title}", *found]
     table = ["| lesson | minutes | its exercises, in minutes |", "|---|---|---|", *rows]

@@ -16,6 +16,8 @@ import jupytext
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from fitcast.units import Said, refusal
+
 from ..assignment import Assignment, Exercise, Numbers, sources
 from ..cases import EVERYBODY
 from ..grade.rubric import show_points
@@ -104,9 +106,11 @@ def _notebook(assignment: Assignment, own: Numbers | None, *, key: bool) -> Note
         if key:
             cells.append(new_markdown_cell(_mistakes(exercise)))
     if exercises:
-        raise ValueError(
-            f"{assignment.name}.py must have a cell tagged exercise for each "
-            f"exercise, got none for {', '.join(exercises)}; add them"
+        raise refusal(
+            f"{assignment.name}.py",
+            "have a cell tagged exercise for each exercise",
+            Said(f"none for {', '.join(exercises)}"),
+            "add them",
         )
     cells[1:1] = _front(assignment, own)
     if not key:

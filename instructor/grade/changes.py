@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
+from fitcast.units import Said, refusal
+
 from ..assignment import Assignment, Exercise
 from .marking import Mark
 from .results import Result
@@ -78,14 +80,16 @@ def read_changes(path: Path | None, assignment: Assignment, students: Collection
     if path is None:
         return found
     if not path.is_file():
-        raise ValueError(f"--changes must be a file, got {str(path)!r}; check the path")
+        raise refusal("--changes", "be a file", str(path), "check the path")
     exercises = {exercise.function: exercise for exercise in assignment.exercises}
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         if unknown := set(rows.fieldnames or ["nothing"]) - set(COLUMNS):
-            raise ValueError(
-                f"--changes must have columns of {', '.join(COLUMNS)}, got "
-                f"{', '.join(sorted(unknown))}; rename or delete them"
+            raise refusal(
+                "--changes",
+                f"have columns of {', '.join(COLUMNS)}",
+                Said(", ".join(sorted(unknown))),
+                "rename or delete them",
             )
         for number, row in enumerate(rows, start=2):
             cells = {name: (row.get(name) or "").strip() for name in COLUMNS}
@@ -154,4 +158,4 @@ def local_time(text: str) -> datetime:
 
 
 def _wrong(column: str, rule: str, got: str, where: str) -> ValueError:
-    return ValueError(f"{column} must {rule}, got {got!r} in {where}; mend the row")
+    return refusal(column, rule, Said(f"{got!r} in {where}"), "mend the row")

@@ -135,11 +135,14 @@ def _check_installed(assignment: Assignment) -> None:
     """Raises ValueError if a package is missing that grading needs."""
     if not importlib.util.find_spec("IPython"):
         raise refusal(
-            "IPython", "be installed, which knows a notebook's magics", None, "pip install ipython"
+            "IPython",
+            "be installed, which knows a notebook's magics",
+            Said("none"),
+            "pip install ipython",
         )
     if any(e.needs_torch for e in assignment.exercises) and not importlib.util.find_spec("torch"):
         raise refusal(
-            "torch", f"be installed to grade {assignment.name}", None, "pip install torch"
+            "torch", f"be installed to grade {assignment.name}", Said("none"), "pip install torch"
         )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from fitcast.units import Said, refusal
+
 DAY = timedelta(days=1)
 
 
@@ -32,12 +34,12 @@ class Policy:
         for name in ("percent", "most"):
             value = getattr(self, name)
             if not 0 <= value <= 100:
-                raise ValueError(
-                    f"late {name} must be from 0 to 100, got {value:g}; it is percent of the points"
+                raise refusal(
+                    f"late {name}", "be from 0 to 100", value, "it is percent of the points"
                 )
         if self.percent and self.due is None and not self.extensions:
-            raise ValueError(
-                "--due must be given with --late-percent, got none; say when the work was due"
+            raise refusal(
+                "--due", "be given with --late-percent", Said("none"), "say when the work was due"
             )
 
     def by(self, student: str, handed_in: datetime | None) -> timedelta:

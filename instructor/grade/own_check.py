@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fitcast.units import Said, refusal
+
 from ..assignment import Assignment, Case, Exercise, load, names
 from ..sandbox.box import Sandbox
 from ..sandbox.cage import LEVELS
@@ -109,9 +111,11 @@ def _cases(text: str, exercise: Exercise, path: Path) -> list[Case]:
             Case(points=1.0, **case | {"arguments": tuple(case["arguments"])}) for case in cases
         ]
     except (ValueError, TypeError, KeyError):
-        raise ValueError(
-            f"the notebook must hold the public cases of {exercise.function}, got {str(path)!r} "
-            "without them; check the assignment's name, and that the cell with PUBLIC is there"
+        raise refusal(
+            "the notebook",
+            f"hold the public cases of {exercise.function}",
+            Said(f"{str(path)!r} without them"),
+            "check the assignment's name, and that the cell with PUBLIC is there",
         ) from None
 
 

@@ -8,6 +8,8 @@ import re
 import unicodedata
 from pathlib import Path
 
+from fitcast.units import Said, refusal
+
 from ..lms.base import Table
 from ..lms.known import of_table
 
@@ -32,9 +34,11 @@ def read_class(path: str | Path) -> Table:
     header = [name.strip() for name in header]
     platform = of_table(header)
     if platform is None or not any(map(any, lines)):
-        raise ValueError(
-            f"roster must have the columns student_id,name and a student, got "
-            f"{text.splitlines()[:1]}; write them in its first line"
+        raise refusal(
+            "roster",
+            "have the columns student_id,name and a student",
+            text.splitlines()[:1],
+            "write them in its first line",
         )
     table = Table(platform, header, [(row + [""] * len(header))[: len(header)] for row in lines])
     for number, line in enumerate(table.rows):
@@ -44,9 +48,11 @@ def read_class(path: str | Path) -> Table:
             continue
         own = student["student_id"]
         if not own or own in table.line_of:
-            raise ValueError(
-                f"student_id must be there once for each student, got "
-                f"{own!r} for {student['name']!r}; mend the roster"
+            raise refusal(
+                "student_id",
+                "be there once for each student",
+                Said(f"{own!r} for {student['name']!r}"),
+                "mend the roster",
             )
         table.line_of[own] = number
         table.students.append(student)
@@ -55,20 +61,16 @@ def read_class(path: str | Path) -> Table:
 
 def _text(path: str | Path) -> str:
     if not Path(path).is_file():
-        raise ValueError(
-            f"--roster must be a file, got {str(path)!r}; see step 2 of instructor/README.md"
-        )
+        raise refusal("--roster", "be a file", str(path), "see step 2 of instructor/README.md")
     try:
         text = Path(path).read_text("utf-8-sig")  # spreadsheets put a mark in front
     except UnicodeDecodeError:
-        raise ValueError(
-            f"roster must be UTF-8 text, got {str(path)!r}, which is not; save it as CSV UTF-8"
-        ) from None
+        got = Said(f"{str(path)!r}, which is not")
+        raise refusal("roster", "be UTF-8 text", got, "save it as CSV UTF-8") from None
     first = text.partition("\n")[0].strip()
     if "," not in first and (";" in first or "\t" in first):
-        raise ValueError(
-            f"roster must have the columns student_id,name, got {first!r}; separate "
-            "columns by commas"
+        raise refusal(
+            "roster", "have the columns student_id,name", first, "separate columns by commas"
         )
     return text
 

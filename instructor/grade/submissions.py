@@ -18,6 +18,8 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from fitcast.units import Said, refusal
+
 from ..lms.base import PLAIN, Platform
 from .roster import file_name, fold
 
@@ -66,10 +68,8 @@ def collect(path: Path) -> list[Submission]:
     elif path.is_file():
         found = _of_zip(path)
     else:
-        raise ValueError(
-            f"submissions must be a folder or a zip, got {str(path)!r}, which is "
-            "not there; check the path"
-        )
+        got = Said(f"{str(path)!r}, which is not there")
+        raise refusal("submissions", "be a folder or a zip", got, "check the path")
     return sorted((s for s in found if not SYSTEM.search(s.name)), key=lambda s: s.name)
 
 
@@ -113,9 +113,8 @@ def _of_zip(path: Path) -> list[Submission]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ValueError(
-            f"submissions must be a folder or a zip, got {str(path)!r} ({error}); download it again"
-        ) from None
+        got = Said(f"{str(path)!r} ({error})")
+        raise refusal("submissions", "be a folder or a zip", got, "download it again") from None
     found, seen = [], set()
     for entry in archive.infolist():
         if entry.is_dir():
@@ -192,8 +191,11 @@ def _name_problem(name: str) -> str:
 
 def _count(found: Sequence[Submission]) -> None:
     if len(found) > MOST_FILES:
-        raise ValueError(
-            f"submissions must be at most {MOST_FILES} files, got more; is this the right folder?"
+        raise refusal(
+            "submissions",
+            f"be at most {MOST_FILES} files",
+            Said("more"),
+            "is this the right folder?",
         )
 
 

@@ -22,6 +22,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fitcast.units import Said, refusal
+
 from . import cage
 from .child import CHANNEL
 from .probe import Probe
@@ -32,7 +34,7 @@ YOUNG_SECONDS = 1.0  # older children are likely to wait, so others may run besi
 MOST_WAITING = 3  # times as many children as without any that wait
 STALL_SECONDS = 2.0  # of this process, stopped or starved; children then waited in vain
 START = """import os, sys
-os.dup2({descriptor}, {channel}, inheritable=False)
+os.dup2(int("{descriptor:05}"), {channel}, inheritable=False)
 sys.path.insert(0, {root!r})
 from instructor.sandbox.forkserver import main
 sys.path.remove({root!r})
@@ -79,9 +81,11 @@ def about_python(python: str | None) -> tuple[str, str, dict[str, str]]:
     except (OSError, ValueError):
         path, version, paths, recent = python, "none", {}, False
     if not recent:
-        raise ValueError(
-            f"--python must be a Python of 3.11 or newer, got {python!r}, which is {version}; "
-            "name one that starts, such as python3.13"
+        raise refusal(
+            "--python",
+            "be a Python of 3.11 or newer",
+            Said(f"{python!r}, which is {version}"),
+            "name one that starts, such as python3.13",
         )
     return path, version, paths
 
@@ -100,9 +104,11 @@ class Sandbox:
 
     def __init__(self, level: str | None = None, torch: bool = False, python: str | None = None):
         if level not in (None, *cage.LEVELS):
-            raise ValueError(
-                f"sandbox must be one of {', '.join(cage.LEVELS)}, got {level!r}; "
-                "leave it out for the strongest"
+            raise refusal(
+                "sandbox",
+                f"be one of {', '.join(cage.LEVELS)}",
+                level,
+                "leave it out for the strongest",
             )
         self.torch, self.passed_over, self._server = torch, {}, None
         self.python, self.version, self._paths = about_python(python)
@@ -114,9 +120,11 @@ class Sandbox:
                 return
             self.passed_over[candidate] = problem
             self._stop()
-        raise ValueError(
-            f"sandbox must hold on this machine, got {self.passed_over}; "
-            "grade on another one, e.g. a container of Linux 5.13 or newer"
+        raise refusal(
+            "sandbox",
+            "hold on this machine",
+            self.passed_over,
+            "grade on another one, e.g. a container of Linux 5.13 or newer",
         )
 
     @property
@@ -144,7 +152,7 @@ class Sandbox:
             "readable": readable,
             "packages": sorted({paths["purelib"], paths["platlib"]}) if self.torch else [],
             "ipython": ipython.submodule_search_locations[0] if ipython else "",
-            "grader": os.getpid(),
+            "grader": f"{os.getpid():08}",
         }
         self._orders, theirs = socket.socketpair()
         threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}

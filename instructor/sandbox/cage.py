@@ -101,8 +101,8 @@ def _mount(source: str, target: str, kind: str, flags: int, options: bytes | Non
 def same_addresses() -> None:
     """Have the program that is started next find its memory at the same addresses in every run.
 
-    So a set of objects has one order, and what exhausts memory ends in one way. Nothing is lost: a
-    child can read its own addresses anyway. Some containers refuse; then runs may differ.
+    So code that exhausts its memory ends in the same way in every run. Nothing is lost: a child can
+    read its own addresses anyway. Some containers refuse; then runs may differ.
     """
     if sys.platform == "linux":
         libc.personality(NO_RANDOM_ADDRESSES)

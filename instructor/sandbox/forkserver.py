@@ -81,7 +81,7 @@ PRELOADED = (
 )
 
 
-def serve(level: str, readable: list[str], packages: list[str], ipython: str, grader: int) -> None:
+def serve(level: str, readable: list[str], packages: list[str], ipython: str, grader: str) -> None:
     """Fork a child for each order that comes, until the grader hangs up.
 
     Args:

@@ -34,7 +34,7 @@ from tests.instructor.test_sandbox import running
 HONEST = ("h001", "h002", "h003")
 REST = sum(exercise.points for exercise in TINY.exercises[1:])
 LOOPS = [name for name in CODE if "endless" in name and "integer" not in name]
-MINE = f'"grader": {os.getpid()}'
+MINE = f'"grader": "{os.getpid():08}"'
 CHECKED = {".csv", ".html"}
 
 
