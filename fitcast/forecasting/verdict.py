@@ -218,7 +218,8 @@ def work_of_step(stream: Stream, micro_batches: int) -> Work:
             parts[bisect_left(ends, work.n_events)].append(work)
     further = max(0, micro_batches - len(ends)) if ends else 0
     times = [1] * len(parts)
-    times[-2:-1] = [1 + further]  # the last micro batch stands for the further ones
+    if ends:
+        times[-2] = 1 + further  # the last micro batch stands for the further ones
     counted = list(zip(times, parts, strict=True))
     return Work(
         n_events=len(phases),
