@@ -49,7 +49,8 @@ def main(folder: Path) -> None:
         ddp_find_unused_parameters=False,
         **extra,
     )
-    print(f"rank {rank} took {len(run.steps)} steps", flush=True)
+    sys.stdout.write(f"rank {rank} took {len(run.steps)} steps\n")  # one write: print makes two
+    sys.stdout.flush()
     torch.distributed.destroy_process_group()
 
 
