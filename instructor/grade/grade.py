@@ -108,8 +108,10 @@ def grade(
     _check_installed(assignment)
     _check_out(out, submissions)
     out.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(out.with_suffix(".journal.jsonl"))
-    with Sandbox(wanted.level, python=wanted.python) as sandbox, journal:
+    with (
+        Journal(out.with_suffix(".journal.jsonl")) as journal,
+        Sandbox(wanted.level, python=wanted.python) as sandbox,
+    ):
         if sandbox.level == "hook" and not wanted.weak:
             problems = "\n".join(f"- {name}: {why}" for name, why in sandbox.passed_over.items())
             raise ValueError(WEAK.format(problems=problems or "- it was asked for"))

@@ -11,8 +11,8 @@ COUNTS = {
     "predictions": (r"^# ### Predict$", 3, 6),
     "cells to predict in": (r'^# %% tags=\["predict"\]$', 3, 6),
     "exercises": (r"^# ##+ Exercise \d\d\.\d · \w", 2, 4),
-    "pictures": (r"figures\.\w+\(", 1, 20),
-    "controls": (r"^widgets\.\w+\(", 1, 1),
+    "pictures": (r"figures\.(?!\w+_explorer)\w+\(", 1, 20),
+    "controls": (r"^figures\.\w+_explorer\(", 1, 1),
 }
 HINT = "<details><summary>Hint {}</summary>"
 
@@ -53,7 +53,7 @@ def test_lesson_has_the_form(path):
         ('# %% tags=["predict"]\n', "# %%\n", "0 cells to predict in"),
         ("## Exercise 04.", "## Task 04.", "0 exercises"),
         (HINT.format(3), "", r"hints \[3, 3, 0, 0\]"),
-        ("widgets.updates_explorer(", "print(", "0 controls"),
+        ("figures.updates_explorer(", "print(", "0 controls"),
         ("range and spacing · ", "range · spacing · ", "6 new concepts, 5 announced"),
         ("**45 min**", "**50 min**", "50 minutes"),
         (", 8 minutes.*", ", 40 minutes.*", "45 minutes, 52 of them"),
