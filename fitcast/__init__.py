@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; what runs is `__getattr__`
     from fitcast.cli.doctor import doctor
+    from fitcast.forecasting.ask import forecast
     from fitcast.forecasting.block import count_block
     from fitcast.forecasting.fake import fake_model, fake_tensors
-    from fitcast.forecasting.forecast import Forecast, forecast, forecast_step
+    from fitcast.forecasting.forecast import Forecast, forecast_step
     from fitcast.forecasting.search import DoesNotFit, fit, levers
     from fitcast.gpus import T4, Gpu, describe, detect, device, emulate, preset
     from fitcast.memory.ledger import MemoryLedger
@@ -76,7 +77,8 @@ _MODULES = {
     "units": "GIB MIB show_bytes",
     "memory.ledger": "MemoryLedger",
     "memory.report": "MemoryReport",
-    "forecasting.forecast": "Forecast forecast forecast_step",
+    "forecasting.ask": "forecast",
+    "forecasting.forecast": "Forecast forecast_step",
     "forecasting.search": "DoesNotFit fit levers",
     "forecasting.fake": "fake_model fake_tensors",
     "forecasting.block": "count_block",

@@ -1,0 +1,87 @@
+"""One question for every way to say a run: a recipe, or the objects that a script makes.
+
+    forecast(TrainRecipe(model="llama-3.1-8b", amp_dtype="float16"), T4)
+    forecast("llama-3.1-8b", TrainingArguments(...), peft_config=LoraConfig(...), gpu=T4)
+
+Nothing is forecast here: a recipe goes to `forecasting.forecast`, Hugging Face's objects to
+`forecasting.huggingface`, whose libraries are imported only then.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, overload
+
+from fitcast.gpus import T4, Gpu
+from fitcast.recipe import TrainRecipe
+from fitcast.units import Said, refusal
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+
+    from fitcast.forecasting.verdict import Forecast
+
+SCRIPT = "forecast(model, TrainingArguments(...), gpu=...)"
+
+
+@overload
+def forecast(run: TrainRecipe, arguments: Gpu = ..., *, gpu: Gpu = ...) -> Forecast: ...
+
+
+@overload
+def forecast(
+    run: str | PretrainedConfig | PreTrainedModel,
+    arguments: TrainingArguments,
+    *,
+    gpu: Gpu = ...,
+    **options: Any,
+) -> Forecast: ...
+
+
+def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **options: Any):
+    """What one optimizer step of a training run needs on a card: memory, verdict, time.
+
+    Args:
+        run: A `TrainRecipe`; or a script's model: a name, hub id, folder, config or model.
+        arguments: Of a recipe, the card; of a model, the script's `TrainingArguments`, `SFTConfig`
+            or `DPOConfig`.
+        gpu: The card; a T4 unless one is given.
+        options: Of a model, what else its script says: `peft_config`, `quantization_config`,
+            `dtype`, `attn_implementation`, `sequence_length`, `padded`, `trainer`, and what the
+            trainer's class takes. `forecasting.huggingface.forecast_run` explains them.
+
+    Returns:
+        A `Forecast`; its `notes` say what was assumed and what is not modelled.
+
+    Raises:
+        ValueError: The run cannot be made, or is not said; the message names the field.
+
+    Example:
+        >>> recipe = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=64)
+        >>> forecast(recipe, T4).fits
+        True
+    """
+    if isinstance(run, TrainRecipe):
+        return _of_recipe(run, arguments if gpu is None else gpu, options)
+    if arguments is None or isinstance(arguments, Gpu):
+        raise refusal(
+            "arguments",
+            "be the run's TrainingArguments, SFTConfig or DPOConfig",
+            Said("none" if arguments is None else f"the card {arguments.name}"),
+            f"write {SCRIPT}, or give a TrainRecipe alone",
+        )
+    from fitcast.forecasting.huggingface import forecast_run
+
+    return forecast_run(run, arguments, gpu=T4 if gpu is None else gpu, **options)
+
+
+def _of_recipe(recipe: TrainRecipe, gpu: Any, options: dict[str, Any]) -> Forecast:
+    if options or not isinstance(gpu, Gpu | None):
+        raise refusal(
+            next(iter(options), "arguments"),
+            "not be given beside a TrainRecipe, which says all of the run",
+            Said(type(next(iter(options.values()), gpu)).__name__),
+            f"change the recipe, or write {SCRIPT}",
+        )
+    from fitcast.forecasting.forecast import forecast as forecast_recipe
+
+    return forecast_recipe(recipe, T4 if gpu is None else gpu)
