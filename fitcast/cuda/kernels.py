@@ -281,6 +281,19 @@ def foreach_norm(
     return result
 
 
+def unscale(gpu: Gpu, func: Callable, gradients: Sequence[torch.Tensor], *rest: Any) -> Any:
+    """Divides gradients by the loss scale: CUDA has a kernel for each dtype but bfloat16.
+
+    Source: native/cuda/AmpKernels.cu, `_amp_foreach_non_finite_check_and_unscale_cuda_`, whose
+    AT_DISPATCH_FLOATING_TYPES_AND_HALF says so.
+    """
+    if any(gradient.dtype == torch.bfloat16 for gradient in gradients):
+        raise NotImplementedError(
+            "\"_amp_foreach_non_finite_check_and_unscale_cuda\" not implemented for 'BFloat16'"
+        )
+    return func(gradients, *rest)
+
+
 def adds_bias(name: str, args: tuple, kwargs: dict) -> bool:
     """Whether this is a product with a bias, which cuBLASLt computes rather than cuBLAS.
 
@@ -318,6 +331,7 @@ KERNEL_RULES: dict[str, Callable] = {
     "aten::logsumexp": logsumexp,
     "aten::native_dropout": mask_before_output,
     "aten::_foreach_norm": foreach_norm,
+    "aten::_amp_foreach_non_finite_check_and_unscale_": unscale,
     "aten::_grouped_mm": experts.grouped_mm,
     "aten::_scaled_dot_product_efficient_attention_backward": efficient_attention_backward,
     "aten::_scaled_dot_product_flash_attention_backward": flash_attention_backward,

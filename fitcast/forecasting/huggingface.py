@@ -19,6 +19,8 @@ import contextlib
 import copy
 import dataclasses
 import tempfile
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -192,14 +194,30 @@ def run_stream(run: Run, gpu: Gpu) -> Stream:
     model = _bare(run)
     rhythm = layers.rhythm(model)
     try:
-        if rhythm is not None:
-            layers.shorten(model, rhythm.run)
-            with contextlib.suppress(depth.NotRepeating):
-                return depth.deepen(_train(run, gpu, model, rhythm), rhythm.counts)
-            model = _bare(run)
-        return _train(run, gpu, model)
+        with _quietly():
+            if rhythm is not None:
+                layers.shorten(model, rhythm.run)
+                with contextlib.suppress(depth.NotRepeating):
+                    return depth.deepen(_train(run, gpu, model, rhythm), rhythm.counts)
+                model = _bare(run)
+            return _train(run, gpu, model)
     except Exception as error:  # other people's code, which may do anything
         raise explained(error, run.config.model_type) from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Inside, libraries keep their advice to themselves: the script will hear it when it runs."""
+    from transformers import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _bare(run: Run) -> PreTrainedModel:
@@ -256,7 +274,7 @@ def _trainer(run: Run, folder: str, ledger: DeviceLedger, model: Any) -> tuple[A
     arguments = _quiet(run.arguments, folder)
     options = dict(run.trainer_options)
     rows = _rows(run)
-    if "trl" in run.trainer.__module__:
+    if is_trl(run.trainer):
         options.setdefault("processing_class", _tokenizer())
         options["peft_config"] = copy.deepcopy(run.peft_config)  # PEFT writes into it
     elif run.peft_config is not None:
@@ -313,7 +331,7 @@ def _rows(run: Run) -> Any:
     """A data set of token ids, each row as long as the longest of the reader's."""
     length = run.sequence_length
     row = {"input_ids": [0] * length, "labels": [0] * length}
-    if "trl" not in run.trainer.__module__:
+    if not is_trl(run.trainer):
         return [row | {"attention_mask": [1] * length}] * ROWS
     from datasets import Dataset
 
@@ -392,6 +410,11 @@ def _with_targets(
     filled.target_modules = targets if isinstance(targets, str) else set(targets)
     named = targets if isinstance(targets, str) else ", ".join(targets)
     return filled, (f"adapters are on {named}: {whose} for {kind}",)
+
+
+def is_trl(trainer: type) -> bool:
+    """Whether a trainer's class is TRL's, or built on one of them."""
+    return any(kind.__module__.startswith("trl.") for kind in trainer.__mro__)
 
 
 def trainer_of(arguments: TrainingArguments) -> type:

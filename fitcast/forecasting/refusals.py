@@ -29,6 +29,15 @@ KNOWN: tuple[tuple[str, tuple[str, str, str]], ...] = (
         ),
     ),
     (
+        "check_and_unscale_cuda\" not implemented for 'BFloat16'",
+        (
+            "fp16", "not scale the gradients of weights in bfloat16, which CUDA cannot",
+            "TRL casts the adapters of a quantized model to bfloat16: set bf16=True on a card that "
+            "has it, else, once the trainer is made, make them float32 again (p.data = "
+            "p.data.float() for each p of trainer.model.parameters() that requires_grad)",
+        ),
+    ),
+    (
         "purely quantized models",
         (
             "peft_config", "be given for weights in 4 or 8 bits: nobody can train those",
