@@ -12,6 +12,10 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     # Sums are added up in one order on every machine, and no thread spins for a core it shares.
     "OMP_NUM_THREADS": "1",
+    # A forecast is worked out, never read from the disk: the code under test makes it.
+    "FITCAST_CACHE": "0",
+    # Figures are drawn once, at the end, and not while a run goes on.
+    "FITCAST_HEADLESS": "1",
     # ipykernel captures C-level stderr unless it believes that pytest runs.
     "PYTEST_CURRENT_TEST": "a lesson, headless",
 }

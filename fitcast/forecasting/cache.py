@@ -1,7 +1,7 @@
 """Forecasts that were made before: the same question about the same model is not worked out twice.
 
 A question is a recipe, the content of the model's config (not its path: what a path holds may
-change) and a GPU. Whoever asks gets a copy of his own.
+change) and a GPU. Whoever asks gets a copy of his own. `store` keeps them beyond the process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fitcast import models
+from fitcast.forecasting import store
 from fitcast.forecasting.verdict import Forecast
 from fitcast.gpus import Gpu
 from fitcast.recipe import TrainRecipe
@@ -27,7 +28,11 @@ def remembered(recipe: TrainRecipe, gpu: Gpu, make: Callable[[], Forecast]) -> F
     """The forecast of `recipe` on `gpu`: a copy of the one made before, or what `make` makes."""
     question = key(recipe, gpu)
     if question not in _remembered:
-        _remembered[question] = make()
+        found = store.read(question, gpu)
+        if found is None:
+            found = make()
+            store.write(question, found)
+        _remembered[question] = found
         if len(_remembered) > REMEMBERED:
             _remembered.popitem(last=False)
     _remembered.move_to_end(question)
