@@ -21,8 +21,8 @@ from fitcast.units import show_bytes
 
 SECONDS_BETWEEN = 2.0  # drawing takes a tenth of a second: too much for every step
 BAR = 24  # characters
-# One of these in the environment: nobody looks. The last is what nbval sets, and older tools.
-HEADLESS = ("FITCAST_HEADLESS", "CI", "PYTEST_CURRENT_TEST")
+# One of these in the environment: nobody looks.
+HEADLESS = ("FITCAST_HEADLESS", "CI")
 
 
 class Watcher:

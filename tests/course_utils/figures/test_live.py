@@ -11,7 +11,7 @@ from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
 from fitcast.units import GIB
 
-HEADLESS = live.HEADLESS  # the real names; a test sees others, for pytest sets one of these
+HEADLESS = live.HEADLESS  # the real names; a test sees others, for CI sets one of these
 RECIPE = TrainRecipe(model=BUNDLED, max_steps=10)
 
 
