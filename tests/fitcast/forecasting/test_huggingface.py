@@ -28,7 +28,10 @@ FAST = ("trainer, padded", "gpt2")
 WITHIN = 0.001  # of the peak in tensors
 # What is further off, with the reason: nothing else may be.
 FURTHER = {
-    "gemma 2": (0.0013, "transformers 5.17 and 5.23 build its masks in another order"),
+    "gemma 2": (
+        0.0013,
+        "transformers 5.23 keeps 11 MiB more than the measured 5.17: with that, 0.00 %",
+    ),
 }
 
 
