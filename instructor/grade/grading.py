@@ -18,9 +18,10 @@ from ..assignment import Assignment, Case, Exercise, numbers
 from ..lms.base import PLAIN, Platform
 from ..sandbox.box import Sandbox
 from ..sandbox.reading import Reading, Rehearsal
+from ..sandbox.talk import Job
 from . import copies
 from .changes import Changes
-from .exam import Exam
+from .exam import Paper, asked
 from .journal import Journal, key_of
 from .late import DAY, Policy, show_late
 from .marking import Mark, mark, some_of
@@ -225,37 +226,49 @@ class Grader:
         exercises: Sequence[Exercise],
         cases: dict[str, dict[str, tuple]],
     ) -> None:
-        keys: dict[int, str] = {}
+        keys: dict[Paper, str] = {}
         tries = sum(map(len, attempts.values()))
         step = self._steps("exercises asked", tries * len(exercises))
 
-        def jobs() -> Iterator[Exam]:
+        def jobs() -> Iterator[Job]:
             for student, tried in attempts.items():
                 own = numbers(self.assignment.name, student, self.secret)
-                for exercise in exercises:
-                    mine = exercise.cases(own)
-                    cases.setdefault(student, {})[exercise.function] = mine
-                    for attempt in tried:
-                        about = attempt.about["functions"][exercise.function]
-                        if "problem" in about:
-                            step()
-                            continue
-                        plans = plans_of(attempt, exercise.function)
-                        seconds = attempt.rehearsal["seconds"]
-                        key = self._key(student, exercise, mine, [plans, seconds])
-                        replies = self._known(student, key) or []
-                        attempt.replies[exercise.function] = replies
-                        if replies:
-                            step()
-                        else:
-                            keys[id(replies)] = key
-                            yield Exam(exercise, mine, plans, replies, seconds)
+                mine = {exercise.function: exercise.cases(own) for exercise in exercises}
+                cases.setdefault(student, {}).update(mine)
+                for attempt in tried:
+                    papers = self._papers(student, attempt, exercises, mine)
+                    for _ in range(len(exercises) - len(papers)):
+                        step()
+                    keys.update(papers)
+                    yield from asked(list(papers), attempt.rehearsal["seconds"])
 
         for job in sandbox.run(jobs()) if exercises else ():
-            if job.done and (key := keys.pop(id(job.replies), None)):
+            for paper in job.finished:
                 step()
                 if job.firm:
-                    self.journal.put(key, job.replies)
+                    self.journal.put(keys.pop(paper), paper.replies)
+
+    def _papers(
+        self,
+        student: str,
+        attempt: Attempt,
+        exercises: Sequence[Exercise],
+        cases: Mapping[str, Sequence[Case]],
+    ) -> dict[Paper, str]:
+        """What is to be asked of an attempt, with the journal's key; what is known is filled in."""
+        papers = {}
+        for exercise in exercises:
+            function = exercise.function
+            if "problem" in attempt.about["functions"][function]:
+                continue
+            plans = plans_of(attempt, function)
+            source = [plans, attempt.rehearsal["seconds"]]
+            key = self._key(student, exercise, cases[function], source)
+            attempt.replies[function] = self._known(student, key) or []
+            if not attempt.replies[function]:
+                paper = Paper(exercise, cases[function], plans, attempt.replies[function])
+                papers[paper] = key
+        return papers
 
     def _key(
         self, student: str, exercise: Exercise, cases: Sequence[Case], source: Sequence

@@ -22,7 +22,7 @@ from ..sandbox.box import Sandbox
 from ..sandbox.cage import LEVELS
 from ..sandbox.reading import Reading, Rehearsal
 from ..sandbox.talk import End, Job, Questions, shallow
-from .exam import Exam
+from .exam import Exam, Paper
 from .grading import failed, plans_of
 from .marking import Mark, mark
 from .matching import Attempt
@@ -61,11 +61,6 @@ class Timed(Exam):
             yield job
         self.taken = taken
 
-    def _again(self, plans: Sequence[Sequence[Sequence]]) -> Timed:
-        other = Timed(self.exercise, self.cases, plans, self.replies, self.seconds)
-        other.firm = self.firm
-        return other
-
 
 def own_check(
     assignment: Assignment, path: Path, level: str | None = None
@@ -98,9 +93,13 @@ def own_check(
                 continue
             cases = _cases(public.text, exercise, path)
             plans, seconds = plans_of(attempt, exercise.function), rehearsal.seconds
-            *_, exam = sandbox.run([Timed(exercise, cases, plans, [], seconds)])
+            *_, exam = sandbox.run([Timed(Paper(exercise, cases, plans), seconds)])
             why = failed(attempt, exercise.function)
-            yield exercise, mark(exercise, cases, exam.replies, about["notes"], why), exam.taken
+            yield (
+                exercise,
+                mark(exercise, cases, exam.paper.replies, about["notes"], why),
+                exam.taken,
+            )
 
 
 def _cases(text: str, exercise: Exercise, path: Path) -> list[Case]:

@@ -83,12 +83,21 @@ def converse() -> int:
         for number, cell, text in job["rehearse"]:
             _send({"did": number, "note": kernel.run(cell, text)})
         return 0
-    for cell, text in job["source"]:
-        kernel.run(cell, text)
+    while job:
+        for cell, text in job["source"]:
+            kernel.run(cell, text)
+        job = _asked(kernel.names, job["function"], lines)
+    return 0
+
+
+def _asked(names: dict[str, Any], function: str, lines: _Lines) -> dict | None:
+    """Answer case after case; returns what is to run before another function, if that follows."""
     while line := lines.line():
         case = json.loads(line)
-        _send({"nonce": case["nonce"], **_answer(kernel.names, job["function"], case, lines)})
-    return 0
+        if "source" in case:
+            return case
+        _send({"nonce": case["nonce"], **_answer(names, function, case, lines)})
+    return None
 
 
 class Kernel:

@@ -198,7 +198,7 @@ def line(message: dict) -> bytes:
 
 
 class Questions(Job):
-    """Call one function with one list of arguments after the other.
+    """Call a function with one list of arguments after the other.
 
     Args:
         source: `[cell, text]` of each statement that has to run before.
@@ -210,7 +210,11 @@ class Questions(Job):
         self._nonce = ""
 
     def begin(self) -> bytes:
-        return line({"source": self._source, "function": self._function}) + self.put()
+        return self.turn_to(self._source, self._function)
+
+    def turn_to(self, source: Sequence[Sequence], function: str) -> bytes:
+        """Run these statements, then ask this function for its first case."""
+        return line({"source": source, "function": function}) + self.put()
 
     def put(self) -> bytes:
         """The next question."""

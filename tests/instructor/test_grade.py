@@ -93,7 +93,7 @@ def test_three_runs_are_byte_identical(graded, tmp_path):
 def test_finished_run_asks_nobody_again(graded, monkeypatch):
     _, _, folder, arguments = graded
     before = outputs(folder / "out")
-    monkeypatch.setattr(grading, "Exam", None)
+    monkeypatch.setattr(grading, "Paper", None)
     monkeypatch.setattr(grading, "Reading", None)
     monkeypatch.setattr(grading, "Rehearsal", None)
     grade(TINY, *arguments)
@@ -102,7 +102,7 @@ def test_finished_run_asks_nobody_again(graded, monkeypatch):
 
 def test_other_code_other_secret_are_asked_again(graded, monkeypatch):
     _, _, folder, arguments = graded
-    monkeypatch.setattr(grading, "Exam", None)
+    monkeypatch.setattr(grading, "Paper", None)
     other = folder / "other.txt"
     other.write_text(SECRET + "!")
     with pytest.raises(TypeError, match="not callable"):

@@ -466,13 +466,13 @@ def test_one_student_is_asked_again(tmp_path, monkeypatch):
     arguments = a_class(tmp_path, people, {f"tiny_s{n}.ipynb": honest(f"s{n}") for n in (1, 2)})
     grade(TINY, *arguments)
     asked = []
-    real = grading.Exam
+    real = grading.Paper
 
-    def exam(exercise, cases, plans, *rest):
+    def paper(exercise, cases, plans, *rest):
         asked.append(plans[0][0][1])
         return real(exercise, cases, plans, *rest)
 
-    monkeypatch.setattr(grading, "Exam", exam)
+    monkeypatch.setattr(grading, "Paper", paper)
     found = grade(TINY, *arguments, again=("s2",))
     assert asked == ["STUDENT_ID = 's2'"] * 3
     assert [result.score for result in found.results] == [10, 10]
