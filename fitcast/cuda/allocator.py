@@ -112,7 +112,8 @@ class CachingAllocator:
 
     Attributes:
         allocated_bytes, reserved_bytes: Now; `peak_allocated_bytes` and `peak_reserved_bytes`: the
-            most so far. As in `torch.cuda.memory_stats`.
+            most so far. `retries`: how often the cache was given back to find room. As in
+            `torch.cuda.memory_stats`.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class CachingAllocator:
         self.limit_bytes, self.descending, self.expandable = limit_bytes, descending, expandable
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.reserved_bytes = self.peak_reserved_bytes = 0
+        self.retries = 0
         self._edge = 0  # where the next segment goes
         self._small, self._large = FreeChunks(small=True), FreeChunks(small=False)
 
@@ -223,6 +225,7 @@ class CachingAllocator:
         """Take bytes from the driver; if it has too few, give the cache back and ask once more."""
         if not self._has(n_bytes):
             self.empty_cache()  # release_cached_blocks
+            self.retries += 1  # num_alloc_retries
         if not self._has(n_bytes):
             raise MemoryError(f"{n_bytes} bytes do not fit {self.limit_bytes}")
         self.reserved_bytes += n_bytes

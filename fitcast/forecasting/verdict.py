@@ -3,7 +3,8 @@
 The stream is replayed through CUDA's caching allocator: once with addresses that fall from segment
 to segment and once with rising ones, for the bounds; under the card's limit, for the verdict. A
 step is taken as its first time (the optimizer makes its state) and as any later time (the state
-cuts the holes).
+cuts the holes). The verdict is one of three: it fits; it is tight (it runs, because the allocator
+gives cached memory back, or by less than the bounds are apart); it does not fit.
 
 Not modelled: what other work in the same process left in the allocator, beyond the stated bounds.
 """
@@ -29,6 +30,7 @@ SLACK = 3 * LARGE_SEGMENT
 # own. One above this share of all memory had that from the start, and finds it again.
 MISSED_HOLE_SHARE = 0.1
 LATER_STEPS = 2  # that are replayed under a card's limit, unless the first leaves all as it was
+FITS, TIGHT, DOES_NOT_FIT = "fits", "tight", "does not fit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +42,15 @@ class Forecast(MemoryReport):
 
     Attributes:
         gpu: The GPU.
-        peak_reserved_bytes: Between which bounds the allocator's memory will peak.
-        device_bytes: The same with the CUDA context: what `nvidia-smi` shows.
-        fits: Whether the step runs within the GPU's memory.
-        margin_bytes: What is left of the GPU's memory in the worse case; negative when it is short.
+        peak_reserved_bytes: Between which bounds the allocator's memory will peak on this card.
+        unlimited_reserved_bytes: The same on a card of its kind that never runs short; the two
+            differ where the verdict is "tight".
+        device_bytes: Those on this card with the CUDA context: what `nvidia-smi` shows.
+        verdict: "fits", "tight" or "does not fit".
+        retries: How often the allocator gives cached memory back in the first steps, to find room.
+        fits: Whether the step runs within the GPU's memory: the verdict is not "does not fit".
+        margin_bytes: What is left of the GPU's memory in the worse case; negative when cached
+            memory must be given back, or when it does not fit.
         loaded_bytes: After loading the base model; `None` when nothing was loaded.
         resident_bytes: Before the first step: weights and adapters.
         operations: About how many operations the step launches.
@@ -54,7 +61,9 @@ class Forecast(MemoryReport):
 
     gpu: Gpu
     peak_reserved_bytes: tuple[int, int]
-    fits: bool
+    unlimited_reserved_bytes: tuple[int, int]
+    verdict: str
+    retries: int
     loaded_bytes: int | None
     resident_bytes: int
     operations: int
@@ -68,6 +77,11 @@ class Forecast(MemoryReport):
         return self.peak_bytes
 
     @property
+    def fits(self) -> bool:
+        """Whether the step runs within the GPU's memory, tightly or not."""
+        return self.verdict != DOES_NOT_FIT
+
+    @property
     def device_bytes(self) -> tuple[int, int]:
         """Lowest and highest use of the device, context included."""
         low, high = self.peak_reserved_bytes
@@ -75,17 +89,31 @@ class Forecast(MemoryReport):
 
     @property
     def margin_bytes(self) -> int:
-        """Bytes of the GPU left over at the upper bound."""
-        return self.gpu.total_bytes - self.device_bytes[1]
+        """Bytes of the GPU left over at the upper bound of a run that never runs short."""
+        return self.gpu.usable_bytes - self.unlimited_reserved_bytes[1]
 
     def __str__(self) -> str:
         low, high = (show_bytes(n, "GiB") for n in self.device_bytes)
-        verdict = "fits" if self.fits else "does not fit"
+        verdict = "tight on" if self.verdict == TIGHT else self.verdict
         card = f"{with_article(self.gpu.name)} ({show_bytes(self.gpu.total_bytes)})"
         return (
             f"{verdict} {card}: peak {show_bytes(self.peak_allocated_bytes)} in tensors, {low} "
-            f"to {high} of the device; highest in {self.peak_phase} at {self.peak_operation} "
-            f"in {self.peak_module or 'no module'}"
+            f"to {high} of the device{self._what_it_costs()}; highest in {self.peak_phase} at "
+            f"{self.peak_operation} in {self.peak_module or 'no module'}"
+        )
+
+    def _what_it_costs(self) -> str:
+        """Why a tight run runs; of another verdict nothing."""
+        if self.verdict != TIGHT:
+            return ""
+        if not self.retries:
+            return ", so by less than the bounds are apart"
+        times = "once" if self.retries == 1 else f"{self.retries} times"
+        context = self.gpu.context_bytes
+        low, high = (show_bytes(n + context, "GiB") for n in self.unlimited_reserved_bytes)
+        return (
+            f", because the allocator gives cached memory back {times} "
+            f"(a card without limit: {low} to {high})"
         )
 
 
@@ -140,11 +168,12 @@ def report(
     alive = list(falling.chunks)
     peak_bytes = falling.play(cut.later)
     rising = _rising(stream, cut, gpu, expandable)
-    bounds = _reserved_bounds(
+    unlimited = _reserved_bounds(
         peak_bytes,
         (falling.allocator.peak_reserved_bytes, rising.allocator.peak_reserved_bytes),
-        0 if expandable else _largest_segment(stream),
+        _largest_segment(stream),
     )
+    judged = _judged(stream, cut, gpu, unlimited, expandable)
     sizes = falling.sizes
     blocks = [block.resized(sizes.get(index, 0)) for index, block in enumerate(stream.blocks)]
     seen = replay(blocks, alive, cut.later, falling.allocator.allocated_bytes)
@@ -154,8 +183,10 @@ def report(
     return Forecast(
         **fields,
         gpu=gpu,
-        peak_reserved_bytes=bounds,
-        fits=_fits(stream, cut, gpu, peak_bytes, bounds[1], expandable),
+        peak_reserved_bytes=(max(peak_bytes, judged.reserved[0]), judged.reserved[1]),
+        unlimited_reserved_bytes=unlimited,
+        verdict=judged.verdict,
+        retries=judged.retries,
         loaded_bytes=loaded_bytes,
         resident_bytes=resident_bytes,
         operations=work.operations,
@@ -192,7 +223,7 @@ def _reserved_bounds(peak: int, simulated: tuple[int, int], largest: int) -> tup
     Args:
         peak: Of tensors; no allocator reserves less.
         simulated: Peaks of reserved memory with falling and with rising addresses.
-        largest: Segment for the largest request, which may miss its hole; 0 without holes.
+        largest: Segment for the largest request, which may miss its hole, and grow one instead.
     """
     missed = min(largest, int(MISSED_HOLE_SHARE * max(simulated)))
     low = max(peak, min(simulated) - SLACK)
@@ -229,34 +260,45 @@ def work_of_step(stream: Stream, micro_batches: int) -> Work:
     )
 
 
-def _fits(
-    stream: Stream, cut: Moments, gpu: Gpu, peak: int, reserved: int, expandable: bool
-) -> bool:
+@dataclass(frozen=True)
+class Judged:
+    """How it goes on a card of limited memory: verdict, retries, bounds of reserved memory."""
+
+    verdict: str
+    retries: int
+    reserved: tuple[int, int]
+
+
+def _judged(
+    stream: Stream, cut: Moments, gpu: Gpu, unlimited: tuple[int, int], expandable: bool
+) -> Judged:
     """Whether it runs in the GPU's memory, cached segments given back when that helps.
 
     Args:
         stream: What is run.
         cut: Its events.
         gpu: The card.
-        peak: Most bytes in tensors.
-        reserved: Upper bound of what the allocator takes where it is not limited.
-        expandable: Whether segments grow; what giving their pages back would do is not known.
+        unlimited: Bounds of what the allocator takes where it is not limited.
+        expandable: Whether segments grow. Giving back the pages that are free in one is not
+            modelled, so such a run must do without.
     """
-    if peak > gpu.usable_bytes:
-        return False
-    if reserved <= gpu.usable_bytes:
-        return True
-    return not expandable and _runs_within(gpu.usable_bytes, stream, cut)
+    limit = gpu.usable_bytes
+    if unlimited[1] <= limit:
+        return Judged(FITS, 0, unlimited)
+    card = Playback(stream.blocks, descending=True, expandable=expandable, limit_bytes=limit)
+    if not _runs(card, cut):
+        return Judged(DOES_NOT_FIT, card.allocator.retries, unlimited)
+    low = card.allocator.peak_reserved_bytes - SLACK
+    return Judged(TIGHT, card.allocator.retries, (low, limit))
 
 
-def _runs_within(limit_bytes: int, stream: Stream, cut: Moments) -> bool:
-    """Whether no step runs out where the allocator cannot have more than this.
+def _runs(card: Playback, cut: Moments) -> bool:
+    """Whether no step runs out where the allocator cannot have more than the card.
 
     The second step is another one than the first: the optimizer's state lies where there was room.
     The third may be: what was given back in the second comes again in other pieces. When a step
     leaves the allocator as it found it, all further ones do the same.
     """
-    card = Playback(stream.blocks, descending=True, limit_bytes=limit_bytes)
     try:
         card.play(cut.before)
         card.play(cut.first)
