@@ -1,6 +1,7 @@
 """Answers on the command line: does it fit, what would, what does each change do, what is here.
 
     fitcast forecast --model llama-3.1-8b --gpu T4 --sequence-length 2048
+    fitcast forecast run.yaml --gpu A100-40
     fitcast fit --model llama-3.1-8b --target-effective-batch 32
     fitcast levers --model llama-3.1-8b --micro-batch-size 4
     fitcast doctor
@@ -25,11 +26,19 @@ INTERRUPTED = 130  # as a shell says it of a program that Ctrl-C ended
 
 def forecast_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str]:
     """`fitcast forecast`: exit code and what to print."""
-    gpu, recipe = options.gpu_of(asked), options.recipe_of(asked)
-    from fitcast.forecasting.forecast import forecast
+    gpu = options.gpu_of(asked)
+    if asked.file:
+        from fitcast.forecasting.files import forecast_file
 
-    f = forecast(recipe, gpu)
-    answer = show.as_json(show.forecast_data(recipe, f)) if asked.json else show.forecast_text(f)
+        f = forecast_file(asked.file, gpu, **options.beside_file(asked))
+        data = show.file_data(asked.file, f)
+    else:
+        recipe = options.recipe_of(asked)
+        from fitcast.forecasting.forecast import forecast
+
+        f = forecast(recipe, gpu)
+        data = show.forecast_data(recipe, f)
+    answer = show.as_json(data) if asked.json else show.forecast_text(f)
     return FITS if f.fits else DOES_NOT_FIT, answer
 
 

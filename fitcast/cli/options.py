@@ -24,6 +24,7 @@ DESCRIPTION = """\
 What an LLM fine-tune needs of a GPU, to the byte, from a machine without one.
 
     fitcast forecast --model llama-3.1-8b --gpu T4 --sequence-length 2048
+    fitcast forecast run.yaml --gpu A100-40
     fitcast fit --model llama-3.1-8b --target-effective-batch 32
     fitcast levers --model llama-3.1-8b --micro-batch-size 4
     fitcast doctor
@@ -38,6 +39,17 @@ VERBS = {
     "levers": "every single change of a recipe: what it saves, what it costs",
     "doctor": "what this machine is, and what would break on it",
 }
+USAGE = {
+    "forecast": " (--model NAME | FILE)",
+    "fit": " --model NAME",
+    "levers": " --model NAME",
+    "doctor": "",
+}
+FILE = """\
+FILE is a .yaml, .yml or .json that axolotl, LLaMA-Factory or TRL's command line trains from; beside
+it go --gpu, --json, and, in place of what it says, --model, --sequence-length and --padded.
+"""
+BESIDE_FILE = ("model", "sequence_length", "padded")
 GROUPS = {
     "model (what is trained, in which precision)": (
         "model",
@@ -135,8 +147,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
             name,
             help=about,
             description=f"{about[0].upper()}{about[1:]}.",
-            usage=f"fitcast {name}{' --model NAME' * asks} [option ...]",
-            epilog=EXIT_CODES,
+            usage=f"fitcast {name}{USAGE[name]} [option ...]",
+            epilog=(FILE if name == "forecast" else "") + EXIT_CODES,
             allow_abbrev=False,
         )
         if asks:
@@ -239,6 +251,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         early = words[0].startswith("-")
         words[0] = _one_of("verb", words[0], VERBS, "write the verb first" if early else "")
     options, unknown = top.parse_known_args(words)
+    options.file = _file_among(unknown) if options.command == "forecast" else None
     if unknown:
         raise _no_such_option(options, unknown, verbs[options.command])
     if _lacks_model(options):
@@ -252,7 +265,38 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _lacks_model(options: argparse.Namespace) -> bool:
-    return options.command != "doctor" and not hasattr(options, "model")
+    return options.command != "doctor" and not (hasattr(options, "model") or options.file)
+
+
+def _file_among(words: list[str]) -> str | None:
+    """The first word that names a file to forecast, taken out of the others."""
+    from fitcast.forecasting.files import names_one
+
+    found = next((word for word in words if not word.startswith("-") and names_one(word)), None)
+    if found is not None:
+        words.remove(found)
+    return found
+
+
+def beside_file(options: argparse.Namespace) -> dict[str, typing.Any]:
+    """What was typed beside a file, as `forecast_run` calls it.
+
+    Raises:
+        ValueError: An option that the file itself has to say.
+    """
+    fields = [field for group in GROUPS.values() for field in group if hasattr(options, field)]
+    for field in fields:
+        if field not in BESIDE_FILE:
+            raise refusal(
+                f"--{field.replace('_', '-')}",
+                f"not be given beside {options.file}",
+                getattr(options, field),
+                "change the file, which says it",
+            )
+    given = {field: getattr(options, field) for field in fields}
+    if "sequence_length" in given:
+        given["sequence_length"] = number("sequence_length", given["sequence_length"], int, "2048")
+    return given
 
 
 def _with_dashes(word: str) -> str:

@@ -35,6 +35,7 @@ FORECAST_FIELDS = (
     "saved_activation_bytes",
     "flops",
     "ideal_seconds",
+    "notes",
 )
 
 
@@ -45,15 +46,24 @@ def as_json(answer: object) -> str:
 
 def forecast_data(recipe: TrainRecipe, f: Forecast) -> dict[str, Any]:
     """A forecast and what it is about, as JSON's types."""
-    numbers = {name: getattr(f, name) for name in FORECAST_FIELDS}
-    return {"recipe": dataclasses.asdict(recipe), "gpu": f.gpu.name} | numbers
+    return {"recipe": dataclasses.asdict(recipe), "gpu": f.gpu.name} | _numbers(f)
+
+
+def file_data(path: str, f: Forecast) -> dict[str, Any]:
+    """The same of the run in a file."""
+    return {"file": path, "gpu": f.gpu.name} | _numbers(f)
+
+
+def _numbers(f: Forecast) -> dict[str, Any]:
+    return {name: getattr(f, name) for name in FORECAST_FIELDS}
 
 
 def forecast_text(f: Forecast) -> str:
-    """The verdict, then who holds the bytes at the peak, then the peak of each phase."""
+    """The verdict, who holds the bytes at the peak, the peak of each phase, what was assumed."""
     phases = ((f"peak in {phase}", n_bytes) for phase, n_bytes in f.phase_peaks.items())
     rows = (*f.composition.items(), *phases)
-    return "\n".join([str(f), *(f"  {name:18}{show_bytes(n):>12}" for name, n in rows)])
+    lines = [f"  {name:18}{show_bytes(n):>12}" for name, n in rows]
+    return "\n".join([str(f), *lines, *(f"  note: {note}" for note in f.notes)])
 
 
 def fit_data(best: Fit) -> dict[str, Any]:

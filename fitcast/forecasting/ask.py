@@ -2,15 +2,18 @@
 
     forecast(TrainRecipe(model="llama-3.1-8b", amp_dtype="float16"), T4)
     forecast("llama-3.1-8b", TrainingArguments(...), peft_config=LoraConfig(...), gpu=T4)
+    forecast("run.yaml", gpu=T4)
 
 Nothing is forecast here: a recipe goes to `forecasting.forecast`, Hugging Face's objects to
-`forecasting.huggingface`, whose libraries are imported only then.
+`forecasting.huggingface`, a file of axolotl, LLaMA-Factory or TRL to `forecasting.files`; their
+libraries are imported only then.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, overload
 
+from fitcast.forecasting import files
 from fitcast.gpus import T4, Gpu
 from fitcast.recipe import TrainRecipe
 from fitcast.units import Said, refusal
@@ -28,6 +31,10 @@ def forecast(run: TrainRecipe, arguments: Gpu = ..., *, gpu: Gpu = ...) -> Forec
 
 
 @overload
+def forecast(run: str, arguments: Gpu = ..., *, gpu: Gpu = ..., **options: Any) -> Forecast: ...
+
+
+@overload
 def forecast(
     run: str | PretrainedConfig | PreTrainedModel,
     arguments: TrainingArguments,
@@ -41,9 +48,10 @@ def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **optio
     """What one optimizer step of a training run needs on a card: memory, verdict, time.
 
     Args:
-        run: A `TrainRecipe`; or a script's model: a name, hub id, folder, config or model.
-        arguments: Of a recipe, the card; of a model, the script's `TrainingArguments`, `SFTConfig`
-            or `DPOConfig`.
+        run: A `TrainRecipe`; or a script's model: a name, hub id, folder, config or model; or the
+            .yaml or .json that axolotl, LLaMA-Factory or TRL trains from.
+        arguments: Of a recipe or a file, the card; of a model, the script's `TrainingArguments`,
+            `SFTConfig` or `DPOConfig`.
         gpu: The card; a T4 unless one is given.
         options: Of a model, what else its script says: `peft_config`, `quantization_config`,
             `dtype`, `attn_implementation`, `sequence_length`, `padded`, `trainer`, and what the
@@ -62,6 +70,8 @@ def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **optio
     """
     if isinstance(run, TrainRecipe):
         return _of_recipe(run, arguments if gpu is None else gpu, options)
+    if files.names_one(run) and isinstance(arguments, Gpu | None):
+        return files.forecast_file(run, gpu or arguments or T4, **options)
     if arguments is None or isinstance(arguments, Gpu):
         raise refusal(
             "arguments",
