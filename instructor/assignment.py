@@ -8,7 +8,6 @@ standard library only. Not here: running a student's code (`sandbox`), building 
 from __future__ import annotations
 
 import functools
-import hashlib
 import hmac
 import importlib
 import sys
@@ -63,7 +62,7 @@ class Draw:
         """One of low, low + step, ..., at most `high`."""
         self._count += 1
         message = f"{self._label}|{self._count}".encode()
-        digest = hmac.new(self._key, message, hashlib.sha256).digest()
+        digest = hmac.digest(self._key, message, "sha256")
         # 256 bits: the remainder's bias is far below anything a class could notice.
         return low + step * (int.from_bytes(digest, "big") % ((high - low) // step + 1))
 

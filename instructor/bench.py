@@ -50,17 +50,11 @@ def hostile(assignment, number: int, own: str) -> tuple[str, bytes, float | None
     return f"{assignment.name}_{own}.ipynb", notebook(cells, own), None
 
 
-def main() -> int:
-    """Returns 1 if a score is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--students", type=int, default=500)
-    parser.add_argument("--assignment", default="effective_batch")
-    parser.add_argument("--sandbox", help="a level, instead of the strongest")
-    options = parser.parse_args()
-    assignment = load(options.assignment)
-    bad = int(HOSTILE_SHARE * options.students)
+def made_up(assignment, students: int) -> tuple[dict, dict]:
+    """Files by name, and each student's points if they are known."""
+    bad = int(HOSTILE_SHARE * students)
     files, truth = {}, {}
-    for index in range(options.students - bad):
+    for index in range(students - bad):
         made = student(assignment, index)
         files[f"{assignment.name}_{made.student_id}.ipynb"] = made.data
         truth[made.student_id] = sum(made.points.values())
@@ -68,16 +62,24 @@ def main() -> int:
         own = f"x{index:03}"
         name, data, truth[own] = hostile(assignment, index, own)
         files[name] = data
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = write_class(Path(folder), {own: f"Student {own}" for own in truth}, files)
-        said = io.StringIO()
-        start, cpu = time.perf_counter(), time.process_time()
-        with contextlib.redirect_stderr(said):
-            found = grade(assignment, *arguments, level=options.sandbox, weak=True)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return files, truth
+
+
+def cpu_seconds(whose: int) -> float:
+    """Of this process, or of its children that have ended."""
+    used = resource.getrusage(whose)
+    return used.ru_utime + used.ru_stime
+
+
+def pages(out: Path) -> dict[str, bytes]:
+    """What three runs have to write alike: each student's page."""
+    return {path.name: path.read_bytes() for path in sorted((out / "feedback").iterdir())}
+
+
+def wrong_scores(assignment, found, truth) -> list[tuple]:
+    """Students whose score is not the truth, as far as it is known."""
     rest = assignment.points - assignment.exercises[0].points
-    wrong = [
+    return [
         (r.student_id, r.score, truth[r.student_id])
         for r in found.results
         if (
@@ -86,20 +88,53 @@ def main() -> int:
             else not rest <= r.score <= assignment.points
         )
     ]
+
+
+def run(assignment, arguments: list, level: str | None, truth: dict) -> int:
+    """Grade once; prints what it took, returns how many scores are wrong."""
+    kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    start, before = time.perf_counter(), [cpu_seconds(kind) for kind in kinds]
+    with contextlib.redirect_stderr(io.StringIO()):
+        found = grade(assignment, *arguments, level=level, weak=True)
+    seconds = time.perf_counter() - start
+    own, children = (cpu_seconds(kind) - b for kind, b in zip(kinds, before, strict=True))
+    wrong = wrong_scores(assignment, found, truth)
     print(f"sandbox: {found.sandbox}")
     print(
-        f"{options.students} submissions, {bad} of them hostile or broken, "
-        f"{len(assignment.exercises)} exercises each, {os.cpu_count()} cores"
+        f"{seconds:.1f} s at a load of {os.getloadavg()[0]:.1f}, {ALLOWED_SECONDS} s allowed; "
+        f"CPU: {own:.1f} s here, {children:.1f} s in children, so {(own + children) / 2:.1f} s on "
+        f"two cores that do nothing else; {resource.getrusage(kinds[0]).ru_maxrss >> 10} MiB here"
     )
-    print(
-        f"{seconds:.1f} s, {seconds / ALLOWED_SECONDS:.2f} of the {ALLOWED_SECONDS} s allowed; "
-        f"the grader's own process: {cpu:.1f} s of CPU, "
-        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB; its children: "
-        f"{children.ru_utime + children.ru_stime:.1f} s of CPU"
-    )
-    print(f"load of the machine: {os.getloadavg()[0]:.1f}")
     print(f"{len(wrong)} scores differ from the truth", *wrong[:5])
-    return bool(wrong)
+    return len(wrong)
+
+
+def main() -> int:
+    """Returns 1 if a score is wrong, or a page differs from one run to the next."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--students", type=int, default=500)
+    parser.add_argument("--assignment", default="effective_batch")
+    parser.add_argument("--sandbox", help="a level, instead of the strongest")
+    parser.add_argument("--runs", type=int, default=1, help="that have to write the same pages")
+    options = parser.parse_args()
+    assignment = load(options.assignment)
+    files, truth = made_up(assignment, options.students)
+    print(
+        f"{options.students} submissions, {int(HOSTILE_SHARE * options.students)} of them hostile "
+        f"or broken, {len(assignment.exercises)} exercises each, {os.cpu_count()} cores"
+    )
+    wrong, written = 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        names = {own: f"Student {own}" for own in truth}
+        *given, _ = write_class(Path(folder), names, files)
+        for number in range(options.runs):
+            out = Path(folder, f"out{number}")
+            wrong += run(assignment, [*given, out / "grades.csv"], options.sandbox, truth)
+            written.append(pages(out))
+    differ = {name for one in written for name in one if one[name] != written[0].get(name)}
+    if options.runs > 1:
+        print(f"{len(differ)} of {len(written[0])} pages differ between runs", *sorted(differ)[:5])
+    return bool(wrong or differ)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ The expected values and what each mistake leads to are computed, never typed.
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -141,14 +140,15 @@ def _case(
             most,
             knows,
         )
-        if (expected := _answer(solution, case)) is NO_VALUE:
+        own = json.dumps(case.arguments)
+        if (expected := _answer(solution, case, own)) is NO_VALUE:
             raise refusal(
                 "solution",
                 "answer",
                 Said(f"{solution.__name__}{case.arguments} without an answer"),
                 "mend it or its draw",
             )
-        found = {name: _answer(function, case) for name, function in wrong.items()}
+        found = {name: _answer(function, case, own) for name, function in wrong.items()}
         found = {
             name: value
             for name, value in found.items()
@@ -165,11 +165,17 @@ def _case(
     )
 
 
-def _answer(function: Callable, case: Case) -> Any:
-    """What a function of ours gives on a case, as JSON; NO_VALUE if the mistake fails instead."""
+def _answer(function: Callable, case: Case, arguments: str) -> Any:
+    """What a function of ours gives on a case, as JSON; NO_VALUE if the mistake fails instead.
+
+    Args:
+        function: The reference, or one that makes a mistake.
+        case: Which.
+        arguments: The case's, as JSON: each function gets its own, which it may change.
+    """
     extra = [oracle(vars(case))] if case.oracle else []
     try:
-        value = _json([function(*copy.deepcopy(case.arguments), *extra)])[0]
+        value = _json([function(*json.loads(arguments), *extra)])[0]
         return _rounded(value) if case.rel_tolerance else value
     except (TooMany, ArithmeticError, TypeError):
         return NO_VALUE

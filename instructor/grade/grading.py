@@ -144,7 +144,7 @@ class Grader:
             ungraded,
             alike,
             self.sandbox.says,
-            warnings(self.assignment, self.secret, self._names, found, attempts, ungraded),
+            warnings(self.assignment, self._names, found, attempts, cases, ungraded),
         )
 
     def _read(self, submissions: Sequence[Submission]) -> list[dict]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..assignment import Assignment, Numbers, load, names, numbers
+from ..assignment import Assignment, Case, load, names
 from ..cases import EVERYBODY
 from ..sandbox.plan import digest
 from .marking import some_of
@@ -24,26 +24,26 @@ HALF = 0.5
 
 def warnings(
     assignment: Assignment,
-    secret: str,
     known: Names,
     results: Sequence[Result],
     attempts: Mapping[str, Sequence[Attempt]],
+    cases: Mapping[str, Mapping[str, Sequence[Case]]],
     ungraded: Sequence[tuple[str, str]],
 ) -> list[str]:
     """A sentence for each thing that looks wrong.
 
     Args:
         assignment: What was graded.
-        secret: The instructor's.
         known: Whom paths name.
         results: Of the class.
         attempts: What was graded, by student.
+        cases: By student and function, as the instructor's secret gives them.
         ungraded: Files that were not.
     """
     tried = [(student, one) for student, several in attempts.items() for one in several]
     return [
         *_assignment(assignment, [attempt for _, attempt in tried]),
-        *_secret(assignment, secret, tried),
+        *_secret(assignment, cases, tried),
         *_ids(known),
         *_scores(assignment, results),
         *_python(tried),
@@ -72,28 +72,26 @@ def _assignment(assignment: Assignment, tried: Sequence[Attempt]) -> Iterator[st
     )
 
 
-def _public(assignment: Assignment, own: Numbers) -> str:
+def _public(cases: Mapping[str, Sequence[Case]]) -> str:
     return digest(
-        {
-            exercise.function: [list(c.arguments) for c in exercise.cases(own) if not c.hidden]
-            for exercise in assignment.exercises
-        }
+        {name: [list(c.arguments) for c in some if not c.hidden] for name, some in cases.items()}
     )
 
 
 def _secret(
-    assignment: Assignment, secret: str, tried: Sequence[tuple[str, Attempt]]
+    assignment: Assignment,
+    cases: Mapping[str, Mapping[str, Sequence[Case]]],
+    tried: Sequence[tuple[str, Attempt]],
 ) -> Iterator[str]:
     """Public numbers that come neither from this secret nor from none."""
     stated = [(student, attempt) for student, attempt in tried if attempt.about["public"]]
     if not stated:
         return
-    everybody = _public(assignment, EVERYBODY)
+    everybody = _public({e.function: e.cases(EVERYBODY) for e in assignment.exercises})
     others = [
         student
         for student, attempt in stated
-        if attempt.about["public"]
-        not in (everybody, _public(assignment, numbers(assignment.name, student, secret)))
+        if attempt.about["public"] not in (everybody, _public(cases[student]))
     ]
     if len(others) >= HALF * len(stated):
         yield (
