@@ -26,7 +26,7 @@ from fitcast.units import Said, refusal
 
 from . import cage
 from .child import CHANNEL
-from .probe import Probe
+from .probe import ABOUT_GRADER, SEES, Probe
 from .reading import Reading
 from .talk import End, Job, Talk
 
@@ -48,7 +48,8 @@ SAYS = {
     "seccomp": "seccomp: no file, no network, no other process",
     "hook": "WEAK: Python's audit hook and limits only, which keep out accidents, not attackers",
 }
-NOT_HELD = ("a bug in the kernel", "whoever means it")
+# What a level lets through, as the probe calls it: it is said, where it is so.
+KNOWN = {"landlock": {SEES}, "hook": {SEES, *ABOUT_GRADER}}
 
 
 def memory_bytes() -> int:
@@ -114,7 +115,7 @@ class Sandbox:
         self.python, self.version, self._paths = about_python(python)
         self.memory_bytes = memory_bytes()
         for candidate in [level] if level else cage.LEVELS:
-            problem = self._start(candidate) or self._problem()
+            problem = self._start(candidate) or self._problem(candidate)
             if problem is None:
                 self.level = candidate
                 return
@@ -130,9 +131,14 @@ class Sandbox:
     @property
     def says(self) -> str:
         """What is in force, what was tried and what is not held, for people, in a line."""
-        held = f"none of {self.tried} ways out that were tried here led out"
+        held = (
+            f"{self.tried - len(self.known)} of {self.tried} ways out that were tried here are shut"
+        )
         memory = f"{self.memory_bytes / 2**30:.1f} GiB for all children together"
-        return f"{SAYS[self.level]}; {held}; {memory}; not held: {NOT_HELD[self.level == 'hook']}"
+        last = "whoever means it" if self.level == "hook" else "a bug in the kernel"
+        user = ["the machine's root is theirs, without privileges"] if self.root else []
+        open_ways = ", ".join([*(f"a child can {way}" for way in self.known), *user, last])
+        return f"{SAYS[self.level]}; {held}; {memory}; not held: {open_ways}"
 
     def _start(self, level: str) -> str | None:
         """Start the server; what is wrong with the level here."""
@@ -175,7 +181,7 @@ class Sandbox:
         said = self._orders.recv(4096).decode().strip()
         return None if said == "ready" else said or "the fork server did not start"
 
-    def _problem(self) -> str | None:
+    def _problem(self, level: str) -> str | None:
         """What a child can do that it should not, or cannot do that it should."""
         reading = Reading(READABLE, ["f"])
         with tempfile.TemporaryDirectory(prefix="grading-") as folder:
@@ -191,8 +197,10 @@ class Sandbox:
             return "a child could not read a notebook"
         if probe.found is None:
             return "its child failed"
-        self.tried = probe.tried
-        return f"a child could: {', '.join(probe.found)}" if probe.found else None
+        self.tried, self.root = probe.tried, probe.root
+        self.known = [way for way in probe.found if way in KNOWN.get(level, ())]
+        found = [way for way in probe.found if way not in self.known]
+        return f"a child could: {', '.join(found)}" if found else None
 
     def run(self, jobs: Iterable[Job], at_once: int | None = None) -> Iterator[Job]:
         """Do jobs, several at a time; yields each when its child is gone.

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from .talk import End, Job, Questions
 
+# What some levels let through.
+SEES = "see that a file is there with its size and times"
+ABOUT_GRADER = ("read the grader's clock", "read the grader's processors")
 PROBE = '''
 def escapes(path, folder, process):
     """How many ways out were tried, and the names of those that led out."""
-    import os, platform, socket, sys
+    import os, platform, socket, sys, time
     CHANNEL = 3
 
     def read(name):
@@ -75,12 +78,15 @@ def escapes(path, folder, process):
         "make a folder": lambda: os.mkdir(folder + "/escaped") is None,
         "make a link": lambda: os.symlink(path, folder + "/link") is None,
         "list a folder of the grader": lambda: bool(os.listdir(folder)),
+        "see that a file is there with its size and times": lambda: bool(os.stat(path)),
         "change a file's mode": lambda: os.chmod(path, 0o600) is None,
         "read the grader's memory": lambda: read(f"/proc/{process}/environ"),
         "fork": fork,
         "start a program": start,
         "start a thread": thread,
         "signal the grader": lambda: os.kill(process, 0) is None,
+        "read the grader's clock": lambda: time.clock_gettime((~process << 3) | 2) >= 0,
+        "read the grader's processors": lambda: bool(os.sched_getaffinity(process)),
         "have the kernel signal the grader": lambda: owner("F_SETOWN", process),
         "have the kernel signal the grader, by ioctl": owner_by_ioctl,
         "choose the kernel's signal": lambda: owner("F_SETSIG", 9),
@@ -106,7 +112,7 @@ def escapes(path, folder, process):
                 found.append(name)
         except (OSError, MemoryError, ImportError, RuntimeError, AttributeError, NameError):
             continue
-    return [len(attempts), found]
+    return [len(attempts), found, os.getuid() == 0]
 '''
 
 
@@ -120,20 +126,21 @@ class Probe(Questions):
     Attributes:
         found: Names of what it could do and should not; None if it did not answer.
         tried: How many ways out it tried.
+        root: Whether it is still root, though without any privilege.
     """
 
     def __init__(self, path: str, folder: str):
         super().__init__([[1, PROBE]], "escapes")
         self._arguments = [path, folder, os.getpid()]
         self.found: list[str] | None = None
-        self.tried = 0
+        self.tried, self.root = 0, False
 
     def next(self) -> tuple[Sequence, bool]:
         return self._arguments, False
 
     def receive(self, message: dict) -> bytes | None:
-        if isinstance(value := message.get("value"), list) and len(value) == 2:
-            self.tried, self.found = value
+        if isinstance(value := message.get("value"), list) and len(value) == 3:
+            self.tried, self.found, self.root = value
         return None
 
     def ended(self, end: End) -> Iterable[Job]:

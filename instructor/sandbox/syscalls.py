@@ -3,7 +3,8 @@
 A list of what is allowed, because a list of what is forbidden is out of date with the next kernel.
 No process, thread, socket, signal, mount, trace or new program is on it. Calls that are many calls
 in one (`fcntl`, `ioctl`) are allowed for the commands that Python needs: others make the kernel
-signal another process when data comes, enlarge pipes, lock or watch files.
+signal another process when data comes, enlarge pipes, lock or watch files. So are those that may
+ask about another process (clocks, affinity): for its own alone.
 Numbers: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h of Linux.
 """
 
@@ -54,40 +55,45 @@ ALLOWED = {
     "sigaltstack": (131, 132),
     "gettid": (186, 178),
     "futex": (202, 98),
-    "sched_getaffinity": (204, 123),
     "getdents64": (217, 61),
     "restart_syscall": (219, 128),
-    "clock_gettime": (228, 113),
-    "clock_getres": (229, 114),
-    "clock_nanosleep": (230, 115),
     "exit_group": (231, 94),
     "get_mempolicy": (239, 236),
-    "newfstatat": (262, 79),
-    "readlinkat": (267, 78),
-    "faccessat": (269, 48),
     "pselect6": (270, 72),
     "ppoll": (271, 73),
     "dup3": (292, 24),
     "getrandom": (318, 278),
-    "statx": (332, 291),
     "rseq": (334, 293),
-    "faccessat2": (439, 439),
     # x86-64 alone has these older forms
-    "stat": (4, 0),
-    "lstat": (6, 0),
     "poll": (7, 0),
-    "access": (21, 0),
     "select": (23, 0),
     "dup2": (33, 0),
-    "readlink": (89, 0),
     "time": (201, 0),
 }
 READ = (0, 63)
-# Allowed for some commands, which the kernel takes from the low half of the second argument.
-# Numbers: include/uapi/asm-generic/fcntl.h, ioctls.h; include/uapi/linux/fcntl.h.
-COMMANDS = {
-    "fcntl": ((72, 25), (0, 1, 2, 3, 1030)),  # F_DUPFD, _GETFD, _SETFD, _GETFL, F_DUPFD_CLOEXEC
-    "ioctl": ((16, 29), (0x5401, 0x5413, 0x5450, 0x5451)),  # TCGETS, TIOCGWINSZ, FION-, FIOCLEX
+# Allowed for some values of an argument, of which the kernel takes the low half: number, the
+# argument's place, values. Numbers: include/uapi/asm-generic/fcntl.h, ioctls.h;
+# include/uapi/linux/fcntl.h, time.h. A negative clock is another process's.
+CLOCKS = (0, 1, 2, 3, 4, 5, 6, 7, 11)
+CHOSEN = {
+    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 1030)),  # F_DUPFD, _GETFD, _SETFD, _GETFL, F_DUPFD_CLOEXEC
+    "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x5450, 0x5451)),  # TCGETS, TIOCGWINSZ, FION-, FIOCLEX
+    "clock_gettime": ((228, 113), 0, CLOCKS),
+    "clock_getres": ((229, 114), 0, CLOCKS),
+    "clock_nanosleep": ((230, 115), 0, CLOCKS),
+    "sched_getaffinity": ((204, 123), 0, (0,)),  # its own
+}
+# What asks about a file by its name: where files may be opened.
+ABOUT_FILES = {
+    "newfstatat": (262, 79),
+    "readlinkat": (267, 78),
+    "faccessat": (269, 48),
+    "statx": (332, 291),
+    "faccessat2": (439, 439),
+    "stat": (4, 0),
+    "lstat": (6, 0),
+    "access": (21, 0),
+    "readlink": (89, 0),
 }
 # Where Landlock decides which files are reached: to open one that is there. Number, flags' place.
 OPENING = {"openat": ((257, 56), 2), "open": ((2, 0), 1)}
@@ -132,8 +138,9 @@ def program(files: str) -> bytes:
     """
     column, machine = MACHINES[platform.machine()]
     rows = [*ALLOWED.values(), *(FILES.values() if files == "all" else ())]
+    rows += ABOUT_FILES.values() if files != "none" else ()
     plain = [READ[column], *(row[column] for row in rows if row[column])]
-    guarded = [(row[column], _allow_commands(commands)) for row, commands in COMMANDS.values()]
+    guarded = [(row[column], _one_of(at, values)) for row, at, values in CHOSEN.values()]
     if files == "read":
         guarded += [(row[column], _no_new(at)) for row, at in OPENING.values() if row[column]]
     # Jumps lead forward only: numbers, the refusal, a block for each guarded call, PASS.
@@ -159,12 +166,12 @@ def program(files: str) -> bytes:
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 
-def _allow_commands(commands: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """A block that passes the calls whose second argument is one of these."""
-    count = len(commands)
+def _one_of(argument: int, values: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """A block that passes the calls whose argument of that place is one of these."""
+    count = len(values)
     return [
-        (LOAD, 0, 0, ARGUMENTS + 8),
-        *((JUMP_IF_EQUAL, count - index, 0, one) for index, one in enumerate(commands)),
+        (LOAD, 0, 0, ARGUMENTS + 8 * argument),
+        *((JUMP_IF_EQUAL, count - index, 0, one) for index, one in enumerate(values)),
         (RETURN, 0, 0, REFUSE),
         (RETURN, 0, 0, PASS),
     ]

@@ -134,7 +134,8 @@ def test_environment_and_arguments_are_not_the_graders(box, monkeypatch):
 def test_descriptors_are_its_own(box):
     body = (
         "import os\ndef f():\n    found = []\n    for n in range(2000):\n        try:\n"
-        "            os.fstat(n)\n            found.append(n)\n        except OSError: pass\n"
+        "            os.get_inheritable(n)\n            found.append(n)\n"
+        "        except OSError: pass\n"
         "    return found"
     )
     (job,) = ask(box, body)
@@ -384,6 +385,38 @@ def test_what_python_itself_needs_of_them_is_allowed(box):
     )
     (job,) = ask(box, body)
     assert job.reply["value"] == [False, 2, False]
+
+
+@pytest.mark.parametrize(
+    ("asks", "open_at"),
+    [
+        ("time.clock_gettime((~PARENT << 3) | 2)", {"hook"}),
+        ("time.clock_getres((~PARENT << 3) | 2)", {"hook"}),
+        ("list(os.sched_getaffinity(PARENT))", {"hook"}),
+        ("os.stat(PATH).st_size", {"landlock", "hook"}),
+        ("os.access(PATH, os.R_OK)", {"landlock", "hook"}),
+    ],
+)
+def test_nothing_is_learnt_of_others(box, asks, open_at, tmp_path):
+    """What a level does let through, it says."""
+    (tmp_path / "there").write_text("x")
+    asks = asks.replace("PARENT", str(os.getpid())).replace("PATH", repr(str(tmp_path / "there")))
+    (job,) = ask(box, f"import os, time\ndef f(): return {asks}")
+    learnt = bool(job.reply.get("value"))
+    if box.level in open_at:
+        assert not learnt or "a child can " in box.says or "WEAK" in box.says
+    else:
+        assert not learnt, job.reply
+
+
+def test_its_own_clocks_are_a_childs_to_read(box):
+    body = (
+        "import os, time\ndef f():\n    time.sleep(0.001)\n    names = ('REALTIME', 'MONOTONIC',"
+        " 'PROCESS_CPUTIME_ID', 'THREAD_CPUTIME_ID', 'BOOTTIME')\n    return [time.clock_gettime("
+        "getattr(time, 'CLOCK_' + n)) > 0 for n in names] + [len(os.sched_getaffinity(0)) > 0]"
+    )
+    (job,) = ask(box, body)
+    assert job.reply["value"] == [True] * 6
 
 
 MAKES = {
