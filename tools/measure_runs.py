@@ -263,10 +263,10 @@ def measure(spec: dict, folder: Path) -> dict[str, Any]:
     arguments.logging_strategy, arguments.disable_tqdm = "no", True
     options: dict[str, Any] = {}
     if spec["trainer"] != "Trainer":
-        from fitcast.forecasting.huggingface import _tokenizer
+        from fitcast.forecasting.stage import tokenizer
 
         arguments.dataset_kwargs = {"skip_prepare_dataset": True}
-        options = {"processing_class": _tokenizer(), "peft_config": held["peft_config"]}
+        options = {"processing_class": tokenizer(), "peft_config": held["peft_config"]}
     elif held["peft_config"] is not None:
         from peft import get_peft_model
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from fitcast.gpus import Gpu
@@ -24,13 +25,17 @@ from fitcast.gpus import Gpu
 @contextlib.contextmanager
 def pretend_trainer() -> Iterator[None]:
     """Inside, a model of fake tensors is where Trainer wants it; the process's state is kept."""
+    from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
+    from transformers.trainer_pt_utils import EvalLoopContainer
 
     states = (PartialState, AcceleratorState, GradientState)
     before = [dict(state._shared_state) for state in states]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", stay))
         stack.enter_context(mock.patch.object(torch.Tensor, "data_ptr", address))
+        stack.enter_context(mock.patch.object(Accelerator, "pad_across_processes", as_it_is))
+        stack.enter_context(mock.patch.object(EvalLoopContainer, "to_cpu_and_numpy", to_host))
         stack.enter_context(adapters_on_fake_weights())
         try:
             AcceleratorState._shared_state.clear()  # of another precision, perhaps
@@ -104,6 +109,23 @@ def stay(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
     return _to(self, dtype=dtypes[0]) if dtypes else self
 
 
+def as_it_is(self: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    """One process has the longest rows of all: nothing is padded, and no length is asked for.
+
+    Source: accelerate/utils/operations.py, `pad_across_processes`.
+    """
+    return tensor
+
+
+def to_host(self: Any) -> None:
+    """What evaluation has gathered leaves the device; its numbers, which nobody has, are zeros.
+
+    Source: transformers/trainer_pt_utils.py, `EvalLoopContainer.to_cpu_and_numpy`.
+    """
+    if self.tensors is not None:
+        self.arrays, self.tensors = np.zeros(1), None
+
+
 def address(self: torch.Tensor) -> int:
     """A number that tells storages apart, as addresses do: Trainer counts embeddings by it.
 
@@ -112,19 +134,32 @@ def address(self: torch.Tensor) -> int:
     return self.untyped_storage()._cdata
 
 
-def mixed_precision_as_on_a_gpu(accelerator: Any, precision: str) -> None:
-    """accelerate's fp16 and bf16, which it grants to a GPU only: autocast, scaler, fp32 outputs.
+@contextlib.contextmanager
+def mixed_precision(precision: str) -> Iterator[None]:
+    """Inside, accelerate grants fp16 and bf16 as on a GPU: autocast, scaler, fp32 outputs.
 
     Source: accelerate/accelerator.py, `Accelerator.__init__` and `prepare_model`, which wraps
     forward in autocast and converts its outputs to float32 where `native_amp` is set.
+
+    Args:
+        precision: "fp16", "bf16" or "no", as `mixed_precision` of an `Accelerator`.
     """
-    if precision == "no":
-        return
-    accelerator.state._shared_state["_mixed_precision"] = precision
-    accelerator.state._mixed_precision = precision
-    accelerator.native_amp = True
-    if precision == "fp16":
-        accelerator.scaler = torch.amp.GradScaler("cpu")
+    from accelerate import Accelerator
+
+    made = Accelerator.__init__
+
+    def as_on_a_gpu(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if precision == "no":
+            return
+        self.state._shared_state["_mixed_precision"] = precision
+        self.state._mixed_precision = precision
+        self.native_amp = True
+        if precision == "fp16":
+            self.scaler = torch.amp.GradScaler("cpu")
+
+    with mock.patch.object(Accelerator, "__init__", as_on_a_gpu):
+        yield
 
 
 @contextlib.contextmanager

@@ -18,31 +18,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import tempfile
+import logging
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fitcast.cuda import experts
-from fitcast.cuda.kernels import CudaKernels
-from fitcast.cuda.libraries import pretend_cuda
-from fitcast.cuda.trainers import (
-    mixed_precision_as_on_a_gpu,
-    padding,
-    pretend_trainer,
-    trl_kernels,
-)
-from fitcast.forecasting import base, depth, fake, layers
-from fitcast.forecasting.answers import Answers
-from fitcast.forecasting.place import place
+from fitcast.forecasting import base, depth, layers
 from fitcast.forecasting.refusals import explained
+from fitcast.forecasting.stage import (
+    MICRO_BATCHES,
+    Run,
+    Stage,
+    bare,
+    is_preference,
+    staged,
+    trainer_of,
+)
 from fitcast.forecasting.verdict import Forecast, report
 from fitcast.gpus import T4, Gpu
-from fitcast.memory.layers import Layers
-from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
+from fitcast.memory.stream import DeviceLedger, Stream
 from fitcast.step.overflow import float16_warning
 from fitcast.step.targets import attention_targets, peft_targets
 from fitcast.units import refusal, show_bytes
@@ -51,8 +48,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
-MICRO_BATCHES = 2  # of a step; the third does to memory what the second did
-ROWS = 64  # of the data set that stands for the reader's; one step takes at most two batches
+Script = Callable[[Stage], None]
 # Arguments that change memory and that running the class does not show: field -> why.
 NOT_MODELLED = {
     "torch_compile": "inductor's kernels keep other tensors than eager ones",
@@ -63,37 +59,6 @@ NOT_MODELLED = {
     "torch_empty_cache_steps": "the cache is not emptied in between",
     "parallelism_config": "other parallelism than data parallel is not run",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What is to be run, in the names of the script.
-
-    Attributes:
-        config: Of the model.
-        kind: The model's class, or `None` for the checkpoint's.
-        arguments: `TrainingArguments`, `SFTConfig`, ...
-        trainer: The class that trains.
-        dtype: Of the weights that are not quantized, as `from_pretrained(dtype=...)` loads them.
-        sequence_length: Tokens in a row of the batch.
-        padded: Whether masks hide padding.
-        routing: Of loops over experts: `experts.EVEN` or `experts.WORST`.
-        assumed: Sentences about what the script did not say.
-    """
-
-    config: PretrainedConfig
-    kind: type[PreTrainedModel] | None
-    arguments: TrainingArguments
-    trainer: type
-    dtype: torch.dtype
-    sequence_length: int
-    padded: bool
-    peft_config: PeftConfig | None = None
-    quantization_config: Any = None
-    attention: str | None = None
-    trainer_options: dict[str, Any] = field(default_factory=dict)
-    routing: str = experts.EVEN
-    assumed: tuple[str, ...] = ()
 
 
 def forecast_run(
@@ -134,20 +99,40 @@ def forecast_run(
     Raises:
         ValueError: The run cannot be made; the library's own reason is in the text.
     """
-    run = _described(
-        model, arguments, peft_config, quantization_config, dtype, attn_implementation,
-        sequence_length, padded, trainer, trainer_options,
+    run = describe_run(
+        model, arguments, peft_config=peft_config, quantization_config=quantization_config,
+        dtype=dtype, attn_implementation=attn_implementation, sequence_length=sequence_length,
+        padded=padded, trainer=trainer, **trainer_options,
     )  # fmt: skip
-    micro_batches = arguments.gradient_accumulation_steps
-    even = report(
-        run_stream(run, gpu), gpu, micro_batches=micro_batches, expandable=expandable_segments
-    )
-    said = (*run.assumed, *notes(run, gpu))
-    if experts.expert_loops(_bare(run)):
-        worst = report(run_stream(dataclasses.replace(run, routing=experts.WORST), gpu), gpu)
+    return forecast_script(
+        run, gpu, train_one_step, expandable=expandable_segments,
+        micro_batches=arguments.gradient_accumulation_steps,
+    )  # fmt: skip
+
+
+def forecast_script(
+    run: Run, gpu: Gpu, script: Script, *, micro_batches: int = 1, expandable: bool = False
+) -> Forecast:
+    """What `script` will need on `gpu`, once the run's trainer and weights are there.
+
+    Args:
+        run: Of `describe_run`.
+        gpu: The card.
+        script: Uses the stage, and sets the marks "ready" and "step" around what is asked about.
+        micro_batches: How many the step has, as `report` takes it.
+        expandable: As `report` takes it.
+    """
+
+    def seen(run: Run) -> Forecast:
+        stream = run_stream(run, gpu, script)
+        return report(stream, gpu, micro_batches=micro_batches, expandable=expandable)
+
+    even, said = seen(run), (*run.assumed, *notes(run, gpu))
+    if experts.expert_loops(bare(run)):
+        worst = seen(dataclasses.replace(run, routing=experts.WORST)).peak_allocated_bytes
         said += (
             "tokens are spread evenly over the experts; if all of them went to the same ones, the "
-            f"peak would be {show_bytes(worst.peak_allocated_bytes, 'GiB')}",
+            f"peak would be {show_bytes(worst, 'GiB')}",
         )
     return dataclasses.replace(even, notes=said)
 
@@ -185,175 +170,120 @@ def _about_the_model(run: Run, gpu: Gpu) -> list[str]:
     return said
 
 
-def run_stream(run: Run, gpu: Gpu) -> Stream:
-    """Memory events of load and first step; of few layers where they repeat.
+def run_stream(run: Run, gpu: Gpu, script: Script | None = None) -> Stream:
+    """Memory events of load and `script`, by default one step; of few layers where they repeat.
 
     Raises:
         ValueError: What the libraries refuse, as one sentence.
     """
-    model = _bare(run)
+    model = bare(run)
     rhythm = layers.rhythm(model)
+    alike = run.reference is None or run.reference.to_dict() == run.config.to_dict()
     try:
         with _quietly():
-            if rhythm is not None:
+            if rhythm is not None and alike:
                 layers.shorten(model, rhythm.run)
                 with contextlib.suppress(depth.NotRepeating):
-                    return depth.deepen(_train(run, gpu, model, rhythm), rhythm.counts)
-                model = _bare(run)
-            return _train(run, gpu, model)
+                    few = _play(run, gpu, model, script or train_one_step, rhythm)
+                    return depth.deepen(few, rhythm.counts)
+                model = bare(run)
+            return _play(run, gpu, model, script or train_one_step)
     except Exception as error:  # other people's code, which may do anything
         raise explained(error, run.config.model_type) from error
+
+
+def _play(
+    run: Run, gpu: Gpu, model: PreTrainedModel, script: Script, rhythm: layers.Rhythm | None = None
+) -> Stream:
+    with staged(run, gpu, model, rhythm) as stage:
+        script(stage)
+    return stage.stream()
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Inside, libraries keep their advice to themselves: the script will hear it when it runs."""
-    from transformers import logging
+    from transformers.utils import logging as transformers_logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    fakes = logging.getLogger("torch._subclasses.fake_tensor")  # prints what it raises as well
+    verbosity, level = transformers_logging.get_verbosity(), fakes.level
+    transformers_logging.set_verbosity_error()
+    fakes.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
+        fakes.setLevel(level)
 
 
-def _bare(run: Run) -> PreTrainedModel:
-    return base.meta_base(run.config, run.dtype, run.attention, run.kind)
+def train_one_step(stage: Stage) -> None:
+    """One optimizer step of the trainer's `train()`, between the marks "ready" and "step"."""
+    train(stage, lambda ledger: ledger.mark("step"), ready=True)
 
 
-def _train(
-    run: Run, gpu: Gpu, model: PreTrainedModel, rhythm: layers.Rhythm | None = None
-) -> Stream:
-    """Make the trainer, place the weights, take one optimizer step of its `train()`."""
-    ledger = DeviceLedger()
-    if run.quantization_config is not None:
-        base.quantize(model, run.quantization_config)
-    kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
-    with tempfile.TemporaryDirectory() as folder, pretend_trainer():
-        trainer, batch = _trainer(run, folder, ledger, model)
-        ledger.layers = _layers(trainer.model, rhythm)
-        answers = Answers()
-        with contextlib.ExitStack() as stack:
-            for context in (padding(run.padded), trl_kernels(), experts.grouped_products(gpu),
-                experts.routing(trainer.model, run.routing, answers), pretend_cuda(gpu),
-                fake.fake_tensors(),
-                answers,  # below the ledger: how many hold a gradient is counted from the top
-                ledger,
-                kernels,
-            ):  # fmt: skip
-                stack.enter_context(context)
-            place(trainer.model, run.dtype, ledger)
-            ledger.watch(trainer.model)
-            batches = [
-                {name: torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v
-                 for name, v in batch.items()}
-                for _ in range(run.arguments.gradient_accumulation_steps)
-            ]  # fmt: skip
-            ledger.note_inputs(batches)
-            trainer.get_train_dataloader = lambda: batches[:MICRO_BATCHES]
-            ledger.mark("ready")
-            trainer.train()
-    stream = ledger.stream()
-    stream.events = stream.events[: stream.marks["step"]]  # a list of its own: frees go on
-    return stream
+def train(stage: Stage, at_end: Callable[[DeviceLedger], None], *, ready: bool = False) -> None:
+    """One optimizer step; `at_end` is called when it is done, before anything else is.
+
+    Args:
+        stage: Whose trainer.
+        at_end: Takes the ledger.
+        ready: Whether the mark "ready" is set before.
+    """
+    arguments, trainer = stage.run.arguments, stage.trainer
+    if getattr(arguments, "precompute_ref_log_probs", False):
+        _ask_reference(stage)
+    count = min(MICRO_BATCHES, arguments.gradient_accumulation_steps)
+    batches = stage.batches(count, arguments.per_device_train_batch_size)
+    trainer.get_train_dataloader = lambda: batches
+    trainer.add_callback(_end_of_step(stage.ledger, at_end))
+    if ready:
+        stage.ledger.mark("ready")
+    trainer.train()
 
 
-def _layers(model: torch.nn.Module, rhythm: layers.Rhythm | None) -> Layers:
-    """Which layer a module of the trainer's model belongs to."""
-    path = layers.path_of(model)
-    return Layers() if path is None or rhythm is None else rhythm.named(path)
+def _ask_reference(stage: Stage) -> None:
+    """DPO's pass over the data before training, for one batch: phase "reference"."""
+    arguments: Any = stage.run.arguments
+    trainer = stage.trainer
+    size = arguments.precompute_ref_batch_size or arguments.per_device_train_batch_size
+    with stage.ledger.phase("reference"):
+        trainer.compute_ref_log_probs(trainer.model, *stage.batches(1, size))
 
 
-def _trainer(run: Run, folder: str, ledger: DeviceLedger, model: Any) -> tuple[Any, dict[str, Any]]:
-    """The trainer over a model on meta, and a batch as its collator makes it."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    arguments = _quiet(run.arguments, folder)
-    options = dict(run.trainer_options)
-    rows = _rows(run)
-    if is_trl(run.trainer):
-        options.setdefault("processing_class", _tokenizer())
-        options["peft_config"] = copy.deepcopy(run.peft_config)  # PEFT writes into it
-    elif run.peft_config is not None:
-        from peft import get_peft_model
-
-        if arguments.gradient_checkpointing:
-            model.enable_input_require_grads()
-        model = get_peft_model(model, copy.deepcopy(run.peft_config))
-    trainer = run.trainer(
-        model=model, args=arguments, train_dataset=rows, callbacks=[_end_of_step(ledger)], **options
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    precision = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
-    mixed_precision_as_on_a_gpu(trainer.accelerator, precision)
-    size = arguments.per_device_train_batch_size
-    return trainer, trainer.data_collator([rows[i] for i in range(size)])
-
-
-def _end_of_step(ledger: DeviceLedger) -> Any:
+def _end_of_step(ledger: DeviceLedger, at_end: Callable[[DeviceLedger], None]) -> Any:
     from transformers import TrainerCallback
 
     class EndOfStep(TrainerCallback):
-        """Marks the end of the optimizer step and ends the run there."""
+        """Ends the run with its first optimizer step."""
 
         def on_step_end(self, args, state, control, **kwargs):
-            ledger.mark("step")
             control.should_training_stop = True
+            at_end(ledger)
             return control
 
     return EndOfStep()
 
 
-def _quiet(arguments: TrainingArguments, folder: str) -> TrainingArguments:
-    """A copy that computes as asked for, and neither logs, nor saves, nor asks for a GPU."""
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+def describe_run(
+    model: str | PretrainedConfig | PreTrainedModel,
+    arguments: TrainingArguments,
+    *,
+    peft_config: PeftConfig | None = None,
+    quantization_config: Any = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    sequence_length: int | None = None,
+    padded: bool | None = None,
+    trainer: type | None = None,
+    **trainer_options: Any,
+) -> Run:
+    """What is to be run, from what a script holds: the arguments of `forecast_run`.
 
-    quiet: Any = copy.copy(arguments)
-    quiet.__dict__.pop("_setup_devices", None)  # a cached property: the device of this process
-    quiet.output_dir, quiet.use_cpu, quiet.report_to = folder, True, []
-    quiet.logging_strategy = quiet.eval_strategy = IntervalStrategy.NO
-    quiet.save_strategy = SaveStrategy.NO
-    quiet.load_best_model_at_end = quiet.push_to_hub = quiet.dataloader_pin_memory = False
-    quiet.disable_tqdm, quiet.torch_compile = True, False
-    quiet.gradient_accumulation_steps = min(MICRO_BATCHES, arguments.gradient_accumulation_steps)
-    quiet.max_steps = 1
-    if hasattr(quiet, "dataset_kwargs"):  # the rows are token ids already
-        quiet.dataset_kwargs = {**(quiet.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    assert quiet.device.type == "cpu"  # asked for now, because asking resets accelerate's state
-    return quiet
-
-
-def _rows(run: Run) -> Any:
-    """A data set of token ids, each row as long as the longest of the reader's."""
-    length = run.sequence_length
-    row = {"input_ids": [0] * length, "labels": [0] * length}
-    if not is_trl(run.trainer):
-        return [row | {"attention_mask": [1] * length}] * ROWS
-    from datasets import Dataset
-
-    return Dataset.from_list([row] * ROWS)
-
-
-def _tokenizer() -> Any:
-    """A tokenizer of three words: TRL asks for one, and no text is read."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2}, unk_token="<s>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
-def _described(
-    model, arguments, peft_config, quantization_config, dtype, attention, sequence_length, padded,
-    trainer, trainer_options,
-) -> Run:  # fmt: skip
+    Raises:
+        ValueError: No such model, no length, rows longer than learned positions.
+    """
     config = base.read_config(model)
     length = sequence_length or getattr(arguments, "max_length", None)
     if not isinstance(length, int) or length < 2:
@@ -361,27 +291,47 @@ def _described(
             "sequence_length", "be a whole number of at least 2 tokens", length,
             "TrainingArguments do not say how long a row is: give the longest of yours",
         )  # fmt: skip
-    packed = getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)
-    alone = arguments.per_device_train_batch_size == 1
     kept_dtype = base.dtype_of(dtype, model, config)
     kind: Any = type(model) if isinstance(model, torch.nn.Module) else None
-    bare = base.meta_base(config, kept_dtype, attention, kind)
-    _check_length(length, bare)
-    peft_config, assumed = _with_targets(peft_config, bare)
+    empty = base.meta_base(config, kept_dtype, attn_implementation, kind)
+    _check_length(length, empty)
+    peft_config, assumed = _with_targets(peft_config, empty)
+    trainer = trainer or trainer_of(arguments)
     return Run(
         config=config,
         kind=kind,
         arguments=arguments,
-        trainer=trainer or trainer_of(arguments),
+        trainer=trainer,
         dtype=kept_dtype,
         sequence_length=length,
-        padded=not (packed or alone) if padded is None else padded,
+        padded=_has_padding(arguments, trainer) if padded is None else padded,
         peft_config=peft_config,
         quantization_config=base.quantization_of(config, quantization_config),
-        attention=attention,
+        attention=attn_implementation,
+        reference=_reference(config, arguments, trainer, peft_config, trainer_options),
         trainer_options=trainer_options,
         assumed=assumed,
     )
+
+
+def _has_padding(arguments: TrainingArguments, trainer: type) -> bool:
+    """Whether a batch has rows of several lengths, each in a row of its own."""
+    packed = getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)
+    alone = arguments.per_device_train_batch_size == 1 and not is_preference(trainer)
+    return not (packed or alone)
+
+
+def _reference(
+    config: PretrainedConfig, arguments: TrainingArguments, trainer: type, peft_config: Any,
+    trainer_options: dict[str, Any],
+) -> PretrainedConfig | None:  # fmt: skip
+    """Of the second model that DPO loads: the one given, else a copy where no adapter trains."""
+    given = trainer_options.pop("ref_model", None)
+    if given is not None:
+        return base.read_config(given)
+    computed_before = getattr(arguments, "precompute_ref_log_probs", False)
+    needs_one = is_preference(trainer) and peft_config is None and not computed_before
+    return config if needs_one else None
 
 
 def _check_length(length: int, model: PreTrainedModel) -> None:
@@ -410,29 +360,3 @@ def _with_targets(
     filled.target_modules = targets if isinstance(targets, str) else set(targets)
     named = targets if isinstance(targets, str) else ", ".join(targets)
     return filled, (f"adapters are on {named}: {whose} for {kind}",)
-
-
-def is_trl(trainer: type) -> bool:
-    """Whether a trainer's class is TRL's, or built on one of them."""
-    return any(kind.__module__.startswith("trl.") for kind in trainer.__mro__)
-
-
-def trainer_of(arguments: TrainingArguments) -> type:
-    """The class that these arguments belong to: Trainer, or TRL's of the same name.
-
-    Raises:
-        ValueError: They belong to a class that is not known here.
-    """
-    import transformers
-
-    kind = type(arguments)
-    if kind.__module__.startswith("trl."):
-        import trl
-
-        return getattr(trl, kind.__name__.replace("Config", "Trainer"))
-    if isinstance(arguments, transformers.TrainingArguments):
-        return transformers.Trainer
-    raise refusal(
-        "arguments", "be TrainingArguments or one of TRL's configs", kind.__name__,
-        "or say trainer=YourTrainer",
-    )  # fmt: skip

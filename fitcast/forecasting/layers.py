@@ -59,9 +59,9 @@ class Rhythm:
         """Units of each kind, for `depth.deepen`."""
         return [1] * self.before + [self.periods] + [1] * self.after
 
-    def named(self, path: str) -> Layers:
-        """The layers that are run, in the list of modules called `path`."""
-        where = "^" + re.escape(path)
+    def named(self, *paths: str) -> Layers:
+        """The layers that are run, in the lists of modules called `paths`: one a model."""
+        where = f"^(?:{'|'.join(map(re.escape, paths))})"
         return Layers(where, self.before, self.period, min(RUN, self.periods))
 
 

@@ -10,7 +10,6 @@ Not modelled: the order in which loading threads place the weights of a 16-bit b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,44 +28,66 @@ def place(model: torch.nn.Module, dtype: torch.dtype, ledger: DeviceLedger) -> N
         dtype: Of the weights that are not quantized, as they are loaded.
         ledger: Books what is placed.
     """
-    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
-    base = {name: p for name, p in parameters.items() if not ADDED.search(name)}
-    added = {name: p for name, p in parameters.items() if name not in base}
-    places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+    with ledger.phase("load"):
+        place_weights(model, dtype, ledger)
+    ledger.mark("load")
+    with ledger.phase("adapters"):
+        _place_added(model, dtype, ledger)
+    ledger.mark("adapters")
+
+
+def place_weights(
+    model: torch.nn.Module, dtype: torch.dtype, ledger: DeviceLedger, prefix: str = ""
+) -> None:
+    """Give the weights of a model on meta their memory; those that PEFT adds stay on meta.
+
+    Args:
+        model: As `place` takes it.
+        dtype: Likewise.
+        ledger: Likewise.
+        prefix: Before the names of its modules in the ledger.
+    """
+    base = {n: p for n, p in model.named_parameters() if not ADDED.search(n)}
+    places = _places(model)
+    sizes = {name: _stored_bytes(p, dtype) for name, p in base.items()}
+    warm_up = torch.empty(sum(sizes.values()), dtype=torch.uint8)
+    repeated = [n for name, n in sizes.items() if ledger.layers.repeats(prefix + name)]
+    ledger.grows(warm_up, sum(repeated))
+    del warm_up
+    for name in sorted(base, key=natural):
+        with ledger.inside(prefix + name.rpartition(".")[0]):
+            module = places[id(base[name])][0][0]
+            _put(places, base[name], _loaded(base[name], dtype, module))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    _cast_after_loading(base, dtype, places, ledger, prefix)
+
+
+Places = dict[int, list[tuple[torch.nn.Module, str]]]  # id of a parameter -> who holds it
+
+
+def _places(model: torch.nn.Module) -> Places:
+    places: Places = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module, name))
+    return places
 
-    def put(old: torch.Tensor, new: torch.Tensor) -> None:
-        for module, name in places[id(old)]:
-            module._parameters[name] = new  # pyright: ignore[reportArgumentType]
 
-    with ledger.phase("load"):
-        sizes = {name: _stored_bytes(p, dtype) for name, p in base.items()}
-        torch.empty(sum(sizes.values()), dtype=torch.uint8)  # warms the allocator up
-        ledger.growing[0] = sum(n for name, n in sizes.items() if ledger.layers.repeats(name))
-        for name in sorted(base, key=natural):
-            with ledger.inside(name.rpartition(".")[0]):
-                module = places[id(base[name])][0][0]
-                put(base[name], _loaded(base[name], dtype, module))
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        _cast_after_loading(base, dtype, places, put, ledger)
-    ledger.mark("load")
-    with ledger.phase("adapters"):
-        _place_added(added, dtype, put, ledger)
-    ledger.mark("adapters")
+def _put(places: Places, old: torch.Tensor, new: torch.nn.Parameter) -> None:
+    for module, name in places[id(old)]:
+        module._parameters[name] = new
 
 
 def _cast_after_loading(
-    base: dict[str, torch.Tensor],
+    base: dict[str, torch.nn.Parameter],
     dtype: torch.dtype,
-    places: dict[int, list[tuple[torch.nn.Module, str]]],
-    put: Callable[[torch.Tensor, torch.Tensor], None],
+    places: Places,
     ledger: DeviceLedger,
+    prefix: str,
 ) -> None:
     """What a trainer or PEFT casts once it is there, as the k-bit preparation does."""
     for name, parameter in base.items():
@@ -75,17 +96,15 @@ def _cast_after_loading(
             loaded = module._parameters[place_name]
             if loaded is None or loaded.dtype == parameter.dtype:
                 continue
-            with ledger.inside(name.rpartition(".")[0]):
+            with ledger.inside(prefix + name.rpartition(".")[0]):
                 cast = loaded.detach().to(parameter.dtype)
-                put(parameter, torch.nn.Parameter(cast, requires_grad=parameter.requires_grad))
+                new = torch.nn.Parameter(cast, requires_grad=parameter.requires_grad)
+                _put(places, parameter, new)
 
 
-def _place_added(
-    added: dict[str, torch.Tensor],
-    dtype: torch.dtype,
-    put: Callable[[torch.Tensor, torch.Tensor], None],
-    ledger: DeviceLedger,
-) -> None:
+def _place_added(model: torch.nn.Module, dtype: torch.dtype, ledger: DeviceLedger) -> None:
+    added = {n: p for n, p in model.named_parameters() if ADDED.search(n)}
+    places = _places(model)
     made = {}
     for name, parameter in added.items():
         with ledger.inside(name.rpartition(".")[0]):
@@ -93,7 +112,8 @@ def _place_added(
     for name, parameter in added.items():
         with ledger.inside(name.rpartition(".")[0]):
             cast = made.pop(name).to(parameter.dtype)
-            put(parameter, torch.nn.Parameter(cast, requires_grad=parameter.requires_grad))
+            new = torch.nn.Parameter(cast, requires_grad=parameter.requires_grad)
+            _put(places, parameter, new)
 
 
 def natural(name: str) -> list[tuple[int, object]]:

@@ -94,6 +94,24 @@ class DeviceLedger(MemoryLedger):
         super().watch(model)
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
 
+    def watch_too(self, model: torch.nn.Module, prefix: str) -> None:
+        """Recognise a second model's weights and modules, which train nothing, as well.
+
+        Args:
+            model: Beside the watched one.
+            prefix: Before the names of its modules.
+        """
+        names, trained, trainable = self._names, self._trained, self._trainable
+        super().watch(model)
+        second = {number: prefix + name for number, name in self._names.items()}
+        self._names, self._trained, self._trainable = names | second, trained, trainable
+
+    def grows(self, tensor: torch.Tensor, n_bytes: int) -> None:
+        """This tensor's block gains so many bytes with each further layer of the model."""
+        block = self._block_of(tensor)
+        if block is not None:
+            self.growing[block] = n_bytes
+
     def _start_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if not all(isinstance(parameter, FakeTensor) for parameter in trained):

@@ -1,0 +1,298 @@
+"""Somebody's trainer on tensors without numbers: made, its weights placed, its data stood in for.
+
+A step is then whatever the trainer's own methods do on it (`huggingface`, `other_steps`). Not
+modelled: data loading, logging, saving: they are switched off in a copy of the arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+
+from fitcast.cuda import experts
+from fitcast.cuda.kernels import CudaKernels
+from fitcast.cuda.libraries import pretend_cuda
+from fitcast.cuda.trainers import mixed_precision, padding, pretend_trainer, trl_kernels
+from fitcast.forecasting import base, fake, layers
+from fitcast.forecasting.answers import Answers
+from fitcast.forecasting.place import place, place_weights
+from fitcast.gpus import Gpu
+from fitcast.memory.layers import Layers
+from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
+from fitcast.units import refusal
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+
+MICRO_BATCHES = 2  # of a step; the third does to memory what the second did
+ROWS = 64  # of the data set that stands for the reader's; one step takes at most two batches
+REFERENCE = "reference."  # before the names of modules of a second model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is to be run, in the names of the script.
+
+    Attributes:
+        config: Of the model.
+        kind: The model's class, or `None` for the checkpoint's.
+        arguments: `TrainingArguments`, `SFTConfig`, ...
+        trainer: The class that trains.
+        dtype: Of the weights that are not quantized, as `from_pretrained(dtype=...)` loads them.
+        sequence_length: Tokens in a row of the batch.
+        padded: Whether masks hide padding.
+        reference: Config of the second model that DPO compares with, or `None`.
+        routing: Of loops over experts: `experts.EVEN` or `experts.WORST`.
+        assumed: Sentences about what the script did not say.
+    """
+
+    config: PretrainedConfig
+    kind: type[PreTrainedModel] | None
+    arguments: TrainingArguments
+    trainer: type
+    dtype: torch.dtype
+    sequence_length: int
+    padded: bool
+    peft_config: PeftConfig | None = None
+    quantization_config: Any = None
+    attention: str | None = None
+    reference: PretrainedConfig | None = None
+    trainer_options: dict[str, Any] = field(default_factory=dict)
+    routing: str = experts.EVEN
+    assumed: tuple[str, ...] = ()
+
+
+@dataclass
+class Stage:
+    """A trainer whose weights are where they would be on the card, ready to be used."""
+
+    run: Run
+    trainer: Any
+    ledger: DeviceLedger
+    collated: dict[int, dict[str, Any]]  # rows in a batch -> one as the collator makes it
+
+    def batches(self, count: int, size: int) -> list[dict[str, Any]]:
+        """`count` batches of `size` rows, on the device."""
+        batches = [
+            {name: torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v
+             for name, v in self.collated[size].items()}
+            for _ in range(count)
+        ]  # fmt: skip
+        self.ledger.note_inputs(batches)
+        return batches
+
+    def stream(self) -> Stream:
+        """What happened to memory up to the mark "step"."""
+        stream = self.ledger.stream()
+        stream.events = stream.events[: stream.marks["step"]]  # a list of its own: frees go on
+        return stream
+
+
+def bare(run: Run) -> PreTrainedModel:
+    """The run's model on meta, as its class makes it."""
+    return base.meta_base(run.config, run.dtype, run.attention, run.kind)
+
+
+@contextlib.contextmanager
+def staged(
+    run: Run, gpu: Gpu, model: PreTrainedModel, rhythm: layers.Rhythm | None = None
+) -> Iterator[Stage]:
+    """Make the trainer over `model`, which may have fewer layers, and place its weights.
+
+    Args:
+        run: What is to be run.
+        gpu: The card.
+        model: Of `bare`; it is used up.
+        rhythm: How its layers repeat, where some were cut off.
+    """
+    ledger = DeviceLedger()
+    if run.quantization_config is not None:
+        base.quantize(model, run.quantization_config)
+    kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
+    with tempfile.TemporaryDirectory() as folder, pretend_trainer():
+        trainer = make_trainer(run, folder, model, rhythm)
+        reference = getattr(trainer, "ref_model", None)
+        ledger.layers = _layers(trainer.model, reference, rhythm)
+        collated = _collated(run, trainer)
+        answers = Answers()
+        with contextlib.ExitStack() as stack:
+            for context in (padding(run.padded), trl_kernels(), experts.grouped_products(gpu),
+                experts.routing(trainer.model, run.routing, answers), pretend_cuda(gpu),
+                fake.fake_tensors(),
+                answers,  # below the ledger: how many hold a gradient is counted from the top
+                ledger,
+                kernels,
+            ):  # fmt: skip
+                stack.enter_context(context)
+            place(trainer.model, run.dtype, ledger)
+            ledger.watch(trainer.model)
+            if reference is not None:
+                with ledger.phase("load"):
+                    place_weights(reference, run.dtype, ledger, prefix=REFERENCE)
+                ledger.watch_too(reference, REFERENCE)
+            yield Stage(run, trainer, ledger, collated)
+
+
+def _layers(model: Any, reference: Any, rhythm: layers.Rhythm | None) -> Layers:
+    """Which layer a module of the trainer's model belongs to, or of the one beside it."""
+    path = layers.path_of(model)
+    if path is None or rhythm is None:
+        return Layers()
+    beside = None if reference is None else REFERENCE + str(layers.path_of(reference))
+    return rhythm.named(path) if beside is None else rhythm.named(path, beside)
+
+
+# --- the trainer -------------------------------------------------------------------------------
+
+
+def make_trainer(run: Run, folder: str, model: Any, rhythm: layers.Rhythm | None = None) -> Any:
+    """The trainer of the run's class over a model on meta."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    arguments = quiet(run.arguments, folder)
+    options = dict(run.trainer_options)
+    if is_trl(run.trainer):
+        options.setdefault("processing_class", tokenizer())
+        options["peft_config"] = copy.deepcopy(run.peft_config)  # PEFT writes into it
+    elif run.peft_config is not None:
+        model = with_adapters(model, run.peft_config, bool(arguments.gradient_checkpointing))
+    if run.reference is not None:
+        options["ref_model"] = _second(run, run.reference, rhythm)
+    precision = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
+    with mixed_precision(precision), _rows_are_ready(run.trainer):
+        trainer = run.trainer(model=model, args=arguments, train_dataset=rows_of(run), **options)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def with_adapters(model: Any, peft_config: PeftConfig, checkpointing: bool) -> Any:
+    """The model as a script hands it to a Trainer: adapted, and able to be checkpointed."""
+    from peft import get_peft_model
+
+    if checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, copy.deepcopy(peft_config))
+
+
+def _second(run: Run, config: PretrainedConfig, rhythm: layers.Rhythm | None) -> Any:
+    """The model that DPO compares with, on meta, as deep as the first one."""
+    model = base.meta_base(config, run.dtype, run.attention, run.kind)
+    if rhythm is not None:
+        layers.shorten(model, rhythm.run)
+    if run.quantization_config is not None:
+        base.quantize(model, run.quantization_config)
+    return model
+
+
+@contextlib.contextmanager
+def _rows_are_ready(trainer: type) -> Iterator[None]:
+    """Inside, TRL's trainers leave the rows as they are: token ids, with a reference's answers."""
+    module = sys.modules.get("trl.trainer.dpo_trainer")
+    with contextlib.ExitStack() as stack:
+        for name in ("_prepare_dataset", "_precompute_ref_logps"):
+            if hasattr(trainer, name):
+                stack.enter_context(
+                    mock.patch.object(trainer, name, lambda _, rows, *__, **___: rows)
+                )
+        if hasattr(module, "hash_module"):  # names a file of answers by the weights' numbers
+            stack.enter_context(mock.patch.object(module, "hash_module", lambda _: ""))
+        yield
+
+
+def quiet(arguments: TrainingArguments, folder: str) -> TrainingArguments:
+    """A copy that computes as asked for, and neither logs, nor saves, nor asks for a GPU."""
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+    quiet: Any = copy.copy(arguments)
+    quiet.__dict__.pop("_setup_devices", None)  # a cached property: the device of this process
+    quiet.output_dir, quiet.use_cpu, quiet.report_to = folder, True, []
+    quiet.logging_strategy = quiet.eval_strategy = IntervalStrategy.NO
+    quiet.save_strategy = SaveStrategy.NO
+    quiet.load_best_model_at_end = quiet.push_to_hub = quiet.dataloader_pin_memory = False
+    quiet.disable_tqdm, quiet.torch_compile = True, False
+    quiet.gradient_accumulation_steps = min(MICRO_BATCHES, arguments.gradient_accumulation_steps)
+    quiet.max_steps = 1
+    assert quiet.device.type == "cpu"  # asked for now, because asking resets accelerate's state
+    return quiet
+
+
+def is_trl(trainer: type) -> bool:
+    """Whether a trainer's class is TRL's, or built on one of them."""
+    return any(kind.__module__.startswith("trl.") for kind in trainer.__mro__)
+
+
+def is_preference(trainer: type) -> bool:
+    """Whether it learns from pairs, as TRL's DPOTrainer does."""
+    return any(kind.__name__ == "DPOTrainer" for kind in trainer.__mro__)
+
+
+def trainer_of(arguments: TrainingArguments) -> type:
+    """The class that these arguments belong to: Trainer, or TRL's of the same name.
+
+    Raises:
+        ValueError: They belong to a class that is not known here.
+    """
+    import transformers
+
+    kind = type(arguments)
+    if kind.__module__.startswith("trl."):
+        import trl
+
+        return getattr(trl, kind.__name__.replace("Config", "Trainer"))
+    if isinstance(arguments, transformers.TrainingArguments):
+        return transformers.Trainer
+    raise refusal(
+        "arguments", "be TrainingArguments or one of TRL's configs", kind.__name__,
+        "or say trainer=YourTrainer",
+    )  # fmt: skip
+
+
+# --- its data ----------------------------------------------------------------------------------
+
+
+def rows_of(run: Run) -> Any:
+    """A data set of token ids, each row as long as the longest of the reader's."""
+    length = run.sequence_length
+    if not is_trl(run.trainer):
+        row = {"input_ids": [0] * length, "labels": [0] * length}
+        return [row | {"attention_mask": [1] * length}] * ROWS
+    from datasets import Dataset
+
+    row: dict[str, Any] = {"input_ids": [0] * length, "labels": [0] * length}
+    if is_preference(run.trainer):
+        row = {"prompt_ids": [0], "chosen_ids": [0] * (length - 1)}
+        row["rejected_ids"] = row["chosen_ids"]
+        if getattr(run.arguments, "precompute_ref_log_probs", False):
+            row |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
+    return Dataset.from_list([row] * ROWS)
+
+
+def _collated(run: Run, trainer: Any) -> dict[int, dict[str, Any]]:
+    """A batch of each size that the arguments name."""
+    rows, arguments = rows_of(run), run.arguments
+    names = ("per_device_train_batch_size", "per_device_eval_batch_size",
+             "precompute_ref_batch_size")  # fmt: skip
+    sizes = {size for name in names if (size := getattr(arguments, name, None))}
+    return {size: trainer.data_collator([rows[i % ROWS] for i in range(size)]) for size in sizes}
+
+
+def tokenizer() -> Any:
+    """A tokenizer of three words: TRL asks for one, and no text is read."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2}, unk_token="<s>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
