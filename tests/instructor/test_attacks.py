@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -20,6 +22,7 @@ import pytest
 from instructor.grade.grade import grade
 from instructor.sandbox import cage
 from instructor.sandbox.box import Sandbox
+from tests.instructor.attack_class import HONEST, REST, SLOW, complaints
 from tests.instructor.attacks import CODE, FILES, cells
 from tests.instructor.classroom import (
     HIDDEN_TEXT,
@@ -30,10 +33,8 @@ from tests.instructor.classroom import (
     write_class,
 )
 from tests.instructor.test_sandbox import running
+from tools.notebooks import ROOT
 
-HONEST = ("h001", "h002", "h003")
-REST = sum(exercise.points for exercise in TINY.exercises[1:])
-LOOPS = [name for name in CODE if "endless" in name and "integer" not in name]
 MINE = f'"grader": "{os.getpid():08}"'
 CHECKED = {".csv", ".html"}
 
@@ -81,7 +82,7 @@ def attacked(request, tmp_path_factory):
         names = [*CODE, *FILES]
         ids = {name: f"a{number:03}" for number, name in enumerate(names)}
         if request.param != "namespaces":  # each loop costs seconds; once is enough
-            ids = {name: own for name, own in ids.items() if name not in LOOPS[1:]}
+            ids = {name: own for name, own in ids.items() if name not in SLOW[1:]}
         files = {f"tiny_{own}.ipynb": honest(own) for own in HONEST}
         for name, own in ids.items():
             if name in CODE:
@@ -194,27 +195,55 @@ def test_nbgraders_marks_and_outputs_count_for_nothing(tmp_path):
     assert grade(TINY, *arguments).results[0].score == 7
 
 
-@pytest.mark.parametrize("python", ["3.12", "3.13"])
-def test_attacks_under_another_python(python, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_attacks_under_another_python(version, tmp_path):
     """What parses deeper, and what is new in it, opens no way out either."""
-    if (found := other_python(python)) is None:
-        pytest.skip(f"no Python {python} here")
-    fill = {"CANARY": repr(str(tmp_path / "canary")), "SECRET": repr(str(tmp_path / "secret.txt"))}
-    fill |= {"PORT": 9, "PARENT": os.getpid()}
-    some = [name for name in CODE if name not in LOOPS]
-    ids = {name: f"a{number:03}" for number, name in enumerate(some)}
-    files = {f"tiny_{own}.ipynb": honest(own, cells(name, **fill)) for name, own in ids.items()}
-    files |= {f"tiny_{own}.ipynb": honest(own) for own in HONEST}
-    people = {own: name.replace('"', "") for name, own in ids.items()} | dict.fromkeys(HONEST, "A")
-    results = grade(TINY, *write_class(tmp_path, people, files), python=found).results
-    by_id = {result.student_id: result for result in results}
-    for own in HONEST:
-        assert (by_id[own].score, by_id[own].flags) == (TINY.points, [])
-    for name, own in ids.items():
-        first, *others = by_id[own].marks
-        assert sum(mark.earned for mark in others) == REST, name
-        assert first.earned == (CODE[name][2] if CODE[name][2] is not None else first.earned), name
-    assert not (tmp_path / "canary").exists()
+    if (python := other_python(version)) is None:
+        pytest.skip(f"no Python {version} here")
+    assert complaints(tmp_path, python=python) == []
+
+
+# A Python below root's home is shown to nobody as well, to this process and those it starts.
+AS_NOBODY = """
+nobody="setpriv --reuid 65534 --regid 65534 --clear-groups"
+if ! $nobody "$1" -c ''; then
+    keep=$(mktemp -d); trap 'umount "$keep"; rmdir "$keep"' EXIT
+    mount --bind "$BASES" "$keep"
+    mount -t tmpfs -o mode=755 none "/$(cut -d/ -f2 <<< "$BASES")"
+    mkdir -p "$BASES"; mount --bind "$keep" "$BASES"
+fi
+$nobody "$@"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another")
+@pytest.mark.parametrize("version", ["3.11", "3.13"])
+@pytest.mark.parametrize("level", [STRONGEST, *BETWEEN])
+def test_attacks_graded_by_an_ordinary_user(level, version):
+    """Where the children have the grader's own user, and nobody is root."""
+    if (python := other_python(version)) is None:
+        pytest.skip(f"no Python {version} here")
+    with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to others
+        folder = Path(name)
+        for package in ("instructor", "fitcast", "tests/instructor"):
+            shutil.copytree(ROOT / package, folder / package)
+        (folder / "work").mkdir()
+        os.chown(folder / "work", 65534, 65534)
+        folder.chmod(0o755)
+        module = [sys.executable, "-B", "-m", "tests.instructor.attack_class"]
+        done = subprocess.run(
+            ["unshare", "--mount", "bash", "-euc", AS_NOBODY, "-", *module]
+            + [str(folder / "work"), level, python],
+            cwd=folder,
+            env={"PATH": os.environ["PATH"], "BASES": str(Path(sys.base_prefix).parent)},
+            capture_output=True,
+            text=True,
+        )
+    if level == STRONGEST and "unshare" in done.stderr:
+        pytest.skip("users may not make namespaces here")
+    assert done.stdout == "nothing\n", done.stdout + done.stderr[-2000:]
 
 
 def test_formulas_and_markup_are_text(attacked):
