@@ -303,7 +303,7 @@ def house(tmp_path):
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / ".venv/bin/python").chmod(0o755)
-    (tmp_path / re.search(r"touch (\S+)", make(tmp_path, "-n", "grade").stdout)[1]).touch()
+    (tmp_path / re.search(r"touch (\S+)", make(tmp_path, "-n", "lab").stdout)[1]).touch()
     return tmp_path
 
 
@@ -327,6 +327,19 @@ def test_make_writes_below_class_and_clean_leaves_it(house):
     )
     assert make(house, "clean").returncode == 0
     assert (house / "class/effective_batch/graded/grades.csv").exists()
+
+
+def test_the_first_assignment_waits_for_no_torch(house):
+    """Without the lessons' environment a small one does; with the lock's versions."""
+    (stamp,) = (house / ".venv").glob("ready-*")
+    stamp.unlink()
+    shown = make(house, "-n", "assignment", "NAME=checkpointing").stdout
+    (pip,) = re.findall(r"-m pip (?:.*\\\n)*.*", shown)
+    assert pip.split()[-4:] == ["ipython", "jinja2", "jupytext", "nbformat"]
+    assert "--constraint .venv-teaching/pins.txt" in pip
+    assert '.venv-teaching/bin/python -m instructor.build "checkpointing"' in shown
+    old = make(house, "assignment", "NAME=checkpointing", "PYTHON=false")
+    assert old.returncode and "Python 3.11 or newer is needed" in old.stderr
 
 
 def test_build_returns_what_it_wrote(tmp_path):
