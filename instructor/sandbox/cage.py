@@ -14,9 +14,9 @@ the fork server and its children, never in the grader's own process.
 
 Why not bubblewrap (nsjail is no package of Debian 12): it starts one program in a cage like
 `namespaces`. A Python that is started for each child, with what children need loaded, costs 46 ms
-of CPU, where a fork costs 7: for the 3 100 children of 500 notebooks 143 s instead of 22. Around the
-fork server alone it replaces `enter_namespaces`, 44 lines, and then children share a temp folder and
-see each other. `landlock` and `seccomp`, which work in containers, would have to stay either way.
+of CPU, where a fork costs 7: for the 3 100 children of 500 notebooks 143 s instead of 22. Around
+the fork server alone it replaces `enter_namespaces`, 44 lines, and then children share a temp
+folder and see each other. `landlock` and `seccomp`, which work in containers, would have to stay.
 """
 
 from __future__ import annotations
