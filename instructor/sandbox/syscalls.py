@@ -5,6 +5,8 @@ No process, thread, socket, signal, mount, trace or new program is on it. Calls 
 in one (`fcntl`, `ioctl`) are allowed for the commands that Python needs: others make the kernel
 signal another process when data comes, enlarge pipes, lock or watch files. So are those that may
 ask about another process (clocks, affinity): for its own alone.
+Linux itself lets two calls past every filter on x86-64, `uretprobe` and `uprobe` (335 and 336, from
+6.14 on): whoever makes them without a probe is killed or refused.
 Numbers: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h of Linux.
 """
 
@@ -34,7 +36,6 @@ ALLOWED = {
     "writev": (20, 66),
     "sched_yield": (24, 124),
     "mremap": (25, 216),
-    "madvise": (28, 233),
     "dup": (32, 23),
     "nanosleep": (35, 101),
     "getpid": (39, 172),
@@ -54,7 +55,6 @@ ALLOWED = {
     "getppid": (110, 173),
     "sigaltstack": (131, 132),
     "gettid": (186, 178),
-    "futex": (202, 98),
     "getdents64": (217, 61),
     "restart_syscall": (219, 128),
     "exit_group": (231, 94),
@@ -82,7 +82,12 @@ CHOSEN = {
     "clock_getres": ((229, 114), 0, CLOCKS),
     "clock_nanosleep": ((230, 115), 0, CLOCKS),
     "sched_getaffinity": ((204, 123), 0, (0,)),  # its own
+    # Not to have memory merged with others', whose timing would tell what they hold.
+    "madvise": ((28, 233), 2, (0, 1, 2, 3, 4, 8, 14, 15)),  # MADV_NORMAL to _DONTNEED, _FREE, pages
 }
+# Allowed with one of these bits in an argument. A futex that is not private wakes whoever waits at
+# the same place of a file, a library that all have mapped.
+FLAGGED = {"futex": ((202, 98), 1, 128)}  # FUTEX_PRIVATE_FLAG
 # What asks about a file by its name: where files may be opened.
 ABOUT_FILES = {
     "newfstatat": (262, 79),
@@ -141,6 +146,7 @@ def program(files: str) -> bytes:
     rows += ABOUT_FILES.values() if files != "none" else ()
     plain = [READ[column], *(row[column] for row in rows if row[column])]
     guarded = [(row[column], _one_of(at, values)) for row, at, values in CHOSEN.values()]
+    guarded += [(row[column], _any_of(at, bits)) for row, at, bits in FLAGGED.values()]
     if files == "read":
         guarded += [(row[column], _no_new(at)) for row, at in OPENING.values() if row[column]]
     # Jumps lead forward only: numbers, the refusal, a block for each guarded call, PASS.
@@ -172,6 +178,16 @@ def _one_of(argument: int, values: Sequence[int]) -> list[tuple[int, int, int, i
     return [
         (LOAD, 0, 0, ARGUMENTS + 8 * argument),
         *((JUMP_IF_EQUAL, count - index, 0, one) for index, one in enumerate(values)),
+        (RETURN, 0, 0, REFUSE),
+        (RETURN, 0, 0, PASS),
+    ]
+
+
+def _any_of(argument: int, bits: int) -> list[tuple[int, int, int, int]]:
+    """A block that passes the calls whose argument of that place has one of these bits."""
+    return [
+        (LOAD, 0, 0, ARGUMENTS + 8 * argument),
+        (JUMP_IF_ANY, 1, 0, bits),
         (RETURN, 0, 0, REFUSE),
         (RETURN, 0, 0, PASS),
     ]
