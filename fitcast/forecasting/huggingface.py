@@ -180,7 +180,7 @@ def run_stream(run: Run, gpu: Gpu, script: Script | None = None) -> Stream:
     rhythm = layers.rhythm(model)
     alike = run.reference is None or run.reference.to_dict() == run.config.to_dict()
     try:
-        with _quietly():
+        with quietly():
             if rhythm is not None and alike:
                 layers.shorten(model, rhythm.run)
                 with contextlib.suppress(depth.NotRepeating):
@@ -201,7 +201,7 @@ def _play(
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Inside, libraries keep their advice to themselves: the script will hear it when it runs."""
     from transformers.utils import logging as transformers_logging
 

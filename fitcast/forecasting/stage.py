@@ -117,22 +117,12 @@ def staged(
     ledger = DeviceLedger()
     if run.quantization_config is not None:
         base.quantize(model, run.quantization_config)
-    kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
     with tempfile.TemporaryDirectory() as folder, pretend_trainer():
         trainer = make_trainer(run, folder, model, rhythm)
         reference = getattr(trainer, "ref_model", None)
         ledger.layers = _layers(trainer.model, reference, rhythm)
         collated = _collated(run, trainer)
-        answers = Answers()
-        with contextlib.ExitStack() as stack:
-            for context in (padding(run.padded), trl_kernels(), experts.grouped_products(gpu),
-                experts.routing(trainer.model, run.routing, answers), pretend_cuda(gpu),
-                fake.fake_tensors(),
-                answers,  # below the ledger: how many hold a gradient is counted from the top
-                ledger,
-                kernels,
-            ):  # fmt: skip
-                stack.enter_context(context)
+        with card(trainer.model, gpu, ledger, padded=run.padded, routing=run.routing):
             place(trainer.model, run.dtype, ledger)
             ledger.watch(trainer.model)
             if reference is not None:
@@ -140,6 +130,31 @@ def staged(
                     place_weights(reference, run.dtype, ledger, prefix=REFERENCE)
                 ledger.watch_too(reference, REFERENCE)
             yield Stage(run, trainer, ledger, collated)
+
+
+@contextlib.contextmanager
+def card(
+    model: torch.nn.Module, gpu: Gpu, ledger: DeviceLedger, *, padded: bool, routing: str
+) -> Iterator[None]:
+    """Inside, what is computed is computed on `gpu`, on tensors without numbers.
+
+    Args:
+        model: Whose experts are routed.
+        gpu: The card.
+        ledger: Books what happens.
+        padded: Whether masks hide padding.
+        routing: Of loops over experts.
+    """
+    answers = Answers()
+    with contextlib.ExitStack() as stack:
+        for context in (padding(padded), trl_kernels(), experts.grouped_products(gpu),
+            experts.routing(model, routing, answers), pretend_cuda(gpu), fake.fake_tensors(),
+            answers,  # below the ledger: how many hold a gradient is counted from the top
+            ledger,
+            CudaKernels(gpu, on_work=work_recorder(ledger, gpu)),
+        ):  # fmt: skip
+            stack.enter_context(context)
+        yield
 
 
 def _layers(model: Any, reference: Any, rhythm: layers.Rhythm | None) -> Layers:
