@@ -6,8 +6,9 @@
     fitcast levers --model llama-3.1-8b --micro-batch-size 4
     fitcast doctor
 
-Exit code: 0 it fits (or nothing to mend), 3 it does not, 2 the question makes no sense. The answer
-goes to stdout, everything else to stderr. torch is imported by the verb that needs it, not before.
+Exit code: 0 it fits (or nothing to mend), 4 it is tight, 3 it does not fit, 2 the question makes no
+sense. The answer goes to stdout, everything else to stderr. torch is imported by the verb that
+needs it, not before.
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from fitcast.cli import options, show
+from fitcast.cli import options, show, start
 from fitcast.cli.progress import Progress
 
-FITS, BAD_INPUT, DOES_NOT_FIT = 0, 2, 3
+if TYPE_CHECKING:
+    from fitcast.forecasting.verdict import Forecast
+
+FITS, BAD_INPUT, DOES_NOT_FIT, TIGHT = 0, 2, 3, 4
 INTERRUPTED = 130  # as a shell says it of a program that Ctrl-C ended
+
+
+def code_of(forecast: Forecast) -> int:
+    """The exit code that says a verdict."""
+    return {"fits": FITS, "tight": TIGHT}.get(forecast.verdict, DOES_NOT_FIT)
 
 
 def forecast_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str]:
@@ -34,12 +44,13 @@ def forecast_command(asked: argparse.Namespace, progress: Progress) -> tuple[int
         data = show.file_data(asked.file, f)
     else:
         recipe = options.recipe_of(asked)
+        start.engine()
         from fitcast.forecasting.forecast import forecast
 
         f = forecast(recipe, gpu)
         data = show.forecast_data(recipe, f)
     answer = show.as_json(data) if asked.json else show.forecast_text(f)
-    return FITS if f.fits else DOES_NOT_FIT, answer
+    return code_of(f), answer
 
 
 def fit_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str]:
@@ -49,15 +60,19 @@ def fit_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str
     if target is not None:
         target = options.number("target_effective_batch", target, int, "32")
     utilisation = options.number("utilisation", asked.utilisation, float, "0.6")
+    start.engine()
     from fitcast.forecasting.search import fit
 
-    best = fit(recipe, gpu, target, utilisation=utilisation, progress=progress)
+    best = fit(
+        recipe, gpu, target, utilisation=utilisation, progress=progress, processes=start.processes()
+    )
     return FITS, show.as_json(show.fit_data(best)) if asked.json else show.fit_text(best)
 
 
 def levers_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str]:
     """`fitcast levers`: exit code, that of the recipe before any change, and what to print."""
     gpu, recipe = options.gpu_of(asked), options.recipe_of(asked)
+    start.engine()
     from fitcast.forecasting.forecast import forecast
     from fitcast.forecasting.search import levers
 
@@ -67,7 +82,7 @@ def levers_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, 
         answer = show.as_json(show.levers_data(recipe, before, single))
     else:
         answer = show.levers_text(recipe, before, single)
-    return FITS if before.fits else DOES_NOT_FIT, answer
+    return code_of(before), answer
 
 
 def doctor_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str]:
@@ -97,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        start.quickly()
     if not words:
         options.parser().print_help(sys.stderr)
         return BAD_INPUT

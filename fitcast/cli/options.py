@@ -30,7 +30,8 @@ What an LLM fine-tune needs of a GPU, to the byte, from a machine without one.
     fitcast doctor
 """
 EXIT_CODES = """\
-exit code: 0 it fits (doctor: nothing to mend), 3 it does not, 2 the question makes no sense
+exit code: 0 it fits (doctor: nothing to mend), 4 it is tight, 3 it does not fit, 2 the question
+makes no sense
 """
 VERBS = {
     "forecast": "what one training step needs, and whether it fits",

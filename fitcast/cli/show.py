@@ -23,7 +23,10 @@ FORECAST_FIELDS = (
     "peak_allocated_bytes",
     "peak_reserved_bytes",
     "device_bytes",
+    "unlimited_reserved_bytes",
     "margin_bytes",
+    "verdict",
+    "retries",
     "fits",
     "composition",
     "phase_peaks",
@@ -37,6 +40,7 @@ FORECAST_FIELDS = (
     "ideal_seconds",
     "notes",
 )
+VERDICTS = {"fits": "yes", "tight": "tight", "does not fit": "no"}
 
 
 def as_json(answer: object) -> str:
@@ -103,6 +107,7 @@ def levers_data(recipe: TrainRecipe, before: Forecast, levers: Iterable[Lever]) 
             "options": as_options(lever.recipe, recipe),
             "saved_bytes": lever.saved_bytes,
             "speedup": lever.speedup,
+            "verdict": lever.forecast.verdict,
             "fits": lever.forecast.fits,
             "peak_allocated_bytes": lever.forecast.peak_allocated_bytes,
             "device_bytes": lever.forecast.device_bytes,
@@ -123,7 +128,7 @@ def levers_text(recipe: TrainRecipe, before: Forecast, levers: Iterable[Lever]) 
                 lever.change,
                 sign + show_bytes(abs(lever.saved_bytes)),
                 f"x {lever.speedup:.2f}",
-                "yes" if lever.forecast.fits else "no",
+                VERDICTS[lever.forecast.verdict],
                 " ".join(as_options(lever.recipe, recipe)),
             )
         )
@@ -133,7 +138,7 @@ def levers_text(recipe: TrainRecipe, before: Forecast, levers: Iterable[Lever]) 
 def _table(rows: Sequence[tuple[str, str, str, str, str]]) -> str:
     width = max(len(row[0]) for row in rows)
     return "\n".join(
-        f"  {change:{width}}  {peak:>12}  {speed:>7}  {fits:4}  {option}".rstrip()
+        f"  {change:{width}}  {peak:>12}  {speed:>7}  {fits:5}  {option}".rstrip()
         for change, peak, speed, fits, option in rows
     )
 

@@ -8,25 +8,35 @@ needs to launch them.
 
 Not modelled: communication; transfers to the host (so `offload_checkpoints` is tried only when
 nothing else fits).
+
+Most settings of a search differ in how many layers forget, and those of a model cut to a few layers
+are alike: `forecast.run_stream` keeps its runs, and `_Family.fewest` guesses where they share one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from fitcast.forecasting.fake import meta_model
 from fitcast.forecasting.forecast import Forecast, checked_config, forecast
-from fitcast.gpus import T4, Gpu
+from fitcast.gpus import T4, Gpu, detect
 from fitcast.recipe import WHOLE_NUMBERS, TrainRecipe
 from fitcast.step.levers import odd_head
 from fitcast.units import show_bytes, with_article
 
 UTILISATION = 0.6
+# Levers that change no result and are tried when nothing fits without them, by field.
+LEAN = {"norm": "native", "mlp": "lean", "adapters": "lean", "rotary": "lean"}
 LAUNCH_SECONDS = 4.5e-5  # of one operation, Python included: recorded_runs.json, group "launch"
 
 
@@ -177,6 +187,9 @@ def levers(
     return tuple(sorted(found, key=lambda lever: (-lever.saved_bytes, -lever.speedup)))
 
 
+Tried = tuple[TrainRecipe, Forecast]
+
+
 def fit(
     recipe: TrainRecipe,
     gpu: Gpu = T4,
@@ -184,99 +197,54 @@ def fit(
     *,
     utilisation: float = UTILISATION,
     progress: Callable[[str], None] = lambda text: None,
+    processes: int = 1,
 ) -> Fit:
-    """The fastest micro batch, accumulation, k, loss, attention, kept attention, offload that fit.
+    """The fastest micro batch, accumulation, k, loss, attention, kept attention that fit.
 
     They fit even at the forecast's upper bound (`margin_bytes` is not negative). Only micro batches
     of 1, 2, 4, ... are tried. Segments are always expandable, and under LoRA the lean loss replaces
-    the recipe's own, unless the model scales or caps its logits. Model, adapters, sequence length,
-    precision and gradients stay: none of these settings changes what is learnt.
+    the recipe's own, unless the model scales or caps its logits. If nothing fits, so do the lean
+    norm, MLP, adapters and rotary embedding, as far as the model takes them; if nothing fits then,
+    checkpoints wait in host memory. Model, adapters, sequence length, precision and gradients stay:
+    none of these settings changes what is learnt.
 
     Args:
         target_effective_batch: Sequences behind one optimizer step; by default the recipe's own.
         utilisation: Part of the GPU's peak that is reached, for times only.
         progress: Told what is being weighed.
+        processes: That weigh at the same time. They are forks, so one does it all where PyTorch
+            has threads or a GPU, which a fork does not survive.
 
     Raises:
         ValueError: The target is no multiple of world_size, or too large.
         DoesNotFit: Nothing fits.
     """
     _check_utilisation(utilisation)
-    target = (
-        recipe.effective_batch_size if target_effective_batch is None else target_effective_batch
-    )
-    world, (_, most) = recipe.world_size, WHOLE_NUMBERS["gradient_accumulation_steps"]
-    if type(target) is not int or target not in range(world, world * most + 1, world):
-        raise ValueError(
-            f"target_effective_batch must be a multiple of world_size ({world}) up to "
-            f"{world * most}, got {target!r}; try {world * 8}"
-        )
-    num_layers, per_gpu = checked_config(recipe).num_hidden_layers, target // world
-    _, largest = WHOLE_NUMBERS["micro_batch_size"]
-    tried: list[tuple[TrainRecipe, Forecast]] = []
-
-    def weigh(candidate: TrainRecipe) -> Forecast:
-        progress(
-            f"micro batch {candidate.micro_batch_size}, {candidate.checkpointed_layers} "
-            f"layers checkpointed, {candidate.loss} loss, {candidate.attention} attention"
-        )
-        tried.append((candidate, forecast(candidate, gpu)))
-        return tried[-1][1]
-
-    def sized(micro: int, **fields) -> TrainRecipe:
-        return dataclasses.replace(
-            recipe,
-            micro_batch_size=micro,
-            gradient_accumulation_steps=per_gpu // micro,
-            expandable_segments=True,
-            **fields,
-        )
-
-    def speed(pair: tuple[TrainRecipe, Forecast]) -> float:
-        return tokens_per_second(*pair, utilisation)
-
-    least = {"checkpointed_layers": "all", "keep_attention": False, "offload_checkpoints": False}
-    attention = min(
-        ("stock", "explicit_kv"),
-        key=lambda kind: weigh(sized(1, attention=kind, **least)).ideal_seconds,
-    )
-    # The lean loss costs nothing beside the full one, and the head is frozen under adapters.
-    losses = (
-        ("full",)
-        if odd_head(meta_model(checked_config(recipe)))
-        else ("full", "chunked")
-        if recipe.lora_rank is None
-        else ("lean",)
-    )
-    for offload in (False, True):
-        for loss, keep in itertools.product(losses, (False, True)):
-            fields = {
-                "attention": attention,
-                "loss": loss,
-                "keep_attention": keep,
-                "offload_checkpoints": offload,
-            }
-            micro = 1
-            while micro <= largest and per_gpu % micro == 0:
-                margin = functools.cache(
-                    lambda k, m=micro, f=fields: (
-                        weigh(sized(m, checkpointed_layers=k, **f)).margin_bytes
-                    )
+    num_layers = checked_config(recipe).num_hidden_layers
+    per_gpu = _sequences_per_gpu(recipe, target_effective_batch)
+    weigh = _Weigher(recipe, gpu, per_gpu, num_layers, progress if processes < 2 else str)
+    losses = _losses(recipe)
+    with _workers(processes) as each:
+        tried: list[Tried] = _kernels(weigh, each)
+        quickest = min(tried, key=lambda pair: pair[1].ideal_seconds)[0]
+        for stage in _stages(weigh, {"attention": quickest.attention}):
+            kept = (False, True) if stage["attention"] != "eager" else (False,)  # has no output
+            families = [
+                stage | {"loss": loss, "keep_attention": keep}
+                for loss, keep in itertools.product(losses, kept)
+            ]
+            for found in each(_family, [(weigh, fields) for fields in families]):
+                tried += found
+            fitting: list[Tried] = [pair for pair in tried if pair[1].margin_bytes >= 0]
+            if fitting:
+                best = max(fitting, key=lambda pair: tokens_per_second(*pair, utilisation))
+                return Fit(
+                    recipe=best[0],
+                    forecast=best[1],
+                    utilisation=utilisation,
+                    tokens_per_second=tokens_per_second(*best, utilisation),
                 )
-                if margin(num_layers) < 0:
-                    break
-                _fewest_checkpoints(margin, num_layers, int(offload or keep))
-                micro *= 2
-        fitting = [pair for pair in tried if pair[1].margin_bytes >= 0]
-        if fitting:
-            best = max(fitting, key=speed)
-            return Fit(
-                recipe=best[0],
-                forecast=best[1],
-                utilisation=utilisation,
-                tokens_per_second=speed(best),
-            )
-    lowest = min(f.device_bytes[0] for _, f in tried)
+    lowest = min(f.gpu.context_bytes + f.unlimited_reserved_bytes[1] for _, f in tried)
     raise DoesNotFit(
         f"recipe must fit {show_bytes(gpu.total_bytes)} of {with_article(gpu.name)}, "
         f"got at least {show_bytes(lowest)} with one sequence of "
@@ -284,17 +252,162 @@ def fit(
     )
 
 
-def _fewest_checkpoints(margin: Callable[[int], int], high: int, low: int) -> None:
-    """Find the smallest number of checkpointed layers, at least `low`, that fits; `high` does.
+def _sequences_per_gpu(recipe: TrainRecipe, target: int | None) -> int:
+    """Sequences of one GPU behind one optimizer step."""
+    world, (_, most) = recipe.world_size, WHOLE_NUMBERS["gradient_accumulation_steps"]
+    target = recipe.effective_batch_size if target is None else target
+    if type(target) is not int or target not in range(world, world * most + 1, world):
+        raise ValueError(
+            f"target_effective_batch must be a multiple of world_size ({world}) up to "
+            f"{world * most}, got {target!r}; try {world * 8}"
+        )
+    return target // world
 
-    Each layer costs about the same, so the next guess lies on the line between the two ends.
+
+def _losses(recipe: TrainRecipe) -> tuple[str, ...]:
+    """Losses worth weighing: under a frozen head the lean one costs nothing beside the full one."""
+    if odd_head(meta_model(checked_config(recipe))):
+        return ("full",)
+    return ("full", "chunked") if recipe.lora_rank is None else ("lean",)
+
+
+@dataclass(frozen=True)
+class _Weigher:
+    """Forecasts of one recipe with other settings.
+
+    Attributes:
+        per_gpu: Sequences of one GPU behind one optimizer step.
+        progress: Told what is being weighed.
     """
-    while low < high and margin(low) < 0:
-        share = -margin(low) / (margin(high) - margin(low))
-        guess = min(high - 1, max(low + 1, low + math.ceil(share * (high - low))))
-        if high - low == 1:
-            return
-        low, high = (low, guess) if margin(guess) >= 0 else (guess, high)
-        if margin(high - 1) < 0:
-            return
-        high -= 1
+
+    recipe: TrainRecipe
+    gpu: Gpu
+    per_gpu: int
+    num_layers: int
+    progress: Callable[[str], object]
+
+    def __call__(self, micro: int, fields: dict[str, Any]) -> Tried:
+        """The recipe with these settings and its forecast."""
+        candidate = dataclasses.replace(
+            self.recipe,
+            micro_batch_size=micro,
+            gradient_accumulation_steps=self.per_gpu // micro,
+            expandable_segments=True,
+            **fields,
+        )
+        self.progress(
+            f"micro batch {micro}, {candidate.checkpointed_layers} layers checkpointed, "
+            f"{candidate.loss} loss, {candidate.attention} attention"
+        )
+        return candidate, forecast(candidate, self.gpu)
+
+    def if_taken(self, micro: int, fields: dict[str, Any]) -> Tried | None:
+        """The same, or `None` if the model does not take a setting that the recipe has not."""
+        try:
+            return self(micro, fields)
+        except ValueError:
+            if all(getattr(self.recipe, name) == value for name, value in fields.items()):
+                raise
+            return None
+
+
+LEAST = {"checkpointed_layers": "all", "keep_attention": False, "offload_checkpoints": False}
+
+
+def _kernels(weigh: _Weigher, each: Callable[..., list[Any]]) -> list[Tried]:
+    """One sequence with each attention that the model takes; with the recipe's own if none."""
+    kinds = [(1, LEAST | {"attention": kind}) for kind in ("stock", "explicit_kv")]
+    taken = [pair for pair in each(weigh.if_taken, kinds) if pair is not None]
+    return taken or [weigh(1, LEAST)]
+
+
+def _stages(weigh: _Weigher, first: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Settings to search below, the next ones for when nothing fits: lean levers, then the host."""
+    yield first | {"offload_checkpoints": False}
+    lean = dict(first)
+    for name, value in LEAN.items():
+        if name == "adapters" and weigh.recipe.lora_rank is None:
+            continue
+        if weigh.if_taken(1, LEAST | lean | {name: value}):
+            lean[name] = value
+    if any(getattr(weigh.recipe, name) != lean.get(name) for name in LEAN if name in lean):
+        yield lean | {"offload_checkpoints": False}
+    yield lean | {"offload_checkpoints": True}
+
+
+@contextlib.contextmanager
+def _workers(processes: int) -> Iterator[Callable[..., list[Any]]]:
+    """Calls a function with each of several arguments, in this process or in some beside it."""
+    if processes < 2 or torch.get_num_threads() > 1 or detect():
+        yield lambda function, items: [function(*item) for item in items]
+        return
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, mp_context=fork) as pool:
+
+        def each(function: Callable[..., Any], items: list[tuple[Any, ...]]) -> list[Any]:
+            futures: list[Future[Any]] = [pool.submit(function, *item) for item in items]
+            return [future.result() for future in futures]
+
+        yield each
+
+
+def _family(weigh: _Weigher, fields: dict[str, Any]) -> list[Tried]:
+    """All that is tried with these settings: micro batches, each with few layers that forget."""
+    tried: list[Tried] = []
+    lowest = int(fields["offload_checkpoints"] or fields["keep_attention"])
+    _, largest = WHOLE_NUMBERS["micro_batch_size"]
+    micro, kept = 1, weigh.num_layers // 2
+    while micro <= largest and weigh.per_gpu % micro == 0:
+        one = _Family(weigh, micro, fields, tried)
+        if one.margin(weigh.num_layers) < 0:
+            break
+        k = one.fewest(lowest, guess=weigh.num_layers - kept)
+        micro, kept = micro * 2, (weigh.num_layers - k) // 2  # twice the tokens in half the layers
+    return tried
+
+
+class _Family:
+    """Settings that differ in k, the layers that forget, alone.
+
+    Args:
+        tried: Takes what is weighed.
+    """
+
+    def __init__(
+        self, weigh: _Weigher, micro: int, fields: dict[str, Any], tried: list[Tried]
+    ) -> None:
+        self._weigh, self._micro, self._fields, self._tried = weigh, micro, fields, tried
+        self._margins: dict[int, int] = {}
+
+    def margin(self, k: int) -> int:
+        """What k leaves of the card, in bytes."""
+        if k not in self._margins:
+            pair = self._weigh(self._micro, self._fields | {"checkpointed_layers": k})
+            self._tried.append(pair)
+            self._margins[k] = pair[1].margin_bytes
+        return self._margins[k]
+
+    def fewest(self, lowest: int, guess: int) -> int:
+        """The smallest k from `lowest` on that fits, given that all layers do.
+
+        Each layer costs about the same, so the next guess lies on the line between the nearest k
+        that fit and do not. Guesses between the ends are alike in the few layers that are run.
+        """
+        no, yes = lowest - 1, self._weigh.num_layers  # `no` does not fit, or is not asked for
+        while no + 1 < yes:
+            guess = min(yes - 1, max(no + 1, guess))
+            if self.margin(guess) >= 0:
+                yes = guess
+            else:
+                no = guess
+            guess = self._between(no, yes)
+        return yes
+
+    def _between(self, no: int, yes: int) -> int:
+        """Where the line through the margins of two k reaches zero."""
+        if no not in self._margins:  # all that was weighed fits: from the line of the first two
+            no = self._weigh.num_layers
+        span = self._margins[yes] - self._margins[no]
+        if span == 0 or yes == no:
+            return yes - 1
+        return yes - math.floor(self._margins[yes] * (yes - no) / span)
