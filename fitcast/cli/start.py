@@ -1,0 +1,44 @@
+"""A process that answers one question and ends: what would only cost it time is left out."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+_alone = False
+
+
+def quickly() -> None:
+    """To be called before torch is imported, and by a process of its own only."""
+    global _alone
+    _alone = True
+    gc.disable()  # what is made lives until the answer; looking for rubbish is a fifth of the time
+    os.environ["OMP_NUM_THREADS"] = "1"  # nothing is computed; and a process without threads forks
+
+
+def engine() -> None:
+    """Import what a forecast imports; in a process of its own without the compiler's second.
+
+    bitsandbytes wraps four functions of its CPU part in `torch.compile`, for which all of inductor
+    is imported. A forecast calls none of them. Source: bitsandbytes/backends/default/ops.py (0.49).
+    """
+    if _alone:
+        import torch
+
+        with mock.patch.object(torch, "compile", _as_it_is):
+            import bitsandbytes  # noqa: F401
+
+
+def _as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    return _as_it_is if function is None else function
+
+
+def processes() -> int:
+    """How many may weigh settings side by side, where processes fork: one a core, four at most."""
+    if not _alone or sys.platform != "linux":
+        return 1
+    return min(4, len(os.sched_getaffinity(0)))
