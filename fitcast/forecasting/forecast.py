@@ -11,17 +11,18 @@ processes on the GPU, data-dependent code.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
 
 import torch
-from torch._subclasses import fake_tensor
 
 from fitcast import models
 from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
-from fitcast.forecasting import cache, data_parallel, depth, fake
+from fitcast.cuda.own_loops import on_the_card
+from fitcast.forecasting import cache, data_parallel, depth, fake, own_step
 from fitcast.forecasting.run import fake_run
 from fitcast.forecasting.verdict import Forecast, report
 from fitcast.gpus import T4, Gpu
@@ -148,38 +149,43 @@ def forecast_step(
     """What `step(model)` will need on `gpu`, for any step that you write.
 
     Args:
-        model: A model of `fake.fake_model`, or a real one: it is left as it was.
-        step: Makes its inputs and its optimizer, runs forward, backward, update; twice, if the peak
-            of all later steps is asked for: in the first the optimizer has no state yet. It sees
-            fake tensors, which have shapes and no numbers.
+        model: A model of `fake.fake_model`, or a real one: all of its modules, and the optimizers
+            over it, are afterwards as they were. Its weights may be in 4 or 8 bits, and it may have
+            adapters.
+        step: Makes its inputs, runs forward, backward, update; twice, if the peak of all later
+            steps is asked for: in the first the optimizer has no state yet. It sees fake tensors,
+            which have shapes and no numbers. In it `torch.autocast("cuda", ...)`, `device="cuda"`
+            and `.to("cuda")` mean what they mean on the card. It may add adapters and make its
+            optimizer; or use one that was made over the model's parameters before.
 
     Raises:
-        ValueError: The step asks a tensor for its numbers (`loss.item()`, `if loss > 1`), uses an
-            operation that has no fake version, or an optimizer that was made outside.
+        ValueError: The step asks a tensor for its numbers (`loss.item()`, `if loss > 1`), which is
+            said with the line that asks; uses an operation that has no fake version; or an
+            optimizer over tensors that are not the model's.
     """
     ledger = DeviceLedger()
     kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
-    with fake.faked(model), pretend_cuda(gpu), fake.fake_tensors(), ledger, kernels:
+    before = dict(model.named_parameters(remove_duplicate=False))
+    with contextlib.ExitStack() as stack:
+        for context in (
+            fake.faked(model),
+            own_step.optimizers_of(model, before),
+            pretend_cuda(gpu),
+            fake.fake_tensors(),
+            on_the_card(),
+            ledger,
+            kernels,
+            own_step.new_parameters_watched(ledger, model),
+        ):
+            stack.enter_context(context)
         ledger.watch(model)
         ledger.mark("ready")
         try:
             step(model)
-        except (
-            fake_tensor.DataDependentOutputException,
-            fake_tensor.DynamicOutputShapeException,
-        ) as error:
-            raise refusal(
-                "step",
-                "not ask a tensor for its numbers",
-                Said(error.func),
-                "drop .item(), float(...), print and `if` on tensors",
-            ) from error
-        except fake_tensor.UnsupportedFakeTensorException as error:
-            raise refusal(
-                "step",
-                "use operations with a fake version",
-                Said(error),
-                "write it with PyTorch's own",
-            ) from error
+        except Exception as error:  # the reader's code, which may do anything
+            said = own_step.explained(error)
+            if said is error:
+                raise
+            raise said from error
         ledger.mark("step")
     return report(ledger.stream(), gpu)

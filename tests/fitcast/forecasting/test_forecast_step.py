@@ -1,7 +1,11 @@
 """A reader's own step is forecast as the recipe's is; what would be counted wrong is refused."""
 
+import dataclasses
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from course_utils.data import BUNDLED
 from fitcast.forecasting.fake import fake_model
@@ -9,7 +13,11 @@ from fitcast.forecasting.forecast import forecast, forecast_step
 from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
+from fitcast.units import KIB
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # PEFT 0.21
 RECIPE = TrainRecipe(
     model=BUNDLED,
     base="float32",
@@ -43,9 +51,161 @@ def test_two_steps_need_what_the_recipe_needs_and_one_needs_less():
     assert one < 0.9 * two
 
 
-def test_an_optimizer_made_outside_is_refused():
-    model = torch.nn.Linear(8, 8)
+def ids():
+    return torch.zeros(8, 128, dtype=torch.long, device="cuda")
+
+
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def loop(model, optimizer=None, n=2):
+    """A loop as people write it for a card: mixed precision, scaler, clipping, two steps."""
+    model.to("cuda").train()
+    optimizer = optimizer or torch.optim.AdamW(trained(model))
+    scaler = torch.amp.GradScaler("cuda")
+    for _ in range(n):
+        x, y = ids(), torch.zeros(8, 128, dtype=torch.long).to(torch.device("cuda", 0))
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = model(input_ids=x, labels=y).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(trained(model), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+
+
+def near(n_bytes):
+    """Within some scalars and codes of 16 numbers, held longer or more often."""
+    return pytest.approx(n_bytes, abs=32 * KIB)
+
+
+def quantized(real):
+    """The bundled model in 4 bits, with weights or without; the head stays in 16 bits."""
+    options = {"quantization_config": qlora.quantization(QLORA), "dtype": torch.float16}
+    if not real:
+        return fake_model(BUNDLED, **options)
+    return AutoModelForCausalLM.from_pretrained(BUNDLED, **options)
+
+
+QLORA = dataclasses.replace(
+    RECIPE, base="nf4", lora_rank=8, amp_dtype="float16", lora_targets="all-linear"
+)
+
+
+def adapted(model):
+    """With a new config each time: PEFT writes into the one that it is given."""
+    model.enable_input_require_grads()
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=8, lora_alpha=16, lora_dropout=QLORA.lora_dropout, target_modules="all-linear"
+        ),
+    )
+
+
+def test_autocast_on_cuda_is_autocast_without_a_gpu(recwarn):
+    """As the recipe has it, whose forecasts are held against measured runs."""
+    recipe = dataclasses.replace(RECIPE, amp_dtype="float16")
+    model = fake_model(BUNDLED)
+    assert forecast_step(model, loop).peak_bytes == near(forecast(recipe, T4).peak_bytes)
+    assert not [warning for warning in recwarn if "CUDA" in str(warning.message)]
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def with_adapters_inside(model):
+    loop(adapted(model))
+
+
+@pytest.mark.parametrize("real", [True, False], ids=["loaded", "fake"])
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_a_4_bit_base_with_adapters(real, inside):
+    """Loaded or fake, adapters added in the step or before it: as the recipe has it."""
+    model = quantized(real)
+    before = {name: id(p) for name, p in model.named_parameters()}
+    whole = model if inside else adapted(model)
+    f = forecast_step(whole, with_adapters_inside if inside else loop)
+    assert f.peak_bytes == near(forecast(QLORA, T4).peak_bytes)
+    weights = sum(p.nbytes for p in whole.parameters() if p.dtype != torch.float32)
+    assert f.composition["weights"] >= weights and f.composition["adapters"] > 0
+    if inside:  # no adapter is left behind
+        assert {name: id(p) for name, p in model.named_parameters()} == before
+
+
+def test_an_8_bit_base():
+    from transformers import BitsAndBytesConfig
+
+    eight = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "dtype": torch.float16}
+    peaks = [
+        forecast_step(model, with_adapters_inside).peak_bytes
+        for model in (
+            fake_model(BUNDLED, **eight),
+            AutoModelForCausalLM.from_pretrained(BUNDLED, **eight),
+        )
+    ]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
+    assert min(peaks) > forecast(QLORA, T4).peak_bytes
+
+
+def test_a_compute_dtype_apart_from_autocast():
+    """A 4-bit product dequantizes its weight to a dtype of its own: float32 is twice float16."""
+
+    def step(model):
+        body = adapted(model).get_base_model().model  # without the logits, which are larger
+        body(
+            torch.zeros(1, 128, dtype=torch.long, device="cuda")
+        ).last_hidden_state.sum().backward()
+
+    def of(dtype):
+        model = quantized(real=False)
+        layers = [layer for layer in model.modules() if hasattr(layer, "compute_dtype")]
+        for layer in layers:
+            layer.compute_dtype = dtype
+        largest = max(layer.in_features * layer.out_features for layer in layers)
+        return forecast_step(model, step).peak_bytes, largest
+
+    (half, largest), (single, _) = of(torch.float16), of(torch.float32)
+    assert single - half >= 2 * largest
+
+
+def test_an_output_that_is_kept_holds_its_logits():
+    def step(kept):
+        def run(model):
+            output = model(input_ids=ids(), labels=ids())
+            loss = output.loss
+            if not kept:
+                del output
+            loss.backward()
+
+        return run
+
+    model = fake_model(BUNDLED)
+    kept, dropped = (forecast_step(model, step(kept)).peak_bytes for kept in (True, False))
+    logits = 8 * 128 * model.config.vocab_size * 4
+    assert kept - dropped == pytest.approx(logits, rel=0.2)  # a freed hole may be larger
+
+
+@pytest.mark.parametrize("real", [True, False], ids=["loaded", "fake"])
+def test_an_optimizer_made_outside_works_on_the_models_parameters(real):
+    model = (
+        AutoModelForCausalLM.from_pretrained(BUNDLED, dtype="float32")
+        if real
+        else fake_model(BUNDLED)
+    )
     optimizer = torch.optim.AdamW(model.parameters())
+    groups = [list(map(id, group["params"])) for group in optimizer.param_groups]
+    outside = forecast_step(model, lambda model: loop(model, optimizer))
+    assert outside.peak_bytes == forecast_step(model, loop).peak_bytes
+    assert outside.composition["optimizer state"] > 0
+    assert not optimizer.state and all(p.grad is None for p in model.parameters())
+    assert groups == [list(map(id, group["params"])) for group in optimizer.param_groups]
+
+
+def test_an_optimizer_over_other_tensors_is_refused():
+    model, other = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(other.parameters())
 
     def step(model):
         model(torch.ones(1, 8)).sum().backward()
@@ -53,4 +213,45 @@ def test_an_optimizer_made_outside_is_refused():
 
     with pytest.raises(ValueError, match="^step must make its optimizer itself, got one over real"):
         forecast_step(model, step)
-    assert not optimizer.state and model.weight.grad is None
+    assert model.weight.grad is None
+
+
+ASKED = {
+    "loss.item()": (lambda loss: loss.item(), "keep loss.detach()"),
+    "float(loss)": (lambda loss: float(loss), "keep loss.detach()"),
+    "if loss > 1": (lambda loss: 1 if loss > 1 else 2, "the branch"),
+    "loss.tolist()": (lambda loss: loss.tolist(), "keep loss.detach()"),
+    "loss.detach().numpy()": (lambda loss: loss.detach().numpy(), "make an array"),
+    ":.3f}": (lambda loss: f"{loss:.3f}", "print it after the step"),
+    "(loss > 0).nonzero()": (lambda loss: (loss > 0).nonzero(), "slice"),
+    "isfinite": (lambda loss: torch.isfinite(loss).all().item(), "keep loss.detach()"),
+}
+
+
+@pytest.mark.parametrize("line", ASKED)
+def test_a_question_for_numbers_is_refused_by_its_line(line):
+    question, remedy = ASKED[line]
+
+    def step(model):
+        question(model(torch.ones(1, 8)).sum())
+
+    model = torch.nn.Linear(8, 1)
+    with pytest.raises(ValueError, match="^step must not ask a tensor for its numbers") as refused:
+        forecast_step(model, step)
+    first = question.__code__.co_firstlineno
+    assert f"in test_forecast_step.py, line {first}; " in str(refused.value)
+    assert line in str(refused.value) and remedy in str(refused.value).rpartition("; ")[2]
+    assert type(model.weight) is torch.nn.Parameter
+
+
+def test_a_question_that_a_library_asks_names_both_lines():
+    def step(model):
+        torch.testing.assert_close(model.weight, model.weight + 1)
+
+    with pytest.raises(ValueError, match="`torch.testing.assert_close"):
+        forecast_step(torch.nn.Linear(8, 1), step)
+
+
+def test_an_error_of_the_reader_s_own_stays_as_it_is():
+    with pytest.raises(KeyError, match="labels"):
+        forecast_step(torch.nn.Linear(8, 1), lambda model: {}["labels"])
