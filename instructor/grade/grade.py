@@ -178,7 +178,9 @@ def _write(assignment: Assignment, found: ClassResult, roster: Table, out: Path)
         text = feedback(assignment, result, found.out_of)
         write(page, text)
         platform = of_path(result.file, roster.platform)
-        pages[name if platform is PLAIN else platform.feedback(result.file, result.row)] = text
+        sent = name if platform is PLAIN else platform.feedback(result.file, result.row)
+        # Two files' names may lead to one, and no page may take the place of another's.
+        pages[sent if sent not in pages else name] = text
     write_zip(out.parent / "feedback.zip", pages)
     write(out.parent / "class_report.html", class_report(assignment, found))
     write(out, table(assignment, found))

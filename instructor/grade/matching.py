@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from .marking import show
 from .results import Result
 from .submissions import Names, Submission
 
 STRANGER = "{}'s {} is not in the roster; has the student left the class?"
+MOST_FILES = 10  # of a student: the best one counts, so many would be guesses
+TOO_MANY_FILES = f"the student has {MOST_FILES} later files, which are graded"
 NOBODYS = "neither its name nor its STUDENT_ID is in the roster"
 
 
@@ -70,7 +73,19 @@ def match(
             ungraded += _only_claimed(results[owner], attempts)
         else:
             named[owner] = attempts
+    for owner, attempts in named.items():
+        attempts.sort(key=_age)
+        named[owner], others = attempts[-MOST_FILES:], attempts[:-MOST_FILES]
+        ungraded += [(one.submission.name, TOO_MANY_FILES) for one in others]
+        if others:
+            results[owner].flags.append(
+                f"handed in {len(attempts)} files, of which the {MOST_FILES} latest were graded"
+            )
     return {own: named[own] for own in results if own in named}, sorted(ungraded)
+
+
+def _age(attempt: Attempt) -> tuple[datetime, str]:
+    return attempt.submission.modified or datetime.min, attempt.submission.name
 
 
 def _refuse(result: Result, name: str, problem: str) -> None:

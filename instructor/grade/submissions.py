@@ -12,6 +12,7 @@ import stat
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +26,8 @@ from .roster import file_name, fold
 
 MOST_BYTES = 10 * 1024 * 1024  # of a notebook
 MOST_FILES = 20_000
+# Of a student's folder, two below the class's at most, so that it never costs the class.
+MOST_NOTEBOOKS, MOST_OTHERS = 1_000, 100
 MOST_RATIO = 200  # of a larger zip entry's size to what it takes in the zip
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz", ".bz2", ".xz")
 SYSTEM = re.compile(
@@ -74,16 +77,24 @@ def collect(path: Path) -> list[Submission]:
 
 
 def _of_folder(folder: Path) -> list[Submission]:
-    found = []
+    found, left = [], Counter()
     for place, folders, files in os.walk(folder):
         here = Path(place)
+        student = here.relative_to(folder).parts[:2]
+        folders[:] = sorted(name for name in folders if not SYSTEM.search(name))
         # os.walk does not enter a link to a folder; it has to be told of as well.
         links = [name for name in folders if (here / name).is_symlink()]
-        found += [
-            _file(here / name, (here / name).relative_to(folder).as_posix())
-            for name in [*files, *links]
-        ]
+        for name in sorted([*files, *links]):
+            kind = student, Path(name).suffix == ".ipynb"
+            left[kind] += 1
+            if not student or left[kind] <= (MOST_NOTEBOOKS if kind[1] else MOST_OTHERS):
+                found.append(_file(here / name, (here / name).relative_to(folder).as_posix()))
         _count(found)
+    for (student, notebooks), count in sorted(left.items()):
+        if student and (rest := count - (MOST_NOTEBOOKS if notebooks else MOST_OTHERS)) > 0:
+            name = _shown("/".join([*student, "..."]))
+            problem = f"{rest} more files of this folder, which are not looked at"
+            found.append(Submission(name, None, bytes, problem))
     return found
 
 

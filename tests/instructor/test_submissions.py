@@ -448,3 +448,41 @@ def test_keys_tell_parts_apart():
 def test_path_of_a_single_notebook(tmp_path):
     (tmp_path / "tiny_s001.ipynb").write_bytes(honest("s001"))
     assert [s.name for s in collect(Path(tmp_path, "tiny_s001.ipynb"))] == ["tiny_s001.ipynb"]
+
+
+def test_one_students_folder_never_costs_the_class(tmp_path, monkeypatch):
+    """A repository with thousands of files; and those that git itself keeps are none of them."""
+    monkeypatch.setattr(submissions, "MOST_FILES", 12)
+    monkeypatch.setattr(submissions, "MOST_NOTEBOOKS", 3)
+    monkeypatch.setattr(submissions, "MOST_OTHERS", 2)
+    for path in (
+        *(f"class/hw-ann/.git/objects/{n}" for n in range(30)),
+        *(f"class/hw-bo/deep/{n}/x{n}.ipynb" for n in range(20)),
+        *(f"class/hw-bo/a{n}.txt" for n in range(20)),
+        "class/hw-ann/hw.ipynb",
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    found = {one.name: one.problem for one in collect(tmp_path)}
+    assert [name for name in found if "ann" in name] == ["class/hw-ann/hw.ipynb"]
+    assert sum("hw-bo" in name and "..." not in name for name in found) == 5
+    assert "7 more files" in found["class/hw-bo/..."] or "18 more" in found["class/hw-bo/..."]
+
+
+def test_many_files_are_no_guesses(tmp_path):
+    """The best of a student's files counts, so only a few are graded: the latest."""
+    files = {f"s001/tiny_s001 ({n:02}).ipynb": honest("s001", WRONG) for n in range(1, 30)}
+    files["s001/tiny_s001 (00).ipynb"] = honest("s001")
+    found, results = graded(tmp_path, files | {"tiny_s002.ipynb": honest("s002")})
+    assert (results["s001"].score, results["s002"].score) == (7, TINY.points)
+    assert any("30 files, of which the 10 latest" in flag for flag in results["s001"].flags)
+    assert len(found.ungraded) == 20
+
+
+def test_no_page_takes_the_place_of_anothers(tmp_path):
+    """A student chooses a name that looks like a platform's, and like a classmate's."""
+    files = {f"{own}/a_12_34_x{own}.ipynb": honest(own) for own in ("s001", "s002")}
+    graded(tmp_path, files)
+    with zipfile.ZipFile(tmp_path / "out/feedback.zip") as archive:
+        pages = [archive.read(name).decode() for name in archive.namelist()]
+    assert [sum(f"({own})" in page for page in pages) for own in ("s001", "s002")] == [1, 1]
