@@ -22,6 +22,13 @@ _for_good = contextlib.ExitStack()  # what the variable set up stays until the p
 atexit.register(_for_good.close)
 
 
+def _is_range(value: object) -> bool:
+    """Whether these are two fractions above 0, the lower one first."""
+    if not isinstance(value, tuple) or [type(part) for part in value] != [float, float]:
+        return False
+    return 0 < value[0] <= value[1] <= 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
     """A GPU as a memory budget, a set of kernels and a speed.
@@ -34,6 +41,8 @@ class Gpu:
         matmul_flops, float32_flops: Peak dense FLOP/s of 16-bit tensor cores and of plain float32.
         bandwidth: Peak memory bandwidth in bytes/s.
         flash_attention: `False` for a T4's attention kernels on another card.
+        sustained: Lowest and highest part of these peaks that long training steps reach.
+        basis: Where `sustained` comes from: what was measured, or that nothing was.
     """
 
     name: str
@@ -45,6 +54,8 @@ class Gpu:
     float32_flops: float
     bandwidth: float
     flash_attention: bool = True
+    sustained: tuple[float, float] = (0.3, 0.6)
+    basis: str = "not measured: 30 % to 60 % of the data sheet's peaks is assumed"
 
     def __post_init__(self):
         whole = ("total_bytes", "context_bytes", "multiprocessors")
@@ -55,7 +66,7 @@ class Gpu:
                     f"{field} must be a positive {'whole ' * (field in whole)}number, "
                     f"got {value!r}; see the data sheet, or take a preset"
                 )
-        for field, kind in (("name", str), ("flash_attention", bool)):
+        for field, kind in (("name", str), ("flash_attention", bool), ("basis", str)):
             if type(value := getattr(self, field)) is not kind or value == "":
                 raise ValueError(f"{field} must be a {kind.__name__}, got {value!r}; see `Gpu`")
         if self.context_bytes >= self.total_bytes:
@@ -69,6 +80,11 @@ class Gpu:
                 f"capability must be a pair of whole numbers such as (7, 5), got "
                 f"{self.capability!r}; see developer.nvidia.com/cuda-gpus"
             )
+        if not _is_range(self.sustained):
+            raise ValueError(
+                f"sustained must be two fractions, the lower one first, got {self.sustained!r}; "
+                "(0.3, 0.6) where nothing was measured"
+            )
 
     @property
     def usable_bytes(self) -> int:
@@ -79,9 +95,10 @@ class Gpu:
     def workspace_bytes(self) -> int:
         """Bytes of one cuBLAS workspace (PyTorch keeps one per thread: forward and backward).
 
-        Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`.
+        Hopper and Blackwell take more. Source: aten/src/ATen/cuda/CublasHandlePool.cpp,
+        `parseChosenWorkspaceSize`.
         """
-        return 1024 * (4096 * 8 if self.capability[0] == 9 else 4096 * 2 + 16 * 8)
+        return 1024 * (4096 * 8 if self.capability[0] in (9, 10, 12) else 4096 * 2 + 16 * 8)
 
     @property
     def has_bfloat16(self) -> bool:
@@ -97,80 +114,117 @@ class Gpu:
         return self.flash_attention and self.capability >= (8, 0)
 
 
-# total_bytes: `torch.cuda.mem_get_info()` on T4 and H200; the others by out-of-memory messages, to
-# 1 %. context_bytes: measured on T4 and H200; the others take the H200's. The rest: data sheets.
-T4 = Gpu(
-    name="T4",
-    total_bytes=14912 * MIB,
-    capability=(7, 5),
-    multiprocessors=40,
-    context_bytes=141 * MIB,
-    matmul_flops=65e12,
-    float32_flops=8.1e12,
-    bandwidth=320e9,
-)
-L4 = Gpu(
-    name="L4",
-    total_bytes=22563 * MIB,
-    capability=(8, 9),
-    multiprocessors=58,
-    context_bytes=685 * MIB,
-    matmul_flops=121e12,
-    float32_flops=30.3e12,
-    bandwidth=300e9,
-)
-A10 = Gpu(
-    name="A10",
-    total_bytes=22589 * MIB,
-    capability=(8, 6),
-    multiprocessors=72,
-    context_bytes=685 * MIB,
-    matmul_flops=125e12,
-    float32_flops=31.2e12,
-    bandwidth=600e9,
-)
-A100 = Gpu(
-    name="A100-40",
-    total_bytes=40448 * MIB,
-    capability=(8, 0),
-    multiprocessors=108,
-    context_bytes=685 * MIB,
-    matmul_flops=312e12,
-    float32_flops=19.5e12,
-    bandwidth=1555e9,
-)
-H100 = Gpu(
-    name="H100",
-    total_bytes=81003 * MIB,
-    capability=(9, 0),
-    multiprocessors=132,
-    context_bytes=685 * MIB,
-    matmul_flops=989e12,
-    float32_flops=67e12,
-    bandwidth=3350e9,
-)
-H200 = Gpu(
-    name="H200",
-    total_bytes=143166 * MIB,
-    capability=(9, 0),
-    multiprocessors=132,
-    context_bytes=685 * MIB,
-    matmul_flops=989e12,
-    float32_flops=67e12,
-    bandwidth=4800e9,
-)
-PRESETS = {gpu.name: gpu for gpu in (T4, L4, A10, A100, H100, H200)}
+def _card(
+    name: str,
+    total_mib: int,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    half_teraflops: float,
+    float32_teraflops: float,
+    gigabytes_per_second: float,
+    context_mib: int = 685,
+    **measured: Any,
+) -> Gpu:
+    """A row of the table below."""
+    return Gpu(
+        name=name,
+        total_bytes=total_mib * MIB,
+        capability=capability,
+        multiprocessors=multiprocessors,
+        context_bytes=context_mib * MIB,
+        matmul_flops=half_teraflops * 1e12,
+        float32_flops=float32_teraflops * 1e12,
+        bandwidth=gigabytes_per_second * 1e9,
+        **measured,
+    )
+
+
+# Memory: `torch.cuda.mem_get_info()` on T4 and H200; of the others what out-of-memory messages say,
+# to 1 %. Context: measured on T4 and H200 (there 685 MiB, later 751); the others take the H200's.
+# Rates: data sheets, dense; 16-bit products that add up in float32, which a GeForce does at half
+# the rate of those in float16. P100 has no tensor cores: its rate is that of plain float16.
+T4 = _card(
+    "T4", 14912, (7, 5), 40, 65, 8.1, 320, context_mib=141, sustained=(15 / 65, 24 / 65),
+    basis="public readings of a T4 at 70 W: 24 TFLOP/s in a 4096 fp16 product, 15 in a 14B QLoRA",
+)  # fmt: skip
+P100 = _card("P100", 16281, (6, 0), 56, 18.7, 9.3, 732)
+V100_16 = _card("V100-16", 16160, (7, 0), 80, 125, 15.7, 900)
+V100_32 = _card("V100-32", 32510, (7, 0), 80, 125, 15.7, 900)
+RTX_3060_12 = _card("RTX-3060-12", 12042, (8, 6), 28, 25.5, 12.7, 360)
+RTX_3090 = _card("RTX-3090", 24259, (8, 6), 82, 71, 35.6, 936)
+RTX_4090 = _card("RTX-4090", 24207, (8, 9), 128, 165.2, 82.6, 1008)
+RTX_5090 = _card("RTX-5090", 32111, (12, 0), 170, 209.5, 104.8, 1792)
+L4 = _card("L4", 22563, (8, 9), 58, 121, 30.3, 300)
+L40S = _card("L40S", 45467, (8, 9), 142, 362, 91.6, 864)
+A10 = _card("A10", 22589, (8, 6), 72, 125, 31.2, 600)
+A100 = _card("A100-40", 40448, (8, 0), 108, 312, 19.5, 1555)
+A100_80 = _card("A100-80", 81050, (8, 0), 108, 312, 19.5, 2039)
+H100 = _card("H100", 81003, (9, 0), 132, 989, 67, 3350)
+H200 = _card(
+    "H200", 143166, (9, 0), 132, 989, 67, 4800, sustained=(0.56, 0.64),
+    basis="measured on an H200 with a T4's attention kernels, 2026-11: 56 % to 64 %",
+)  # fmt: skip
+B200 = _card("B200", 182642, (10, 0), 148, 2250, 80, 8000)
+PRESETS = {
+    gpu.name: gpu
+    for gpu in (
+        T4, P100, V100_16, V100_32, RTX_3060_12, RTX_3090, RTX_4090, RTX_5090, L4, L40S, A10, A100,
+        A100_80, H100, H200, B200,
+    )
+}  # fmt: skip
 
 
 def preset(name: str, asked: str = "gpu") -> Gpu:
-    """The preset of this name, in any letter case; `ValueError` when there is none."""
+    """The preset of this name, in any letter case, with or without hyphens.
+
+    Raises:
+        ValueError: There is none, or it comes in several sizes.
+    """
+    wanted = _plain(name)
     for known, gpu in PRESETS.items():
-        if known.lower() == str(name).lower():
+        if _plain(known) == wanted:
             return gpu
+    sizes = [known for known in PRESETS if wanted and _plain(known).startswith(wanted)]
+    if sizes:
+        raise ValueError(f"{asked} must be one card, got {name!r}; say {' or '.join(sizes)}")
     raise ValueError(
         f"{asked} must be one of {', '.join(PRESETS)}, got {name!r}; "
         "for another card build a gpus.Gpu(...)"
     )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
+
+
+def custom(total_bytes: int, capability: tuple[int, int]) -> Gpu:
+    """A card that is no preset: its own memory and kernels, the rates of the nearest preset.
+
+    Args:
+        total_bytes: Memory that a program can see.
+        capability: CUDA compute capability, (major, minor).
+
+    Raises:
+        ValueError: No such card can be.
+    """
+    nearest = min(PRESETS.values(), key=lambda gpu: _distance(gpu, capability, total_bytes))
+    name = (
+        f"card of {show_bytes(total_bytes, 'GiB')} and capability {capability[0]}.{capability[1]}"
+    )
+    return replace(
+        nearest,
+        name=name,
+        total_bytes=total_bytes,
+        capability=capability,
+        sustained=Gpu.sustained,
+        basis=f"not measured: 30 % to 60 % of a {nearest.name}'s peaks is assumed",
+    )
+
+
+def _distance(gpu: Gpu, capability: tuple[int, int], total_bytes: int) -> tuple[int, float]:
+    """How unlike two cards are: first in their kernels, then in their memory."""
+    versions = 10 * gpu.capability[0] + gpu.capability[1] - 10 * capability[0] - capability[1]
+    return abs(versions), abs(total_bytes / gpu.total_bytes - 1)
 
 
 @dataclass(frozen=True)
@@ -214,16 +268,15 @@ def detect() -> Gpu | None:
     if _emulated:
         return _emulated
     card = torch.cuda.get_device_properties(0)
-    words = card.name.lower().replace("-", " ").split()
     nearest = min(
         PRESETS.values(),
         key=lambda gpu: (  # an A100 is no L4, though both have 8.x
-            gpu.name.lower() not in words,
-            abs(10 * gpu.capability[0] + gpu.capability[1] - 10 * card.major - card.minor),
+            not _is_called(gpu, card.name),
+            *_distance(gpu, (card.major, card.minor), card.total_memory),
         ),
     )
     same_size = abs(card.total_memory / nearest.total_bytes - 1) < 0.05  # no slice, no H100 NVL
-    if nearest.name.lower() in words and same_size:
+    if _is_called(nearest, card.name) and same_size:
         return nearest
     return replace(
         nearest,
@@ -231,7 +284,16 @@ def detect() -> Gpu | None:
         capability=(card.major, card.minor),
         total_bytes=card.total_memory,
         multiprocessors=card.multi_processor_count,
+        sustained=Gpu.sustained,
+        basis=Gpu.basis,
     )
+
+
+def _is_called(gpu: Gpu, driver_name: str) -> bool:
+    """Whether the driver's name has a preset's: "NVIDIA GeForce RTX 4090" is an RTX-4090."""
+    model = re.sub(r"-\d\d$", "", gpu.name)  # without the memory of one that has several sizes
+    words = re.findall(r"[a-z0-9]+", driver_name.lower())
+    return set(re.findall(r"[a-z0-9]+", model.lower())) <= set(words)
 
 
 @dataclass(frozen=True, kw_only=True)

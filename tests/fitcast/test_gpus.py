@@ -28,7 +28,9 @@ def test_preset_ignores_case(name):
 
 
 def test_bfloat16_needs_capability_8():
-    assert {gpu.name for gpu in PRESETS.values() if not gpu.has_bfloat16} == {"T4"}
+    assert {gpu.name for gpu in PRESETS.values() if not gpu.has_bfloat16} == {
+        "T4", "P100", "V100-16", "V100-32",
+    }  # fmt: skip
     assert mixed_precision(T4).dtype == "float16"
     assert "7.5" in mixed_precision(T4).reason
     assert mixed_precision(gpus.L4).dtype == "bfloat16"
@@ -53,6 +55,10 @@ WRONG = [
     ("bandwidth", True),
     ("bandwidth", float("inf")),
     ("flash_attention", "no"),
+    ("sustained", 0.6),
+    ("sustained", (0.6, 0.3)),
+    ("sustained", (0.3, 1.1)),
+    ("basis", ""),
 ]
 
 
@@ -109,7 +115,12 @@ def test_without_a_gpu_nothing_is_measured():
         ("NVIDIA A100-SXM4-40GB", (8, 0), gpus.A100),
         ("NVIDIA A10G", (8, 6), gpus.A10),
         ("NVIDIA H100 80GB HBM3", (9, 0), gpus.H100),
-        ("NVIDIA B200", (10, 0), gpus.H100),
+        ("NVIDIA B200", (10, 0), gpus.B200),
+        ("NVIDIA GeForce RTX 4090", (8, 9), gpus.RTX_4090),
+        ("NVIDIA GeForce RTX 3060", (8, 6), gpus.RTX_3060_12),
+        ("Tesla V100-SXM2-32GB", (7, 0), gpus.V100_32),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), gpus.A100_80),
+        ("NVIDIA GB300", (10, 3), gpus.B200),
     ],
 )
 def test_card_is_known_by_name_or_by_its_kernels(monkeypatch, name, capability, nearest):
@@ -147,3 +158,24 @@ def test_a_slice_or_a_larger_sister_keeps_its_own_memory(monkeypatch, name, tota
 def test_gpu_is_a_value():
     assert Gpu(**dataclasses.asdict(T4)) == T4
     assert hash(T4) == hash(dataclasses.replace(T4))
+
+
+def test_a_preset_is_found_as_people_write_it():
+    assert gpus.preset("rtx 4090") == gpus.preset("RTX4090") == gpus.RTX_4090
+    assert gpus.preset("l40s") == gpus.L40S
+    with pytest.raises(ValueError, match="one card, got 'A100'; say A100-40 or A100-80"):
+        gpus.preset("A100")
+
+
+def test_a_card_of_its_own_takes_the_nearest_kernels_and_measured_nothing():
+    card = gpus.custom(48 * 2**30, (8, 6))
+    assert (card.total_bytes, card.capability) == (48 * 2**30, (8, 6))
+    assert card.matmul_flops == gpus.RTX_3090.matmul_flops  # of 8.6, and nearest in memory
+    assert card.basis.startswith("not measured") and "8.6" in card.name
+
+
+def test_rates_say_whether_they_were_measured():
+    measured = {gpu.name for gpu in PRESETS.values() if not gpu.basis.startswith("not measured")}
+    assert measured == {"T4", "H200"}
+    low, high = (part * T4.matmul_flops / 1e12 for part in T4.sustained)
+    assert (round(low), round(high)) == (15, 24)  # facts: public readings of a T4
