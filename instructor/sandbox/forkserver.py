@@ -232,6 +232,7 @@ def _close_cage(level: str, readable: list[str], cpu_seconds: int, memory_bytes:
 def main() -> None:
     """Started by `sandbox` with one argument, JSON."""
     order = json.loads(sys.argv[1])
-    for arguments in (sys.argv, sys.orig_argv):  # where the grader's folders are
-        del arguments[1:]
+    # Where the grader's folders are.
+    del sys.argv[1:]
+    sys.orig_argv[:] = ["python"]
     serve(**order)

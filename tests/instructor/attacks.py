@@ -11,6 +11,7 @@ import zipfile
 from dataclasses import dataclass
 
 from instructor.grade.submissions import MOST_BYTES
+from tests.instructor.attacks_published import PUBLISHED
 from tests.instructor.classroom import SOLUTIONS, honest
 
 BATCH = "def effective_batch(a, b, c):\n"
@@ -480,6 +481,8 @@ CODE |= {
         0,
     ),
 }
+
+CODE |= PUBLISHED
 
 
 @dataclass(frozen=True)
