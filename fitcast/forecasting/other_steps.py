@@ -12,12 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
-from fitcast.forecasting.huggingface import describe_run, forecast_script, train
+import torch
+from bitsandbytes.optim import optimizer as bitsandbytes_optimizer
+from torch.utils._pytree import tree_map
+
+from fitcast.forecasting.huggingface import describe_run, forecast_script, run_stream, train
 from fitcast.forecasting.stage import Stage
 from fitcast.forecasting.verdict import Forecast
 from fitcast.gpus import T4, Gpu
-from fitcast.units import refusal
+from fitcast.memory.report import tensors_in
+from fitcast.memory.stream import DeviceLedger
+from fitcast.units import refusal, show_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
@@ -110,3 +117,117 @@ def evaluate(stage: Stage, count: int) -> None:
 
     trainer.add_callback(Evaluates())
     train(stage, lambda ledger: None)
+
+
+def forecast_resume(
+    model: str | PretrainedConfig | PreTrainedModel,
+    arguments: TrainingArguments,
+    *,
+    gpu: Gpu = T4,
+    expandable_segments: bool = False,
+    **options: Any,
+) -> Forecast:
+    """What `train(resume_from_checkpoint=...)` will need: the states' arrival, then a step.
+
+    Adapters are read onto the card and copied into the model by PEFT; the optimizer's state is read
+    into the host's memory and loaded by the optimizer itself. Phase "resume" is the peak of that.
+
+    Args:
+        model, arguments, gpu, expandable_segments, options: As `forecast_run` takes them.
+
+    Raises:
+        ValueError: As `forecast_run` does.
+    """
+    run = describe_run(model, arguments, **options)
+    saved: dict[int, Any] = {}  # trained parameters -> the optimizer's state
+
+    def save(stage: Stage) -> None:
+        stage.ledger.mark("ready")
+        train(stage, lambda ledger: _save(stage, saved))
+        stage.ledger.mark("step")
+
+    def resume(stage: Stage) -> None:
+        if run.peft_config is not None:
+            _load_adapters(stage)
+        stage.trainer.add_callback(_loads_when_training_begins(stage, saved))
+        train(stage, lambda ledger: ledger.mark("step"))
+
+    run_stream(run, gpu, save)
+    seen = forecast_script(
+        run, gpu, resume, expandable=expandable_segments,
+        micro_batches=arguments.gradient_accumulation_steps,
+    )  # fmt: skip
+    peak = seen.phase_peaks.get("resume", seen.resident_bytes)  # SGD has no state to load
+    while_loading = show_bytes(peak, "GiB")
+    said = f"while the checkpoint's states arrive the peak is {while_loading}"
+    return dataclasses.replace(seen, notes=(*seen.notes, said))
+
+
+def _trained(trainer: Any) -> int:
+    return sum(p.requires_grad for p in trainer.model.parameters())
+
+
+def _save(stage: Stage, saved: dict[int, Any]) -> None:
+    """Keep the optimizer's state as a checkpoint would, in the host's memory."""
+    state = stage.trainer.optimizer.state_dict()
+    saved[_trained(stage.trainer)] = tree_map(_on_host, state)
+
+
+def _on_host(value: Any) -> Any:
+    """The same without memory on the card; a number stays one, in which steps are counted."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dim() == 0:
+        return torch.tensor(1.0, dtype=value.dtype)
+    return torch.empty_like(value, device="meta")
+
+
+def _load_adapters(stage: Stage) -> None:
+    """As `PeftModel.load_adapter` does it: read onto the card, copied, and gone."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    model = stage.trainer.model
+    with stage.ledger.phase("resume"):
+        read = {name: torch.empty_like(t) for name, t in get_peft_model_state_dict(model).items()}
+        set_peft_model_state_dict(model, read)
+
+
+def _loads_when_training_begins(stage: Stage, saved: dict[int, Any]) -> Any:
+    """Loads the optimizer's state where `train()` does: the next thing is the callbacks' turn."""
+    from transformers import TrainerCallback
+
+    trainer, ledger = stage.trainer, stage.ledger
+
+    class Loads(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            with ledger.phase("resume"):
+                _load_state(trainer, saved[_trained(trainer)], ledger)
+            ledger.mark("ready")
+
+    return Loads()
+
+
+def _load_state(trainer: Any, saved: dict[str, Any], ledger: DeviceLedger) -> None:
+    """The optimizer's own `load_state_dict`; what it moves to the card takes memory there."""
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    state = tree_map(_on_host, saved)
+    homes = {
+        id(tensor): names[id(parameters[number])].rpartition(".")[0]
+        for number, tensors in state["state"].items()
+        for tensor in tensors_in(tensors)
+    }
+    move = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if tensor.device.type != "meta":
+            return move(tensor, *args, **kwargs)
+        dtypes = [value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)]
+        with ledger.inside(homes[id(tensor)]):
+            return torch.empty(tensor.shape, dtype=dtypes[0] if dtypes else tensor.dtype)
+
+    with (
+        mock.patch.object(torch.Tensor, "to", to),
+        mock.patch.object(bitsandbytes_optimizer, "deepcopy", lambda state: state),
+    ):
+        trainer.optimizer.load_state_dict(state)

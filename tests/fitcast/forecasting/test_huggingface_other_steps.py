@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from fitcast.forecasting import layers, stage
 from fitcast.forecasting.huggingface import forecast_run
-from fitcast.forecasting.other_steps import forecast_evaluation
+from fitcast.forecasting.other_steps import forecast_evaluation, forecast_resume
 from fitcast.gpus import T4
 from fitcast.memory.ledger import MemoryLedger
 
@@ -163,3 +163,34 @@ def test_few_layers_of_two_models_give_every_byte_of_many(tmp_path):
     assert few.peak_allocated_bytes == whole.peak_allocated_bytes
     assert few.composition == whole.composition
     assert few.loaded_bytes == whole.loaded_bytes
+
+
+def resumed(tmp_path, optim, **more):
+    config = LlamaConfig(**CONFIG.to_dict() | {"num_hidden_layers": 8, "hidden_size": 256})
+    arguments = TrainingArguments(output_dir=str(tmp_path), optim=optim, **QUIET)
+    return (f(config, arguments, **ASKED, **more) for f in (forecast_resume, forecast_run))
+
+
+def test_a_resumed_run_has_two_numbers_a_weight_before_its_first_step(tmp_path):
+    """AdamW's, in float32: as large as two copies of the model; then its step is any other."""
+    again, first = resumed(tmp_path, "adamw_torch")
+    states = 2 * first.composition["weights"]
+    assert again.composition["optimizer state"] == pytest.approx(states, rel=1e-3)
+    assert again.phase_peaks["resume"] == pytest.approx(again.loaded_bytes + states, rel=1e-3)
+    assert again.peak_allocated_bytes == pytest.approx(first.peak_allocated_bytes, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_paged_state_comes_back_onto_the_card(tmp_path):
+    """bitsandbytes' `load_state_dict` moves it there, and pages it no more."""
+    paged, first = resumed(tmp_path, "paged_adamw_8bit")
+    plain, _ = resumed(tmp_path, "adamw_bnb_8bit")
+    assert paged.composition["optimizer state"] == plain.composition["optimizer state"]
+    assert paged.composition["optimizer state"] > 2 * first.composition["optimizer state"]
+
+
+@pytest.mark.slow
+def test_adapters_are_there_twice_while_they_are_read(tmp_path):
+    again, first = resumed(tmp_path, "sgd", peft_config=LoraConfig(r=256, task_type="CAUSAL_LM"))
+    adapters = first.composition["adapters"]
+    assert again.phase_peaks["resume"] == pytest.approx(first.resident_bytes + adapters, rel=2e-3)
