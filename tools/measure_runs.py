@@ -175,6 +175,8 @@ def config_of(spec: dict) -> Any:
     from fitcast import models
 
     config = models.config(source_of(spec))
+    if spec["quantization"] is None:  # gpt-oss's own says MXFP4; random weights have 16 bits
+        vars(config).pop("quantization_config", None)
     if spec["layers"]:
         config.num_hidden_layers = spec["layers"]
         if getattr(config, "layer_types", None):

@@ -68,4 +68,17 @@ def matrix_flops(func: Any, args: tuple, kwargs: dict, result: object) -> int:
         return FLOPS[packet](*args, **kwargs, out_val=result)
     if packet._qualified_op_name == "bitsandbytes::gemm_4bit":
         return 2 * args[0].numel() * args[2][0]  # x is (..., K), the weight's shape (N, K)
+    if packet is aten._grouped_mm:
+        return grouped_flops(*args[:2])
     return 0
+
+
+def grouped_flops(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Of products of groups of rows with a weight each, as experts are multiplied.
+
+    Args:
+        a: (S, K) rows in groups, (K, S) for a gradient of weights, or (groups, M, K).
+        b: (groups, K, N) weights, (S, N) for a gradient of weights, or (K, S) columns in groups.
+    """
+    each_column_once = a.dim() == 3 and b.dim() == 2  # meets the rows of its own group only
+    return 2 * a.numel() * b.shape[-1] // (a.shape[0] if each_column_once else 1)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fitcast.memory.flops import BACKWARD, FLOPS, FORWARD
+from fitcast.memory.flops import BACKWARD, FLOPS, FORWARD, grouped_flops
 
 BATCH, HEADS, GROUPS, LENGTH, WIDTH = 2, 8, 2, 16, 4
 QUERY, SHARED = torch.empty(BATCH, HEADS, LENGTH, WIDTH), torch.empty(BATCH, GROUPS, LENGTH, WIDTH)
@@ -28,3 +28,25 @@ def test_every_attention_kernel_that_torch_counts_is_covered():
 def test_matrix_products_are_torchs_own():
     left, right = torch.empty(2, 3), torch.empty(3, 5)
     assert FLOPS[torch.ops.aten.mm](left, right, out_val=left @ right) == 2 * 2 * 3 * 5
+
+
+def test_products_of_groups_cost_what_each_group_costs():
+    """Three experts with 2, 5 and 1 rows, against PyTorch's own count of their products."""
+    rows, weights = torch.ones(8, 4), torch.ones(3, 4, 6)
+    ends = torch.tensor([2, 5 + 2, 8])
+    groups = list(torch.tensor_split(rows, ends[:-1]))
+    gradients = torch.tensor_split(torch.ones(8, 6), ends[:-1])
+
+    def counted(*pairs):
+        with FlopCounterMode(display=False) as counter:
+            for left, right in pairs:
+                left @ right
+        return counter.get_total_flops()
+
+    assert grouped_flops(rows, weights) == counted(*zip(groups, weights, strict=True))
+    columns = [group.T for group in groups]
+    of_weights = counted(*zip(columns, gradients, strict=True))
+    assert grouped_flops(rows.T, torch.cat(gradients)) == of_weights
+    transposed = weights.transpose(1, 2)
+    assert grouped_flops(transposed, rows.T) == counted(*zip(transposed, columns, strict=True))
+    assert grouped_flops(weights, transposed) == counted(*zip(weights, transposed, strict=True))
