@@ -40,9 +40,10 @@ alone, so write the rule, not the number. Keep the functions' names and argument
 functions of your own as you like. Plain Python is enough.
 
 **What grading runs.** Your notebook from the top, up to each function's check, in Python {python}
-with its standard library: no numpy, no torch, no files, no network. A function gets {seconds} s of
-processor time for all its cases, {memory} MiB of memory, and may print 1 MiB; the check says when
-it is slow. What stands in other cells is run if it takes less than {others} s together.
+with its standard library: no numpy, no torch, no files, no network, no threads. A function gets
+{seconds} s of processor time for all its cases, {memory} MiB of memory, and may print 1 MiB; the
+check says when it is slow. What stands in other cells is run if it takes less than {others} s
+together.
 
 {points} points, about {minutes} minutes. {id}"""
 YOUR_ID = "First put your student id between the quotes:"

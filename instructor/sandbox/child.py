@@ -9,6 +9,7 @@ import __future__ as future
 
 import ast
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -109,6 +110,7 @@ class Kernel:
         self.names = vars(main)
         self.names |= {"get_ipython": lambda: Shell(self.names), "display": print}
         self._flags = 0  # `from __future__ import ...` holds for the cells below
+        self._shown: Any = None  # the value of the last expression, which is called `_`
 
     def run(self, cell: int, text: str) -> str | None:
         """Run a statement of the notebook; the sentence that says how it failed."""
@@ -126,6 +128,9 @@ class Kernel:
         try:
             code = compile(text, name, "exec", flags, dont_inherit=True)
             self._flags |= code.co_flags & FUTURES
+            if (value := _expression(text, name, flags)) is not None:
+                self._show(eval(value, self.names))
+                return
             waiting = eval(code, self.names)
         except Exception:
             # An annotation may name what the grader has not; the function does not need it.
@@ -138,6 +143,20 @@ class Kernel:
             with contextlib.suppress(StopIteration):
                 while True:
                     waiting.send(None)
+
+    def _show(self, value: Any) -> None:
+        """Keep a value under `_`, unless the notebook has a `_` of its own."""
+        if value is not None and self.names.get("_") is self._shown:
+            self.names["_"] = self._shown = value
+
+
+def _expression(text: str, name: str, flags: int) -> types.CodeType | None:
+    """A statement's code if it only computes a value, without waiting for it."""
+    try:
+        code = compile(text.strip(), name, "eval", flags, dont_inherit=True)
+    except SyntaxError:
+        return None
+    return None if code.co_flags & inspect.CO_COROUTINE else code
 
 
 class Nowhere(io.TextIOBase):

@@ -22,6 +22,7 @@ from .shape import shape
 from .source import Notebook, Statement, defines, parse
 
 PLACEHOLDER = "..."  # the student id of a notebook that nobody has filled in
+DYNAMIC = {"exec", "globals", "locals", "vars", "setattr"}
 LONGEST_ID, MOST_NAMES = 200, 100  # characters, names of functions
 
 
@@ -101,6 +102,7 @@ def _student_id(statements: Sequence[Statement]) -> str | None:
 def _function(name: str, notebook: Notebook) -> dict:
     statements = notebook.statements
     own = [index for index, s in enumerate(statements) if name in s.binds]
+    own = own or _by_text(name, statements)
     unread = [
         (cell, error)
         for cell, text, error in notebook.broken
@@ -122,6 +124,21 @@ def _function(name: str, notebook: Notebook) -> dict:
         "broken": bool(unread),
         "notes": _notes(name, own, seen, statements, unread),
     }
+
+
+def _by_text(name: str, statements: Sequence[Statement]) -> list[int]:
+    """What may define it without a binding to be seen: `exec(...)`, `globals()[name] = ...`."""
+    if not any(DYNAMIC & s.needs for s in statements if "PUBLIC" not in s.binds):
+        return []
+    return [
+        index
+        for index, s in enumerate(statements)
+        if "PUBLIC" not in s.binds
+        and any(
+            isinstance(part, ast.Constant) and isinstance(part.value, str) and name in part.value
+            for part in ast.walk(s.node)
+        )
+    ]
 
 
 def _cut(name: str, own: Sequence[int], notebook: Notebook) -> int:

@@ -18,12 +18,13 @@ from tests.instructor.classroom import (
     other_python,
     write_class,
 )
+from tests.instructor.fresh_notebooks import FRESH
 from tests.instructor.more_notebooks import MORE, WRONG
 from tests.instructor.right_notebooks import SOL, V, edit
 
 LONG = load("effective_batch")
 NEW_SYNTAX = {"nested_quotes_312", "generic_312"}  # of Python 3.12
-RIGHT = V | MORE
+RIGHT = V | MORE | FRESH
 
 
 def handed_in(name, own, written, version="3.11.7"):
