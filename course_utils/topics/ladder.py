@@ -54,7 +54,7 @@ class Rung:
 
     @property
     def ideal_tokens_per_second(self) -> float:
-        """Tokens per second by roofline on the forecast's GPU, at `search.UTILISATION`."""
+        """Tokens per second by roofline at the middle of what the GPU sustains."""
         return tokens_per_second(self.recipe, self.forecast)
 
 

@@ -59,7 +59,9 @@ def fit_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str
     target = asked.target_effective_batch
     if target is not None:
         target = options.number("target_effective_batch", target, int, "32")
-    utilisation = options.number("utilisation", asked.utilisation, float, "0.6")
+    utilisation = asked.utilisation
+    if utilisation is not None:
+        utilisation = options.number("utilisation", utilisation, float, "0.3")
     start.engine()
     from fitcast.forecasting.search import fit
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import fitcast
 from fitcast import gpus, models
 from fitcast.recipe import CHOICES, TrainRecipe
-from fitcast.units import Said, refusal
+from fitcast.units import GIB, Said, refusal
 
 DESCRIPTION = """\
 What an LLM fine-tune needs of a GPU, to the byte, from a machine without one.
@@ -189,12 +189,22 @@ def _add_card(verb: argparse.ArgumentParser, name: str) -> None:
         metavar="NAME",
         help=f"One of {', '.join(gpus.PRESETS)}. (default: T4)",
     )
+    card.add_argument(
+        "--memory-gib",
+        metavar="X",
+        help="Memory of another card, as it shows it. (default: that of --gpu)",
+    )
+    card.add_argument(
+        "--capability",
+        metavar="X.Y",
+        help="Compute capability of another card, such as 8.6. (default: that of --gpu)",
+    )
     if name == "fit":
         card.add_argument(
             "--utilisation",
-            default="0.6",
             metavar="X",
-            help="Part of the GPU's peak that is reached, for times only. (default: 0.6)",
+            help="Part of the GPU's peaks that is reached, for times only. (default: what it "
+            "sustains, a range)",
         )
 
 
@@ -351,13 +361,47 @@ def _one_of(field: str, got: str, names: Iterable[str], remedy: str = "") -> str
 
 
 def gpu_of(options: argparse.Namespace) -> gpus.Gpu:
-    """The card that was asked for.
+    """The card that was asked for, by name or by memory and compute capability.
 
     Raises:
-        ValueError: No preset has this name.
+        ValueError: No preset has this name, or no card can be like that.
     """
-    other = "for another card use fitcast.Gpu(...) in Python"
-    return gpus.preset(_one_of("gpu", options.gpu, gpus.PRESETS, other))
+    try:
+        gpu = gpus.preset(options.gpu)
+    except ValueError as error:
+        if "must be one card" in str(error):
+            raise
+        other = "for another card say --memory-gib and --capability"
+        gpu = gpus.preset(_one_of("gpu", options.gpu, gpus.PRESETS, other))
+    if options.memory_gib is None and options.capability is None:
+        return gpu
+    total, capability = gpu.total_bytes, gpu.capability
+    if options.memory_gib is not None:
+        total = int(number("memory_gib", options.memory_gib, float, "23.6") * GIB)
+        if not gpu.context_bytes < total < 1024 * GIB:
+            raise refusal(
+                "memory_gib",
+                "be from 0.15 to 1023",
+                options.memory_gib,
+                "the MiB of nvidia-smi, over 1024",
+            )
+    if options.capability is not None:
+        found = re.fullmatch(r"(\d{1,2})\.(\d)", options.capability)
+        if not found:
+            where = "see developer.nvidia.com/cuda-gpus"
+            raise refusal("capability", "be two numbers such as 8.6", options.capability, where)
+        capability = (int(found[1]), int(found[2]))
+    return gpus.custom(total, capability)
+
+
+def _card_words(gpu: gpus.Gpu) -> list[str]:
+    """The options that `gpu_of` reads as this card."""
+    if gpu == gpus.T4:
+        return []
+    if gpus.PRESETS.get(gpu.name) == gpu:
+        return ["--gpu", gpu.name]
+    memory, (major, minor) = gpu.total_bytes / GIB, gpu.capability
+    return ["--memory-gib", f"{memory:.6g}", "--capability", f"{major}.{minor}"]
 
 
 def recipe_of(options: argparse.Namespace) -> TrainRecipe:
@@ -432,6 +476,6 @@ def as_options(recipe: TrainRecipe, before: TrainRecipe) -> list[str]:
 def command_line(verb: str, recipe: TrainRecipe, gpu: gpus.Gpu) -> str:
     """The command that asks `verb` about this recipe, ready for a shell."""
     plain = TrainRecipe(model=recipe.model).for_gpu(gpu)
-    card = [] if gpu.name == "T4" else ["--gpu", gpu.name]
+    card = _card_words(gpu)
     words = ["fitcast", verb, "--model", recipe.model, *card, *as_options(recipe, plain)]
     return shlex.join(words)

@@ -93,10 +93,18 @@ def fit_text(best: Fit) -> str:
         settings.append("checkpoints on the host")
     return (
         f"{best.forecast}\n  {', '.join(settings)}\n"
-        f"  about {best.tokens_per_second:.0f} tokens/s a GPU at {best.utilisation:.0%} of its "
-        f"peak\nfrom there, one change at a time:\n"
+        f"  {_speed(best)}\nfrom there, one change at a time:\n"
         f"  {command_line('levers', r, best.forecast.gpu)}"
     )
+
+
+def _speed(best: Fit) -> str:
+    """Tokens per second as a range, and what it rests on."""
+    low, high = best.tokens_per_second
+    gpu = best.forecast.gpu
+    basis = gpu.basis if best.utilisation == gpu.sustained else "the utilisation that was asked for"
+    many = f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f}"
+    return f"about {many} tokens/s a GPU ({basis})"
 
 
 def levers_data(recipe: TrainRecipe, before: Forecast, levers: Iterable[Lever]) -> dict[str, Any]:

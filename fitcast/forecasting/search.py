@@ -1,10 +1,10 @@
 """Which settings fit a GPU and train fastest; which single change saves what, at which price.
 
-Every answer is a forecast: nothing is interpolated. Times are roofline times divided by a stated
-utilisation: each operation takes as long as its arithmetic at the GPU's peak rate or its traffic at
-the peak bandwidth, whichever is longer. On the GPU-bound rows of tests/data/h200_steps.json that
-ratio is 0.56 to 0.64, stock attention or not. A step of small operations takes as long as Python
-needs to launch them.
+Every answer is a forecast: nothing is interpolated. Times are roofline times divided by the part of
+its peaks that the card sustains (`Gpu.sustained`, a range): each operation takes as long as its
+arithmetic at the peak rate or its traffic at the peak bandwidth, whichever is longer. On the
+GPU-bound rows of tests/data/h200_steps.json that part is 0.56 to 0.64, stock attention or not. A
+step of small operations takes as long as Python needs to launch them.
 
 Not modelled: communication; transfers to the host (so `offload_checkpoints` is tried only when
 nothing else fits).
@@ -34,7 +34,6 @@ from fitcast.recipe import WHOLE_NUMBERS, TrainRecipe
 from fitcast.step.levers import odd_head
 from fitcast.units import show_bytes, with_article
 
-UTILISATION = 0.6
 # Levers that change no result and are tried when nothing fits without them, by field.
 LEAN = {"norm": "native", "mlp": "lean", "adapters": "lean", "rotary": "lean"}
 LAUNCH_SECONDS = 4.5e-5  # of one operation, Python included: recorded_runs.json, group "launch"
@@ -79,25 +78,40 @@ class Fit:
     """Settings that fit, their forecast and their speed on one GPU.
 
     Attributes:
-        tokens_per_second: Estimated, on one GPU, with `utilisation` of its peak.
+        tokens_per_second: Estimated, on one GPU, between which bounds: those of `utilisation`, the
+            part of its peaks that is reached. The card's `basis` says what that rests on.
     """
 
     recipe: TrainRecipe
     forecast: Forecast
-    tokens_per_second: float
-    utilisation: float
+    tokens_per_second: tuple[float, float]
+    utilisation: tuple[float, float]
 
-    def hours(self, n_tokens: int) -> float:
-        """Hours to train on `n_tokens`, padding counted, on all GPUs of the recipe."""
-        return n_tokens / (self.tokens_per_second * self.recipe.world_size) / 3600
+    def hours(self, n_tokens: int) -> tuple[float, float]:
+        """Fewest and most hours to train on `n_tokens`, padding counted, on all the GPUs."""
+        slow, fast = (n * self.recipe.world_size * 3600 for n in self.tokens_per_second)
+        return n_tokens / fast, n_tokens / slow
 
 
-def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTILISATION) -> float:
+def speed_range(recipe: TrainRecipe, f: Forecast) -> tuple[float, float]:
+    """Tokens per second of one GPU, padding counted, at the ends of what the card sustains."""
+    low, high = f.gpu.sustained
+    return tokens_per_second(recipe, f, low), tokens_per_second(recipe, f, high)
+
+
+def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float | None = None) -> float:
     """Tokens per second of one GPU, padding counted: the GPU's pace or Python's, the slower one.
+
+    Args:
+        recipe: What is run.
+        f: Its forecast.
+        utilisation: Part of its peaks that the card reaches; by default the middle of its range.
 
     Raises:
         ValueError: utilisation is not a fraction.
     """
+    if utilisation is None:
+        utilisation = sum(f.gpu.sustained) / 2
     _check_utilisation(utilisation)
     tokens = recipe.tokens_per_step / recipe.world_size
     return tokens / max(f.ideal_seconds / utilisation, f.operations * LAUNCH_SECONDS)
@@ -106,8 +120,8 @@ def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float = UTI
 def _check_utilisation(utilisation: float) -> None:
     if isinstance(utilisation, bool) or not 0 < utilisation <= 1:
         raise ValueError(
-            f"utilisation must be above 0 and at most 1, got {utilisation!r}; 0.6 is "
-            "what large steps reach"
+            f"utilisation must be above 0 and at most 1, got {utilisation!r}; leave it out for "
+            "what the card sustains"
         )
 
 
@@ -195,7 +209,7 @@ def fit(
     gpu: Gpu = T4,
     target_effective_batch: int | None = None,
     *,
-    utilisation: float = UTILISATION,
+    utilisation: float | None = None,
     progress: Callable[[str], None] = lambda text: None,
     processes: int = 1,
 ) -> Fit:
@@ -210,7 +224,8 @@ def fit(
 
     Args:
         target_effective_batch: Sequences behind one optimizer step; by default the recipe's own.
-        utilisation: Part of the GPU's peak that is reached, for times only.
+        utilisation: Part of the GPU's peaks that is reached, for times only; by default the range
+            that the card sustains.
         progress: Told what is being weighed.
         processes: That weigh at the same time. They are forks, so one does it all where PyTorch
             has threads or a GPU, which a fork does not survive.
@@ -219,7 +234,8 @@ def fit(
         ValueError: The target is no multiple of world_size, or too large.
         DoesNotFit: Nothing fits.
     """
-    _check_utilisation(utilisation)
+    if utilisation is not None:
+        _check_utilisation(utilisation)
     num_layers = checked_config(recipe).num_hidden_layers
     per_gpu = _sequences_per_gpu(recipe, target_effective_batch)
     weigh = _Weigher(recipe, gpu, per_gpu, num_layers, progress if processes < 2 else str)
@@ -238,18 +254,20 @@ def fit(
             fitting: list[Tried] = [pair for pair in tried if pair[1].margin_bytes >= 0]
             if fitting:
                 best = max(fitting, key=lambda pair: tokens_per_second(*pair, utilisation))
-                return Fit(
-                    recipe=best[0],
-                    forecast=best[1],
-                    utilisation=utilisation,
-                    tokens_per_second=tokens_per_second(*best, utilisation),
-                )
+                return _found(best, utilisation)
     lowest = min(f.gpu.context_bytes + f.unlimited_reserved_bytes[1] for _, f in tried)
     raise DoesNotFit(
         f"recipe must fit {show_bytes(gpu.total_bytes)} of {with_article(gpu.name)}, "
         f"got at least {show_bytes(lowest)} with one sequence of "
         f"{recipe.sequence_length} tokens; shorten it, or take a smaller model"
     )
+
+
+def _found(best: Tried, utilisation: float | None) -> Fit:
+    """The answer, with the speeds at both ends of what is sustained."""
+    ends = best[1].gpu.sustained if utilisation is None else (utilisation, utilisation)
+    low, high = (tokens_per_second(*best, part) for part in ends)
+    return Fit(recipe=best[0], forecast=best[1], tokens_per_second=(low, high), utilisation=ends)
 
 
 def _sequences_per_gpu(recipe: TrainRecipe, target: int | None) -> int:
