@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # for editors and type checkers; what runs is `__getattr__`
     from fitcast.memory.ledger import MemoryLedger
     from fitcast.memory.report import MemoryReport
     from fitcast.recipe import TrainRecipe
+    from fitcast.step.apply import apply_levers
+    from fitcast.step.levers import chunked_loss
     from fitcast.training.export import merge
     from fitcast.training.measurement import measure_step
     from fitcast.training.preflight import preflight
@@ -51,7 +53,9 @@ __all__ = [
     "MemoryReport",
     "T4",
     "TrainRecipe",
+    "apply_levers",
     "build_model",
+    "chunked_loss",
     "count_block",
     "describe",
     "detect",
@@ -82,6 +86,8 @@ _MODULES = {
     "forecasting.search": "DoesNotFit fit levers",
     "forecasting.fake": "fake_model fake_tensors",
     "forecasting.block": "count_block",
+    "step.apply": "apply_levers",
+    "step.levers": "chunked_loss",
     "training.measurement": "measure_step",
     "training.preflight": "preflight",
     "training.trainer": "build_model train",

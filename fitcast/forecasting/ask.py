@@ -55,7 +55,8 @@ def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **optio
         gpu: The card; a T4 unless one is given.
         options: Of a model, what else its script says: `peft_config`, `quantization_config`,
             `dtype`, `attn_implementation`, `sequence_length`, `padded`, `trainer`, and what the
-            trainer's class takes. `forecasting.huggingface.forecast_run` explains them.
+            trainer's class takes. `forecasting.huggingface.forecast_run` explains them. `levers` is
+            True for a script that says `apply_levers(trainer.model)`, or that one's keywords.
 
     Returns:
         A `Forecast`; its `notes` say what was assumed and what is not modelled.
@@ -80,7 +81,9 @@ def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **optio
             f"write {SCRIPT}, or give a TrainRecipe alone",
         )
     from fitcast.forecasting.huggingface import forecast_run
+    from fitcast.forecasting.lean_trainer import with_levers
 
+    options = with_levers(arguments, options)
     return forecast_run(run, arguments, gpu=T4 if gpu is None else gpu, **options)
 
 

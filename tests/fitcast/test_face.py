@@ -24,6 +24,7 @@ SHOWN = {
     "forecast": "forecast(recipe",
     "script": "TrainingArguments(",
     "levers": "levers(recipe",
+    "lean": "apply_levers(model",
     "fit": "fit(recipe",
     "ledger": "MemoryLedger(model",
     "loop": "torch.optim.AdamW(",
@@ -110,7 +111,9 @@ def test_a_module_of_the_same_name_does_not_hide_a_function():
 
 
 def test_readme_shows_each_of_the_questions():
-    assert [sum(call in example for example in EXAMPLES) for call in SHOWN.values()] == [1] * len(SHOWN)
+    assert [sum(call in example for example in EXAMPLES) for call in SHOWN.values()] == [1] * len(
+        SHOWN
+    )
     for example in EXAMPLES:
         code = [x for x in example.splitlines() if x.strip() and not x.startswith("#")]
         assert len(code) <= 12 and said(example)

@@ -50,8 +50,8 @@ def forecast_file(path: str | Path, gpu: Gpu = T4, **changes: Any) -> Forecast:
     Args:
         path: Of a .yaml, .yml or .json of axolotl, LLaMA-Factory or TRL.
         gpu: The card.
-        changes: What else `forecast_run` takes, or takes instead: `model`, `sequence_length`,
-            `padded`, ...
+        changes: What else `forecast` takes, or takes instead: `model`, `sequence_length`,
+            `padded`, `levers`, ...
 
     Returns:
         A `Forecast`, whose `notes` name what was not understood or is not modelled.
@@ -60,11 +60,13 @@ def forecast_file(path: str | Path, gpu: Gpu = T4, **changes: Any) -> Forecast:
         ValueError: The file cannot be read, or a value of it cannot be; the message names it.
     """
     from fitcast.forecasting.huggingface import forecast_run
+    from fitcast.forecasting.lean_trainer import with_levers
 
     script = read(path, gpu)
     options = script.options() | {name: v for name, v in changes.items() if v is not None}
     model = options.pop("model", script.model)
-    found = forecast_run(model, script.training_arguments(gpu), gpu=gpu, **options)
+    arguments = script.training_arguments(gpu)
+    found = forecast_run(model, arguments, gpu=gpu, **with_levers(arguments, options))
     return dataclasses.replace(found, notes=(*script.notes, *found.notes))
 
 
