@@ -179,14 +179,17 @@ def _statement(cell: int, node: ast.stmt, lines: list[str]) -> Statement:
     part[-1] = part[-1].encode()[: node.end_col_offset].decode()
     if len(starts) == 1:
         part[0] = part[0].encode()[node.col_offset :].decode()
-    binds, needs = _names(node)
-    return Statement(cell, "\n" * (start - 1) + "\n".join(part), node, binds, needs)
+    text = "\n".join(part)
+    binds, needs = _names(node, text)
+    return Statement(cell, "\n" * (start - 1) + text, node, binds, needs)
 
 
-def _names(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
+def _names(node: ast.stmt, text: str) -> tuple[frozenset[str], frozenset[str]]:
     """The names that a statement binds at the top level, and those that it needs from there."""
     try:
-        table = symtable.symtable(ast.unparse(without_annotations(node)), "cell", "exec")
+        if any(map(_annotated, ast.walk(node))):
+            text = ast.unparse(without_annotations(node))
+        table = symtable.symtable(text, "cell", "exec")
     except (SyntaxError, RecursionError, MemoryError, ValueError):
         return _names_anywhere(node)
     top = table.get_symbols()
@@ -217,6 +220,12 @@ def _names_anywhere(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
 def defines(node: ast.AST) -> bool:
     """Whether it is a function's or class's definition."""
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+
+
+def _annotated(node: ast.AST) -> bool:
+    return getattr(node, "annotation", None) is not None or (
+        isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.returns is not None
+    )
 
 
 def without_annotations(node: ast.stmt) -> ast.stmt:
