@@ -68,7 +68,8 @@ def fit_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str
     best = fit(
         recipe, gpu, target, utilisation=utilisation, progress=progress, processes=start.processes()
     )
-    return FITS, show.as_json(show.fit_data(best)) if asked.json else show.fit_text(best)
+    data = show.fit_data(recipe, best)
+    return FITS, show.as_json(data) if asked.json else show.fit_text(recipe, best)
 
 
 def levers_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str]:

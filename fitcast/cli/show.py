@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fitcast.cli import changes
 from fitcast.cli.options import as_options, command_line
 from fitcast.recipe import TrainRecipe
 from fitcast.units import show_bytes
@@ -70,32 +71,32 @@ def forecast_text(f: Forecast) -> str:
     return "\n".join([str(f), *lines, *(f"  note: {note}" for note in f.notes)])
 
 
-def fit_data(best: Fit) -> dict[str, Any]:
-    """Settings that were found, their forecast and speed, and the command that asks for them."""
+def fit_data(recipe: TrainRecipe, best: Fit) -> dict[str, Any]:
+    """Settings that were found, what they changed, their forecast, speed and command."""
     return forecast_data(best.recipe, best.forecast) | {
+        "changed": changes.changed(recipe, best.recipe),
+        "script": changes.in_a_script(recipe, best.recipe),
         "tokens_per_second": best.tokens_per_second,
         "utilisation": best.utilisation,
+        "basis": best.forecast.gpu.basis,
         "command": command_line("forecast", best.recipe, best.forecast.gpu),
     }
 
 
-def fit_text(best: Fit) -> str:
+def fit_text(recipe: TrainRecipe, best: Fit) -> str:
     """The same for a reader."""
     r = best.recipe
-    settings = [
+    sizes = (
         f"micro batch {r.micro_batch_size} x {r.gradient_accumulation_steps} accumulated x "
-        f"{r.world_size} GPUs",
-        f"{r.checkpointed_layers} layers checkpointed",
-        f"{r.loss} loss",
-        f"{r.attention} attention",
-    ]
-    if r.offload_checkpoints:
-        settings.append("checkpoints on the host")
-    return (
-        f"{best.forecast}\n  {', '.join(settings)}\n"
-        f"  {_speed(best)}\nfrom there, one change at a time:\n"
-        f"  {command_line('levers', r, best.forecast.gpu)}"
+        f"{r.world_size} GPUs"
     )
+    lines = [str(best.forecast), f"  {sizes}", f"  {_speed(best)}"]
+    if ours := changes.in_our_names(recipe, r):
+        lines += ["changed:", *(f"  {line}" for line in ours)]
+        lines += ["in a script with a stock trainer:"]
+        lines += [f"  {line}" for line in changes.in_a_script(recipe, r)]
+    lines += ["from there, one change at a time:"]
+    return "\n".join([*lines, f"  {command_line('levers', r, best.forecast.gpu)}"])
 
 
 def _speed(best: Fit) -> str:

@@ -1,6 +1,7 @@
 """The command line: exit codes, text and JSON of every verb, progress when it takes long."""
 
 import dataclasses
+import inspect
 import json
 import os
 import shlex
@@ -11,13 +12,14 @@ import time
 import pytest
 
 from course_utils.data import BUNDLED
+from fitcast.cli import changes, options
 from fitcast.cli import main as cli
-from fitcast.cli import options
 from fitcast.cli.progress import Progress
 from fitcast.forecasting import search
 from fitcast.forecasting.forecast import NO_MEMORY, checked_config, forecast
 from fitcast.gpus import A10, T4
 from fitcast.recipe import TrainRecipe
+from fitcast.step.apply import apply_levers
 
 SMALL = ["--model", BUNDLED, "--sequence-length", "64", "--micro-batch-size", "2"]
 # In Python: what SMALL says, and the precision that suits a T4.
@@ -106,6 +108,34 @@ def test_fit_names_settings_and_the_command_for_what_comes_next(capsys):
     found = dataclasses.asdict(asked(*words[1:]))
     assert found | {"lora_targets": list(found["lora_targets"])} == said["recipe"]
     assert asked(*again[1:]) == asked(*words[1:])
+
+
+def test_what_fit_changed_is_said_for_a_script():
+    start = dataclasses.replace(RECIPE, micro_batch_size=4, gradient_accumulation_steps=8)
+    found = dataclasses.replace(
+        start,
+        micro_batch_size=2,
+        gradient_accumulation_steps=16,
+        checkpointed_layers=1,
+        keep_attention=True,
+        attention="explicit_kv",
+        loss="lean",
+        expandable_segments=True,
+    )
+    assert changes.in_a_script(start, found) == [
+        "- per_device_train_batch_size=4,",
+        "+ per_device_train_batch_size=2,",
+        "- gradient_accumulation_steps=8,",
+        "+ gradient_accumulation_steps=16,",
+        '+ os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"',
+        "+ fitcast.apply_levers(trainer.model, attention='explicit_kv', loss='lean', "
+        "checkpointed_layers=1, keep_attention=True)",
+    ]
+    assert "micro_batch_size: 4 -> 2" in changes.in_our_names(start, found)
+    assert changes.in_a_script(found, found)[:-1] == []  # the levers are wanted all the same
+    # Its levers are those of `apply_levers`, and no other.
+    parameters = inspect.signature(apply_levers).parameters
+    assert set(changes.LEVERS) == set(parameters) - {"model", "loss_chunk_tokens"}
 
 
 def test_the_command_names_the_card():
