@@ -3,8 +3,8 @@
 Fake tensors hold no numbers. Trainers ask for some all the same: a loss to log, a gradient norm,
 whether a loss is NaN, which positions of a mask are set. Each question has one answer here:
 
-- a number (`.item()`, `float(...)`, `int(...)`): 1, and `False` for a truth value, so that no loss
-  is NaN, no gradient has overflowed and no early exit is taken;
+- a number (`.item()`, `float(...)`, `int(...)`, each of a `.tolist()`): 1, and `False` for a truth
+  value, so that no loss is NaN, no gradient has overflowed and no early exit is taken;
 - which positions are set (`x[mask]`, `nonzero`, `masked_select`): all of them, which is the most
   memory that the answer can cost: every token carries a label, no row is padding;
 - which experts have tokens, and which tokens they have: those of the `routing` that is set.
@@ -15,7 +15,13 @@ A step of the reader's own is told nothing: there the question is an error that 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitcast.cuda.experts import Routing
@@ -64,6 +70,22 @@ def number(tensor: torch.Tensor) -> bool | int | float:
     if tensor.dtype == torch.bool:
         return False
     return 1.0 if tensor.is_floating_point() else 1
+
+
+@contextlib.contextmanager
+def lists() -> Iterator[None]:
+    """Inside, `tensor.tolist()` of a tensor without numbers is a list of `number`s."""
+    original = torch.Tensor.tolist
+
+    def tolist(tensor: torch.Tensor) -> Any:
+        if not isinstance(tensor, FakeTensor):
+            return original(tensor)
+        if tensor.dim() == 0:
+            return number(tensor)
+        return [tolist(part) for part in tensor]
+
+    with mock.patch.object(torch.Tensor, "tolist", tolist):
+        yield
 
 
 def all_positions(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,7 @@ from fitcast.forecasting.stage import (
     Run,
     Stage,
     bare,
+    is_online,
     is_preference,
     staged,
     trainer_of,
@@ -57,6 +58,7 @@ NOT_MODELLED = {
     "use_liger_kernel": "Liger's Triton kernels replace the model's own",
     "auto_find_batch_size": "the batch size that is asked for is forecast",
     "torch_empty_cache_steps": "the cache is not emptied in between",
+    "use_vllm": "vLLM's engine has memory of its own on the same card",
     "parallelism_config": "other parallelism than data parallel is not run",
 }
 
@@ -317,7 +319,9 @@ def describe_run(
 def _has_padding(arguments: TrainingArguments, trainer: type) -> bool:
     """Whether a batch has rows of several lengths, each in a row of its own."""
     packed = getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)
-    alone = arguments.per_device_train_batch_size == 1 and not is_preference(trainer)
+    alone = arguments.per_device_train_batch_size == 1 and not (
+        is_preference(trainer) or is_online(trainer)
+    )
     return not (packed or alone)
 
 
@@ -325,12 +329,14 @@ def _reference(
     config: PretrainedConfig, arguments: TrainingArguments, trainer: type, peft_config: Any,
     trainer_options: dict[str, Any],
 ) -> PretrainedConfig | None:  # fmt: skip
-    """Of the second model that DPO loads: the one given, else a copy where no adapter trains."""
+    """Of the second model that DPO and GRPO load: the one given, else a copy without adapters."""
     given = trainer_options.pop("ref_model", None)
     if given is not None:
         return base.read_config(given)
     computed_before = getattr(arguments, "precompute_ref_log_probs", False)
-    needs_one = is_preference(trainer) and peft_config is None and not computed_before
+    compares = is_preference(trainer) and not computed_before
+    compares |= is_online(trainer) and getattr(arguments, "beta", 0.0) != 0.0
+    needs_one = compares and peft_config is None
     return config if needs_one else None
 
 

@@ -105,6 +105,8 @@ def explained(error: Exception, model_type: str) -> ValueError:
         error: Whatever running the trainer raised.
         model_type: Of the model that was run.
     """
+    if isinstance(error, ValueError) and _is_ours(error):
+        return error
     text = str(error)
     for part, (field, rule, remedy) in KNOWN:
         if part in text:
@@ -121,6 +123,11 @@ def explained(error: Exception, model_type: str) -> ValueError:
         Said(f"{model_type}: {type(error).__name__} in {where} ({first_line(error)})"),
         "if the same run works on a card, this is ours to mend: please report it",
     )  # fmt: skip
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether this package raised it, which says already what to change."""
+    return "fitcast" in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
 
 
 def _where(error: Exception) -> str:

@@ -22,7 +22,7 @@ from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
 from fitcast.cuda.trainers import mixed_precision, padding, pretend_trainer, trl_kernels
 from fitcast.forecasting import base, fake, layers
-from fitcast.forecasting.answers import Answers
+from fitcast.forecasting.answers import Answers, lists
 from fitcast.forecasting.place import place, place_weights
 from fitcast.gpus import Gpu
 from fitcast.memory.layers import Layers
@@ -78,11 +78,13 @@ class Stage:
     run: Run
     trainer: Any
     ledger: DeviceLedger
-    collated: dict[int, dict[str, Any]]  # rows in a batch -> one as the collator makes it
+    collated: dict[int, Any]  # rows in a batch -> one as the collator makes it
 
-    def batches(self, count: int, size: int) -> list[dict[str, Any]]:
+    def batches(self, count: int, size: int) -> list[Any]:
         """`count` batches of `size` rows, on the device."""
-        batches = [
+        if is_online(self.run.trainer):
+            return [self.collated[size]] * count  # prompts as text
+        batches: list[Any] = [
             {name: torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v
              for name, v in self.collated[size].items()}
             for _ in range(count)
@@ -147,7 +149,7 @@ def card(
     """
     answers = Answers()
     with contextlib.ExitStack() as stack:
-        for context in (padding(padded), trl_kernels(), experts.grouped_products(gpu),
+        for context in (padding(padded), trl_kernels(), lists(), experts.grouped_products(gpu),
             experts.routing(model, routing, answers), pretend_cuda(gpu), fake.fake_tensors(),
             answers,  # below the ledger: how many hold a gradient is counted from the top
             ledger,
@@ -180,13 +182,18 @@ def make_trainer(run: Run, folder: str, model: Any, rhythm: layers.Rhythm | None
         options["peft_config"] = copy.deepcopy(run.peft_config)  # PEFT writes into it
     elif run.peft_config is not None:
         model = with_adapters(model, run.peft_config, bool(arguments.gradient_checkpointing))
-    if run.reference is not None:
-        options["ref_model"] = _second(run, run.reference, rhythm)
+    second = None if run.reference is None else _second(run, run.reference, rhythm)
+    if is_online(run.trainer):
+        options.setdefault("reward_funcs", no_reward)
+    elif second is not None:
+        options["ref_model"] = second
     precision = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
-    with mixed_precision(precision), _rows_are_ready(run.trainer):
+    with mixed_precision(precision), _rows_are_ready(run.trainer, second):
         trainer = run.trainer(model=model, args=arguments, train_dataset=rows_of(run), **options)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    if is_online(run.trainer):
+        trainer._generate = lambda prompts: given_texts(run, len(prompts))
     return trainer
 
 
@@ -210,10 +217,18 @@ def _second(run: Run, config: PretrainedConfig, rhythm: layers.Rhythm | None) ->
 
 
 @contextlib.contextmanager
-def _rows_are_ready(trainer: type) -> Iterator[None]:
-    """Inside, TRL's trainers leave the rows as they are: token ids, with a reference's answers."""
+def _rows_are_ready(trainer: type, second: Any = None) -> Iterator[None]:
+    """Inside, TRL's trainers leave the rows as they are: token ids, with a reference's answers.
+
+    GRPO's makes its second model itself, and is given `second`.
+    """
     module = sys.modules.get("trl.trainer.dpo_trainer")
+    online = sys.modules.get("trl.trainer.grpo_trainer")
     with contextlib.ExitStack() as stack:
+        if second is not None and hasattr(online, "create_model_from_path"):
+            stack.enter_context(
+                mock.patch.object(online, "create_model_from_path", lambda *_, **__: second)
+            )
         for name in ("_prepare_dataset", "_precompute_ref_logps"):
             if hasattr(trainer, name):
                 stack.enter_context(
@@ -237,6 +252,8 @@ def quiet(arguments: TrainingArguments, folder: str) -> TrainingArguments:
     quiet.disable_tqdm, quiet.torch_compile = True, False
     quiet.gradient_accumulation_steps = min(MICRO_BATCHES, arguments.gradient_accumulation_steps)
     quiet.max_steps = 1
+    if getattr(quiet, "use_vllm", False):
+        quiet.use_vllm = False  # its engine has memory of its own, which `notes` says
     assert quiet.device.type == "cpu"  # asked for now, because asking resets accelerate's state
     return quiet
 
@@ -249,6 +266,11 @@ def is_trl(trainer: type) -> bool:
 def is_preference(trainer: type) -> bool:
     """Whether it learns from pairs, as TRL's DPOTrainer does."""
     return any(kind.__name__ == "DPOTrainer" for kind in trainer.__mro__)
+
+
+def is_online(trainer: type) -> bool:
+    """Whether it learns from texts that it has made itself, as TRL's GRPOTrainer does."""
+    return any(kind.__name__ == "GRPOTrainer" for kind in trainer.__mro__)
 
 
 def trainer_of(arguments: TrainingArguments) -> type:
@@ -284,6 +306,8 @@ def rows_of(run: Run) -> Any:
     from datasets import Dataset
 
     row: dict[str, Any] = {"input_ids": [0] * length, "labels": [0] * length}
+    if is_online(run.trainer):
+        row = {"prompt": "<s>"}
     if is_preference(run.trainer):
         row = {"prompt_ids": [0], "chosen_ids": [0] * (length - 1)}
         row["rejected_ids"] = row["chosen_ids"]
@@ -292,9 +316,38 @@ def rows_of(run: Run) -> Any:
     return Dataset.from_list([row] * ROWS)
 
 
-def _collated(run: Run, trainer: Any) -> dict[int, dict[str, Any]]:
+def no_reward(completions: list[Any], **_: Any) -> list[float]:
+    """What a text is worth is the host's business."""
+    return [0.0] * len(completions)
+
+
+def given_texts(run: Run, count: int) -> tuple[Any, ...]:
+    """What GRPO's `_generate` gives back: prompts and completions as long as they may be.
+
+    Source: trl/trainer/grpo_trainer.py, `_generate` (TRL 1.16).
+
+    Raises:
+        ValueError: A row has no room for a completion.
+    """
+    arguments: Any = run.arguments
+    completion = arguments.max_completion_length
+    prompt = run.sequence_length - completion
+    if prompt < 1:
+        raise refusal(
+            "sequence_length", f"be more than max_completion_length ({completion})",
+            run.sequence_length, "it is prompt and completion together",
+        )  # fmt: skip
+    texts = [[0] * completion] * count
+    return [[0] * prompt] * count, texts, None, [""] * count, None, {}, None, None
+
+
+def _collated(run: Run, trainer: Any) -> dict[int, Any]:
     """A batch of each size that the arguments name."""
     rows, arguments = rows_of(run), run.arguments
+    if is_online(run.trainer):
+        every: Any = arguments
+        size = every.per_device_train_batch_size
+        return {size: [rows[0]] * size * every.steps_per_generation}
     names = ("per_device_train_batch_size", "per_device_eval_batch_size",
              "precompute_ref_batch_size")  # fmt: skip
     sizes = {size for name in names if (size := getattr(arguments, name, None))}

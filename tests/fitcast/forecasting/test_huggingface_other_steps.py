@@ -165,6 +165,61 @@ def test_few_layers_of_two_models_give_every_byte_of_many(tmp_path):
     assert few.loaded_bytes == whole.loaded_bytes
 
 
+def from_its_own_texts(tmp_path, **changes):
+    import trl
+
+    changes = QUIET | {"max_steps": 2, "per_device_train_batch_size": 4} | changes
+    return trl.GRPOConfig(
+        output_dir=str(tmp_path), num_generations=4, max_completion_length=64, bf16=False, **changes
+    )
+
+
+def real_update(arguments, peft_config):
+    """Peak of TRL's own update on given texts, on real tensors."""
+    import trl
+
+    second = mock.patch(
+        "trl.trainer.grpo_trainer.create_model_from_path", lambda *_, **__: real_model()
+    )
+    with second:
+        trainer = trl.GRPOTrainer(
+            model=real_model(), reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=arguments, peft_config=peft_config, processing_class=stage.tokenizer(),
+            train_dataset=Dataset.from_list([{"prompt": "<s>"}] * 8),
+        )  # fmt: skip
+
+    def texts(prompts):
+        made = [[0] * 64] * len(prompts)
+        asked = [[0] * (LENGTH - 63)] * len(prompts)
+        return asked, made, None, [""] * len(prompts), None, {}, None, None
+
+    trainer._generate = texts
+    with MemoryLedger(trainer.model) as ledger:
+        trainer.train()
+    return ledger.report().peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft_config", [ADAPTERS, None])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.filterwarnings("ignore")
+def test_an_update_on_given_texts_is_that_of_a_real_trainer(tmp_path, peft_config, beta):
+    """GRPO without vLLM; with `beta` it compares with the model before, which is a second one."""
+    arguments = from_its_own_texts(tmp_path, beta=beta)
+    with mock.patch.object(stage, "trl_kernels", contextlib.nullcontext):
+        asked = ASKED | {"sequence_length": LENGTH + 1}
+        seen = forecast_run(CONFIG, arguments, peft_config=peft_config, **asked)
+    measured = real_update(arguments, peft_config)
+    assert seen.peak_allocated_bytes - WORKSPACES == pytest.approx(measured, rel=3e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_has_room_for_a_completion(tmp_path):
+    asked = ASKED | {"sequence_length": 64}
+    with pytest.raises(ValueError, match="^sequence_length must be more than max_completion_l"):
+        forecast_run(CONFIG, from_its_own_texts(tmp_path), peft_config=ADAPTERS, **asked)
+
+
 def resumed(tmp_path, optim, **more):
     config = LlamaConfig(**CONFIG.to_dict() | {"num_hidden_layers": 8, "hidden_size": 256})
     arguments = TrainingArguments(output_dir=str(tmp_path), optim=optim, **QUIET)
