@@ -305,9 +305,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Look at this first: {warning}", file=sys.stderr)
     status = Counter(result.status for result in found.results)
     by_hand = f"{status['by hand']} by hand, " if status["by hand"] else ""
+    sent = [n for n in ("gradebook.csv", "feedback.zip") if (options.out.parent / n).exists()]
     print(
         f"{status['graded']} graded, {status['refused']} refused, {status['missing']} missing, "
         f"{by_hand}{sum(bool(r.flags) for r in found.results)} to look at: {options.out}, "
-        f"{options.out.parent / 'class_report.html'}, feedback/"
+        f"{options.out.parent / 'class_report.html'}, {' and '.join(sent)}"
     )
     return LOOK_FIRST if found.warnings else 0

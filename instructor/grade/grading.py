@@ -23,7 +23,7 @@ from . import copies
 from .changes import Changes
 from .exam import Paper, asked
 from .journal import Journal, key_of
-from .late import DAY, Policy, show_late
+from .late import MARKED, Policy, show_late
 from .marking import Mark, mark, some_of
 from .matching import Attempt, match
 from .results import ClassResult, Result
@@ -315,7 +315,7 @@ class Grader:
         if given or platform.times == "files":
             return self.policy.by(student, given or submission.modified)
         # By how much is not in the archive: at least a part of a day.
-        return DAY if platform.late(submission.name) and self.policy.due else timedelta()
+        return MARKED if platform.late(submission.name) and self.policy.due else timedelta()
 
     def _mark(
         self, attempt: Attempt, exercise: Exercise, cases: Mapping[str, Sequence[Case]]

@@ -10,6 +10,8 @@ from datetime import datetime, timedelta
 from fitcast.units import Said, refusal
 
 DAY = timedelta(days=1)
+# By a platform's mark, which does not say how much: costs a day, and is no time that a file has.
+MARKED = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Policy:
 
 
 def show_late(late: timedelta) -> str:
-    """`1 d 2 h 03 min`; empty for none."""
+    """`1 d 2 h 03 min`; `some time` where a platform says no more; empty for none."""
+    if late == MARKED:
+        return "some time"
     minutes = int(late.total_seconds() // 60)
     days, minutes = divmod(minutes, 24 * 60)
     if not late:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import re
 import unicodedata
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_class(path: str | Path) -> Table:
         ValueError: As `read_roster`.
     """
     text = _text(path)
-    header, *lines = [*csv.reader(text.splitlines())] or [[]]
+    header, *lines = [*csv.reader(io.StringIO(text, newline=""))] or [[]]
     header = [name.strip() for name in header]
     platform = of_table(header)
     if platform is None or not any(map(any, lines)):

@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 from .base import Grade, Platform, Table, show_points
 
 PATH = re.compile(r"^(?P<start>[^_]*_(?P<late>LATE_)?(?P<user>\d+)_\d+)_(?P<file>.*)$", re.S)
+TEST_STUDENT = "Student, Test"  # of Canvas's student view; has a number, but no SIS user
 POSSIBLE = "points possible"  # a row of the table, with spaces in front
 
 
@@ -28,7 +29,9 @@ class Canvas(Platform):
 
     def student(self, row: Mapping[str, str]) -> dict[str, str] | None:
         number = row["ID"].strip()
-        if not number.isdigit():  # Points Possible, Manual Posting, the test student
+        if not number.isdigit():  # Points Possible, Manual Posting
+            return None
+        if row["Student"].strip() == TEST_STUDENT and not row.get("SIS User ID", "").strip():
             return None
         last, comma, first = row["Student"].partition(",")
         name = f"{first.strip()} {last.strip()}" if comma else last.strip()

@@ -25,5 +25,5 @@ def safe(text: str) -> str:
 
 
 def safe_row(cells: list[str]) -> list[str]:
-    """The same for cells that may be numbers, which stay."""
-    return [cell if NUMBER.fullmatch(cell) else safe(cell) for cell in cells]
+    """The same for cells that may be numbers or a dash, which stay."""
+    return [cell if NUMBER.fullmatch(cell) or cell == "-" else safe(cell) for cell in cells]
