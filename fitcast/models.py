@@ -136,6 +136,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }
 NAMES = tuple(SHAPES)
+HUB_SECONDS = 5.0  # for one answer
 
 
 def hub_id(model: str) -> str:
@@ -179,8 +180,8 @@ def config(model: str) -> PretrainedConfig:
     if path.exists():
         path = path if path.is_file() else path / "config.json"
         return _config_from_file(path)
-    try:
-        return AutoConfig.from_pretrained(source)
+    try:  # what was downloaded before is read without the hub
+        return AutoConfig.from_pretrained(source, local_files_only=not hub_answers(source))
     except OSError as error:
         raise refusal(
             "model",
@@ -188,6 +189,28 @@ def config(model: str) -> PretrainedConfig:
             model,
             f"check the spelling and the network, or use one of {', '.join(NAMES)}",
         ) from error
+
+
+def hub_answers(repository: str) -> bool:
+    """Whether the hub says anything about a model, be it no, within some seconds.
+
+    transformers would ask six times, and wait in between, for half a minute.
+
+    Args:
+        repository: owner/name.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    library_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # httpx's, or its heir's
+    url = huggingface_hub.hf_hub_url(repository, "config.json")
+    try:
+        huggingface_hub.get_hf_file_metadata(url, timeout=HUB_SECONDS)
+    except errors.HfHubHTTPError as error:  # gated, unknown; 5xx is as good as silence
+        return error.response is None or error.response.status_code < 500
+    except (library_error, OSError):
+        return False
+    return True
 
 
 def _config_from_file(path: Path) -> PretrainedConfig:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitcast import gpus
+from fitcast.training import host
 from fitcast.training.versions import FLOORS, Finding, below, drifted, installed, record
 from fitcast.units import GIB, show_bytes
 
@@ -31,9 +32,10 @@ class Space(Finding):
 
 def doctor() -> list[Finding]:
     """Everything looked at, in the order in which a run would meet it."""
-    cards = [*_gpus(), _precision()] if installed("torch") else []
+    cards = [*_gpus(), *_together(), _precision(), *_float16()] if installed("torch") else []
     hub = [_hub()] if installed("huggingface_hub") else []
-    return [_python(), *map(_package, FLOORS), _torchao(), _drift(), *cards, _disk(), *hub]
+    room = [_disk(), _host()]
+    return [_python(), *map(_package, FLOORS), _torchao(), _drift(), *cards, *room, *hub]
 
 
 def _python() -> Finding:
@@ -124,6 +126,48 @@ def _no_card() -> Finding:
 def _precision() -> Finding:
     choice = gpus.mixed_precision(gpus.detect())
     return Finding("precision", f"{choice.dtype or 'float32'} ({choice.reason})")
+
+
+def _together() -> list[Finding]:
+    """What a Trainer does with several cards, which is seldom what its reader means."""
+    seen = gpus.cards()
+    if len(seen) < 2:
+        return []
+    return [
+        Finding(
+            "several GPUs",
+            f"{len(seen)}: one process of Trainer runs all of them (DataParallel, each step copies "
+            f"the weights), `torchrun --nproc_per_node {len(seen)}` one process a card, "
+            "CUDA_VISIBLE_DEVICES=0 only the first",
+        )
+    ]
+
+
+def _float16() -> list[Finding]:
+    """Families that this card should not train in mixed precision, where float16 is all it has."""
+    from fitcast.step.overflow import FAMILIES
+
+    card = gpus.detect()
+    if card is None or card.has_bfloat16:
+        return []
+    names = ", ".join(dict.fromkeys(known.family for known in FAMILIES.values()))
+    return [Finding("float16", f"overflows in {names}: train those in float32, or on another card")]
+
+
+def _host() -> Space:
+    """Host memory: merging adapters into their base takes the whole model in 16 bits."""
+    total, free = host.memory()
+    if total is None or free is None:
+        return Space("host memory", "not known on this system")
+    billions = free // 2 / 10**9  # 2 bytes a parameter
+    return Space(
+        "host memory",
+        f"{show_bytes(free)} free of {show_bytes(total)}: enough to merge adapters into a base of "
+        f"{billions:.1f} billion parameters in 16 bits",
+        None,
+        total,
+        free,
+    )
 
 
 def _disk() -> Space:

@@ -16,7 +16,9 @@ import torch
 from fitcast import gpus, models
 from fitcast.forecasting.fake import meta_model
 from fitcast.recipe import TrainRecipe
+from fitcast.step.overflow import float16_warning
 from fitcast.step.qlora import add_adapters, count_parameters
+from fitcast.training import host
 from fitcast.training.versions import Finding, too_old
 from fitcast.units import Said, refusal, show_bytes
 
@@ -74,8 +76,9 @@ def preflight(
     return Preflight(
         [
             _gpu(gpu, model),
-            _precision(recipe, gpu),
+            _precision(recipe, gpu, model),
             _memory(gpu, planned),
+            *_merge(recipe, Path(output_dir), model),  # before adapters are added for the next
             _disk(recipe, Path(output_dir), model),
             _versions(),
             weights,
@@ -107,12 +110,18 @@ def _gpu(gpu: gpus.Gpu | None, model: torch.nn.Module | None) -> Finding:
     )
 
 
-def _precision(recipe: TrainRecipe, gpu: gpus.Gpu | None) -> Finding:
+def _precision(recipe: TrainRecipe, gpu: gpus.Gpu | None, model: torch.nn.Module | None) -> Finding:
+    """Mixed precision that the card lacks stops; float16 that the family overflows, too."""
     found = recipe.amp_dtype or "float32"
     try:
         refuse_precision(recipe, gpu)
     except ValueError as error:
         return Finding("precision", f"{found} ({error})", "use recipe.for_gpu(gpus.detect())")
+    if found == "float16" and model is not None and gpu is not None:
+        kind: Any = model.config
+        if warning := float16_warning(kind.model_type, gpu):
+            what, _, remedy = warning.rpartition("; ")
+            return Finding("precision", f"float16: {what}", remedy)
     return Finding("precision", found)
 
 
@@ -136,8 +145,7 @@ def _memory(gpu: gpus.Gpu | None, planned: Forecast | None) -> Finding:
 
 def _disk(recipe: TrainRecipe, output_dir: Path, model: torch.nn.Module | None) -> Finding:
     """Room for the download in 16 bits and for three checkpoints (two kept, one being written)."""
-    place = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_existing(output_dir)).free
     if model is None:
         return Finding("disk", f"{show_bytes(free)} free, the model's size is not known")
     needed = 0 if Path(models.hub_id(recipe.model)).exists() else 2 * count_parameters(model)[1]
@@ -150,6 +158,29 @@ def _disk(recipe: TrainRecipe, output_dir: Path, model: torch.nn.Module | None) 
         f"{show_bytes(free)} free, {show_bytes(needed)} needed",
         "delete old runs, or set another output_dir",
     )
+
+
+def _merge(recipe: TrainRecipe, output_dir: Path, model: torch.nn.Module | None) -> list[Finding]:
+    """What `export.merge` will lack afterwards, if anything: a remark, for training needs it not."""
+    if recipe.lora_rank is None or model is None:
+        return []
+    needed = 2 * count_parameters(model)[1]  # the whole model in 16 bits, in memory and on the disk
+    free, room = host.memory()[1], shutil.disk_usage(_existing(output_dir)).free
+    short = [
+        f"{show_bytes(have)} of {what}"
+        for what, have in (("memory", free), ("disk", room))
+        if have is not None and have < needed
+    ]
+    if not short:
+        return []
+    found = f"{show_bytes(needed)} of host memory and of disk, for the whole model in 16 bits"
+    free_now = f"{found}; now free: {' and '.join(short)}, so keep the adapters beside their base"
+    return [Finding("merge", free_now)]
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there already."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
 
 
 def _versions() -> Finding:

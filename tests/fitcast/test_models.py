@@ -64,6 +64,37 @@ def test_hub_id_without_network_says_what_to_do(monkeypatch):
         models.config("nobody/nothing")
 
 
+@pytest.mark.parametrize("status", [None, 404, 401, 503])
+def test_the_hub_is_asked_once_and_then_what_is_here(monkeypatch, status):
+    """Silence and 5xx: only what was downloaded before is looked for. A no is an answer."""
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers import AutoConfig
+
+    asked, looked = [], []
+
+    def metadata(url, **options):
+        asked.append((url, options))
+        if status is None:
+            raise HfHubHTTPError.__bases__[0]("no name server")  # of the library below
+        request = httpx.Request("HEAD", url)
+        raise HfHubHTTPError("no", response=httpx.Response(status, request=request))
+
+    def from_pretrained(source, **options):
+        looked.append((source, options))
+        raise OSError("not here")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match="^model must be reachable on the hub, got 'a/b'; check"):
+        models.config("a/b")
+    ((url, options),) = asked
+    assert url.endswith("/a/b/resolve/main/config.json") and options["timeout"] <= 5
+    silent = status is None or status == 503
+    assert looked == [("a/b", {"local_files_only": silent})]
+
+
 def test_bundled_is_a_small_llama():
     config = models.config(BUNDLED)
     assert config.model_type == "llama"

@@ -11,6 +11,7 @@ import torch
 from fitcast import gpus
 from fitcast.cli import doctor
 from fitcast.cli import main as cli
+from fitcast.training import host
 from fitcast.units import GIB
 
 ASK = "from fitcast.cli.doctor import _hub; print(_hub().found)"
@@ -206,3 +207,32 @@ def test_the_doctor_does_without_the_hubs_library(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "hub" not in [finding.name for finding in doctor.doctor()]
+
+
+T4X2 = [("Tesla T4", (7, 5), 15, 14), ("Tesla T4", (7, 5), 15, 14)]
+
+
+def test_two_t4s_are_both_named_and_what_runs_on_them(monkeypatch):
+    """As on Kaggle: one process of Trainer takes both, and neither has bfloat16."""
+    found = machine(monkeypatch, TODAY, *T4X2)
+    assert [found[name].found.split(",")[0] for name in ("GPU 0", "GPU 1")] == ["Tesla T4"] * 2
+    assert "2: one process of Trainer runs all" in found["several GPUs"].found
+    assert "torchrun --nproc_per_node 2" in found["several GPUs"].found
+    assert all(finding.fix is None for finding in found.values())
+    overflowing = found["float16"].found
+    assert overflowing.count("Gemma 3,") == 1 and "gpt-oss" in overflowing
+
+
+def test_one_card_with_bfloat16_has_neither_remark(monkeypatch):
+    found = machine(monkeypatch, TODAY, ("NVIDIA H200", (9, 0), 140, 139))
+    assert not {"several GPUs", "float16"} & set(found)
+
+
+def test_host_memory_is_said_as_what_can_be_merged(monkeypatch):
+    """Colab's 12.7 GiB do not hold an 8B model in 16 bits; 8.03 billion take 14.96 GiB."""
+    monkeypatch.setattr(host, "memory", lambda: (13 * GIB, int(12.7 * GIB)))
+    found = machine(monkeypatch, [])["host memory"]
+    assert "12.70 GiB free of 13.00 GiB" in found.found and "6.8 billion" in found.found
+    assert (found.total_bytes, found.fix) == (13 * GIB, None)
+    monkeypatch.setattr(host, "memory", lambda: (None, None))
+    assert "not known" in machine(monkeypatch, [])["host memory"].found

@@ -24,7 +24,7 @@ from course_utils.data import BUNDLED
 from fitcast import gpus, models
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
-from fitcast.training import preflight
+from fitcast.training import host, preflight
 from fitcast.training.versions import FLOORS
 from fitcast.units import GIB, show_bytes
 from tools.notebooks import ROOT
@@ -243,3 +243,40 @@ def test_every_stop_is_in_the_message():
             TrainRecipe(model=BUNDLED, amp_dtype="bfloat16"), gpus.T4, planned=planned(20 * GIB)
         ).require()
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_family_that_overflows_float16_is_stopped_on_a_t4(tmp_path):
+    """Gemma 3 has no preset; its config alone tells its family."""
+    from transformers import Gemma3TextConfig
+
+    Gemma3TextConfig(num_hidden_layers=1, vocab_size=512).save_pretrained(tmp_path)
+    recipe = TrainRecipe(model=str(tmp_path), amp_dtype="float16", lora_targets="all-linear")
+    precision = found(recipe, gpus.T4, "precision")
+    assert "Gemma 3 is not safe in float16: activations reach about 800 000" in precision.found
+    assert "train in float32 or take another card" in precision.fix
+    assert found(ONE_B, gpus.T4, "precision").fix is None
+    in_float32 = TrainRecipe(model=str(tmp_path), amp_dtype=None, lora_targets="all-linear")
+    assert found(in_float32, gpus.T4, "precision").fix is None
+
+
+def test_what_merging_will_lack_is_said_and_stops_nothing(monkeypatch):
+    """Llama-3.1-8B has 8 030 261 248 parameters: 14.96 GiB in 16 bits."""
+    recipe = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16")
+    monkeypatch.setattr(host, "memory", lambda: (13 * GIB, 12 * GIB))
+    disk = SimpleNamespace(free=100 * GIB, total=200 * GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
+    merge = found(recipe, gpus.T4, "merge")
+    assert merge.found.startswith("14.96 GiB of host memory and of disk") and merge.fix is None
+    assert "now free: 12.00 GiB of memory, so keep the adapters" in merge.found
+    monkeypatch.setattr(host, "memory", lambda: (64 * GIB, 60 * GIB))
+    assert "merge" not in [finding.name for finding in preflight.preflight(recipe, None).findings]
+    monkeypatch.setattr(host, "memory", lambda: (GIB, GIB))
+    whole = TrainRecipe(model="llama-3.2-1b", base="float32", lora_rank=None, amp_dtype=None)
+    assert "merge" not in [finding.name for finding in preflight.preflight(whole, None).findings]
+
+
+def test_host_memory_is_what_the_system_says():
+    """Against the C library's own answer."""
+    total, free = host.memory()
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free <= total <= pages
