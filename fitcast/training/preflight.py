@@ -161,7 +161,7 @@ def _disk(recipe: TrainRecipe, output_dir: Path, model: torch.nn.Module | None) 
 
 
 def _merge(recipe: TrainRecipe, output_dir: Path, model: torch.nn.Module | None) -> list[Finding]:
-    """What `export.merge` will lack afterwards, if anything: a remark, for training needs it not."""
+    """What `export.merge` will lack afterwards, if anything: a remark, since training does not."""
     if recipe.lora_rank is None or model is None:
         return []
     needed = 2 * count_parameters(model)[1]  # the whole model in 16 bits, in memory and on the disk
