@@ -17,20 +17,24 @@ from pathlib import Path
 from fitcast.units import Said, refusal
 from tools.notebooks import LESSONS
 
-SECTION = "## Try with AI"
+SECTION = "Try with AI"
 
 
 def section(notebook: dict) -> Iterator[str]:
     """The parts of one lesson's section: text, and in between what its cells printed."""
-    inside = False
+    inside = 0  # the level of the section's heading
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            for part in re.split(r"^(?=## )", source, flags=re.MULTILINE):
-                if part.startswith("## "):
-                    inside = part.startswith(SECTION)
+            for part in re.split(r"^(?=##+ )", source, flags=re.MULTILINE):
+                if heading := re.match(rf"(##+) ({SECTION})?", part):
+                    level = len(heading[1])
+                    if heading[2]:
+                        inside, part = level, part.partition("\n")[2]
+                    elif level <= inside:
+                        inside = 0
                 if inside and part.strip():
-                    yield part.removeprefix(SECTION).strip()
+                    yield part.strip()
         elif inside:
             printed = "".join("".join(output.get("text", "")) for output in cell["outputs"])
             yield f"```text\n{printed.rstrip()}\n```"
@@ -75,7 +79,7 @@ def page(lessons: Path = LESSONS) -> str:
         if not found or "```text\n\n```" in found:
             raise refusal(
                 path.name,
-                f"have a section {SECTION!r} with printed numbers",
+                f"have a section '## {SECTION}' with printed numbers",
                 Said("none"),
                 "execute the lesson",
             )

@@ -40,7 +40,7 @@ def followed(tmp_path_factory):
 
 def test_there_are_commands_for_each_step():
     text = "".join(COMMANDS)
-    for module in ("build", "grade", "discussion", "release"):
+    for module in ("build", "selfcheck", "grade", "discussion", "release"):
         assert f"python -m instructor.{module} " in text
 
 
@@ -63,7 +63,13 @@ def test_guide_leads_to_a_graded_class(followed):
 def test_every_file_that_the_guide_promises_is_there(followed):
     graded = followed / "effective_batch" / "graded"
     written = re.findall(r"^- `([\w./]+)`:", GUIDE, re.M)
-    assert written == ["grades.csv", "feedback/", "class_report.html", "grades.journal.jsonl"]
+    assert written == [
+        "grades.csv",
+        "feedback/",
+        "feedback.zip",
+        "class_report.html",
+        "grades.journal.jsonl",
+    ]
     promised = [
         *(graded / name for name in written),
         *(followed / name for name in re.findall(r"`class/([\w./-]+)`", GUIDE)),
@@ -135,7 +141,7 @@ def test_sandbox_levels_are_the_graders():
 def test_links_and_named_exercises_exist():
     headings = {
         re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-        for title in re.findall(r"^## (.+)$", GUIDE, re.M)
+        for title in re.findall(r"^##+ (.+)$", GUIDE, re.M)
     }
     assert set(re.findall(r"\]\(#([^)]+)\)", GUIDE)) <= headings
     for target in re.findall(r"\]\(([^#)]+)\)", GUIDE):
