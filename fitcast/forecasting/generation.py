@@ -18,16 +18,10 @@ from unittest import mock
 
 import torch
 
-from fitcast.cuda import experts
-from fitcast.cuda.trainers import pretend_trainer
-from fitcast.forecasting import base, depth, layers
-from fitcast.forecasting.huggingface import quietly
-from fitcast.forecasting.place import place
-from fitcast.forecasting.refusals import explained
-from fitcast.forecasting.stage import card, with_adapters
+from fitcast.forecasting import base, layers
+from fitcast.forecasting.plain_model import model_stream
 from fitcast.forecasting.verdict import Forecast, report
 from fitcast.gpus import T4, Gpu
-from fitcast.memory.layers import Layers
 from fitcast.memory.stream import DeviceLedger, Stream
 from fitcast.units import refusal, show_bytes
 
@@ -120,54 +114,26 @@ def forecast_generation(
 
 
 def generation_stream(text: Text, gpu: Gpu) -> Stream:
-    """Memory events of load, prompt and last token; of few layers where they repeat.
+    """Memory events of load, prompt and last token.
 
     Raises:
         ValueError: What the libraries refuse, as one sentence.
     """
-    model = _bare(text)
-    rhythm = layers.rhythm(model)
-    try:
-        with quietly():
-            if rhythm is not None:
-                layers.shorten(model, rhythm.run)
-                with contextlib.suppress(depth.NotRepeating):
-                    return depth.deepen(_play(text, gpu, model, rhythm), rhythm.counts)
-                model = _bare(text)
-            return _play(text, gpu, model)
-    except Exception as error:  # other people's code, which may do anything
-        raise explained(error, text.config.model_type) from error
 
-
-def _bare(text: Text) -> PreTrainedModel:
-    return base.meta_base(text.config, text.dtype, text.attention, text.kind).eval()
-
-
-def _play(text: Text, gpu: Gpu, model: Any, rhythm: layers.Rhythm | None = None) -> Stream:
-    ledger = DeviceLedger()
-    if text.quantization_config is not None:
-        base.quantize(model, text.quantization_config)
-    if text.peft_config is not None:
-        model = with_adapters(model, text.peft_config, checkpointing=False).eval()
-    path = layers.path_of(model)
-    ledger.layers = Layers() if rhythm is None or path is None else rhythm.named(path)
-    padded = text.batch > 1
-    with pretend_trainer(), card(model, gpu, ledger, padded=padded, routing=experts.EVEN):
-        place(model, text.dtype, ledger)
-        ledger.watch(model)
-        ledger.mark("ready")
+    def write(model: Any, ledger: DeviceLedger) -> None:
         with ledger.phase("prefill"):
             cache = _generate(model, text, text.prompt, None)
         if text.new > 2 and _layers_of(cache):  # the first new token is in it by now
             with ledger.phase("decode"):
-                _fill(cache, text.new - 3, path, ledger)
+                _fill(cache, text.new - 3, layers.path_of(model), ledger)
                 _generate(model, text, text.prompt + text.new - 1, cache)
         ledger.mark("cached")
-        del cache
-        ledger.mark("step")
-    stream = ledger.stream()
-    stream.events = stream.events[: stream.marks["step"]]
-    return stream
+
+    return model_stream(
+        lambda: base.meta_base(text.config, text.dtype, text.attention, text.kind).eval(),
+        write, gpu, dtype=text.dtype, peft_config=text.peft_config,
+        quantization_config=text.quantization_config, padded=text.batch > 1,
+    )  # fmt: skip
 
 
 def _generate(model: Any, text: Text, tokens: int, cache: Any) -> Any:

@@ -297,7 +297,7 @@ def describe_run(
     kind: Any = type(model) if isinstance(model, torch.nn.Module) else None
     empty = base.meta_base(config, kept_dtype, attn_implementation, kind)
     _check_length(length, empty)
-    peft_config, assumed = _with_targets(peft_config, empty)
+    peft_config, assumed = with_targets(peft_config, empty)
     trainer = trainer or trainer_of(arguments)
     return Run(
         config=config,
@@ -350,7 +350,7 @@ def _check_length(length: int, model: PreTrainedModel) -> None:
         )  # fmt: skip
 
 
-def _with_targets(
+def with_targets(
     peft_config: PeftConfig | None, model: PreTrainedModel
 ) -> tuple[PeftConfig | None, tuple[str, ...]]:
     """Adapters' targets, where the script names none and PEFT does not know the family."""
