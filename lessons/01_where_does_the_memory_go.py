@@ -11,10 +11,12 @@
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *name* the four holders of memory and *say* when each comes and goes | B1 | sections 1, 5 |
+# | *name* the four holders of memory and *say* when each comes and goes | B1 | section 1 |
 # | *calculate* what one transformer layer keeps for backward, to the byte | B2 | exercise 01.1 |
-# | *predict* how memory grows, and *find* the largest batch that fits | B2 | exercise 01.2 |
-# | *analyse* a peak: which tensor, which operation, how many copies | B2 | exercise 01.3 |
+# | *predict* how memory grows with batch and length | B1 | section 4 |
+# | *analyse* a peak: which tensor, which operation, how many copies | B2 | exercise 01.2 |
+#
+# (B1: you can use it. B2: you can take it apart and build with it.)
 #
 # **Needs:** a PyTorch training loop you can read. No earlier lesson.
 # **New concepts (5):** the four holders · tensors kept for backward · layer boundary · attention
@@ -37,37 +39,41 @@ from course_utils.topics.welcome import welcome
 print(welcome())
 
 # %% tags=["setup"]
+import warnings
 from dataclasses import replace
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from course_utils import figures
-from course_utils.data import BUNDLED
-from course_utils.exercises.checks import show_prediction
-from fitcast import MemoryLedger, TrainRecipe, gpus
-from fitcast.forecasting.block import count_block
-from fitcast.step import qlora
+from course_utils.data import BUNDLED, bundled_model_dir, load_instructions
+from course_utils.exercises import lesson_01 as exercises
+from course_utils.exercises.predictions import show_prediction
+from fitcast import MIB, T4, MemoryLedger, TrainRecipe, count_block, fake_tensors, gpus, models
+from fitcast import show_bytes
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
 print(gpus.describe(gpus.detect()))
 
 # %% [markdown]
-# ## 1 · Four holders, one training step
-# The course carries a small Llama with it: 4 layers, 192 numbers wide, a vocabulary of 1280. We
-# train **all** of its weights in float32 on 4 sequences of 128 tokens. Any token ids will do:
-# memory depends on shapes, not on words.
-#
-# The `MemoryLedger` watches each operation and books every tensor's storage, from its first byte to
-# its last reference. What it wraps is the loop that you know. Of the lines below, "counted" is the
-# ledger's and "measured" the GPU's own, where there is one. "Forecast" needs neither: it runs the
-# step on tensors that have shapes and no numbers, as your GPU would, or a T4 if you have none.
+# ## Five questions, before and after
+# What do you know already? Five letters, `x` for "not yet". You will answer the same five at the
+# end. Nobody else sees it.
 
-# %% tags=["setup"]
-recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
-                     micro_batch_size=4, sequence_length=128, optimizer="adamw",
-                     checkpointed_layers=0)
+# %% tags=["self-check"]
+exercises.QUESTIONS
 
-def two_steps(recipe, budget_bytes=None):
-    model = qlora.add_adapters(qlora.load_base(recipe), recipe)
-    optimizer = qlora.build_optimizer(model, recipe)
-    shape = (recipe.micro_batch_size, recipe.sequence_length)
-    ids = torch.randint(0, model.config.vocab_size, shape, device=gpus.device())
+# %% tags=["self-check"]
+before = ...  # for example "abcda"
+
+# %% [markdown]
+# ## The whole game first
+# Llama-3.2-3B, all of its weights trained, 4 sequences of 1024 tokens, and a T4 that we only
+# pretend to have: the tensors below have shapes and no numbers, so a step of a 3B model runs
+# anywhere, and the `MemoryLedger` refuses what 14.42 GiB cannot hold.
+
+# %% tags=["run"]
+def two_steps(model, ids, budget_bytes=None):
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
     with MemoryLedger(model, inputs=ids, budget_bytes=budget_bytes) as ledger:
         for _ in range(2):
             model(input_ids=ids, labels=ids).loss.backward()
@@ -75,55 +81,130 @@ def two_steps(recipe, budget_bytes=None):
             optimizer.zero_grad()
     return ledger.report()
 
+# %% tags=["setup"]
+from fitcast.forecasting.fake import meta_model, on_fake_tensors
+def on_a_t4(model):
+    with fake_tensors():
+        ids = torch.zeros(4, 1024, dtype=torch.long)
+        return two_steps(on_fake_tensors(model), ids, T4.usable_bytes)
+
+shape = models.config("llama-3.2-3b")  # its sizes, no weights
+
+# %% tags=["raises-exception"]
+model = meta_model(shape, torch.float32)
+on_a_t4(model)
+
+# %% [markdown]
+# It died in the third of 28 layers, in its first forward pass. Now three changed lines:
+
+# %% tags=["run"]
+model = meta_model(shape, torch.float16)                                              # 1
+model = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))  # 2
+model.gradient_checkpointing_enable()                                                 # 3
+print("two steps done, peak", show_bytes(on_a_t4(model).peak_bytes))
+
+# %% [markdown]
+# It trains. Weights in 16 bits (1), only small *adapters* beside them trained (2), what layers
+# computed forgotten and computed again (3). Take any one of the three away and it dies again. The
+# same three lines with numbers in the tensors, on the small model that the course carries:
+
+# %% tags=["run"]
+small = AutoModelForCausalLM.from_pretrained(bundled_model_dir(), dtype=torch.float16)     # 1
+small = get_peft_model(small, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))       # 2
+small.config.use_cache = False
+small.gradient_checkpointing_enable()                                                      # 3
+tokenizer = AutoTokenizer.from_pretrained(bundled_model_dir())
+text = "\n".join(load_instructions()["answer"][:8])
+ids = tokenizer(text, return_tensors="pt")["input_ids"].to(gpus.device())
+small = small.to(gpus.device()).train()
+start = small(input_ids=ids, labels=ids).loss.item()
+for _ in range(10):
+    two_steps(small, ids)
+print(f"loss {start:.0f}, after 20 steps {small(input_ids=ids, labels=ids).loss.item():.0f}")
+
+# %% [markdown]
+# Why do these three help, what does each cost, and which would *your* run need? That is the course.
+# This lesson finds out who had the memory. (Lesson 02 is line 3, 04 is line 1.)
+
+# %% [markdown]
+# ## 1 · Four holders, one training step
+# Here is the small Llama again, with **all** of its weights trained in float32: 4 layers, 192
+# numbers wide, a vocabulary of 1280; 4 sequences of 128 tokens. Who holds memory? Three holders you
+# can find by asking the objects that you have:
+
+# %% tags=["run"]
+memory_before = gpus.reset_peak()
+model = AutoModelForCausalLM.from_pretrained(bundled_model_dir(), dtype=torch.float32)
+model = model.to(gpus.device()).train()
+ids = torch.randint(0, 1280, (4, 128), device=gpus.device())
+optimizer = torch.optim.AdamW(model.parameters())
+model(input_ids=ids, labels=ids).loss.backward()
+optimizer.step()
+weights = list(model.parameters())
+holders = {"weights": sum(w.nbytes for w in weights),
+           "gradients": sum(w.grad.nbytes for w in weights),
+           "optimizer state": sum(t.nbytes for s in optimizer.state.values() for t in s.values())}
+for name, n_bytes in holders.items():
+    print(f"{name:16}{show_bytes(n_bytes):>10} = {n_bytes / holders['weights']:.2f} x weights")
+
+# %% [markdown]
+# "Gradients are as large as the weights, Adam's state is twice that", people say. True, *when every
+# weight is trained, in float32*: 4 + 4 + 8 bytes a parameter. The fourth holder no object shows:
+# what forward leaves behind, so that backward can use it. The gradient of `w * x` with respect to
+# `w` is `x`, so somebody has to keep `x`. Autograd does, and it lets you watch:
+
+# %% tags=["run"]
+def kept_for_backward(model, ids):
+    storages = {}
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()  # two tensors may share one storage
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids).loss  # holds the graph, and with it the tensors
+    mine = {w.untyped_storage().data_ptr() for w in model.parameters()} | {ids.data_ptr()}
+    return sum(n for address, n in storages.items() if address not in mine)
+
 # %% [markdown]
 # ### Predict
-# The weights take 5.82 MiB. How high is the peak of these two steps? Write it in bytes, for example
-# `8 * MIB`. A guess is enough; a wrong one teaches more.
+# The weights take 5.82 MiB, the batch of token ids 4 KiB. How many bytes does forward keep for
+# backward? Write, for example, `8 * MIB`. A guess is enough; a wrong one teaches more.
 
 # %% tags=["predict"]
-predicted_peak = ...
+predicted_kept = ...
 
 # %% tags=["run"]
-from fitcast import forecast
-before = gpus.reset_peak()
-full = two_steps(recipe)
-measured = gpus.peak_allocated_bytes(above=before)
-step = forecast(recipe, gpus.detect() or gpus.T4)
-show_prediction(predicted_peak, counted=full.peak_bytes, forecast=step.peak_allocated_bytes,
-                measured=measured)
-
-# %% tags=["run"]
-figures.memory_over_time(full, "two training steps, all weights trained")
+kept = kept_for_backward(model, ids)
+share = f"= {kept / holders['weights']:.1f} x weights"
+show_prediction(predicted_kept, counted_by_your_hooks=kept, also=share)
 
 # %% [markdown]
 # ### Explain
-# Read it from left to right. **Forward** climbs: every layer leaves tensors behind. **Backward**
-# descends: it uses them up, last layer first, and leaves gradients. The **optimizer step**
-# creates Adam's two averages, once; they never go away. So the second step starts higher than the
-# first, and the peak belongs to the *second* step: whoever probes a batch size without an
-# optimizer step probes too low. *Temporaries*, the thin band on top, live for a few operations and
-# wait for nobody. (The forecast is higher: a GPU needs work space for its products too, and its
-# attention writes out scores here that the CPU's does not; lesson 06 gives it a better one.)
+# The largest holder is none of the three that people name. It is the one that follows the *data*,
+# and this lesson takes it apart.
 #
-# Now the folklore: "gradients are as large as the weights, Adam's state is twice that".
+# Your dozen lines add up one moment. The `MemoryLedger` does the same for every operation: it books
+# each storage from its first byte to its last reference. Two whole steps:
 
 # %% tags=["run"]
-from fitcast import show_bytes
-for holder in ("weights", "gradients", "optimizer state", "activations", "inputs"):
-    n_bytes = max(full.timeline[holder])
-    ratio = n_bytes / full.composition["weights"]
-    print(f"{holder:16}{show_bytes(n_bytes):>10} = {ratio:.3f} x weights")
+del optimizer
+model.zero_grad()
+full = two_steps(model, ids)
+measured = gpus.peak_allocated_bytes(above=memory_before)
+print("peak, counted: ", show_bytes(full.peak_bytes))
+print("peak, measured:", show_bytes(measured))
+figures.memory_over_time(full, "two training steps, all weights trained")
 
 # %% [markdown]
-# True, *when every weight is trained and all of it is float32*: 4 + 4 + 8 = 16 bytes a parameter.
-# Note the last two lines. The batch of token ids, which some budgets book with
-# half a gigabyte, is kilobytes. And the largest holder is none of the three that folklore names: it
-# is what forward leaves behind for backward. That is the one this lesson takes apart.
+# Read it from left to right. **Forward** climbs: every layer leaves tensors behind. **Backward**
+# descends: it uses them up, last layer first, and leaves gradients. The **optimizer step** creates
+# Adam's two averages, once; they stay. So the second step starts higher than the first, and the
+# peak belongs to the *second* step: whoever probes a batch size without an optimizer step probes
+# too low. *Temporaries*, the thin band on top, live for a few operations.
 
 # %% [markdown]
 # ## 2 · What does one layer keep?
-# Backward needs numbers that only forward had: the gradient of `w * x` with respect to `w` is `x`.
-# So autograd keeps a set of tensors for each layer, a₁ … aₙ, until backward has passed.
+# Each layer has its own set of kept tensors, a₁ … aₙ, until backward has passed it.
 
 # %% tags=["run"]
 figures.forward_backward(layers=4)
@@ -136,29 +217,26 @@ figures.forward_backward(layers=4)
 # %% tags=["predict"]
 predicted_ratio = ...
 
+# %% tags=["setup"]
+recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
+                     micro_batch_size=4, sequence_length=128, optimizer="adamw",
+                     checkpointed_layers=0)  # micro batch: the sequences of one forward pass
+
 # %% tags=["run"]
 from fitcast.forecasting.block import boundary_bytes
-layer = count_block(recipe)
-show_prediction(predicted_ratio, show="{:.2f} x the boundary".format,
+layer = count_block(recipe)  # one layer under the ledger
+rows, per_token = [], 4 * recipe.micro_batch_size * recipe.sequence_length  # float32
+for tensor in layer.saved:
+    made_by = f"{tensor.module or 'the layer itself'} · {tensor.operation.split('.')[0]}"
+    rows.append(f"{tensor.n_bytes // per_token:5}  {made_by}")
+rows.append(f"{layer.saved_activation_bytes // per_token:5}  numbers for each token, in all")
+show_prediction(predicted_ratio, show="{:.2f} x the boundary".format, also="\n".join(rows),
                 counted=layer.saved_activation_bytes / boundary_bytes(recipe))
 
 # %% [markdown]
-# `count_block` runs one layer under the ledger, on **fake tensors**: they know their shape and hold
-# no numbers, so that it works for a layer of any size. Here is the list, in order, as numbers per
-# token (4 bytes each), with each tensor's maker. Its keeper is whoever reads it next: the norm
-# keeps the sum in the middle. The first line is the input.
-
-# %% tags=["run"]
-tokens = recipe.micro_batch_size * recipe.sequence_length
-for kept in layer.saved:
-    made_by = f"{kept.module or 'the layer itself'} · {kept.operation.split('.')[0]}"
-    print(f"{kept.n_bytes // (4 * tokens):5}  {made_by}")
-print(f"{layer.saved_activation_bytes // (4 * tokens):5}  in all")
-
-# %% [markdown]
 # ### Explain
-# Each line is an operand of a product, or the input or output of a function, whichever its
-# derivative needs:
+# The list has every kept tensor in order, as numbers per token, with its maker. Each is an operand
+# of a product, or the input or output of a function, whichever its derivative needs:
 #
 # - the two norms keep their input, one number (1 / root mean square), the normalised input, and the
 #   result, which is the operand of the linear layers behind them;
@@ -175,7 +253,7 @@ print(f"{layer.saved_activation_bytes // (4 * tokens):5}  in all")
 # given its widths? The check counts three layers with the ledger, from ours to one of Llama-2-7B,
 # and wants **every byte**.
 #
-# <details><summary>Hint 1</summary>Group the list above: which lines have the width 192, 64, 384,
+# <details><summary>Hint 1</summary>Group the list of section 2: which lines have the width 192, 64,
 # 6?</details>
 # <details><summary>Hint 2</summary>Attention: query and output are <code>hidden</code> wide, key
 # and value <code>kv</code>. What is left?</details>
@@ -190,21 +268,19 @@ def numbers_kept(hidden, kv, intermediate, heads):
     return norms + attention + mlp
 
 # %% tags=["check"]
-from course_utils.exercises import lesson_01 as exercises
 exercises.check_saved_numbers(numbers_kept)
 
 # %% [markdown]
 # ## 3 · The usual estimate
 # You will meet this formula for activation memory: layers x batch x sequence x hidden x 2 bytes.
-# For Llama-2-7B (32 layers, hidden 4096) at one sequence of 2048 tokens it gives 512 MiB; at
-# batch 8, 4 GiB. If so, 7B in 16 bits and the activations of one sequence fit a T4 together.
+# For Llama-2-7B (32 layers, hidden 4096) at one sequence of 2048 tokens it gives 512 MiB.
 #
 # ### Predict
 # How much do the 32 layers really keep, with the attention that transformers uses today (PyTorch's
 # `scaled_dot_product_attention`, SDPA)? In bytes: 2 GiB would be `2048 * MIB`.
 
 # %% tags=["predict"]
-predicted_kept = ...
+predicted_layers = ...
 
 # %% tags=["run"]
 seven = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, lora_dropout=0,
@@ -212,29 +288,21 @@ seven = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, lora_dro
 estimate = 32 * boundary_bytes(seven)
 sdpa = 32 * count_block(seven).saved_activation_bytes
 eager = 32 * count_block(replace(seven, attention="eager")).saved_activation_bytes
-show_prediction(predicted_kept, counted=sdpa, counted_with_eager=eager,
-                usual_estimate=estimate, usual_estimate_at_batch_8=8 * estimate)
-print(f"of the estimate: SDPA {sdpa / estimate:.1f} x, eager {eager / estimate:.1f} x")
-
-# %% tags=["run"]
-from fitcast.forecasting.block import weight_bytes
 rows = {"usual estimate": estimate, "SDPA": sdpa, "eager": eager}
-figures.compare({name: {"weights": weight_bytes(seven), "activations": kept}
-                 for name, kept in rows.items()}, gpus.T4,
-                "Llama-2-7B: weights and activations, 1 x 2048 tokens")
+figure = figures.compare({name: {"activations": kept} for name, kept in rows.items()},
+                         title="Llama-2-7B: what 32 layers keep, 1 x 2048 tokens")
+times = f"of the estimate: SDPA {sdpa / estimate:.1f} x, eager {eager / estimate:.1f} x"
+show_prediction(predicted_layers, counted=sdpa, counted_with_eager=eager, usual_estimate=estimate,
+                also=[times, figure])
 
 # %% [markdown]
 # ### Explain
 # The usual estimate counts one tensor a layer: the boundary. Section 2 counted what lies *between*
-# two boundaries, and that is over twenty times as much. **Eager** attention also keeps the scores
-# of every pair of positions, for every head. **SDPA** picks a kernel; the one it picks here never
-# writes them to memory, keeps one number for each row instead and recomputes them [FlashAttention,
-# section 3.1]. (On a T4 it may pick one that does: lesson 06.) The formula of Korthikanti et al.
-# for GPT's layer, sequence x batch x hidden x (34 + 5 x heads x sequence / hidden) bytes, has the
-# same two parts: one that SDPA keeps, one that only eager has.
-#
-# (The dashed line lies a little below the T4's 14.56 GiB: CUDA itself takes the rest.) Remember the
-# estimate all the same: lesson 02 makes it come true.
+# two boundaries, over twenty times as much. The **attention kernel** decides about the rest:
+# *eager* attention also keeps the scores of every pair of positions, for every head. SDPA picks a
+# kernel, and the one it picks here never writes them to memory, keeps one number for each row and
+# recomputes them [FlashAttention, section 3.1]. (A T4 has no FlashAttention, and may get a kernel
+# that does write them.) Remember the estimate all the same: checkpointing makes it come true.
 
 # %% [markdown]
 # ## 4 · Two laws
@@ -252,44 +320,175 @@ kept = {name: [count_block(replace(seven, attention=kind, sequence_length=length
                .saved_activation_bytes for length in lengths]
         for name, kind in (("eager", "eager"), ("SDPA", "stock"))}
 factors = {name: line[3] / line[2] for name, line in kept.items()}
+figure = figures.curves(lengths, kept, "tokens in the sequence", "What a layer of Llama-2-7B keeps")
 times = "{:.2f} x".format
 show_prediction(predicted_factor_eager, show=times, counted_with_eager=factors["eager"])
-show_prediction(predicted_factor_sdpa, show=times, counted_with_SDPA=factors["SDPA"])
-
-# %% tags=["run"]
-figures.curves(lengths, kept, "sequence length, tokens", "What a layer of Llama-2-7B keeps")
+show_prediction(predicted_factor_sdpa, show=times, counted_with_SDPA=factors["SDPA"], also=figure)
 
 # %% [markdown]
 # ### Explain
-# **Sequence: it depends on the kernel.** SDPA's line, with this one, is straight. Eager's is a
-# straight part plus a quadratic one (the scores), so doubling gives a factor between 2 and 4, the
-# closer to 4 the longer the text. **Batch: always linear**, because every kept tensor has the batch
-# as a factor. To the byte? And what does twice the bytes per number do?
-
-# %% tags=["run"]
-eightfold, wide = replace(seven, micro_batch_size=8), replace(seven, base="float32")
-for name, variant in {"batch 8": eightfold, "float32": wide}.items():
-    ratio = count_block(variant).saved_activation_bytes / kept["SDPA"][2]
-    print(f"{name}: {ratio:.2f} x")
-
-# %% [markdown]
-# Eight times the batch, exactly eight times the bytes. Twice the bytes per number, but *less* than
-# twice the memory: in 16 bits the norms still work in float32, and keep float32 copies.
+# **Sequence: it depends on the kernel.** SDPA's line is straight. Eager's is a straight part plus a
+# quadratic one, the scores, so doubling gives a factor between 2 and 4, the closer to 4 the longer
+# the text. **Batch: always linear**, because every kept tensor has the batch as a factor.
 #
-# Move the controls (with the mouse, or Tab and the arrow keys). Where is the estimate's verdict
-# wrong?
+# Move the controls (with the mouse, or Tab and the arrow keys). **Task:** Llama-2-7B at 1 x 2048
+# tokens, eager. How many sequences can SDPA take before it keeps more than that?
+# <details><summary>Answer</summary>Two keep less, four keep more: eager's 35.38 GiB lie between
+# twice and four times SDPA's 11.38 GiB.</details>
 
 # %% tags=["run"]
 figures.layers_explorer()
 
 # %% [markdown]
-# ## Exercise 01.2 · The largest batch
-# *Medium, 8 minutes.* This is what too much looks like, on a pretended card of 120 MiB. The ledger
-# refuses the allocation that a GPU would refuse.
+# ## 5 · The term that few count
+# The last thing forward computes are the **logits**: for each token one number for each word of the
+# vocabulary. Llama-3.2-1B has a vocabulary of 128 256. In come 4 sequences of 1024 token ids.
+#
+# ### Predict
+# How many bytes is *one* float32 copy of the logits? (The ids themselves: 4 x 1024 x 8 bytes, 32
+# KiB.)
+
+# %% tags=["predict"]
+predicted_logits = ...
+
+# %% tags=["run"]
+model = on_fake_tensors(meta_model(models.config("llama-3.2-1b"), torch.float16))
+with fake_tensors(), MemoryLedger(model) as ledger:
+    ids = torch.zeros(4, 1024, dtype=torch.long)
+    model(input_ids=ids, labels=ids).loss.backward()
+big = ledger.report()
+rows = "\n".join(f"{show_bytes(t.n_bytes):>11}  {t.dtype}  {t.shape}  {t.operation}"
+                 for t in big.largest[:6])
+show_prediction(predicted_logits, counted=big.largest[0].n_bytes,
+                peak_of_the_step=big.peak_bytes, also=["The largest at the peak:", rows])
+
+# %% [markdown]
+# ### Explain
+# 32 KiB went in. The loss turns the 16-bit logits into float32 for safety, its softmax keeps a copy
+# for backward, and backward makes two more before the first can go: three copies, more than all the
+# weights of this model. This is the **logits term**. Whoever counts "layers x something" misses it,
+# because the head is no layer. [transformers: `ForCausalLMLoss` in loss/loss_utils.py]
+
+# %% tags=["run"]
+tensors = [tensor for tensor in full.largest if tensor.shape]  # without single numbers
+print(len(tensors), "tensors were alive at the peak of section 1, the largest first")
+
+# %% [markdown]
+# ## Exercise 01.2 · The biggest tensor at the peak
+# *Easy, 5 minutes.* Each of `tensors` has `n_bytes`, `shape`, `category` and `operation`. How many
+# bytes of section 1's peak have the shape of the logits, the vocabulary (1280) as their last
+# dimension?
+#
+# <details><summary>Hint 1</summary>Print the shapes of <code>tensors[:6]</code> first.</details>
+# <details><summary>Hint 2</summary>The embedding matrix is (1280, 192): its <em>last</em> dimension
+# is another one.</details>
+# <details><summary>Hint 3</summary><code>sum(t.n_bytes for t in tensors if ...)</code></details>
+
+# %% tags=["exercise"]
+logits_at_peak = ...
+
+# %% tags=["check"]
+exercises.check_logits_at_peak(logits_at_peak, full, vocab_size=1280)
+
+# %% [markdown]
+# ## In your script
+# No course, no `fitcast`: PyTorch's own instruments, for any model. Two steps, because of Adam. The
+# snapshot shows who held what, and which line of yours allocated it: drop the file on
+# [pytorch.org/memory_viz](https://pytorch.org/memory_viz).
+#
+# ```python
+# import torch
+# from transformers import AutoModelForCausalLM
+#
+# on_gpu = torch.cuda.is_available()
+# model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.float32)
+# model = model.to("cuda" if on_gpu else "cpu").train()
+# ids = torch.randint(0, model.config.vocab_size, (1, 512), device=model.device)
+# optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+# if on_gpu:
+#     torch.cuda.memory._record_memory_history(max_entries=100_000)
+# for _ in range(2):
+#     model(input_ids=ids, labels=ids).loss.backward()
+#     optimizer.step()
+#     optimizer.zero_grad()
+# peak = torch.cuda.max_memory_allocated() / 2**30  # 0 on a machine without a GPU
+# print(f"peak {peak:.2f} GiB in tensors" if on_gpu else "no GPU, nothing measured")
+# if on_gpu:
+#     torch.cuda.memory._dump_snapshot("two_steps.pickle")
+# ```
+#
+# ## And now?
+# The same five questions.
+
+# %% tags=["self-check"]
+after = ...
+
+# %% tags=["self-check"]
+exercises.QUESTIONS.score(before, after)
+
+# %% [markdown]
+# ## To lesson 02
+# A layer keeps over twenty times its boundary. What if we kept *only* the boundaries, and computed
+# the rest again when backward asks for it? Then the usual estimate would come true. What would it
+# cost? Lesson 02 asks: what if we forget on purpose?
+
+# %% [markdown]
+# ## Go further (optional)
+# Everything from here on is beyond the 45 minutes: take what you like.
+#
+# ### LoRA to the rescue?
+# LoRA freezes the weights and trains two thin matrices beside some of them. It is sold as the cure
+# for memory. So:
+#
+# ### Predict
+# The two steps of section 1 with rank-16 adapters on attention's four linear layers: q, k, v and o.
+# The peak falls to which fraction? (0.1 would be a tenth.)
+
+# %% tags=["predict"]
+predicted_fraction = ...
+
+# %% tags=["setup"]
+from fitcast.step import qlora
+def steps_of(recipe, budget_bytes=None):
+    model = qlora.add_adapters(qlora.load_base(recipe), recipe)
+    shape = (recipe.micro_batch_size, recipe.sequence_length)
+    ids = torch.randint(0, model.config.vocab_size, shape, device=gpus.device())
+    return two_steps(model, ids, budget_bytes)
+
+# %% tags=["run"]
+lora = steps_of(replace(recipe, lora_rank=16))
+show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
+                counted=lora.peak_bytes / full.peak_bytes,
+                also=figures.compare({"all weights": full, "LoRA": lora}, title="at the peak"))
+
+# %% [markdown]
+# ### Explain
+# Gradients and optimizer state all but vanish: they follow the *trained* parameters. Most of the
+# activations stay, because the gradient must still travel through every frozen layer down to the
+# first adapter, and needs the same operands on its way. Only what a frozen weight's own gradient
+# would have read goes: the norms' normalised inputs, and the inputs of linear layers without an
+# adapter. And for a layer of Llama-2-7B, trained as people do, in 16 bits with float32 adapters?
+
+# %% tags=["run"]
+adapted = replace(seven, lora_rank=16, amp_dtype="float16")
+everywhere = replace(adapted, lora_targets="all-linear")
+for name, variant in {"all weights": seven, "LoRA on q, k, v, o": adapted,
+                      "LoRA on every linear layer": everywhere}.items():
+    ratio = count_block(variant).saved_activation_bytes / boundary_bytes(variant)
+    print(f"{name:27}{ratio:5.1f} x the boundary")
+
+# %% [markdown]
+# A few boundaries out of over twenty; and with adapters on every linear layer even more is kept,
+# since each adapter keeps a 16-bit copy of its input of its own. "LoRA cures out of memory" holds
+# only while activations are the smaller part. [LoRA, section 4.2: the saving it claims is optimizer
+# state]
+
+# %% [markdown]
+# ## Exercise 01.3 · The largest batch
+# *Medium, 8 minutes.* This is what too much looks like, on a pretended card of 120 MiB.
 
 # %% tags=["raises-exception"]
-from fitcast import MIB
-two_steps(replace(recipe, micro_batch_size=32), budget_bytes=120 * MIB)
+steps_of(replace(recipe, micro_batch_size=32), budget_bytes=120 * MIB)
 
 # %% [markdown]
 # How many sequences of 128 tokens fit on that card, when all weights are trained for two steps or
@@ -297,7 +496,7 @@ two_steps(replace(recipe, micro_batch_size=32), budget_bytes=120 * MIB)
 # MiB, and one more.
 
 # %% tags=["run"]
-one, two = (two_steps(replace(recipe, micro_batch_size=size)) for size in (1, 2))
+one, two = (steps_of(replace(recipe, micro_batch_size=size)) for size in (1, 2))
 print("micro batch 1:", show_bytes(one.peak_bytes))
 print("micro batch 2:", show_bytes(two.peak_bytes))
 
@@ -312,107 +511,28 @@ print("micro batch 2:", show_bytes(two.peak_bytes))
 largest_batch = ...
 
 # %% tags=["check"]
-exercises.check_largest_batch(largest_batch, two_steps, recipe, budget_bytes=120 * MIB)
+exercises.check_largest_batch(largest_batch, steps_of, recipe, budget_bytes=120 * MIB)
 
 # %% [markdown]
-# ## 5 · LoRA to the rescue?
-# LoRA freezes the weights and trains two thin matrices beside some of them. It is sold as the cure
-# for memory. So:
-#
-# ### Predict
-# The same two steps with rank-16 adapters on attention's four linear layers: q, k, v and o. The
-# peak falls to which fraction of the peak in section 1? (0.1 would be a tenth.)
-
-# %% tags=["predict"]
-predicted_fraction = ...
+# ### A formula from a paper, term by term
+# Korthikanti et al. count for GPT's layer sequence x batch x hidden x (34 + 5 x heads x sequence /
+# hidden) bytes. The second part are the scores, which SDPA does not keep. The first is 34 / 2 = 17
+# boundaries: 5.5 in attention, 9.5 in the MLP, 2 in the norms, dropout masks among them. And ours?
 
 # %% tags=["run"]
-lora = two_steps(replace(recipe, lora_rank=16))
-show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
-                counted=lora.peak_bytes / full.peak_bytes)
-figures.compare({"all weights": full, "LoRA": lora}, title="at the peak of two steps")
+ours, boundary = {}, boundary_bytes(seven)
+for tensor in count_block(seven).saved:
+    part = "norms" if "norm" in tensor.module else tensor.module.split(".")[0].split("_")[-1]
+    ours[part] = ours.get(part, 0) + tensor.n_bytes / boundary
+print({part: round(boundaries, 1) for part, boundaries in ours.items()})
+print(f"in all {sum(ours.values()):.1f} boundaries")
 
 # %% [markdown]
-# ### Explain
-# Gradients and optimizer state all but vanish: they follow the *trained* parameters. Most of the
-# activations stay, because the gradient must still travel through every frozen layer down to the
-# first adapter, and needs the same operands on its way. Only what a frozen weight's own gradient
-# would have read goes: the norms' normalised inputs, and the inputs of linear layers without an
-# adapter.
+# Llama's norms work in float32 and keep that copy (two boundaries) beside the 16-bit ones. Its MLP
+# has a gate, so four inner tensors where GPT has two, and no dropout. A formula belongs to *one*
+# architecture; count yours. [Korthikanti et al. 2022, section 4]
 #
-# How much is that for a layer of Llama-2-7B, trained as people do, in 16 bits with float32
-# adapters?
-
-# %% tags=["run"]
-adapted = replace(seven, lora_rank=16, amp_dtype="float16")
-everywhere = replace(adapted, lora_targets="all-linear")
-for name, variant in {"all weights": seven, "LoRA on q, k, v, o": adapted,
-                      "LoRA on every linear layer": everywhere}.items():
-    ratio = count_block(variant).saved_activation_bytes / boundary_bytes(variant)
-    print(f"{name:27}{ratio:5.1f} x the boundary")
-
-# %% [markdown]
-# A few boundaries out of over twenty; and with adapters on every linear layer even more is kept,
-# since each adapter keeps a 16-bit copy of its input of its own. So "gradients as large as the
-# weights, Adam twice that" becomes "as large as the *adapters*", and "LoRA cures out of memory"
-# holds only while activations are the smaller part. [LoRA, section 4.2: the saving it claims is
-# optimizer state]
-
-# %% [markdown]
-# ## 6 · The term nobody mentions
-# The last thing forward computes are the **logits**: for each token one number for each word of the
-# vocabulary. Llama-3.2-1B has a vocabulary of 128 256. In come 4 sequences of 1024 token ids.
-#
-# ### Predict
-# How many bytes is *one* float32 copy of the logits? (The ids themselves: 4 x 1024 x 8 bytes, 32
-# KiB.)
-
-# %% tags=["predict"]
-predicted_logits = ...
-
-# %% tags=["run"]
-from fitcast import fake_model, fake_tensors
-model = fake_model("llama-3.2-1b", torch.float16)  # its shapes, without its weights
-with fake_tensors(), MemoryLedger(model) as ledger:
-    ids = torch.zeros(4, 1024, dtype=torch.long)
-    model(input_ids=ids, labels=ids).loss.backward()
-big = ledger.report()
-show_prediction(predicted_logits, counted=big.largest[0].n_bytes,
-                peak_of_the_step=big.peak_bytes)
-
-# %% tags=["run"]
-for block in big.largest[:6]:
-    print(f"{show_bytes(block.n_bytes):>11}  {block.dtype}  {block.shape}  {block.operation}")
-
-# %% [markdown]
-# ### Explain
-# 32 KiB went in. The loss turns the 16-bit logits into float32 for safety, its softmax keeps a copy
-# for backward, and backward makes two more before the first can go: three copies, more than all the
-# weights of this model. Whoever counts "layers x something" misses them, because the head is no
-# layer; once lesson 02 has shrunk the layers, they *are* the peak. Lesson 06 removes them.
-# [transformers: `ForCausalLMLoss` in loss/loss_utils.py]
-
-# %% [markdown]
-# ## Exercise 01.3 · The biggest tensor at the peak
-# *Easy, 5 minutes.* Back to the report of section 1, `full`. `full.largest` lists the tensors alive
-# at its peak, each with `n_bytes`, `shape`, `category` and `operation`. How many bytes of the peak
-# have the shape of the logits, the vocabulary (1280) as their last dimension?
-#
-# <details><summary>Hint 1</summary>Print the shapes of <code>full.largest[:6]</code>
-# first.</details>
-# <details><summary>Hint 2</summary>The embedding matrix is (1280, 192): its <em>last</em> dimension
-# is another one.</details>
-# <details><summary>Hint 3</summary><code>sum(t.n_bytes for t in full.largest if
-# ...)</code></details>
-
-# %% tags=["exercise"]
-logits_at_peak = ...
-
-# %% tags=["check"]
-exercises.check_logits_at_peak(logits_at_peak, full, vocab_size=1280)
-
-# %% [markdown]
-# ## For those who struggle
+# ### For those who struggle
 # One small case by hand. Two tokens of 3 numbers go through Linear(3 → 4), ReLU, Linear(4 → 1).
 #
 # | operation | backward needs | numbers | bytes |
@@ -424,24 +544,22 @@ exercises.check_logits_at_peak(logits_at_peak, full, vocab_size=1280)
 # So 32 bytes. The ledger agrees:
 
 # %% tags=["run"]
-small = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+tiny = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
 x = torch.ones(2, 3)
-with MemoryLedger(small, inputs=x) as ledger:
-    y = small(x)
+with MemoryLedger(tiny, inputs=x) as ledger:
+    y = tiny(x)
 print(ledger.report().saved_activation_bytes, "bytes kept for backward")
 
 # %% [markdown]
 # Change ReLU to `torch.nn.SiLU()`. Its derivative needs its *input*; now two tensors of 2 x 4 are
 # kept. Predict, then run.
 #
-# ## Go further
+# ### An open question
 # Qwen3-0.6B keeps far more per boundary than Llama does. Run `count_block(replace(seven,
 # model="qwen3-0.6b"))`, print its `saved` list as in section 2, and find the two reasons.
-# (Compare `head_dim x heads` with `hidden_size`, and look for norms where Llama has none.) And if
-# you do not believe the ledger: `torch.autograd.graph.saved_tensors_hooks` hands you each tensor
-# that autograd keeps. Count one layer with it; mind storages that two tensors share.
+# (Compare `head_dim x heads` with `hidden_size`, and look for norms where Llama has none.)
 #
-# ## Try with AI
+# ### Try with AI
 # Ask an assistant:
 #
 # > I train all weights of Llama-2-7B in 16 bits, batch 1, sequence length 2048, without gradient
@@ -463,9 +581,9 @@ for name, n_bytes in answers.items():
 
 # %% [markdown]
 # ## What this lesson left out
-# The CUDA context and cuBLAS workspaces, the allocator's rounding and fragmentation (`forecast` has
-# them, the ledger has not); dropout masks; kernels that keep something else on a GPU than on a
-# CPU (a T4 has no FlashAttention: lesson 06); autocast (lesson 04).
+# The CUDA context and cuBLAS workspaces, the allocator's rounding and fragmentation (a `forecast`
+# has them, the ledger has not); dropout masks; kernels that keep something else on a GPU than on a
+# CPU; autocast.
 #
 # ## Sources
 # - Rajbhandari et al. 2020, [ZeRO](https://arxiv.org/abs/1910.02054), section 3: who holds what
@@ -474,19 +592,8 @@ for name, n_bytes in answers.items():
 # - Dao et al. 2022, [FlashAttention](https://arxiv.org/abs/2205.14135), section 3
 # - Hu et al. 2021, [LoRA](https://arxiv.org/abs/2106.09685), section 4
 # - PyTorch, [Autograd mechanics](https://docs.pytorch.org/docs/stable/notes/autograd.html): saved
-#   tensors
+#   tensors; [Understanding CUDA memory usage](https://docs.pytorch.org/docs/stable/torch_cuda_memory.html)
 # - transformers,
 #   [loss_utils.py](https://github.com/huggingface/transformers/blob/main/src/transformers/loss/loss_utils.py)
 #
 # New terms are in the [glossary](glossary.md).
-#
-# ## To lesson 02
-# One number to take along. A layer keeps this many times its boundary:
-
-# %% tags=["run"]
-print(f"{sdpa / estimate:.1f}")
-
-# %% [markdown]
-# What if we kept *only* the boundaries, and computed the rest again when backward asks for it?
-# Then the usual estimate would come true. What would it cost? Lesson 02 asks: what if we forget
-# on purpose?

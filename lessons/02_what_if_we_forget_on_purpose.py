@@ -3,23 +3,24 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/02_what_if_we_forget_on_purpose.ipynb)
 #
-# **45 min** · runs anywhere; a GPU fills in the lines that say "measured". Exercise 02.3
-# is for home.
+# **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
 #
-# Lesson 01 found the thief: each layer keeps some twenty times its boundary until backward comes
-# by. **Gradient checkpointing** keeps the boundary, forgets the rest, and computes it again. What
-# does that save, what does it cost, and which of the numbers in circulation about it are true?
+# Lesson 01 found who had the memory: each layer keeps some twenty times its boundary, the tensor
+# that it hands to the next layer, until backward comes by. **Gradient checkpointing** keeps the
+# boundary, forgets the rest, and computes it again. What does that save, what does it cost, and how
+# much of it does a run need?
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
 # | *trace* by hand what a checkpointed chain holds and computes twice | B1 | exercise 02.1 |
 # | *write* a checkpoint function: equal gradients, fewer bytes | B2 | exercise 02.2 |
-# | *test* "30-40 % of the memory, +25-35 % time, O(√N)" against a count | B2 | sections 3, 4 |
-# | *detect* adapters that silently do not train | B2 | section 5 |
+# | *test* "30-40 % of the memory, +25-35 % time" against a count | B2 | sections 3, 4 |
 # | *choose* how many layers forget, for a T4 and a length | B2 | exercise 02.3 |
 #
+# (B1: you can use it. B2: you can take it apart and build with it.)
+#
 # **Needs:** the four holders, layer boundary (lesson 01; or read its two entries in the glossary).
-# **New concepts (5):** checkpoint · recomputation · segment · reentrant · k of n layers. Each is
+# **New concepts (5):** checkpoint · recomputation · segment · QLoRA · k of n layers. Each is
 # in the [glossary](glossary.md).
 
 # %% [markdown]
@@ -39,23 +40,33 @@ from course_utils.topics.welcome import welcome
 print(welcome())
 
 # %% tags=["setup"]
-import math
 import time
 import warnings
 from dataclasses import replace
 from functools import partial
 import torch
-import transformers
 from torch.utils.checkpoint import checkpoint
 from course_utils import figures
+from course_utils.data import BUNDLED
 from course_utils.exercises import lesson_02 as exercises
-from course_utils.exercises.checks import show_prediction
+from course_utils.exercises.predictions import show_prediction
 from course_utils.topics.checkpointing import trace_chain
-from fitcast import forecast, gpus, show_bytes
+from fitcast import GIB, T4, MemoryLedger, TrainRecipe, forecast, gpus, show_bytes
 from fitcast.step import qlora
 
 # %% tags=["setup"]
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
 print(gpus.describe(gpus.detect()))
+
+# %% [markdown]
+# ## Five questions, before and after
+# Five letters, `x` for "not yet".
+
+# %% tags=["self-check"]
+exercises.QUESTIONS
+
+# %% tags=["self-check"]
+before = ...  # for example "abcda"
 
 # %% [markdown]
 # ## 1 · A chain of six, by hand
@@ -86,6 +97,12 @@ keep_135 = ...
 exercises.check_traces({"keep_all": keep_all, "keep_135": keep_135})
 
 # %% [markdown]
+# Your counts beside those of a chain that is run:
+
+# %% tags=["run"]
+exercises.draw_traces(keep_all, keep_135)
+
+# %% [markdown]
 # ### Predict
 # "Forward runs twice", people say. A plain training step runs 6 forward steps. How many does the
 # step run that keeps a₁, a₃ and a₅?
@@ -97,136 +114,92 @@ predicted_steps = ...
 traces = {"keep a1 to a6": trace_chain(6, kept=range(1, 7)),
           "keep a1, a3, a5": trace_chain(6, kept=[1, 3, 5])}
 runs = {name: sum("forward" in moment.action for moment in trace) for name, trace in traces.items()}
-show_prediction(predicted_steps, show="{} forward steps".format, counted=runs["keep a1, a3, a5"])
-
-# %% tags=["run"]
-figures.chains(traces, steps=6)
+show_prediction(predicted_steps, show="{} forward steps".format, counted=runs["keep a1, a3, a5"],
+                also=figures.chains(traces, steps=6))
 
 # %% [markdown]
 # ### Explain
 # Not twice: what was kept needs no second run, and the last step of a **segment** (here: two steps
 # that share one kept input) is not repeated either, because nobody asks for its output. What is
-# kept is called a **checkpoint**. It is an *activation*, the input of a segment.
-#
-# You will read that "checkpointing stores gradients every few layers". Nothing in this picture is
-# a gradient. "Gradient checkpointing" has its name from what it makes possible, not from what it
-# stores; newer versions of transformers call it *activation* checkpointing. [Chen et al. 2016,
-# section 3]
+# kept is called a **checkpoint**; running a stretch again is **recomputation**. A checkpoint is an
+# *activation*, the input of a segment, and no gradient. [Chen et al. 2016, section 3]
 
 # %% [markdown]
 # ## 2 · Write one
-# A dozen lines do all of it, and writing them takes the magic out of the word.
-#
 # ## Exercise 02.2 · A checkpoint of your own
 # *Hard, 12 minutes.* `Forget.apply(function, x)` is `function(x)`, but of all that the function
-# computes only `x` waits for backward. Fill in the three gaps. Inside `forward` of an
-# `autograd.Function` no graph is built, so nothing else is kept.
+# computes only `x` waits for backward. Write both methods. What an `autograd.Function` gives you:
+# inside `forward` no graph is built, so nothing else is kept; `ctx.save_for_backward(x)` keeps a
+# tensor, `ctx.saved_tensors` is it again, `ctx.anything = ...` keeps any object. `grad` is the
+# gradient of your output; return one gradient for each argument of `forward`, `None` for those that
+# have none.
 #
 # The check trains three blocks with it. It wants gradients equal **to the bit**, of the input and
 # of all weights, **and** no more bytes waiting for backward than each block's input.
 #
-# <details><summary>Hint 1</summary>What must be there in backward so that the function can run
-# once more? That goes into <code>save_for_backward</code>.</details>
-# <details><summary>Hint 2</summary>The second forward is <code>ctx.function(x)</code>. Backward
-# through it starts from the gradient that came in.</details>
-# <details><summary>Hint 3</summary>The gaps are <code>x</code>, <code>ctx.function(x)</code> and
-# <code>...</code>: what does autograd hand to <code>backward</code>?</details>
+# <details><summary>Hint 1</summary>Forward keeps the function and <code>x</code>. Backward runs the
+# function once more, this time with a graph, and then backward through that graph.</details>
+# <details><summary>Hint 2</summary>Inside <code>backward</code> autograd is off:
+# <code>torch.enable_grad()</code>. The second run must not reach into the first graph:
+# <code>detach()</code> its input, then <code>requires_grad_()</code>.</details>
+# <details><summary>Hint 3</summary><code>output = ctx.function(x)</code>, then
+# <code>output.backward(grad)</code>: it gives the weights their gradients, and
+# <code>x.grad</code> is what you return.</details>
 
 # %% tags=["exercise"]
 class Forget(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, x):
-        ctx.function = function
-        ctx.save_for_backward(...)  # what waits for backward?
-        return function(x)
+        ...
 
     @staticmethod
-    def backward(ctx, grad):  # grad: the gradient of our output
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            output = ...  # forward, once more
-        output.backward(...)  # gives x and the weights their gradients
-        return None, x.grad  # one for each argument of forward; a function has none
+    def backward(ctx, grad):
+        ...
 
 # %% tags=["check"]
 exercises.check_forget(Forget.apply)
 
 # %% [markdown]
-# That is all there is to it. PyTorch's own, `torch.utils.checkpoint.checkpoint`, does two things
-# more: it replays the random numbers, so that dropout drops the same elements again, and it comes
-# in two kinds.
-#
-# - `use_reentrant=True`, the older one, is your class: autograd runs *inside* a backward function.
-# - `use_reentrant=False` puts a note in the place of each tensor that autograd wants to keep; the
-#   first note to be opened triggers the recomputation. It stops as soon as the last note is
-#   served: the "last step" of section 1.
-#
-# Section 5 shows why the difference can cost you a whole training run. [PyTorch:
-# torch.utils.checkpoint]
+# PyTorch's own, `torch.utils.checkpoint.checkpoint`, does more: it replays the random numbers, so
+# that dropout drops the same elements again, and it stops the second run as soon as nothing more is
+# asked for. With `use_reentrant=True` it is your class; `use_reentrant=False` is the one to use.
+# [PyTorch: torch.utils.checkpoint]
 
 # %% [markdown]
 # ## 3 · On a real model
-# The small Llama of lesson 01, all of its weights trained, 4 sequences of 128 tokens. transformers
-# has a switch for it, and the switch has two names: `gradient_checkpointing_enable` in 5.15, which
-# Colab has, `activation_checkpointing_enable` in 5.23. The property that tells whether it is on is
-# `is_gradient_checkpointing` in the one, `is_activation_checkpointing` in the other. 5.23 takes the
-# old names too, with a warning; version 6 will not. (`TrainingArguments` has the same two names.)
+# transformers has a switch, `gradient_checkpointing_enable` (5.23 calls it
+# `activation_checkpointing_enable`, and takes the old name with a warning until version 6). Its
+# default is `use_reentrant=False`. The small Llama of lesson 01, all weights trained, 4 sequences
+# of 128 tokens; what waits for backward after a forward pass?
 
-# %% tags=["run"]
-from course_utils.data import BUNDLED
-from fitcast import TrainRecipe
+# %% tags=["setup"]
 recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
                      micro_batch_size=4, sequence_length=128, optimizer="adamw",
                      checkpointed_layers=0)
 ids = torch.arange(4 * 128, device=gpus.device()).view(4, 128)
-model = qlora.load_base(recipe)  # as `from_pretrained` gives it
 
 # %% tags=["run"]
-from fitcast import MemoryLedger
-def kept_for_backward():
+def kept_for_backward(model):
     with MemoryLedger(model, inputs=ids) as ledger:
-        model(input_ids=ids, labels=ids)
+        model(input_ids=ids, labels=ids, use_cache=False)
     return ledger.report().saved_activation_bytes
 
-before = kept_for_backward()
-
-# %% tags=["run"]
-old = not hasattr(type(model), "activation_checkpointing_enable")
-model.gradient_checkpointing_enable() if old else model.activation_checkpointing_enable()
-print("on:", model.is_gradient_checkpointing if old else model.is_activation_checkpointing)
-
-# %% [markdown]
-# It is on. So what waits for backward now, after a forward pass?
-
-# %% tags=["run"]
-print(f"switched on:         {kept_for_backward() / before:.2f} of before")
+model = qlora.load_base(recipe)  # as `from_pretrained` gives it
+everything = kept_for_backward(model)
+model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+print(f"switched on:         {kept_for_backward(model) / everything:.2f} of before")
 model.train()
-print(f"after model.train(): {kept_for_backward() / before:.2f} of before")
+print(f"after model.train(): {kept_for_backward(model) / everything:.2f} of before")
 
 # %% [markdown]
-# Nothing happened! `from_pretrained` returns a model in evaluation mode, and a layer forgets only
-# in training mode. The property looks at the switches: it says True in evaluation mode, and True
-# if *one* layer of the model is switched on. Count bytes, or look at `model.training` too.
-# (Trainer calls `model.train()` for you; your own loop does not.)
+# At first nothing happened! `from_pretrained` returns a model in evaluation mode, and a layer
+# forgets only in training mode. (Trainer calls `model.train()` for you; your own loop does not.)
+# And a layer that runs twice would write twice into the cache of keys and values, so it gets none,
+# with a warning: say `model.config.use_cache = False` when you train.
 #
-# One switch gets in its way: `use_cache`. The cache of keys and values is for generating text; a
-# layer that runs twice would write into it twice. So a layer that forgets gets none, with a
-# warning that people wonder about. Say `model.config.use_cache = False` when you train, and go to
-# `model.eval()` to generate: else every new word is computed from all words before it.
-
-# %% tags=["run"]
-transformers.logging.set_verbosity_error()  # hides that warning
-for mode in ("train", "eval"):
-    getattr(model, mode)()
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    print(f"{mode:5} tokens in the cache:", 0 if cache is None else cache.get_seq_length())
-del model, cache
-
-# %% [markdown]
 # ### Predict
-# Now whole training steps, as in lesson 01: two of them, with the optimizer. The activations' own
-# highest point falls to which fraction, when all four layers forget? ("Down to 30-40 %", says the
-# folklore.)
+# Whole training steps, as in lesson 01: two, with the optimizer. The activations' own highest point
+# falls to which fraction, when all four layers forget? (People say "down to 30-40 %".)
 
 # %% tags=["predict"]
 predicted_fraction = ...
@@ -246,53 +219,34 @@ def two_steps(recipe):
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
-    gradients = [p.grad.cpu() for p in model.parameters() if p.requires_grad]
-    return ledger.report(), gradients, gpus.peak_allocated_bytes(above=before)
+    return ledger.report(), gpus.peak_allocated_bytes(above=before)
 
 # %% tags=["run"]
 build(recipe)(input_ids=ids, labels=ids).loss.backward()  # first, a GPU takes its work space
-plain, plain_gradients, plain_measured = two_steps(recipe)
-forgetful, gradients, measured = two_steps(replace(recipe, checkpointed_layers="all"))
+plain, plain_measured = two_steps(recipe)
+forgetful, measured = two_steps(replace(recipe, checkpointed_layers="all"))
 ours, theirs = (max(report.timeline["activations"]) for report in (forgetful, plain))
-show_prediction(predicted_fraction, show="{:.0%}".format, counted=ours / theirs)
-print(f"the whole step's peak: {forgetful.peak_bytes / plain.peak_bytes:.0%}")
-for name, report, seen in (("keeps", plain, plain_measured), ("forgets", forgetful, measured)):
-    print(f"{name:8} counted {show_bytes(report.peak_bytes)}, measured: {show_bytes(seen)}")
-
-# %% tags=["run"]
-figures.memory_over_time(plain, "two training steps, everything kept")
-
-# %% tags=["run"]
-figures.memory_over_time(forgetful, "two training steps, every layer forgets")
+peaks = (f"the whole step's peak: {show_bytes(plain.peak_bytes)} -> "
+         f"{show_bytes(forgetful.peak_bytes)} = {forgetful.peak_bytes / plain.peak_bytes:.0%}; "
+         f"measured: {show_bytes(plain_measured)} -> {show_bytes(measured)}")
+pictures = [figures.memory_over_time(plain, "two training steps, everything kept"),
+            figures.memory_over_time(forgetful, "two training steps, every layer forgets")]
+show_prediction(predicted_fraction, show="{:.0%}".format, counted=ours / theirs,
+                also=[peaks, *pictures])
 
 # %% [markdown]
 # ### Explain
 # Forward hardly climbs: only boundaries stay, and the logits at its end. In backward each layer
-# comes back for a moment (one tooth of the saw), last layer first, and is gone again. So what is
-# left is *all boundaries plus one whole layer*, plus what no layer owns: the logits. And the peak
-# has moved, from the loss to the first layer's return, when the gradients of all others are there.
-# (With a vocabulary of 128 256 it stays at the loss: section 4 shows it.)
-#
-# Here that is a quarter of the activations and over half of the step. Both numbers belong to *four
-# layers*; section 4 shows what depth makes of them. And the gradients?
-
-# %% tags=["run"]
-torch.testing.assert_close(gradients, plain_gradients)
-equal = sum(map(torch.equal, gradients, plain_gradients))
-print(f"{equal} of {len(gradients)} gradients equal to the last bit")
-end_of_forward = forgetful.phases.index("backward") - 1
-for holder in ("activations", "gradients"):
-    print(f"{holder:12}", show_bytes(forgetful.timeline[holder][end_of_forward]))
+# comes back for a moment (one tooth of the saw), last layer first, and is gone again. What is left
+# is *all boundaries plus one whole layer*, plus the logits, which no layer owns. Both shares belong
+# to *four layers*: the more layers, the smaller. (And the gradients? Equal to the last bit, as
+# yours were: the same operations on the same numbers.)
 
 # %% [markdown]
-# The same operations on the same numbers give the same bits. And when forward is done, with
-# everything stored that checkpointing stores, there is not a byte of gradients.
-
-# %% [markdown]
-# ## 4 · The three promises
-# **"Forward runs twice, so +25-35 % time."** Time depends on the machine; work does not. Backward
-# is about twice forward's work: one product for the inputs' gradients, one for the weights'. With
-# LoRA the weights are frozen.
+# ## 4 · What does it cost?
+# "Forward runs twice, so +25-35 % time." Time depends on the machine; work does not. Backward is
+# about twice forward's work: one product for the inputs' gradients, one for the weights'. With LoRA
+# the weights are frozen, and the second product falls away.
 #
 # ### Predict
 # How much *more* work is a step in which every layer forgets, in percent of the step that keeps
@@ -307,239 +261,53 @@ from course_utils.topics.checkpointing import WorkCounter
 def work(recipe):
     model = build(recipe)
     with WorkCounter() as counter:
-        loss = model(input_ids=ids, labels=ids).loss
-        forward = counter.flops
-        loss.backward()
-    return forward, counter.flops
+        model(input_ids=ids, labels=ids).loss.backward()
+    return counter.flops
 
-# %% tags=["run"]
 more = {}
 for name, rank in (("all weights", None), ("LoRA", 16)):
-    one = replace(recipe, lora_rank=rank)
-    forward, total = work(one)
-    again = work(replace(one, checkpointed_layers="all"))[1] - total
-    more[name] = 100 * again / total
-    print(f"{name:12} forward 1, backward {total / forward - 1:.2f}, again {again / forward:.2f}")
-
-# %% tags=["run"]
+    keeps, forgets = (work(replace(recipe, lora_rank=rank, checkpointed_layers=k))
+                      for k in (0, "all"))
+    more[name] = 100 * (forgets - keeps) / keeps
 for predicted, name in ((predicted_more_full, "all weights"), (predicted_more_lora, "LoRA")):
     show_prediction(predicted, show="+{:.0f} %".format, **{name: more[name]})
 
 # %% [markdown]
 # ### Explain
-# Not all of forward comes again: the head is no layer, and in each layer the last product (the
-# MLP's way down) is the "last step" of section 1. So with all weights trained the price stays
-# below the promise here; where the head weighs nothing, as in the stacks below, it is +26 %. With
-# LoRA the *same* recomputation is compared with a smaller step (no gradients for frozen weights),
-# so it weighs more. Work is not time: what only moves memory is missing from it, and a small model
-# on a CPU is mostly that. A big model first, by forecast, as **QLoRA** trains it: the frozen base
-# in 4 bits, adapters beside it, Adam's two averages in 8 bits (lesson 06):
+# Not all of forward comes again: the head is no layer, and in each layer the last product is the
+# "last step" of section 1. With LoRA it is compared with a smaller step, so it
+# weighs more. A big model, as **QLoRA** trains it (the frozen base in 4 bits, adapters beside
+# it), by `forecast`: it runs a step on tensors without numbers with a T4's kernels and allocator,
+# and says what the T4 would hold and do.
 
 # %% tags=["run"]
-from fitcast import models as shapes
-usual = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16")  # nf4, rank 16, 8-bit Adam
-big = replace(usual, sequence_length=512)
-keeps, forgets = (forecast(replace(big, checkpointed_layers=k), gpus.T4) for k in (0, "all"))
+usual = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16")  # 4 bits, rank 16, 8-bit Adam
+keeps, forgets = (forecast(replace(usual, sequence_length=512, checkpointed_layers=k), T4)
+                  for k in (0, "all"))
 print(f"QLoRA of Llama-3.1-8B, every layer forgets: work +{forgets.flops / keeps.flops - 1:.0%}")
-print(f"vocabulary {shapes.config(big.model).vocab_size:,}: peak in {forgets.peak_phase} at",
-      forgets.peak_operation)
 
 # %% [markdown]
-# A third more, for a QLoRA run; and its peak is the loss, as section 3 said. Now the clock, here:
-
-# %% tags=["run"]
-def seconds(model):
-    start = time.perf_counter()
-    model(input_ids=ids, labels=ids).loss.backward()
-    gpus.synchronize()
-    return time.perf_counter() - start
-
-# %% tags=["run", "nbval-ignore-output"]
-# loose: wall-clock times differ from run to run
-for name, rank in (("all weights", None), ("LoRA", 16)):
-    models = [build(replace(recipe, lora_rank=rank, checkpointed_layers=k)) for k in (0, "all")]
-    runs = [[seconds(model) for model in models] for _ in range(15)]  # in turns
-    keeps_all, forgets_all = map(min, zip(*runs, strict=True))  # others only slow it down
-    print(f"{name}: {forgets_all / keeps_all:.2f} x the time")
-
-# %% [markdown]
-# (That need not be what the work says: a model this small mostly moves memory.)
-#
-# And on a GPU, recorded once: Llama-3.2-1B, 4 sequences of 1024 tokens. The time of a step, and its
-# peak, as a share of the step that keeps everything. "H200 as a T4", in the last line, means a
-# larger card with a T4's kernels, and so with a T4's bytes. The clock is the H200's. And here
-# nothing held it to a T4's memory: some of these steps would not run there.
+# And the clock, recorded once: Llama-3.2-1B, 4 sequences of 1024 tokens. (A larger card with a T4's
+# kernels: the bytes are a T4's, the clock is an H200's, and nothing held it to a T4's memory.)
 
 # %% tags=["recorded"]
 from course_utils.topics import recorded
-kept = {}
-def line(row):
-    first = kept.setdefault(row["name"].split(",")[0], row)
-    slower = first["tokens_per_second"] / row["tokens_per_second"]
-    share = row["peak_allocated_bytes"] / first["peak_allocated_bytes"]
-    peak = show_bytes(row["peak_allocated_bytes"])
-    return f"{row['name']:28} {slower:.2f} x the time, {peak:>9} = {share:4.0%}"
-
-recorded.show("checkpointing", line)
+from course_utils.topics.checkpointing import beside_the_first
+recorded.show("checkpointing", beside_the_first())
 
 # %% [markdown]
-# LoRA pays the larger share, as the work said. The clock is less orderly than the work: it also
-# pays for the launch of every kernel and for the allocator. So the promise is a fair middle, for
-# nobody in particular: measure your own step, with and without.
-#
-# **"Memory grows like √N."** Here is where that is from: a chain of 64, cut into segments of *k*
-# steps. The most that it holds at once:
-
-# %% tags=["run"]
-for k in (1, 2, 4, 8, 16, 32):
-    trace = trace_chain(64, kept=range(1, 65, k))
-    again = sum("again" in moment.action for moment in trace)
-    print(f"segments of {k:2}: at most {max(len(moment.held) for moment in trace):2} held, "
-          f"{again} steps computed again")
+# LoRA pays the larger share, as the work said. Both numbers in circulation are somebody's: measure
+# your own step.
 
 # %% [markdown]
-# Segments of √64 = 8 hold the least, 15: eight checkpoints, and seven inputs of the segment that
-# is being computed again. [Chen et al. 2016, section 4.1] So: 32 transformer layers, cut into six
-# segments of about √32 layers?
+# ## 5 · When is it needed, and how much of it?
+# "On a T4, models over 3B need it" is a rule of thumb with a size in it and no length. The course
+# has three verdicts. **Fits**: the upper bound of the forecast lies within the card. **Tight**: it
+# runs if the allocator is lucky with the gaps between its pieces. **Does not fit.**
 #
 # ### Predict
-# Segments of how many layers hold the least memory, for 32 layers of our Llama: 1, 2 or 6?
-
-# %% tags=["predict"]
-predicted_segment = ...
-
-# %% tags=["run"]
-from course_utils.topics.checkpointing import build_stack, step_stack
-narrow, stacks = replace(recipe, micro_batch_size=1), {}
-for layers in (8, 16, 32):
-    stack = build_stack(narrow, layers)
-    for size in (0, 1, 2, round(math.sqrt(layers))):
-        stacks[layers, size] = step_stack(stack, narrow, size)
-held = {case: step.activation_bytes for case, step in stacks.items()}
-best = min((1, 2, 6), key=lambda size: held[32, size])
-show_prediction(predicted_segment, show="segments of {}".format, counted=best)
-
-# %% tags=["run"]
-for (layers, size), step in stacks.items():
-    share = held[layers, size] / held[layers, 0]
-    print(f"{layers:2} layers, {f'segments of {size}' if size else 'all kept':13}",
-          f"{show_bytes(held[layers, size]):>9} = {share:4.0%},",
-          f"work +{step.flops / stacks[layers, 0].flops - 1:.0%}")
-
-# %% tags=["run"]
-depths = [8, 16, 32]
-lines = {"everything kept": [held[n, 0] for n in depths],
-         "√N segments": [held[n, round(math.sqrt(n))] for n in depths],
-         "each layer": [held[n, 1] for n in depths]}
-figures.curves(depths, lines, "layers", "Activations at their highest, by what is a checkpoint")
-
-# %% [markdown]
-# ### Explain
-# In Chen's chain, what waits *inside* a segment and what waits *between* two is the same: one
-# tensor a step. A transformer layer keeps *r* boundaries inside and hands on one. N layers in
-# segments of *k* hold about N / k boundaries and k · r inside the segment that came back: least at
-# k = √(N / r). With r = 1 that is √N. With our r:
-
-# %% tags=["run"]
-from fitcast.forecasting.block import boundary_bytes, count_block
-seven = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, lora_dropout=0,
-                    sequence_length=2048, checkpointed_layers=0)
-for name, one in {"ours": narrow, "Llama-2-7B": seven}.items():
-    r = count_block(one).saved_activation_bytes / boundary_bytes(one)
-    print(f"{name:10} r = {r:4.1f}, best k = {math.sqrt(32 / r):.1f}; boundaries at k = 1, 2, 6:",
-          *(f"{32 / k + k * r:.0f}" for k in (1, 2, 6)))
-
-# %% [markdown]
-# So √N segments hold more than twice as much as a checkpoint for each layer, *and* compute more
-# again. "O(√N)" is a theorem about another chain; what transformers does is one checkpoint a
-# layer, and its memory is linear in depth, with a small slope.
-#
-# **"Activations down to 30-40 %."** You have the percentages in the table above: no constant, but
-# one that falls with depth. A *whole step's* peak may well end there, as one of the recorded ones
-# does. Ask "of what, at which depth?" whenever you meet such a number.
-#
-# ## 5 · The adapters that did not train
-# Back to your `Forget`, or PyTorch's `use_reentrant=True`. From the outside, a layer is now *one*
-# function of *one* tensor, its input; the adapters inside it are out of autograd's sight. Our base
-# is frozen, so the input of the first layer, the embeddings, needs no gradient. Then autograd
-# concludes: neither does the output. Who calls transformers' switch is safe: it also calls
-# `enable_input_require_grads()`, which marks the embeddings' output. Your own loop has to do it
-# itself.
-
-# %% tags=["run"]
-from fitcast.step.levers import decoder_layers, unwrap
-lora = replace(recipe, lora_rank=16, learning_rate=1e-2)
-def adapted(layers_that_forget, use_reentrant=True):
-    model = qlora.add_adapters(qlora.load_base(lora), lora).train()
-    unwrap(model).disable_input_require_grads()  # add_adapters is careful; a loop may not be
-    for layer in decoder_layers(model)[:layers_that_forget]:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=use_reentrant)
-    return model
-
-# %% tags=["setup"]
-def ten_steps(model):
-    optimizer, losses = qlora.build_optimizer(model, lora), []
-    with warnings.catch_warnings(record=True, action="always") as said:
-        for _ in range(10):
-            optimizer.zero_grad()
-            losses.append(model(input_ids=ids, labels=ids).loss)
-            losses[-1].backward()
-            optimizer.step()
-    print("the loss fell" if losses[-1] < losses[0] else "the loss did not fall")
-    return sum(p.grad is not None for p in model.parameters()), {str(w.message) for w in said}
-
-# %% [markdown]
-# ### Predict
-# Three of the four layers forget in this way. Each layer has 8 adapter tensors, 32 in all. How
-# many get a gradient? And does the loss fall in ten steps?
-
-# %% tags=["predict"]
-predicted_tensors = ...
-
-# %% tags=["run"]
-tensors, warned = ten_steps(adapted(layers_that_forget=3))
-show_prediction(predicted_tensors, show="{} of 32 tensors".format, counted=tensors)
-print(*warned)
-
-# %% [markdown]
-# ### Explain
-# The loss falls, the logs look healthy, and three quarters of the adapters are what they were at
-# the start. The only sign is one line on stderr, in the middle of everything else that is printed
-# there. (Your `Forget.apply` in the place of `partial(...)` does the same, without even that line:
-# try it.) With *every* layer you are luckier, because then nothing at all leads back from the
-# loss:
-
-# %% tags=["raises-exception"]
-with warnings.catch_warnings(action="ignore"):
-    adapted(layers_that_forget=4)(input_ids=ids, labels=ids).loss.backward()
-
-# %% [markdown]
-# Either of two lines repairs it. `use_reentrant=False` sees the tensors inside the layer; or the
-# embeddings' output is marked:
-
-# %% tags=["run"]
-sees_inside, marked = adapted(3, use_reentrant=False), adapted(3)
-unwrap(marked).enable_input_require_grads()
-for model in (sees_inside, marked):
-    tensors, _ = ten_steps(model)
-    assert tensors == 32
-    print(tensors, "of 32 tensors")
-
-# %% [markdown]
-# A check worth a line in every training loop, after the first backward: *each* trained tensor has
-# a gradient. Lesson 06 has it among its gates.
-
-# %% [markdown]
-# ## 6 · When is it needed, and how much of it?
-# "On a T4, models over 3B parameters need gradient checkpointing." Here is a usual QLoRA recipe:
-# 4-bit base, LoRA on q, k, v and o, 8-bit Adam, float16. `forecast` runs one of its training steps
-# on fake tensors with a T4's kernels and allocator, and says what the T4 would hold at the peak.
-# (How it does that, and how exact it is: lesson 06.)
-#
-# ### Predict
-# One sequence of 2048 tokens, and one of 512. Llama-3.2-1B and Llama-3.1-8B. In how many of the
-# four cases does a T4 need checkpointing?
+# One sequence of 2048 tokens, and one of 512. Llama-3.2-1B and Llama-3.1-8B, by QLoRA. In how many
+# of the four cases does a T4 *not* do it without checkpointing?
 
 # %% tags=["predict"]
 predicted_cases = ...
@@ -550,55 +318,42 @@ for model in ("llama-3.2-1b", "llama-3.1-8b"):
     for length in (512, 2048):
         for name, k in (("kept", 0), ("forgets", "all")):
             case = replace(usual, model=model, sequence_length=length, checkpointed_layers=k)
-            cases[f"{model[-2:].upper()}, {length}: {name}"] = forecast(case, gpus.T4)
-needs = sum(not step.fits for name, step in cases.items() if "kept" in name)
-show_prediction(predicted_cases, show="{} of 4".format, forecast=needs)
-
-# %% tags=["run"]
-figures.compare(cases, gpus.T4, "Peak of a QLoRA step by model and tokens")
+            cases[f"{model[-2:].upper()}, {length}: {name}"] = forecast(case, T4)
+needs = sum(step.verdict == "does not fit" for name, step in cases.items() if "kept" in name)
+show_prediction(predicted_cases, show="{} of 4".format, forecast=needs,
+                also=figures.compare(cases, T4, "Peak of a QLoRA step by model and tokens"))
 
 # %% [markdown]
 # ### Explain
-# The 8B model does without it, at 512 tokens; the 1B model needs it, at 2048, with the attention
-# kernel that this recipe gets on a T4 (lesson 06 changes the kernel). What forgetting saves are
-# activations, and they follow the *tokens* and the layers' width, not the number of weights. A rule
-# with a model size and no length in it cannot be right. Ask the forecast; it takes seconds.
+# The 8B model does without it, at 512 tokens; the 1B model needs it, at 2048. What forgetting saves
+# are activations, and they follow the *tokens* and the layers' width.
 #
-# **Spending what is left.** If a T4 has room to spare with every layer forgetting, that room is
-# speed not bought. Let only the first *k* of *n* layers forget: each of the others costs memory and
-# saves its second forward. Why the *first* ones? Backward begins at the last layer and frees what
-# those had kept before it recomputes the first ones, so a recomputed layer never comes on top of
-# all kept ones. `checkpointed_layers=k` in a recipe does it, on every version of transformers, by
-# one attribute of the layers that remember: `layer.gradient_checkpointing = False`. (5.23 has
-# `every_n_layers` of its own.)
+# If a T4 has room to spare with every layer forgetting, that room is speed not bought. Let only the
+# first *k* of *n* layers forget (**k of n layers**): each of the others costs memory and saves its
+# second forward. The *first* ones, because backward frees what the last ones had kept before it
+# comes to them. In your script it is one attribute of the layers that
+# remember: `layer.gradient_checkpointing = False`.
 
-# %% tags=["run"]
-one_b = replace(usual, model="llama-3.2-1b", sequence_length=2048)
-ks = [0, 4, 8, 12, 16]
-steps = [forecast(replace(one_b, checkpointed_layers=k), gpus.T4) for k in ks]
-figures.curves(ks, {"peak": [step.peak_allocated_bytes for step in steps]},
-               "k of 16 layers forget", "Llama-3.2-1B, 1 x 2048 tokens", gpus.T4)
-
-# %% [markdown]
-# A straight line: every layer that remembers costs the same. Move the controls (with the mouse, or
-# Tab and the arrow keys): which model, at which length, needs how much forgetting?
+#
+# Every layer that remembers costs the same. Move the controls (with the mouse, or
+# Tab and the arrow keys). **Task:** Llama-3.2-3B on a T4, micro batch 1. What is the longest
+# sequence that fits when no layer forgets? <details><summary>Answer</summary>1024 tokens: at 2048
+# the upper bar says "does not fit".</details>
 
 # %% tags=["run"]
 figures.forgetting_explorer()
 
 # %% [markdown]
 # ## Exercise 02.3 · The smallest k
-# *Medium, 8 minutes, at home.* Llama-3.1-8B, one sequence of 1024 tokens, on a T4. Leave two and a
-# half GiB to the allocator's gaps (freed pieces, too small for the next tensor): 12 GiB for
-# tensors. What is the smallest number of layers, of 32, that must forget? Two forecasts are enough
-# to know. The check forecasts your answer, and one less.
+# *Medium, 6 minutes.* Llama-3.1-8B, one sequence of 1024 tokens, on a T4. Leave two and a half GiB
+# to the allocator's gaps: 12 GiB for tensors. What is the smallest number of layers, of 32, that
+# must forget? Two forecasts are enough to know. The check forecasts your answer, and one less.
 
 # %% tags=["run"]
-from fitcast import GIB
 eight = replace(usual, sequence_length=1024)
 budget_bytes = 12 * GIB
 for k in (32, 24):
-    step = forecast(replace(eight, checkpointed_layers=k), gpus.T4)
+    step = forecast(replace(eight, checkpointed_layers=k), T4)
     print(f"k = {k}: {show_bytes(step.peak_allocated_bytes)}")
 
 # %% [markdown]
@@ -613,10 +368,164 @@ for k in (32, 24):
 smallest_k = ...
 
 # %% tags=["check"]
-exercises.check_smallest_k(smallest_k, eight, gpus.T4, budget_bytes)
+exercises.check_smallest_k(smallest_k, eight, T4, budget_bytes)
 
 # %% [markdown]
-# ## For those who struggle
+# ## In your script
+# Trainer's own switch, and the line that every loop with adapters should have once: does *each*
+# trained tensor get a gradient? (transformers 5.23 also takes `activation_checkpointing=True`.)
+#
+# ```python
+# import torch
+# from peft import LoraConfig, get_peft_model
+# from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+#
+# model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.float32)
+# model.config.use_cache = False
+# model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+# rows = [{"input_ids": list(range(128)), "labels": list(range(128))}] * 8
+# arguments = TrainingArguments(
+#     "out", max_steps=2, per_device_train_batch_size=2, report_to="none", save_strategy="no",
+#     gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
+# )
+# trainer = Trainer(model, arguments, train_dataset=rows)
+# trainer.train()
+# batch = {name: torch.tensor([row], device=model.device) for name, row in rows[0].items()}
+# model(**batch).loss.backward()
+# missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+# print("trained tensors without a gradient:", missing)
+# ```
+#
+# ## And now?
+# The same five questions.
+
+# %% tags=["self-check"]
+after = ...
+
+# %% tags=["self-check"]
+exercises.QUESTIONS.score(before, after)
+
+# %% [markdown]
+# ## To lesson 03
+# With every layer forgetting, how many sequences of 2048 tokens does a T4 take in one forward pass
+# of Llama-3.2-3B?
+
+# %% tags=["run"]
+three = replace(usual, model="llama-3.2-3b", sequence_length=2048)
+for n in (1, 2, 3):
+    print(f"{n}: {forecast(replace(three, micro_batch_size=n), T4).verdict}")
+
+# %% [markdown]
+# Two fit; a third is a matter of luck. The recipe that you copied says "batch size 32". Is training
+# on two at a time, often enough, the same? Lesson 03 asks: how big is my batch, really?
+
+# %% [markdown]
+# ## Go further (optional)
+# Everything from here on is beyond the 45 minutes: take what you like.
+#
+# ### "Memory grows like √N"
+# Here is where that is from: a chain of 64, cut into segments of *k* steps. The most that it holds
+# at once:
+
+# %% tags=["run"]
+for k in (1, 2, 4, 8, 16, 32):
+    trace = trace_chain(64, kept=range(1, 65, k))
+    again = sum("again" in moment.action for moment in trace)
+    print(f"segments of {k:2}: at most {max(len(moment.held) for moment in trace):2} held, "
+          f"{again} steps computed again")
+
+# %% [markdown]
+# Segments of √64 = 8 hold the least, 15: eight checkpoints, and seven inputs of the segment that
+# is being computed again. [Chen et al. 2016, section 4.1] In a chain, what waits *inside* a step
+# and what waits *between* two is the same: one tensor. A transformer layer keeps *r* boundaries
+# inside and hands on one. N layers in segments of *k* hold about N / k boundaries and k · r inside
+# the segment that came back: least at k = √(N / r), where it is 2 √(N · r). That is √N again, with
+# a large factor, and it begins to matter only when √(N / r) passes 1:
+
+# %% tags=["run"]
+from fitcast.forecasting.block import boundary_bytes, count_block
+seven = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, lora_dropout=0,
+                    sequence_length=2048, checkpointed_layers=0)
+r = count_block(seven).saved_activation_bytes / boundary_bytes(seven)
+for layers in (16, 32, 64, 80):
+    held = {k: layers / k + k * r for k in (1, 2, 6)}
+    print(f"{layers} layers of Llama-2-7B, r = {r:.1f}: best k {(layers / r) ** 0.5:.1f};",
+          "boundaries at", ", ".join(f"k = {k}: {n:.1f}" for k, n in held.items()))
+
+# %% [markdown]
+# Up to some 40 layers one checkpoint a layer, which is what transformers does, is best; at 64 and
+# 80 segments of two already hold less. Counted, not estimated, for stacks of our small layers:
+
+# %% tags=["run"]
+from course_utils.topics.checkpointing import build_stack, step_stack
+narrow, held = replace(recipe, micro_batch_size=1), {}
+for layers in (8, 16, 32):
+    stack = build_stack(narrow, layers)
+    plain_flops = step_stack(stack, narrow, 0).flops
+    for size in (1, 2, round(layers**0.5)):
+        step = step_stack(stack, narrow, size)
+        held[layers, size] = step.activation_bytes
+        print(f"{layers:2} layers, segments of {size}: {show_bytes(step.activation_bytes):>9}, "
+              f"work +{step.flops / plain_flops - 1:.0%}")
+
+# %% [markdown]
+# ### The adapters that did not train
+# The default, `use_reentrant=False`, is safe. But an older script may say `True`, and an older loop
+# may switch layers on by hand. From the outside a layer is then *one* function of *one* tensor, its
+# input; the adapters inside it are out of autograd's sight. Our base is frozen, so the input of the
+# first layer, the embeddings, needs no gradient, and autograd concludes: neither does the output.
+# (transformers' switch also calls `enable_input_require_grads()`, which marks the embeddings'
+# output: with it, either kind trains everything.)
+
+# %% tags=["run"]
+from fitcast.step.levers import decoder_layers, unwrap
+lora = replace(recipe, lora_rank=16, learning_rate=1e-2)
+def by_hand(layers_that_forget, use_reentrant):
+    model = qlora.add_adapters(qlora.load_base(lora), lora).train()
+    unwrap(model).disable_input_require_grads()  # add_adapters is careful; a loop may not be
+    for layer in decoder_layers(model)[:layers_that_forget]:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=use_reentrant)
+    return model
+
+# %% tags=["run"]
+for use_reentrant in (False, True):
+    model = by_hand(3, use_reentrant)
+    with warnings.catch_warnings(record=True, action="always") as said:
+        model(input_ids=ids, labels=ids).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    print(f"use_reentrant={use_reentrant}: {sum(p.grad is not None for p in trained)} of",
+          f"{len(trained)} tensors have a gradient", *{str(w.message) for w in said})
+
+# %% [markdown]
+# The loss would fall, the logs look healthy, and three quarters of the adapters would stay what
+# they were. With *every* layer you are luckier, because then nothing at all leads back from the
+# loss:
+
+# %% tags=["raises-exception"]
+with warnings.catch_warnings(action="ignore"):
+    by_hand(4, use_reentrant=True)(input_ids=ids, labels=ids).loss.backward()
+
+# %% [markdown]
+# ### The clock, here
+# A model this small mostly moves memory, so this need not be what the work says:
+
+# %% tags=["run", "nbval-ignore-output"]
+# loose: wall-clock times differ from run to run
+def seconds(model):
+    start = time.perf_counter()
+    model(input_ids=ids, labels=ids).loss.backward()
+    gpus.synchronize()
+    return time.perf_counter() - start
+
+for name, rank in (("all weights", None), ("LoRA", 16)):
+    models = [build(replace(recipe, lora_rank=rank, checkpointed_layers=k)) for k in (0, "all")]
+    runs = [[seconds(model) for model in models] for _ in range(15)]  # in turns
+    keeps_all, forgets_all = map(min, zip(*runs, strict=True))  # others only slow it down
+    print(f"{name}: {forgets_all / keeps_all:.2f} x the time")
+
+# %% [markdown]
+# ### For those who struggle
 # The chain of six once more, with a₁ and a₄ kept: two segments of three. Cover the output and say,
 # for each line, what is in memory and why.
 
@@ -629,18 +538,19 @@ for moment in trace_chain(6, kept=[1, 4]):
 # r. Each layer a checkpoint: N + r. With N = 4 and r = 17, that is 68 against 21. Halve the
 # layers: 34 against 19. Who gains more from forgetting, the deep model or the shallow one?
 #
-# ## Go further
+# ### Open questions
 # - **Forget less, cleverly.** Keep attention's output too, one more boundary a layer, and
-#   attention need not run again. With `kv = replace(one_b, attention="explicit_kv")` (lesson 06
-#   explains it), compare the forecasts of `kv`, `replace(kv, keep_attention=True)` and
-#   `replace(kv, offload_checkpoints=True)`: `peak_allocated_bytes` and `flops`. Which is worth its
-#   price at 2048 tokens, which at 512? [Korthikanti et al. 2022, section 5]
+#   attention need not run again. With `kv = replace(usual, model="llama-3.2-1b",
+#   sequence_length=2048, attention="explicit_kv")` compare the forecasts of `kv`, `replace(kv,
+#   keep_attention=True)` and `replace(kv, offload_checkpoints=True)`: `peak_allocated_bytes` and
+#   `flops`. Which is worth its price at 2048 tokens, which at 512? [Korthikanti et al. 2022,
+#   section 5]
 # - **Dice.** Put a `torch.nn.Dropout(0.5)` into a block and train it through your `Forget`. Its
 #   gradients are now wrong, and nothing says so. Repair it: `torch.get_rng_state()` in forward,
 #   `torch.set_rng_state(...)` before the second run. PyTorch does it for you
 #   (`preserve_rng_state`).
 #
-# ## Try with AI
+# ### Try with AI
 # Ask an assistant:
 #
 # > I fine-tune Llama-3.1-8B with QLoRA (4-bit, r=16 on q, k, v, o, 8-bit Adam, fp16) on a T4, one
@@ -648,22 +558,22 @@ for moment in trace_chain(6, kept=[1, 4]):
 # > memory does it save, how much more computation does it cost, and should I use √N checkpoints?
 #
 # A right answer says that activations are stored, not gradients; that transformers checkpoints
-# every layer, which for transformers is better than √N segments; asks about, or states, the kernel
+# every layer, which at 32 layers holds less than √N segments do; asks about, or states, the kernel
 # of attention; says that the extra work is less than one forward pass, but a larger share of a
 # LoRA step than of full fine-tuning; and comes close to these numbers:
 
 # %% tags=["run"]
 for k in (0, 32):
-    step = forecast(replace(eight, checkpointed_layers=k), gpus.T4)
+    step = forecast(replace(eight, checkpointed_layers=k), T4)
     print(f"{k:2} layers forget: peak {show_bytes(step.peak_allocated_bytes)}, "
-          f"{step.flops / 1e12:.0f} TFLOP a step, {'fits' if step.fits else 'does not fit'}")
+          f"{step.flops / 1e12:.0f} TFLOP a step, {step.verdict}")
 
 # %% [markdown]
 # ## What this lesson left out
-# Checkpoints that are moved to the host's memory (lesson 06 has them as a lever); schedules that
-# recompute more than once, for chains that are even longer (Griewank and Walther 2000); what
-# `torch.compile` decides to recompute by itself; several GPUs. A saved *training* checkpoint, a
-# file, is something else with the same name: lesson 06.
+# Checkpoints that are moved to the host's memory; schedules that recompute more than once, for
+# chains that are even longer (Griewank and Walther 2000); what `torch.compile` decides to recompute
+# by itself; several GPUs. A saved *training* checkpoint, a file, is something else with the same
+# name.
 #
 # ## Sources
 # - Chen et al. 2016, [Training Deep Nets with Sublinear Memory
@@ -679,19 +589,3 @@ for k in (0, 32):
 #   this
 #
 # New terms are in the [glossary](glossary.md).
-#
-# ## To lesson 03
-# With every layer forgetting, how many sequences of 2048 tokens does a T4 take in one forward pass
-# of Llama-3.2-3B? `fits` asks whether the step can run at all. `margin_bytes` is what is left when
-# the allocator's gaps are at their worst: below zero, it may run, and may not.
-
-# %% tags=["run"]
-three = replace(usual, model="llama-3.2-3b", sequence_length=2048)
-for n in (1, 2, 3):
-    step = forecast(replace(three, micro_batch_size=n), gpus.T4)
-    print(f"{n}: {'fits' if step.fits else 'does not fit'},",
-          f"margin {show_bytes(step.margin_bytes, 'GiB')}")
-
-# %% [markdown]
-# Two, safely. The recipe that you copied says "batch size 32". Is training on two at a time, often
-# enough, the same? Lesson 03 asks: how big is my batch, really?

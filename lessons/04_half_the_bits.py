@@ -8,14 +8,16 @@
 # Checkpointing shrank what layers keep (lesson 02), small micro batches shrank it again (03), and
 # neither changed a single gradient. One factor is still untouched: every number has 4 bytes. Mixed
 # precision gives most of them 2. It is sold with three promises, half the memory, twice the speed,
-# the same quality. You will measure all three: quality in section 2, memory in 3, speed in 6.
+# the same quality. You will measure quality in section 2, memory in 3; speed waits in "Go further".
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
 # | *explain* what a format's bits buy, and *calculate* its spacing anywhere | B1 | exercise 04.1 |
-# | *predict* what autocast runs in 16 bits, and *count* the copies it makes | B2 | exercise 04.2 |
+# | *predict* what autocast runs in 16 bits, and *find* the copies it makes | B2 | sections 2, 3 |
 # | *explain* why trained weights stay in float32 | B1 | section 4 |
-# | *choose* formats for a GPU, and *find* the mistake in a published recipe | B2 | exercise 04.3 |
+# | *choose* formats for a GPU, and *find* the mistake in a published recipe | B2 | exercise 04.2 |
+#
+# (B1: you can use it. B2: you can take it apart and build with it.)
 #
 # **Needs:** the four holders of memory and the ledger (lesson 01).
 # **New concepts (5):** range and spacing · autocast · mixed precision's copies · vanishing update ·
@@ -45,6 +47,8 @@ from dataclasses import replace
 import torch
 from course_utils import data, figures
 from course_utils.data import BUNDLED
+from course_utils.exercises import lesson_04 as exercises
+from course_utils.exercises.predictions import show_prediction
 from fitcast import MemoryLedger, TrainRecipe, gpus
 from fitcast.training.data import collate, encode
 gpu = gpus.detect()
@@ -64,6 +68,16 @@ batch = collate(list(rows)[:4], tokenizer.pad_token_id)
 batch = {name: tensor.to(gpus.device()) for name, tensor in batch.items()}
 sixteen = gpus.mixed_precision(gpu).dtype or "bfloat16"  # 16 bits, as this machine likes them
 print("16-bit format used here:", sixteen)
+
+# %% [markdown]
+# ## Five questions, before and after
+# Five letters, `x` for "not yet".
+
+# %% tags=["self-check"]
+exercises.QUESTIONS
+
+# %% tags=["self-check"]
+before = ...  # for example "abcda"
 
 # %% [markdown]
 # ## 1 · Two ways to spend 16 bits
@@ -116,7 +130,6 @@ figures.magnitudes({"weights": list(model.parameters()), "activations": watched.
 predicted_lost = ...
 
 # %% tags=["run"]
-from course_utils.exercises.checks import show_prediction
 lost = {name: precision.land(watched.gradients, name).zero for name in ("float16", "bfloat16")}
 show_prediction(predicted_lost, show="{:.2f}".format, **lost)
 
@@ -145,13 +158,12 @@ def spacing(x, dtype):
     return 2.0**power * torch.finfo(dtype).eps
 
 # %% tags=["check"]
-from course_utils.exercises import lesson_04 as exercises
 exercises.check_spacing(spacing)
 
 # %% [markdown]
 # ## 2 · Who decides? Autocast
 # `torch.autocast` changes no weight and no line of the model. It looks at each *operation*, and
-# casts what goes in. `fp16=True` in Trainer is this, plus lesson 05.
+# casts what goes in. `fp16=True` in Trainer is this, plus a scale for the loss (lesson 05).
 #
 # ### Predict
 # Twelve operations are each given a float32 matrix under float16 autocast: linear, matmul, softmax,
@@ -164,12 +176,12 @@ predicted_count = ...
 # %% tags=["run"]
 on_gpu, on_cpu = (precision.autocast_table(device) for device in ("cuda", "cpu"))
 count = sum(given_float32 == "float16" for given_float32, _ in on_gpu.values())
-show_prediction(predicted_count, show="{:.0f} of 12".format, counted=count)
-print(f"{'':17}given float32         given float16")
-print(f"{'':17}on a GPU   on a CPU   on a GPU   on a CPU")
+table = [f"{'':17}given float32         given float16",
+         f"{'':17}on a GPU   on a CPU   on a GPU   on a CPU"]
 for name, on_a_gpu in on_gpu.items():
     pairs = zip(on_a_gpu, on_cpu[name], strict=True)
-    print(f"{name:16}", " ".join(f"{gpu_side:10} {cpu_side:10}" for gpu_side, cpu_side in pairs))
+    table.append(f"{name:16} " + " ".join(f"{gpu:10} {cpu:10}" for gpu, cpu in pairs))
+show_prediction(predicted_count, show="{:.0f} of 12".format, counted=count, also="\n".join(table))
 
 # %% [markdown]
 # ### Explain
@@ -198,8 +210,7 @@ print("additions:            ", additions)
 # and what layers add, still in float32. Keep that in mind for section 3.
 #
 # Does it learn the same? Fifteen steps on the four examples, in float32 and under autocast, and the
-# difference of the losses after them. (A loss is a natural logarithm; its unit is the nat. The
-# argument `stored` waits for section 4.)
+# difference of the losses after them. (The argument `stored` waits for section 4.)
 
 # %% tags=["setup"]
 def fifteen_steps(recipe, model=None, stored="float32", learning_rate=5e-4):
@@ -216,20 +227,18 @@ def fifteen_steps(recipe, model=None, stored="float32", learning_rate=5e-4):
 # %% tags=["run"]
 curves = {"float32": fifteen_steps(recipe), f"autocast {sixteen}": fifteen_steps(mixed)}
 last = [losses[-1] for losses in curves.values()]
-print(f"they differ by {abs(last[0] - last[1]):.1f} nats")
+print(f"they differ by {abs(last[0] - last[1]):.1f}")
 figures.losses(curves, "all weights trained, learning rate 5e-4")
 
 # %% [markdown]
 # The curves lie on each other: the promise about quality holds, *for products in 16 bits with sums
-# in float32 and float32 weights*. This is what "mixed" means. (With float16 and larger models it
-# takes lesson 05 as well.)
+# in float32 and float32 weights*. This is what "mixed" means.
 
 # %% [markdown]
 # ## 3 · "Mixed precision halves memory"
 # ### Predict
 # Two training steps, as in lesson 01, once in float32 and once under autocast. The peak falls to
-# which fraction? And how many times as fast is a step under autocast, on the machine that you use?
-# (Below 1 is slower. Section 6 has the clock.)
+# which fraction?
 
 # %% tags=["setup"]
 def two_steps(recipe):
@@ -249,7 +258,6 @@ def two_steps(recipe):
 
 # %% tags=["predict"]
 predicted_fraction = ...
-predicted_speedup = ...
 
 # %% tags=["run"]
 from fitcast import show_bytes
@@ -258,9 +266,9 @@ before = gpus.reset_peak()
 half = two_steps(mixed)
 measured = gpus.peak_allocated_bytes(above=before)
 show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
-                counted=half.peak_bytes / full.peak_bytes)
-print("autocast, counted:", show_bytes(half.peak_bytes), "  measured:", show_bytes(measured))
-figures.compare({"float32": full, f"autocast {sixteen}": half}, title="at the peak of two steps")
+                counted=half.peak_bytes / full.peak_bytes, also=[
+    f"autocast, counted: {show_bytes(half.peak_bytes)}, measured: {show_bytes(measured)}",
+    figures.compare({"float32": full, f"autocast {sixteen}": half}, title="peak of two steps")])
 
 # %% [markdown]
 # ### Explain
@@ -301,8 +309,9 @@ variants = {"float32 base": one_b, "the same, autocast": replace(one_b, amp_dtyp
             "float16 base, autocast": replace(one_b, base="float16", amp_dtype="float16")}
 steps = {name: forecast(variant, gpus.T4) for name, variant in variants.items()}
 without, with_autocast, _ = (step.peak_bytes for step in steps.values())
-show_prediction(predicted_times, show="{:.2f} x".format, forecast=with_autocast / without)
-figures.compare(steps, gpus.T4, "Llama-3.2-1B, LoRA, 1 x 512 tokens")
+figure = figures.compare(steps, gpus.T4, "Llama-3.2-1B, LoRA, 1 x 512 tokens")
+show_prediction(predicted_times, show="{:.2f} x".format, forecast=with_autocast / without,
+                also=figure)
 
 # %% [markdown]
 # ### Explain
@@ -311,26 +320,6 @@ figures.compare(steps, gpus.T4, "Llama-3.2-1B, LoRA, 1 x 512 tokens")
 # time. The memory is halved by something else, the third bar: **loading the frozen base in 16
 # bits** (`dtype=torch.float16`), so that there is nothing to copy. Autocast is for speed; the
 # storage format is for memory. Lesson 06 stores the base in 4 bits.
-
-# %% [markdown]
-# ## Exercise 04.2 · Count the copies
-# *Medium, 8 minutes.* Given a float32 model, how many bytes of 16-bit copies does autocast make in
-# one forward pass? Write the function; the check asks the ledger, for our model and for the shapes
-# of Llama-3.2-1B and Llama-2-7B, and wants every byte.
-#
-# <details><summary>Hint 1</summary>Which operations went down to 16 bits in section 2? Whose
-# weights do they read?</details>
-# <details><summary>Hint 2</summary>Walk over <code>model.modules()</code> and pick
-# <code>torch.nn.Linear</code>. Norms and embeddings are other classes.</details>
-# <details><summary>Hint 3</summary><code>sum(... * m.weight.numel() for m in
-# model.modules() if isinstance(m, torch.nn.Linear))</code></details>
-
-# %% tags=["exercise"]
-def copied_bytes(model):
-    return ...
-
-# %% tags=["check"]
-exercises.check_copies(copied_bytes)
 
 # %% [markdown]
 # ## 4 · The update that vanishes
@@ -350,8 +339,8 @@ for name, dtype in FORMATS.items():
     for _ in range(1000):
         weight += 0.0001
     after[name] = weight.item()
-show_prediction(predicted_weight, show="{:.4f}".format, computed=after["float16"])
-print({name: round(weight, 4) for name, weight in after.items()})
+show_prediction(predicted_weight, show="{:.4f}".format, computed=after["float16"],
+                also=str({name: round(weight, 4) for name, weight in after.items()}))
 
 # %% [markdown]
 # ### Explain
@@ -416,8 +405,8 @@ figures.updates_explorer({"base weights": list(training.build_model(recipe).para
 # ## 5 · Which 16 bits, on which card?
 # PyTorch has a function for this question: `torch.cuda.is_bf16_supported()`. It says True on a T4.
 # [torch/cuda/\_\_init\_\_.py] Does a T4 compute in bfloat16? Ask the function about the GPU here,
-# if there is one, and then this course about six cards. The course goes by the **compute
-# capability**, the version number of what an NVIDIA GPU's hardware can do. [NVIDIA, CUDA GPUs]
+# if there is one, and then this course about six cards. The course goes by the *compute
+# capability*, the version number of what an NVIDIA GPU's hardware can do. [NVIDIA, CUDA GPUs]
 
 # %% tags=["run"]
 module = torch.get_device_module(gpus.device())  # where there is a GPU, this is torch.cuda
@@ -462,15 +451,15 @@ predicted_products = ...
 
 # %% tags=["run"]
 log = exercises.run_published(published)
-show_prediction(predicted_products, show="{:.0f}".format, counted=log.matmuls.get("bfloat16", 0))
-print(log.matmuls, "and casts that wrote", show_bytes(log.copied_bytes))
+show_prediction(predicted_products, show="{:.0f}".format, counted=log.matmuls.get("bfloat16", 0),
+                also=f"{log.matmuls} and casts that wrote {show_bytes(log.copied_bytes)}")
 
 # %% [markdown]
 # ### Explain
 # Autocast repairs the forward pass, by casting once more. Backward has no autocast: there each
 # product of the 4-bit layers follows the compute dtype, which a T4 emulates.
 #
-# ## Exercise 04.3 · Find the mistake
+# ## Exercise 04.2 · Find the mistake
 # *Medium, 6 minutes.* Change **one** setting so that the recipe is right for a T4. The check runs a
 # step and looks at every product.
 #
@@ -487,6 +476,78 @@ corrected = ...
 exercises.check_published(corrected)
 
 # %% [markdown]
+# ## In your script
+# Ask for the capability, load the frozen base in 16 bits, leave the adapters in float32, and let
+# one variable decide every format:
+#
+# ```python
+# import torch
+# from peft import LoraConfig, get_peft_model
+# from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+#
+# on_gpu = torch.cuda.is_available()
+# bf16 = on_gpu and torch.cuda.get_device_capability() >= (8, 0)
+# fp16 = on_gpu and not bf16  # a T4
+# sixteen = torch.bfloat16 if bf16 or not on_gpu else torch.float16
+# model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=sixteen)
+# # in 4 bits: quantization_config=BitsAndBytesConfig(load_in_4bit=True,
+# #            bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=sixteen)
+# model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+# rows = [{"input_ids": list(range(64)), "labels": list(range(64))}] * 4
+# arguments = TrainingArguments("out", fp16=fp16, bf16=bf16, max_steps=1, report_to="none",
+#                               save_strategy="no")
+# Trainer(model, arguments, train_dataset=rows).train()
+# print("frozen:", {p.dtype for p in model.parameters() if not p.requires_grad})
+# print("trained:", {p.dtype for p in model.parameters() if p.requires_grad})
+# ```
+#
+# ## And now?
+# The same five questions.
+
+# %% tags=["self-check"]
+after = ...
+
+# %% tags=["self-check"]
+exercises.QUESTIONS.score(before, after)
+
+# %% [markdown]
+# ## To lesson 05
+# One number to take along, the smallest that float16 knows:
+
+# %% tags=["run"]
+smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+print(f"{smallest:.2e}")
+
+# %% [markdown]
+# A T4 has no other 16 bits, and section 1 showed gradients below that. Where did they go, and how
+# do we get them back? Lesson 05 asks: where did my gradient go?
+
+# %% [markdown]
+# ## Go further (optional)
+# Everything from here on is beyond the 45 minutes: take what you like.
+
+# %% [markdown]
+# ## Exercise 04.3 · Count the copies
+# *Medium, 8 minutes.* Given a float32 model, how many bytes of 16-bit copies does autocast make in
+# one forward pass? Write the function; the check asks the ledger, for our model and for the shapes
+# of Llama-3.2-1B and Llama-2-7B, and wants every byte.
+#
+# <details><summary>Hint 1</summary>Which operations went down to 16 bits in section 2? Whose
+# weights do they read?</details>
+# <details><summary>Hint 2</summary>Walk over <code>model.modules()</code> and pick
+# <code>torch.nn.Linear</code>. Norms and embeddings are other classes.</details>
+# <details><summary>Hint 3</summary><code>sum(... * m.weight.numel() for m in
+# model.modules() if isinstance(m, torch.nn.Linear))</code></details>
+
+# %% tags=["exercise"]
+def copied_bytes(model):
+    return ...
+
+# %% tags=["check"]
+exercises.check_copies(copied_bytes)
+
+# %% [markdown]
+# ### Three more switches
 # Such recipes often have a line `warmup_ratio=0.03` too. That one at least fails loudly: today's
 # Trainer has `warmup_steps`, where a number below 1 is a share.
 
@@ -513,20 +574,17 @@ print("afterwards:", {precision.name_of(weight.dtype) for weight in adapters["fr
 # [transformers/trainer.py, `evaluation_loop`]
 
 # %% [markdown]
-# ## 6 · "Twice as fast"
-# Your prediction from section 3, and the clock: a training step of our model, by this machine, in
-# float32 and under autocast.
+# ### "Twice as fast"
+# A training step of our model by the clock of this machine, in float32 and under autocast:
 
 # %% tags=["run", "nbval-ignore-output"]
 # loose: wall-clock times differ from run to run
 from fitcast.training import measurement
 step_seconds = [measurement.measure_step(choice, training.build_model(choice)).seconds
                 for choice in (recipe, mixed)]  # each the median of three steps
-show_prediction(predicted_speedup, show="{:.2f} x as fast".format,
-                measured=step_seconds[0] / step_seconds[1])
+print(f"under autocast {step_seconds[0] / step_seconds[1]:.2f} x as fast")
 
 # %% [markdown]
-# ### Explain
 # Below 1 is slower, and that is no mistake of yours. Many CPUs have no 16-bit products: there the
 # numbers are turned into float32 and back, each time. On a GPU a model this small mostly waits for
 # its operations to be started, one by one; autocast adds some, its casts, and the result jumps from
@@ -554,7 +612,7 @@ recorded.show("matmul", lambda row: f"{row['name']:9} {row['flops'] / 1e12:6.1f}
 # measurement of *your* step tells.
 
 # %% [markdown]
-# ## For those who struggle
+# ### For those who struggle
 # One number by hand. Store 5.3 in bfloat16.
 #
 # 1. Power of two: 4 <= 5.3 < 8, so the power is 2 and numbers are 4 x (1 + fraction).
@@ -572,13 +630,13 @@ print((number + 0.015).item(), (number + 0.017).item())
 # 42 is 0101010 in binary: find it in the bits. Then do the same for 5.3 in float16 (ten fraction
 # bits).
 #
-# ## Go further
+# ### An open question
 # Adam's second average is v = 0.999 v + 0.001 g². Keep it in bfloat16, in a loop of 5000 steps with
 # g = 1, starting at v = 0. Where does it stop, and what does that do to the learning rate? (Compare
 # 0.001 with half the spacing.) 8-bit Adam survives with fewer bits: look up "block-wise
 # quantization", and say what it does that bfloat16 does not.
 #
-# ## Try with AI
+# ### Try with AI
 # Ask an assistant:
 #
 # > I fine-tune Llama-3.2-1B with LoRA on a T4 in float32 and want to halve the memory with mixed
@@ -616,14 +674,3 @@ for name, step in steps.items():
 #   sheet](https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/tesla-t4/t4-tensor-core-datasheet-951643.pdf)
 #
 # New terms are in the [glossary](glossary.md).
-#
-# ## To lesson 05
-# One number to take along, the smallest that float16 knows:
-
-# %% tags=["run"]
-smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
-print(f"{smallest:.2e}")
-
-# %% [markdown]
-# A T4 has no other 16 bits, and section 1 showed gradients below that. Where did they go, and how
-# do we get them back? Lesson 05 asks: where did my gradient go?

@@ -3,18 +3,19 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/05_where_did_my_gradient_go.ipynb)
 #
-# **45 min** · runs anywhere; a GPU runs the same cells faster. Exercise 05.3 is for home.
+# **45 min** · runs anywhere; a GPU runs the same cells faster.
 #
-# A part of a step's gradients is below 5.96e-08 (lesson 04). In this lesson you find out how many
-# vanish, get them back with one multiplication, and write the machine that does it in every fp16
-# run. Then you break it in the four ways in which people break it.
+# A part of a step's gradients is below 5.96e-08, float16's smallest number (lesson 04). In this
+# lesson you find out how many vanish, get them back with one multiplication, and write the machine
+# that does it in every fp16 run. Then you break it in the four ways in which people break it.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
 # | *recognise* gradients that flush to zero, *predict* the best scale | B1 | exercise 05.1 |
 # | *implement* a dynamic loss scaler, equal to PyTorch's | B2 | exercise 05.2 |
 # | *order* the parts of a scaled step, *recognise* a mistake by a number | B2 | exercise 05.3 |
-# | *explain* when no scaler is needed, and when none can help | B1 | section 5 |
+#
+# (B1: you can use it. B2: you can take it apart and build with it.)
 #
 # **Needs:** formats and autocast (lesson 04); the effective batch (03).
 # **New concepts (5):** flush to zero · loss scaling · overflow and skipped step · dynamic scale ·
@@ -44,9 +45,14 @@ import tempfile
 import warnings
 from dataclasses import replace
 import torch
-from course_utils import data
+
+# %% tags=["setup"]
+from course_utils import data, figures
 from course_utils.data import BUNDLED
+from course_utils.exercises import lesson_05 as exercises
+from course_utils.exercises.predictions import show_prediction
 from course_utils.topics import precision
+from course_utils.topics.precision import land
 from fitcast import gpus
 from fitcast.step import qlora
 from fitcast.training import trainer as training
@@ -54,7 +60,7 @@ from fitcast.training.data import collate, encode
 print(gpus.describe(gpus.detect()))
 
 # %% [markdown]
-# The story's recipe on a T4: LoRA, 2 sequences in a micro batch, 16 micro batches in a step. The
+# A usual recipe for a T4: LoRA, 2 sequences in a micro batch, 16 micro batches in a step. The
 # loss of a micro batch is its share of the whole step (lesson 03). So we divide it as if the other
 # 15 micro batches had as many labelled tokens as this one. We need a model in two states: fresh,
 # and after some training.
@@ -82,6 +88,16 @@ losses = [qlora.training_step(trained, optimizer, [batch], recipe).item() for _ 
 print(f"loss {losses[0]:.0f}, after 20 steps on this micro batch {losses[-1]:.1f} nats")
 
 # %% [markdown]
+# ## Five questions, before and after
+# Five letters, `x` for "not yet".
+
+# %% tags=["self-check"]
+exercises.QUESTIONS
+
+# %% tags=["self-check"]
+before = ...  # for example "abcda"
+
+# %% [markdown]
 # ## 1 · Where are the gradients?
 # Float32 first, so that nothing is lost yet. `watch_linears` collects the gradient that arrives at
 # each linear layer's output: under fp16 autocast, these travel through the model as float16.
@@ -95,8 +111,6 @@ def gradients_of(model):
     return {"layers' gradients": watched.gradients, "adapters' gradients": weights}
 
 # %% tags=["run"]
-from course_utils import figures
-from course_utils.topics.precision import land
 groups = gradients_of(trained)
 flushed = land(groups["layers' gradients"]).zero
 print(f"{flushed:.0%} of the layers' gradients become zero")
@@ -104,8 +118,7 @@ figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 
 # %% [markdown]
 # Left of the first dotted line float16 has nothing: these gradients are **flushed to zero**.
-# Between the first and the second line they are *subnormal*, with fewer bits the further left. The
-# adapters' own gradients are sums over all tokens, and larger.
+# Between the first and the second line they are *subnormal*, with fewer bits the further left.
 #
 # On the right there is room: the whole picture is shifted to the left of float16's range.
 # Multiplying by a power of two shifts it back, and costs no precision.
@@ -149,7 +162,6 @@ trained_gradients = states["trained"]
 best_scale = ...
 
 # %% tags=["check"]
-from course_utils.exercises import lesson_05 as exercises
 exercises.check_best_scale(best_scale, trained_gradients)
 
 # %% [markdown]
@@ -159,11 +171,9 @@ exercises.check_best_scale(best_scale, trained_gradients)
 figures.scale_explorer(groups)
 
 # %% [markdown]
-# And, once you have an answer, your prediction beside the power that a search over all of them
-# finds:
+# Once you have an answer, your prediction beside it:
 
 # %% tags=["run"]
-from course_utils.exercises.checks import show_prediction
 if best_scale is not ...:
     best_power = max(power for power in range(40)
                      if land(states["trained"], scale=2.0**power).infinite == 0)
@@ -173,9 +183,6 @@ if best_scale is not ...:
 # ## 2 · Scale the loss, by hand
 # To shift all gradients, multiply *one* number: the loss. The chain rule carries the factor to
 # every gradient; before the optimizer sees them, divide it out again (**unscale**), in float32.
-#
-# Now for real: forward and backward under float16 autocast, compared with the float32 gradient.
-#
 # ### Predict
 # At scale 1, with the share of zeros that you have just seen: by how many percent is the adapters'
 # gradient wrong? (Relative error of the whole vector; write 10 for 10 %.)
@@ -198,26 +205,25 @@ from fitcast.training.gradients import relative_error
 exact = scaled_gradient()
 errors = {power: relative_error(scaled_gradient(2.0**power, "float16"), exact)
           for power in range(-8, 25, 4)}
-show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0])
-figures.scale_window(errors, "adapters, after 20 steps")
+show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0],
+                also=figures.scale_window(errors, "adapters, after 20 steps"))
 
 # %% [markdown]
 # ### Explain
-# Surprised? At scale 1 the numbers that vanish are the small ones, and they carry little of the
+# At scale 1 the numbers that vanish are the small ones, and they carry little of the
 # sum: this model's gradient is nearly right *without* any scaling. But look at the slope on the
-# left. A gradient 16 times smaller is as badly off as at a scale of 2⁻⁴: twice the accumulation, a
-# lower loss, a wider model, and the error doubles and doubles.
+# left: a gradient 16 times smaller, after more accumulation or at a lower loss, is as badly off as
+# this one at a scale of 2⁻⁴.
 #
-# So the folklore "without loss scaling fp16 does not learn" is half right: it depends on where your
-# gradients lie, and you do not know. The grey window is many powers of two wide, and scale 1 stands
+# The grey window is many powers of two wide, and scale 1 stands
 # at its left edge. Loss scaling means: stay in it, near its right edge, whatever the model does.
 # [Micikevicius et al., section 3.2]
 
 # %% [markdown]
 # ## 3 · Overflow, and a scale that looks after itself
 # Right of the window a gradient is infinite. What does one step with it do? One micro batch
-# overflows; the gradients are *clipped*, that is, all made smaller by one factor until their norm
-# is at most 1; and the optimizer steps all the same:
+# overflows, the gradients are *clipped* (made smaller by one factor until their norm is at most 1),
+# and the optimizer steps all the same:
 
 # %% tags=["run"]
 victim = copy.deepcopy(trained)
@@ -229,9 +235,8 @@ nan = sum(int(weight.isnan().sum()) for weight in adapters) / sum(w.numel() for 
 print(f"{nan:.0%} of the adapters' weights are NaN")
 
 # %% [markdown]
-# One infinity makes the norm infinite, or NaN; clipping divides by it; infinity times zero is NaN,
-# and NaN spreads in the next forward pass to whatever was left. Clipping is no protection: it is
-# how the damage travels.
+# One infinity makes the norm infinite; clipping divides by it; infinity times zero is NaN. Clipping
+# is no protection: it is how the damage travels.
 #
 # So a scaler looks before the step. `torch.amp.GradScaler` does four things:
 #
@@ -240,25 +245,20 @@ print(f"{nan:.0%} of the adapters' weights are NaN")
 # 3. if so, **skip** the optimizer's step, and halve the scale;
 # 4. after 2000 good steps in a row, double it.
 #
-# Here is one at work on a single layer, with a gradient of 0.25. It grows after 10 good steps
-# instead of 2000, so that we see something, and in step 25 we inject an overflow.
+# One at work on a single layer, with a gradient of 0.25: it grows after 10 good steps instead of
+# 2000, and in step 25 we inject an overflow.
 
 # %% tags=["setup"]
-def run(scaler, steps=60, injected=(), always_schedule=False):
+def run(scaler, steps=60, injected=()):
     weight = torch.nn.Parameter(torch.ones(1, 4, device=gpus.device()))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 10))
     for step in range(1, steps + 1):
-        rate = warm_up.get_last_lr()[0]
         with torch.autocast(gpus.device(), torch.float16):
             output = torch.nn.functional.linear(torch.ones_like(weight), weight)
         scaler.scale(output.float().sum() * (math.inf if step in injected else 0.25)).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        if always_schedule or not scaler.trace[-1].skipped:
-            warm_up.step()
-    return rate  # of the last step
 
 # %% [markdown]
 # ### Predict
@@ -273,15 +273,13 @@ from course_utils.topics.precision import TracedScaler
 scaler = TracedScaler(gpus.device(), init_scale=2.0**16, growth_interval=10)
 run(scaler, injected=[25])
 skipped = sum(step.skipped for step in scaler.trace)
-show_prediction(predicted_skipped, show="{:.0f} steps".format, measured=skipped)
-figures.loss_scale(scaler.trace, "grows after 10 good steps; overflow injected in step 25")
+figure = figures.loss_scale(scaler.trace, "grows after 10 good steps; overflow injected in step 25")
+show_prediction(predicted_skipped, show="{:.0f} steps".format, measured=skipped, also=figure)
 
 # %% [markdown]
 # ### Explain
-# The scaler cannot see the ceiling. It finds it by bumping into it: a skipped step at each bump,
-# then one power of two below. With the default of 2000 that costs one step in 2000. The injected
-# overflow costs the scale a factor of two for one growth interval, and one step's data; nothing
-# else. [torch/amp/grad_scaler.py]
+# The scaler finds the ceiling by bumping into it: a skipped step at each bump, then one power of
+# two below. [torch/amp/grad_scaler.py]
 #
 # ## Exercise 05.2 · Your own scaler
 # *Medium, 10 minutes.* Write the rule. Given the scale, how many good steps in a row there have
@@ -307,8 +305,8 @@ exercises.check_scaler(next_state)
 
 # %% [markdown]
 # ## 4 · Four ways to get it wrong
-# A training step now has seven parts: scale, backward, unscale, look, clip, step, adjust the scale.
-# Loops that people write go wrong in four ways. None raises an error. Each is known by a number.
+# A step now has seven parts: scale, backward, unscale, look, clip, step, adjust the scale. Loops go
+# wrong in four ways, and none raises an error.
 #
 # ### (a) Clip before unscale
 # ### Predict
@@ -326,9 +324,88 @@ wrong.grad /= 65536
 right.grad /= 65536                                             # unscale, clip
 torch.nn.utils.clip_grad_norm_(right, max_norm=1.0)
 show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm().item())
-print("unscale first: less than 1, and unchanged:", torch.equal(right.grad, exact))
 
 # %% [markdown]
+# ### Explain
+# Clipping compared 65 536 times the norm with 1. Adam half *hides* the bug; the norm that
+# `clip_grad_norm_` returns shows it. Call `scaler.unscale_(optimizer)` before you clip.
+#
+# (b) **Step despite infinity.** `scaler.step(optimizer)` looks
+# first, `optimizer.step()` does not.
+#
+# (c) **The scaler is not in the checkpoint.** A new one starts at 65 536, and a resumed run loses
+# the same steps again. `scaler.state_dict()` is five numbers: save them.
+#
+# (d) **The schedule moves on in skipped steps.** The warm-up may be over before training has begun.
+# (Numbers: Go further.)
+#
+# ## Exercise 05.3 · The right order
+# *Hard, 10 minutes.* Complete the step. Return whether it stepped. The check compares weights and
+# learning rate with PyTorch's scaler over twelve steps, four of which overflow. (The scale comes
+# in.)
+#
+# <details><summary>Hint 1</summary>After backward: unscale, look, clip, step, schedule, clear.
+# Which of them happen in a step that overflowed?</details>
+# <details><summary>Hint 2</summary>Unscale: <code>for weight in weights: weight.grad /=
+# scale</code>. Look: <code>all(weight.grad.isfinite().all() for weight in weights)</code></details>
+# <details><summary>Hint 3</summary>Clip, <code>optimizer.step()</code> and
+# <code>scheduler.step()</code> stand below <code>if finite:</code>;
+# <code>optimizer.zero_grad()</code> does not.</details>
+
+# %% tags=["exercise"]
+def careful_step(loss, weights, optimizer, scheduler, scale, max_norm):
+    (loss * scale).backward()
+    ...
+    finite = ...
+    return finite
+
+# %% tags=["check"]
+exercises.check_step(careful_step)
+
+# %% [markdown]
+# ## In your script
+# A loop of your own, in the right order. (Trainer's `fp16=True` does the same.)
+#
+# ```python
+# import torch
+# from transformers import AutoModelForCausalLM
+#
+# device = "cuda" if torch.cuda.is_available() else "cpu"
+# model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.float32).to(device)
+# optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)  # what is trained is float32
+# scaler = torch.amp.GradScaler(device)
+# ids = torch.randint(0, 1000, (2, 64), device=device)
+# for step in range(4):
+#     with torch.autocast(device, torch.float16):
+#         loss = model(input_ids=ids, labels=ids).loss
+#     scaler.scale(loss).backward()
+#     scaler.unscale_(optimizer)  # before anything looks at the gradients
+#     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+#     scaler.step(optimizer), scaler.update()  # skips when a gradient is not finite
+#     optimizer.zero_grad()  # schedule.step() here, and only if norm.isfinite()
+#     print(f"step {step}: norm {norm:.2f}, scale {scaler.get_scale():.0f}")
+# torch.save({"model": model.state_dict(), "scaler": scaler.state_dict()}, "last.pt")
+# ```
+#
+# ## And now?
+# The same five questions.
+
+# %% tags=["self-check"]
+after = ...
+
+# %% tags=["self-check"]
+exercises.QUESTIONS.score(before, after)
+
+# %% [markdown]
+# ## To lesson 06
+# Four bits in the base, 16 in the products, a scale that moves, a session that may end at any
+# moment: can such a run be trusted? Lesson 06 puts everything together.
+
+# %% [markdown]
+# ## Go further (optional)
+# Everything from here on is beyond the 45 minutes: take what you like.
+#
+# ### What Adam makes of a clipped gradient
 # And Adam? In its first step an update is rate x g / (|g| + 1e-08):
 
 # %% tags=["run"]
@@ -338,16 +415,6 @@ for name, weight in {"clip first": wrong, "unscale first": right}.items():
     print(f"{name:14} Adam's updates: {share:.1f} of the learning rate, on average")
 
 # %% [markdown]
-# ### Explain
-# Clipping compared 65 536 times the norm with 1. SGD would almost stand still. Adam half *hides*
-# the bug, as it divides each gradient by its own size, down to its epsilon of 1e-08: the small ones
-# shrink, the large ones do not. What you can see is the norm that `clip_grad_norm_` returns: it is
-# the scale times too high. Call `scaler.unscale_(optimizer)` before you clip.
-#
-# ### (b) Step despite infinity
-# You saw its number in section 3: `scaler.step(optimizer)` looks first, `optimizer.step()` does
-# not.
-#
 # ### (c) The scaler is not in the checkpoint
 # ### Predict
 # The single layer of section 3, its gradient 0.25, starts at scale 2²⁴, finds its level, and is
@@ -377,11 +444,26 @@ show_prediction(predicted_lost_again, show="{:.0f} steps".format, new_scaler=los
 # The very first update that is not skipped should have a tenth. It depends on who waits:
 
 # %% tags=["run"]
+def first_rate(scaler, waits, warm_up=10):
+    weight = torch.nn.Parameter(torch.ones(1, 4, device=gpus.device()))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / warm_up))
+    while not scaler.trace or scaler.trace[-1].skipped:
+        rate = schedule.get_last_lr()[0]
+        scaler.scale((weight.half() * 0.25).float().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if not (waits and scaler.trace[-1].skipped):
+            schedule.step()
+    return rate
+
+# %% tags=["run"]
 for always in (False, True):
     scaler = TracedScaler(gpus.device(), init_scale=2.0**24)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rate = run(scaler, steps=lost[0] + 1, always_schedule=always)
+        rate = first_rate(scaler, waits=not always)
     print(f"schedule {'steps always' if always else 'waits'}: {rate:.1f} of the full rate")
 too_early = rate
 print("PyTorch warned:", str(caught[0].message).split(". ")[0])
@@ -392,32 +474,9 @@ print("PyTorch warned:", str(caught[0].message).split(". ")[0])
 # the order of `lr_scheduler.step()` and `optimizer.step()` in a loop whose order was right. This is
 # what it means: the scaler skipped the first step. It is said once, and only when it is the *first*
 # step that is skipped.
-#
-# ## Exercise 05.3 · The right order
-# *Hard, 10 minutes, at home.* Complete the step. Return whether it stepped. The check compares
-# weights and learning rate with PyTorch's scaler over twelve steps, four of which overflow. (The
-# scale itself is exercise 05.2's business: it comes in.)
-#
-# <details><summary>Hint 1</summary>After backward: unscale, look, clip, step, schedule, clear.
-# Which of them happen in a step that overflowed?</details>
-# <details><summary>Hint 2</summary>Unscale: <code>for weight in weights: weight.grad /=
-# scale</code>. Look: <code>all(weight.grad.isfinite().all() for weight in weights)</code></details>
-# <details><summary>Hint 3</summary>Clip, <code>optimizer.step()</code> and
-# <code>scheduler.step()</code> stand below <code>if finite:</code>;
-# <code>optimizer.zero_grad()</code> does not.</details>
-
-# %% tags=["exercise"]
-def careful_step(loss, weights, optimizer, scheduler, scale, max_norm):
-    (loss * scale).backward()
-    ...
-    finite = ...
-    return finite
-
-# %% tags=["check"]
-exercises.check_step(careful_step)
 
 # %% [markdown]
-# ## 5 · When a scaler cannot help, and when none is needed
+# ### When a scaler cannot help, and when none is needed
 # Lesson 04 kept the adapters in float32. Here is the other reason. Adapters in float16 have float16
 # gradients; dividing *those* by the scale would flush them right there. PyTorch refuses:
 
@@ -446,8 +505,9 @@ print("the same at scale 2**20:", math.isclose(coarse, shifted, rel_tol=1e-2))
 # all: the error is the same at any scale. It is larger than float16's, by its three missing
 # fraction bits, and training does not mind (lesson 04). With `bf16=True` Trainer makes no scaler.
 # On a T4 that is not an option: it emulates bfloat16.
-#
-# ## 6 · What Trainer does with `fp16=True`
+
+# %% [markdown]
+# ### What Trainer does with `fp16=True`
 # All of it. Watch it: ten steps, the scale starting far too high, a warm-up of half the run.
 # (Without a GPU accelerate, the library under Trainer, leaves scaler and autocast out, and says
 # nothing; `trace_scaler` puts them in.)
@@ -475,16 +535,15 @@ predicted_steps = ...
 scaler = precision.trace_scaler(trainer, init_scale=2.0**20)
 _ = trainer.train()
 let_through = sum(not step.skipped for step in scaler.trace)
-show_prediction(predicted_steps, show="{:.0f} steps".format, measured=let_through)
-
-# %% tags=["run"]
-print("step   scale   skipped   learning rate   gradient norm")
+table = ["step   scale   skipped   learning rate   gradient norm"]
 for step, log in zip(scaler.trace, trainer.state.log_history, strict=False):
     norm = "finite" if math.isfinite(log["grad_norm"]) else "not finite"
-    print(f"{log['step']:4}   2**{math.log2(step.scale):.0f}   {step.skipped!s:7} "
-          f"{log['learning_rate']:14.4f}    {norm}")
-saved = os.listdir(f"{folder}/checkpoint-5")
-print("in the checkpoint:", [name for name in saved if "scaler" in name])
+    table.append(f"{log['step']:4}   2**{math.log2(step.scale):.0f}   {step.skipped!s:7} "
+                 f"{log['learning_rate']:14.4f}    {norm}")
+saved = [name for name in os.listdir(f"{folder}/checkpoint-5") if "scaler" in name]
+table.append(f"in the checkpoint: {saved}")
+show_prediction(predicted_steps, show="{:.0f} steps".format, measured=let_through,
+                also="\n".join(table))
 
 # %% [markdown]
 # ### Explain
@@ -513,7 +572,7 @@ print("losses in the log:", [log["loss"] for log in ruined.state.log_history if 
 # gradient norm is not filtered: watch that, or switch the filter off.
 
 # %% [markdown]
-# ## For those who struggle
+# ### For those who struggle
 # Three numbers by hand. The gradients are 3e-8, 2e-6 and 0.5; float16 keeps nothing below 3e-8
 # (half its smallest number rounds to zero), and nothing above 65 504.
 #
@@ -532,13 +591,13 @@ for scale in (1, 1024, 262144):
 # %% [markdown]
 # Which powers of two are good for all three? Try, then compare with 65 504 / 0.5.
 #
-# ## Go further
+# ### An open question
 # *Two losses, one scaler.* Add a second loss whose gradients are a million times smaller (multiply
 # it by 1e-6), and find a scale for both: is there a window? Then give each loss a scale of its own,
 # unscale each before adding, and compare with float32. What does this say about a loss that sums
 # over tokens instead of averaging?
 #
-# ## Try with AI
+# ### Try with AI
 # Give an assistant this loop and ask for all mistakes, and for the number by which each is seen:
 #
 # > ```
@@ -556,8 +615,8 @@ for scale in (1, 1024, 262144):
 # reaches the optimizer is at most 1 / scale, however large the gradient); the schedule in skipped
 # steps (after a start at 2²⁴ the first update has most of the full rate); no scaler in the
 # checkpoint (the same steps are lost again after each resume). `scaler.step` does look for
-# infinities. (Two more are lesson 06's: it saves over its only good checkpoint, and without the
-# random state and the position in the data.) For the loop of section 4 the numbers are:
+# infinities. (It also saves over its only good checkpoint, and without the random state and the
+# position in the data.) For the loop of section 4 the numbers are:
 
 # %% tags=["run"]
 print(f"norm when clipped first:    {wrong.grad.norm():.1e}, and 1 / scale is {1 / 65536:.1e}")
@@ -583,15 +642,3 @@ print(f"steps lost after a resume:  {lost[1]} instead of {lost[2]}")
 #   `_save_scaler`, `_inner_training_loop`
 #
 # New terms are in the [glossary](glossary.md).
-#
-# ## To lesson 06
-# One number to take along. Of the ten steps in section 6, so many were lost at the start:
-
-# %% tags=["run"]
-print(len(scaler.trace) - let_through)
-
-# %% [markdown]
-# They were lost on purpose, by a scale set too high over one example a step. In lesson 06 a step is
-# 32 conversations: smaller gradients, so fewer skipped steps, but each costs all 32, in a run that
-# a dead session may interrupt at any moment. Can a fine-tune on a T4 be trusted, from preflight to
-# export? Lesson 06 puts everything together.

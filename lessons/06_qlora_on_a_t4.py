@@ -138,7 +138,7 @@ print({size: getattr(models.config(recipe.model), size) for size in sizes})
 predicted_percent = ...
 
 # %% tags=["run"]
-from course_utils.exercises.checks import show_prediction
+from course_utils.exercises.predictions import show_prediction
 from course_utils.topics import budget
 from fitcast.step import qlora
 model = trainer.build_model(recipe)
@@ -715,10 +715,10 @@ for name in ("rank 8", "sequence 1024", "micro batch 2, accumulated", "chunked l
 # as people say, ends with what saves least. A shorter sequence changes what is learned; explicit
 # keys and values *and* the chunked loss fit the run as it is (section 12).
 #
-# A right answer to 2 is lesson 03's, section 6: 32 sequences behind each update and the same
-# gradient, but for the rounding of float16 here and bfloat16 there; activations and logits four
-# times as large on the A10; and it asks for the model and the length before it says "fits". For
-# Llama-3.2-1B at 2048 tokens, usual recipe:
+# A right answer to 2 is that of lesson 03, "Does it cost time?": 32 sequences behind each update
+# and the same gradient, but for the rounding of float16 here and bfloat16 there; activations and
+# logits four times as large on the A10; and it asks for the model and the length before it says
+# "fits". For Llama-3.2-1B at 2048 tokens, usual recipe:
 
 # %% tags=["run"]
 t4 = replace(eight_b.recipe, model="llama-3.2-1b", micro_batch_size=2,
@@ -726,15 +726,16 @@ t4 = replace(eight_b.recipe, model="llama-3.2-1b", micro_batch_size=2,
 a10 = replace(t4, micro_batch_size=8, gradient_accumulation_steps=4).for_gpu(gpus.A10)
 for one, card in ((t4, gpus.T4), (a10, gpus.A10)):
     planned_step = forecast(one, card)
-    speed = f"about {tokens_per_second(one, planned_step):,.0f} tokens a second"
+    low, high = (tokens_per_second(one, planned_step, part) for part in card.sustained)
+    speed = f"{low:,.0f} to {high:,.0f} tokens a second"
     print(f"{one.effective_batch_size} sequences, {speed if planned_step.fits else 'no speed'}; "
           f"{planned_step}")
 
 # %% [markdown]
 # A right answer to 3 multiplies before it recommends: tokens, steps (rounded up for each epoch, as
-# in lesson 03), hours. With this lesson's levers, on two T4s, by the forecast's arithmetic (60 % of
-# the card's peak rates); `fit(...)` finds the settings too, and its `.hours(tokens)` says the same
-# of them:
+# in lesson 03), hours. With this lesson's levers, on two T4s, between the lowest and the highest
+# part of its peak rates that a T4 sustains (`gpus.T4.basis` says where they are from); `fit(...)`
+# finds the settings too, and its `.hours(tokens)` lies between:
 
 # %% tags=["run"]
 tokens, lean = 3 * 50_000 * 500, replace(smallest.recipe, offload_checkpoints=False)
@@ -742,9 +743,9 @@ print(f"{tokens:,} tokens, {3 * -(-50_000 // 32):,} optimizer steps")  # -(-a //
 for name in ("llama-3.2-1b", "llama-3.1-8b"):
     one = replace(lean, model=name, micro_batch_size=16, sequence_length=512, world_size=2)
     planned_step = forecast(one, gpus.T4)
-    each = tokens_per_second(one, planned_step)
-    print(f"{name}: {'fits' if planned_step.fits else 'does not fit'}, {each:,.0f} tokens a second "
-          f"on each T4, {tokens / (2 * each) / 3600:.0f} hours of 24")
+    low, high = (tokens_per_second(one, planned_step, part) for part in gpus.T4.sustained)
+    print(f"{name}: {planned_step.verdict}, {low:,.0f} to {high:,.0f} tokens a second on each T4, "
+          f"{tokens / (2 * high) / 3600:.0f} to {tokens / (2 * low) / 3600:.0f} hours")
 
 # %% [markdown]
 # ## What this lesson left out

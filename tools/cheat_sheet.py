@@ -70,7 +70,8 @@ stays. Lowering the rank saves almost nothing. For your run: `fitcast levers --m
   head float32 ({upcast} more at the peak). With `use_reentrant=True` call
   `enable_input_require_grads()`.
 - Adapters stay float32; no `fp16_full_eval` before training; unscale, then clip (lesson 05).
-- No FlashAttention, no Triton: repeat key/value heads yourself (lesson 06).
+- No FlashAttention (Triton's small kernels run): where no mask is given, repeat key/value heads
+  yourself (lesson 06).
 - A search for the largest micro batch needs an optimizer step in it, full-length sequences, and
   cleans up *after* `except` (lesson 03).
 - Divide the loss by `num_items_in_batch`, not by micro batches (lesson 03).

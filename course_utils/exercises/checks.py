@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from course_utils.exercises.answers import (
     number,
     unfinished,
 )
-from fitcast.units import GB, GIB, KIB, MIB, show_bytes
+from fitcast.units import GB, GIB, KIB, MIB
 
 NOT_ATTEMPTED = "Not attempted yet: replace the `...` above by your answer and run both cells."
 # How many times too large (or too small) an answer is that has another unit than the target.
@@ -220,38 +220,3 @@ def judge_function(
             return not_yet(mistake.sentence)
     case, result, wanted = wrong
     return not_yet(f"{describe(case)} {difference(result, wanted)}.")
-
-
-def show_prediction(
-    predicted: object, *, show: Callable[[Any], str] = show_bytes, **values: float | None
-) -> None:
-    """Print a prediction above what forecast and instruments say, one a line.
-
-    Args:
-        predicted: The learner's; `...` prints "no prediction yet".
-        show: How to write a number; bytes by default, e.g. `"{:.1f} times".format`.
-        values: Name to number; `None` is a quantity that nobody measured here.
-    """
-    found = number(predicted)
-    if found is not None:
-        said = show(found) + _beside(found, show, values)
-    elif predicted is ... or predicted is None:
-        said = "no prediction yet"
-    else:
-        said = f"{predicted!r}, which is not a number"
-    rows = {"predicted": said} | {
-        name: show_bytes(None) if value is None else show(value) for name, value in values.items()
-    }
-    width = max(map(len, rows))
-    print("\n".join(f"{name.replace('_', ' '):{width}}  {text}" for name, text in rows.items()))
-
-
-def _beside(found: float, show: Callable[[Any], str], values: Mapping[str, float | None]) -> str:
-    """What stands beside a predicted number: its ratio to the first value that is known, if any."""
-    known = next(((name, value) for name, value in values.items() if value), None)
-    if "**" in show(found) or found <= 0 or known is None:  # a ratio of exponents says nothing
-        return ""
-    if found >= 2 and show(0.5).startswith("50") and show(0.5).endswith("%"):
-        return f" (a share from 0 to 1 is asked for: {show(found / 100)} is {found / 100:g})"
-    name, value = known
-    return f" ({found / value:.2f} times the {name})"

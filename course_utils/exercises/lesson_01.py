@@ -19,6 +19,7 @@ from course_utils.exercises.checks import (
     not_yet,
     right,
 )
+from course_utils.exercises.self_check import Question, SelfCheck
 from fitcast import models
 from fitcast.forecasting.block import count_block
 from fitcast.memory.report import MemoryReport
@@ -36,6 +37,45 @@ FULL = TrainRecipe(
     sequence_length=128,
 )
 MODELS = (BUNDLED, "llama-2-7b", "llama-3.2-1b")
+
+QUESTIONS = SelfCheck(
+    Question(
+        "All weights are trained with Adam, everything in float32. The weights take 1 GiB. What do "
+        "gradients and Adam's state take together?",
+        ("1 GiB", "2 GiB", "3 GiB", "nothing, once the step is done"),
+        "c",
+        "A gradient for each weight, and two averages for each: 1 + 2.",
+    ),
+    Question(
+        "What does autograd keep from forward for backward?",
+        (
+            "every tensor that forward computes",
+            "what a derivative needs: operands of products, inputs or outputs of functions",
+            "each layer's gradient",
+        ),
+        "b",
+        "An addition keeps nothing, a product both operands; gradients come only in backward.",
+    ),
+    Question(
+        "The text is twice as long, attention is eager. What a layer keeps grows",
+        ("by less than 2", "by 2", "by 4", "by a factor between 2 and 4"),
+        "d",
+        "Scores grow with the square, everything else in proportion.",
+    ),
+    Question(
+        "Llama-3.2-1B has a vocabulary of 128 256 words. In come 4 x 1024 tokens. The largest "
+        "tensor of the step is",
+        ("a float32 copy of the logits", "the embedding matrix", "a layer's scores", "the batch"),
+        "a",
+        "Tokens x vocabulary x 4 bytes, and three such copies are alive at the peak.",
+    ),
+    Question(
+        "You look for the largest batch that fits. How many training steps must each attempt run?",
+        ("a forward pass is enough", "one step", "two steps", "an epoch"),
+        "c",
+        "Adam's state appears in the first optimizer step; the second step has to live with it.",
+    ),
+)
 
 
 def widths(model: str) -> tuple[int, int, int, int]:
@@ -94,7 +134,7 @@ def check_saved_numbers(answer: Callable) -> Verdict:
 def check_largest_batch(
     answer: int, two_steps: Callable, recipe: TrainRecipe, budget_bytes: int
 ) -> Verdict:
-    """Exercise 01.2: the largest micro batch whose two steps stay within a budget.
+    """Exercise 01.3: the largest micro batch whose two steps stay within a budget.
 
     Args:
         answer: Sequences in a micro batch.
@@ -152,7 +192,7 @@ def check_largest_batch(
 
 @check()
 def check_logits_at_peak(answer: float, report: MemoryReport, vocab_size: int) -> Verdict:
-    """Exercise 01.3: bytes of logits-shaped tensors alive at the peak of a ledger's report."""
+    """Exercise 01.2: bytes of logits-shaped tensors alive at the peak of a ledger's report."""
     logits = [block for block in report.largest if block.shape[-1:] == (vocab_size,)]
     held = sum(block.n_bytes for block in logits)
     return judge_number(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from course_utils.exercises.answers import equal, items, whole
+from course_utils.exercises.answers import blanks, equal, items, number, whole
 from course_utils.exercises.checks import (
     Mistake,
+    Unfinished,
     Verdict,
     call,
     check,
@@ -18,6 +19,9 @@ from course_utils.exercises.checks import (
     not_yet,
     right,
 )
+from course_utils.exercises.predictions import Folded
+from course_utils.exercises.self_check import Question, SelfCheck
+from course_utils.figures.chain import held_beside
 from course_utils.topics.checkpointing import trace_chain
 from fitcast import models
 from fitcast.forecasting.forecast import forecast
@@ -27,10 +31,53 @@ from fitcast.recipe import TrainRecipe
 from fitcast.units import GB, GIB, show_bytes
 
 STEPS = 6
+QUESTIONS = SelfCheck(
+    Question(
+        "What does gradient checkpointing store?",
+        ("gradients of some layers", "a file of the weights", "the inputs of layers"),
+        "c",
+        "Activations: each layer's input, its boundary. The rest is computed again from it.",
+    ),
+    Question(
+        "All weights are trained, every layer forgets. How much more work is a step?",
+        ("half as much again", "twice as much", "a little less than a third", "nothing"),
+        "c",
+        "Backward is about two forwards, so a second forward would be a third more; and not all of "
+        "forward is asked for again.",
+    ),
+    Question(
+        "`from_pretrained`, then the switch, then your own loop: nothing is saved. Why?",
+        (
+            "the model is in evaluation mode: call `train()`",
+            "the optimizer was made before the switch",
+            "checkpointing needs LoRA",
+        ),
+        "a",
+        "A layer forgets in training mode only, and from_pretrained returns evaluation mode.",
+    ),
+    Question(
+        "What decides whether a QLoRA run on a T4 needs checkpointing?",
+        (
+            "the number of weights alone",
+            "tokens in the micro batch, and the layers' widths",
+            "the rank of the adapters",
+        ),
+        "b",
+        "It saves activations, and those follow the tokens.",
+    ),
+    Question(
+        "12 of 32 layers may remember. Which ones?",
+        ("any: it makes no difference", "the first", "every third", "the last"),
+        "d",
+        "Backward frees the last ones first, before a recomputed layer needs room.",
+    ),
+)
 # What autograd says when a checkpoint is wrong, and what it means.
 AUTOGRAD_SAYS = {
     "does not require grad": "there is no graph to run backward through: inside backward autograd "
     "is off, run the function under `torch.enable_grad()`.",
+    "incorrect number of gradients": "backward returns one value for each argument of forward: "
+    "None for the function, then what arrived at `x`.",
     "only for scalar outputs": "the second backward starts from the gradient that came in: "
     "`output.backward(grad)`.",
     "the graph a second time": "cut the recomputation off from what came before, with "
@@ -46,12 +93,17 @@ def check_traces(answer: Mapping[str, Any]) -> Verdict:
         answer: Two lists of six counts, under "keep_all" and "keep_135".
     """
     for name, kept in {"keep_all": range(1, STEPS + 1), "keep_135": (1, 3, 5)}.items():
-        moments = {moment.action: moment.held for moment in trace_chain(STEPS, kept)}
-        held = [moments[f"backward {step}"] for step in range(STEPS, 0, -1)]
+        held = _held_in_backward(kept)
         verdict = _judge_trace(name, answer[name], held, set(kept))
         if verdict:
             return verdict
     return right("6 against 4 at the most, and the price is a few steps of forward.")
+
+
+def _held_in_backward(kept: Collection[int]) -> list[tuple[int, ...]]:
+    """Which inputs the chain holds while backward runs its last step, the one before, and so on."""
+    moments = {moment.action: moment.held for moment in trace_chain(STEPS, kept)}
+    return [moments[f"backward {step}"] for step in range(STEPS, 0, -1)]
 
 
 def _judge_trace(
@@ -91,13 +143,28 @@ def _judge_trace(
     )
 
 
-@check(asked=3)
+def draw_traces(keep_all: Any, keep_135: Any) -> Any:
+    """Exercise 02.1's counts beside those of a chain that was run; folded until both are there."""
+    names, mine = ("keep a1 to a6", "keep a1, a3, a5"), {}
+    kept = dict(zip(names, (range(1, STEPS + 1), (1, 3, 5)), strict=True))
+    for name, answer in zip(names, (keep_all, keep_135), strict=True):
+        counts = [found for one in items(answer) or () if (found := number(one)) is not None]
+        if len(counts) == STEPS:
+            mine[name] = counts
+    counted = {name: [len(held) for held in _held_in_backward(kept[name])] for name in names}
+    figure = held_beside(mine, counted)
+    return figure if len(mine) == len(names) else Folded("In a chain that was run:", [figure])
+
+
+@check(asked=2)
 def check_forget(answer: Callable) -> Verdict:
     """Exercise 02.2: a checkpoint of one's own, for gradients to the bit *and* fewer bytes.
 
     Args:
         answer: `answer(function, x)` is `function(x)`, and keeps nothing but `x` for backward.
     """
+    if blanks(answer):
+        raise Unfinished
     try:
         plain, yours = _train_blocks(lambda block, x: block(x)), _train_blocks(answer)
     except RuntimeError as error:

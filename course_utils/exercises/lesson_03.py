@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 from unittest.mock import Mock
 
 import torch
@@ -19,8 +22,13 @@ from course_utils.exercises.checks import (
     not_yet,
     right,
 )
+from course_utils.exercises.self_check import Question, SelfCheck
 from course_utils.topics.trainer_log import scheduled
+from fitcast import models
+from fitcast.forecasting.forecast import Forecast, forecast
+from fitcast.gpus import Gpu
 from fitcast.memory.ledger import MemoryLedger
+from fitcast.recipe import TrainRecipe
 from fitcast.training.batching import accumulate, labelled_tokens, split
 from fitcast.training.gradients import gradient, in_float64, relative_error
 from fitcast.units import IGNORED, refusal, show_bytes
@@ -30,6 +38,49 @@ RUNS = ((32, 2, 4, 1, 1, 0.5, 1), (20, 2, 4, 1, 2, 0.1, 2), (27, 4, 2, 1, 2, 0.3
 TWO_RANKS = (40, 2, 4, 2, 2, 0.25, 2)
 # The largest size that trains, unknown to the search, and the largest that it may try.
 SEARCHES = ((37, 64), (1, 64), (0, 64), (64, 64), (5, 64), (6, 10))
+
+QUESTIONS = SelfCheck(
+    Question(
+        "per_device_train_batch_size=2, gradient_accumulation_steps=16, logging_steps=16. How "
+        "often does Trainer write a line?",
+        (
+            "after each optimizer step",
+            "after every 16 optimizer steps",
+            "after each micro batch",
+        ),
+        "b",
+        "logging_steps, save_steps, warmup_steps and max_steps all count optimizer steps.",
+    ),
+    Question(
+        "Each micro batch's mean loss, divided by their number, backward. The gradient is that of "
+        "the whole batch",
+        (
+            "always",
+            "never",
+            "when all micro batches have equally many labelled tokens",
+        ),
+        "c",
+        "A mean of means gives a token of a short answer more say; divide sums by all tokens.",
+    ),
+    Question(
+        "From 32 x 1 to 2 x 16. Which part of the memory shrinks?",
+        ("activations", "gradients", "optimizer state", "weights"),
+        "a",
+        "Only activations (and logits) follow the micro batch.",
+    ),
+    Question(
+        "Your own compute_loss drops `num_items_in_batch`, accumulation is 16. The gradient is",
+        ("right", "16 times too short", "random", "16 times too long"),
+        "d",
+        "Trainer believes that the loss is divided already, and adds up 16 means.",
+    ),
+    Question(
+        "Where must a search for the largest micro batch free memory after a failure?",
+        ("inside `except`", "after it", "nowhere, PyTorch does"),
+        "b",
+        "Inside, the exception still holds the frames, and they hold every tensor.",
+    ),
+)
 
 
 @check(asked=3)
@@ -240,7 +291,7 @@ class PretendedCard:
 
 @check(asked=3)
 def check_search(answer: Callable) -> Verdict:
-    """Exercise 03.3: the largest size that trains, in few attempts, nothing left alive."""
+    """Exercise 03.4: the largest size that trains, in few attempts, nothing left alive."""
     for limit, upper in SEARCHES:
         fault = _fault_of_search(answer, limit, upper)
         if fault:
@@ -319,7 +370,7 @@ def _hidden_error(answer: Callable) -> str | None:
 
 @check()
 def check_rank_loss(answer: Callable) -> Verdict:
-    """Exercise 03.4: each rank's loss, so that the mean of ranks' gradients is the batch's."""
+    """Exercise 03.5: each rank's loss, so that the mean of ranks' gradients is the batch's."""
     for tokens_of_ranks in ((3, 45), (7, 7, 50, 11)):
         ranks, total = len(tokens_of_ranks), sum(tokens_of_ranks)
         random = torch.Generator().manual_seed(ranks)
@@ -365,3 +416,121 @@ def check_rank_loss(answer: Callable) -> Verdict:
             f"{relative_error(found, exact):.2g}."
         )
     return right("the mean of the ranks' gradients is the gradient of the whole batch, to 1e-12.")
+
+
+EFFECTIVE_BATCH = 32
+SLOWER_AT_MOST = 1.10  # times the fastest plan that fits
+
+
+def effective_batch_step(
+    recipe: TrainRecipe, micro_batch_size: int, checkpointed_layers: int, gpu: Gpu
+) -> Forecast:
+    """Forecast a plan; two micro batches need as much memory as any larger number of them."""
+    return forecast(
+        replace(
+            recipe,
+            micro_batch_size=micro_batch_size,
+            checkpointed_layers=checkpointed_layers,
+            gradient_accumulation_steps=2,
+        ),
+        gpu,
+    )
+
+
+def seconds_an_update(step: Forecast, micro_batch_size: int) -> float:
+    """Seconds for 32 sequences in such micro batches, at the card's peak rates."""
+    return step.ideal_seconds * EFFECTIVE_BATCH / (2 * micro_batch_size)
+
+
+@functools.cache
+def fastest_plan(recipe: TrainRecipe, gpu: Gpu) -> tuple[int, int, float]:
+    """Micro batch, layers that forget, and seconds of the fastest plan whose verdict is "fits"."""
+    layers, plans = models.config(recipe.model).num_hidden_layers, []
+    size = 1
+    while size <= EFFECTIVE_BATCH:
+        least, most = -1, layers  # `most` fits, `least` is not known to
+        if effective_batch_step(recipe, size, layers, gpu).verdict != "fits":
+            break  # a larger micro batch needs more
+        while most - least > 1:
+            middle = (least + most) // 2
+            fits = effective_batch_step(recipe, size, middle, gpu).verdict == "fits"
+            least, most = (least, middle) if fits else (middle, most)
+        seconds = seconds_an_update(effective_batch_step(recipe, size, most, gpu), size)
+        plans.append((seconds, size, most))
+        size *= 2
+    seconds, size, layers = min(plans)
+    return size, layers, seconds
+
+
+@check(asked=3)
+def check_effective_batch(answer: Mapping[str, Any], recipe: TrainRecipe, gpu: Gpu) -> Verdict:
+    """Exercise 03.3: 32 sequences behind an update of one card, that fit and lose little time.
+
+    Args:
+        answer: Whole numbers under "micro_batch_size", "gradient_accumulation_steps" and
+            "checkpointed_layers".
+        recipe: Model, length and all that the answer does not decide.
+        gpu: The card.
+    """
+    layers = models.config(recipe.model).num_hidden_layers
+    names = {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "checkpointed_layers": 0}
+    plan = {name: whole(answer[name], least) for name, least in names.items()}
+    for name, least in names.items():
+        if plan[name] is None:
+            return not_yet(f"{name} is a whole number from {least}, got {answer[name]!r}.")
+    size, steps, forget = (plan[name] or 0 for name in names)
+    if forget > layers:
+        return not_yet(f"the model has {layers} layers, {forget} cannot forget.")
+    if size * steps != EFFECTIVE_BATCH:
+        return not_yet(
+            f"{size} x {steps} x 1 card makes {size * steps} sequences behind an update; "
+            f"{EFFECTIVE_BATCH} are asked for."
+        )
+    step = effective_batch_step(recipe, size, forget, gpu)
+    if step.verdict != "fits":
+        why = _why_not(
+            step,
+            lambda: effective_batch_step(recipe, size, layers - forget, gpu),
+            forget,
+            layers,
+        )
+        return not_yet(f"{size} x {steps}, {forget} layers forget: {why}")
+    best_size, best_forget, best = fastest_plan(recipe, gpu)
+    slower = seconds_an_update(step, size) / best
+    if slower > SLOWER_AT_MOST:
+        room = (
+            "every layer forgets, and the room for layers that remember is not spent"
+            if forget == layers and size == best_size
+            else "fewer sequences at a time leave room for layers that remember, and each of those "
+            "saves its second forward"
+            if size > best_size
+            else "more of the layers could remember"
+        )
+        return not_yet(f"it fits, and takes {slower - 1:.1%} longer than the fastest plan: {room}.")
+    return right(
+        f"{show_bytes(step.peak_allocated_bytes)} at the peak, fits, {slower - 1:.1%} longer than "
+        f"the fastest plan ({best_size} x {EFFECTIVE_BATCH // best_size}, {best_forget} layers "
+        "forget)."
+    )
+
+
+def _why_not(step: Forecast, turned: Callable[[], Forecast], forget: int, layers: int) -> str:
+    """What is wrong with a plan that is tight or does not fit.
+
+    Args:
+        step: The plan's forecast.
+        turned: Forecasts the plan in which forgetting and remembering layers are exchanged.
+        forget: How many layers forget.
+        layers: How many there are.
+    """
+    peak = f"with {show_bytes(step.peak_allocated_bytes)} in tensors"
+    if step.verdict == "tight":
+        return f"tight, {peak}: let one or two layers more forget, and it fits."
+    if forget == layers:
+        return f"does not fit, {peak}, and no layer is left to forget: smaller micro batches."
+    if forget < layers - forget and turned().verdict == "fits":
+        return (
+            f"does not fit, {peak}. `checkpointed_layers` counts the layers that forget, not "
+            "those that remember."
+        )
+    return f"does not fit, {peak}: let more layers forget."

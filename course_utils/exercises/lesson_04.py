@@ -20,6 +20,7 @@ from course_utils.exercises.checks import (
     not_yet,
     right,
 )
+from course_utils.exercises.self_check import Question, SelfCheck
 from course_utils.topics.precision import FORMATS, OperationLog
 from fitcast import gpus
 from fitcast.forecasting.fake import fake_model, fake_tensors
@@ -45,6 +46,47 @@ PUBLISHED = {
     "logging_steps": 10,
     "save_strategy": "epoch",
 }
+
+QUESTIONS = SelfCheck(
+    Question(
+        "float16 has three more fraction bits than bfloat16. Why is it the harder one to train in?",
+        (
+            "its steps are coarser",
+            "its range is short: small gradients become zero, large ones infinite",
+            "it is slower on every GPU",
+        ),
+        "b",
+        "A coarse step is noise that averages out; out of range is always zero or infinite.",
+    ),
+    Question(
+        "All weights in float32, then `fp16=True`. The memory of weights and Adam's state",
+        ("is halved", "falls by a quarter", "is what it was, and 16-bit copies come on top"),
+        "c",
+        "Autocast casts operands of operations; the optimizer's numbers stay in float32.",
+    ),
+    Question(
+        "A float16 weight is 1.0 and gets 1000 updates of 0.0001. It is then",
+        ("1.0", "1.1", "about 1.05", "infinite"),
+        "a",
+        "Half the distance to the next number is larger than one update: each is rounded away.",
+    ),
+    Question(
+        "Which 16-bit format does a T4 multiply in hardware?",
+        ("both", "bfloat16", "neither", "float16"),
+        "d",
+        "Its compute capability is 7.5; bfloat16 products came with 8.0.",
+    ),
+    Question(
+        "fp16=True and a 4-bit base with bnb_4bit_compute_dtype=bfloat16. What happens?",
+        (
+            "an error",
+            "forward is repaired by casts, backward's products run in bfloat16",
+            "nothing: the compute dtype is ignored",
+        ),
+        "b",
+        "Autocast covers forward only; backward follows the compute dtype, which a T4 emulates.",
+    ),
+)
 
 
 @check()

@@ -10,6 +10,7 @@ import torch
 
 from course_utils.exercises.answers import describe, items, number
 from course_utils.exercises.checks import Verdict, call, check, not_yet, right
+from course_utils.exercises.self_check import Question, SelfCheck
 from course_utils.topics.precision import land
 
 STEPS, GROWTH_INTERVAL = 200, 20
@@ -43,6 +44,48 @@ OVERFLOWING = {
     6: ((0,), math.inf),
     8: ((1,), math.nan),
 }
+
+QUESTIONS = SelfCheck(
+    Question(
+        "Why is the loss multiplied by a large number before backward?",
+        (
+            "to learn faster",
+            "so that small gradients stay within float16's range",
+            "to make clipping unnecessary",
+        ),
+        "b",
+        "The chain rule carries the factor to every gradient; it is divided out before the update.",
+    ),
+    Question(
+        "One gradient is infinite. GradScaler",
+        (
+            "clips it",
+            "sets it to zero",
+            "raises an error",
+            "skips the optimizer's step and halves the scale",
+        ),
+        "d",
+        "Clipping would make NaN of it: infinity times zero.",
+    ),
+    Question(
+        "When must gradients be clipped?",
+        ("before unscaling", "after unscaling, before the step", "after the step", "never in fp16"),
+        "b",
+        "Before, their norm is the scale times too large, and clipping leaves next to nothing.",
+    ),
+    Question(
+        "After 2000 good steps in a row the scale",
+        ("is doubled", "is halved", "stays", "starts again at 65 536"),
+        "a",
+        "It finds the ceiling by bumping into it: one skipped step, then one power of two below.",
+    ),
+    Question(
+        "bfloat16 needs no scaler because",
+        ("it has more fraction bits", "its gradients are larger", "it has float32's exponent"),
+        "c",
+        "A scale would shift numbers within a range that holds them all.",
+    ),
+)
 
 
 @check()

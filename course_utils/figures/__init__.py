@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # for editors and type checkers; what runs is `__getattr__`
         memory_over_time,
     )
     from course_utils.figures.batches import attempts, token_shares, updates
-    from course_utils.figures.chain import chains
+    from course_utils.figures.chain import chains, held_beside
     from course_utils.figures.live import Watcher
     from course_utils.figures.numbers import (
         bit_fields,
@@ -44,6 +44,7 @@ __all__ = [
     "curves",
     "forgetting_explorer",
     "forward_backward",
+    "held_beside",
     "ladder",
     "layers_explorer",
     "lengths",
@@ -64,7 +65,7 @@ __all__ = [
 _MODULES = {
     "base": "Figure compare curves forward_backward losses memory_over_time",
     "batches": "attempts token_shares updates",
-    "chain": "chains",
+    "chain": "chains held_beside",
     "live": "Watcher",
     "numbers": "bit_fields loss_scale magnitudes scale_window smallest_updates",
     "training": "ladder lengths progress",

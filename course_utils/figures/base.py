@@ -11,6 +11,7 @@ Design".
 from __future__ import annotations
 
 import base64
+import html
 import io
 import itertools
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,14 @@ class Figure:
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict, dict]:
         data = {"image/png": base64.b64encode(self.png).decode(), "text/plain": repr(self)}
         return data, {"image/png": {"alt": self.alt}}
+
+    def as_html(self) -> str:
+        """The picture as an HTML image, with its words."""
+        png = base64.b64encode(self.png).decode()
+        return (
+            f"<img alt='{html.escape(self.alt, quote=True)}' style='max-width: 100%' "
+            f"src='data:image/png;base64,{png}'>"
+        )
 
     def __repr__(self) -> str:
         return f"Figure: {self.alt}"
@@ -164,22 +173,35 @@ def memory_over_time(report: Any, title: str = "") -> Figure:
 
 
 @styled
-def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") -> Figure:
+def compare(
+    rows: Mapping[str, Any],
+    gpu: Gpu | None = None,
+    title: str = "",
+    axis_bytes: int | None = None,
+) -> Figure:
     """Stacked bars of bytes by holder, one bar a row, against a GPU's memory.
 
     Args:
-        rows: Name of each bar, to bytes by holder: a dict, or anything with a `composition`.
+        rows: Name of each bar, to bytes by holder: a dict, or anything with a `composition`. A
+            forecast's bar also says whether it fits; nobody else knows.
         gpu: Its usable memory is drawn as a line that a bar should not cross; `None` draws none.
         title: What is compared.
+        axis_bytes: Where the axis ends, so that two pictures can be compared; a bar that is longer
+            is cut. By default a little behind the longest bar.
     """
+    verdicts = {name: f", {row.verdict}" for name, row in rows.items() if hasattr(row, "verdict")}
     rows = {name: getattr(row, "composition", row) for name, row in rows.items()}
     totals = {name: sum(row.values()) for name, row in rows.items()}
     limit = gpu.usable_bytes if gpu else 0
-    unit, size = _unit(max([*totals.values(), limit]))
+    longest = axis_bytes or max([*totals.values(), limit])
+    unit, size = _unit(longest)
     canvas, ax = new_canvas(2.0 + 0.6 * len(rows))
     ends = dict.fromkeys(rows, 0)
     for holder in sorted({h for row in rows.values() for h in row if row[h]}, key=place_of):
-        widths = [row.get(holder, 0) / size for row in rows.values()]
+        widths = [
+            min(row.get(holder, 0), max(0, longest - ends[name])) / size
+            for name, row in rows.items()
+        ]
         ax.barh(
             list(rows),
             widths,
@@ -191,11 +213,10 @@ def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") ->
         ends = {name: end + rows[name].get(holder, 0) for name, end in ends.items()}
     said = {}
     for name, total in totals.items():
-        verdict = "" if not gpu else ", fits" if total <= limit else ", does not fit"
-        said[name] = show_bytes(total) + verdict
+        said[name] = show_bytes(total) + verdicts.get(name, "")
         ax.annotate(
-            said[name],
-            (total / size, name),
+            f"{'→ ' * (total > longest)}{said[name]}",
+            (min(total, longest) / size, name),
             xytext=(7, 0),
             va="center",
             fontsize=12,
@@ -206,7 +227,7 @@ def compare(rows: Mapping[str, Any], gpu: Gpu | None = None, title: str = "") ->
     if gpu:
         ax.axvline(limit / size, color=INK, linestyle="--", zorder=3)
         unit += f" (dashed: the {show_bytes(limit)} that {with_article(gpu.name)} has for tensors)"
-    ax.set(title=title, xlabel=unit, xlim=(0, 1.5 * max([*totals.values(), limit]) / size))
+    ax.set(title=title, xlabel=unit, xlim=(0, 1.5 * longest / size))
     ax.invert_yaxis()
     canvas.legend(loc="outside lower center", ncols=4, fontsize=12)
     against = f" against the {show_bytes(limit)} of {with_article(gpu.name)}" if gpu else ""

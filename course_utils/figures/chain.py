@@ -86,3 +86,32 @@ def _draw(ax: Any, trace: Sequence[Moment], steps: int, longest: int) -> None:
     ax.set(xlim=(-0.6, longest - 0.4), ylim=(-0.75, steps + 0.1), xticks=[], yticks=[])
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
+
+
+@styled
+def held_beside(
+    yours: Mapping[str, Sequence[float]], counted: Mapping[str, Sequence[int]]
+) -> Figure:
+    """Inputs held during each backward step: a learner's counts beside those of a chain that ran.
+
+    Args:
+        yours: Name of each chain, to the counts for its last step, the one before, and so on; empty
+            for a picture of what was counted alone.
+        counted: The same names, to the right counts.
+    """
+    canvas, _ = new_canvas(2.9)
+    canvas.clear()
+    axes, said = canvas.subplots(1, len(counted), squeeze=False, sharey=True)[0], []
+    for ax, (name, right) in zip(axes, counted.items(), strict=True):
+        places = range(len(right))
+        ax.bar(places, right, color=GREEN, width=0.8, label="counted")
+        if name in yours:
+            ax.plot(places, yours[name], "D", color=INK, markersize=7, label="yours")
+            same = sum(a == b for a, b in zip(yours[name], right, strict=True))
+            said.append(f"{name}: {same} of {len(right)} as counted")
+        said.append(f"{name}: {', '.join(map(str, right))} held")
+        ax.set(xticks=list(places), xticklabels=[f"b{n}" for n in range(len(right), 0, -1)])
+        ax.set_title(name, loc="left", fontsize=13)
+    axes[0].set_ylabel("inputs held")
+    axes[-1].legend(fontsize=12)
+    return finish(canvas, "inputs held in each backward step", words=f"{'; '.join(said)}.")

@@ -7,7 +7,6 @@ settings stands there, with its alt text. Not offered: animation, saving what a 
 from __future__ import annotations
 
 import asyncio
-import base64
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,10 +17,14 @@ import ipywidgets
 from course_utils.figures.base import LINES, Figure, compare
 from course_utils.figures.numbers import magnitudes, smallest_updates
 from fitcast import models
-from fitcast.forecasting.block import boundary_bytes, count_block, weight_bytes
+from fitcast.forecasting.block import boundary_bytes, count_block
 from fitcast.gpus import PRESETS, preset
 from fitcast.recipe import TrainRecipe
+from fitcast.units import GIB
 
+# Where an explorer's axis ends, whatever its controls say: a bar that moves is then seen to move.
+LAYERS_AXIS_BYTES = 48 * GIB
+CARDS_IN_AXIS = 2
 PAUSE = 0.05  # seconds between two pictures that nobody has asked for yet
 VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -68,7 +71,7 @@ class Explorer:
         self.draw = draw
         self.controls = {name: control(name, values) for name, values in choices.items()}
         self.figure = draw(**self.settings)  # the default: a mistake in it may raise
-        self._shown = {tuple(self.settings.values()): _img(self.figure)}  # each is drawn once
+        self._shown = {tuple(self.settings.values()): self.figure.as_html()}  # each is drawn once
         self.picture = ipywidgets.HTML(*self._shown.values())
         self.box = ipywidgets.VBox([*self.controls.values(), self.picture])
         for widget in self.controls.values():
@@ -102,7 +105,7 @@ class Explorer:
         key = tuple(settings.values())
         if key not in self._shown:
             try:
-                self._shown[key] = _img(self.draw(**settings))
+                self._shown[key] = self.draw(**settings).as_html()
             except ValueError as error:
                 self._shown[key] = f"<p role='status'>{html.escape(str(error))}</p>"
         return self._shown[key]
@@ -146,10 +149,9 @@ class Explorer:
 
 
 def layers_explorer() -> Explorer:
-    """A 16-bit model's weights and what its layers keep, by the usual estimate and counted."""
+    """What a model's layers keep for backward in 16 bits, by the usual estimate and counted."""
 
     def draw(attention: str, trained: str, **settings: Any) -> Figure:
-        gpu = preset(settings.pop("gpu"))
         recipe = TrainRecipe(
             base="float16",
             amp_dtype="float16",
@@ -164,25 +166,21 @@ def layers_explorer() -> Explorer:
             "usual estimate": boundary_bytes(recipe),
             "what layers keep": count_block(recipe).saved_activation_bytes,
         }
-        weights = weight_bytes(recipe)
         return compare(
-            {
-                name: {"weights": weights, "activations": layers * n_bytes}
-                for name, n_bytes in rows.items()
-            },
-            gpu,
+            {name: {"activations": layers * n_bytes} for name, n_bytes in rows.items()},
+            None,
             f"{recipe.model}, {attention}, {trained}: {recipe.micro_batch_size} x "
             f"{recipe.sequence_length:,} tokens",
+            LAYERS_AXIS_BYTES,
         )
 
     return Explorer(
         draw,
         model=("llama-2-7b", "llama-3.1-8b", "llama-3.2-3b", "llama-3.2-1b"),
         micro_batch_size=(1, 2, 4, 8),
-        sequence_length=(2048, 256, 512, 1024, 4096),
+        sequence_length=(1024, 256, 512, 2048, 4096),
         attention=("SDPA", "eager"),
         trained=("all weights", "LoRA"),
-        gpu=tuple(PRESETS),
     )
 
 
@@ -203,6 +201,7 @@ def levers_explorer() -> Explorer:
             {name: forecast(one, preset(gpu)) for name, one in rows.items()},
             preset(gpu),
             f"{usual.model}, QLoRA: {usual.micro_batch_size} x {usual.sequence_length:,} tokens",
+            CARDS_IN_AXIS * preset(gpu).usable_bytes,
         )
 
     return Explorer(
@@ -255,11 +254,12 @@ def forgetting_explorer() -> Explorer:
             preset(gpu),
             f"{recipe.model}, {recipe.micro_batch_size} x "
             f"{recipe.sequence_length:,}: layers that forget",
+            CARDS_IN_AXIS * preset(gpu).usable_bytes,
         )
 
     return Explorer(
         draw,
-        model=("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"),
+        model=("llama-3.2-3b", "llama-3.2-1b", "llama-3.1-8b"),
         micro_batch_size=(1, 2, 4, 8),
         sequence_length=(2048, 256, 512, 1024, 4096),
         layers_that_forget=("50 %", "25 %", "75 %"),
@@ -287,6 +287,7 @@ def split_explorer() -> Explorer:
             card,
             f"{recipe.model}: {effective_batch} sequences of "
             f"{recipe.sequence_length:,} tokens behind an update",
+            CARDS_IN_AXIS * card.usable_bytes,
         )
 
     return Explorer(
@@ -303,11 +304,3 @@ def split_explorer() -> Explorer:
 
 def _share(layers: int, percent: str) -> int:
     return round(layers * int(percent.removesuffix(" %")) / 100)
-
-
-def _img(figure: Figure) -> str:
-    png = base64.b64encode(figure.png).decode()
-    return (
-        f"<img alt='{html.escape(figure.alt, quote=True)}' style='max-width: 100%' "
-        f"src='data:image/png;base64,{png}'>"
-    )

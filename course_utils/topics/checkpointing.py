@@ -10,9 +10,9 @@ Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", secti
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +22,7 @@ from fitcast import gpus, models
 from fitcast.memory.flops import matrix_flops
 from fitcast.memory.ledger import MemoryLedger
 from fitcast.recipe import TrainRecipe
-from fitcast.units import refusal
+from fitcast.units import refusal, show_bytes
 
 if TYPE_CHECKING:
     from transformers import LlamaModel
@@ -103,6 +103,25 @@ def in_segments(
         segment = layers[start : start + size]
         x = checkpoint(functools.partial(run, segment), x, use_reentrant=False)
     return x
+
+
+def beside_the_first() -> Callable[[dict[str, Any]], str]:
+    """What to print of recorded rows: time and peak, as shares of the first row of their kind.
+
+    Returns:
+        A function of one row after the other, to its line. A row's kind stands in its name, before
+        the comma.
+    """
+    first_of: dict[str, dict[str, Any]] = {}
+
+    def line(row: dict[str, Any]) -> str:
+        first = first_of.setdefault(row["name"].split(",")[0], row)
+        slower = first["tokens_per_second"] / row["tokens_per_second"]
+        share = row["peak_allocated_bytes"] / first["peak_allocated_bytes"]
+        peak = show_bytes(row["peak_allocated_bytes"])
+        return f"{row['name']:28} {slower:.2f} x the time, {peak:>9} = {share:4.0%}"
+
+    return line
 
 
 class WorkCounter(TorchDispatchMode):

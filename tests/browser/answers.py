@@ -20,6 +20,8 @@ ANSWERS = {
                       "    <= budget_bytes)",
     },
     "03": {
+        "plan": "plan = {'micro_batch_size': 1, 'gradient_accumulation_steps': 32,\n"
+                "        'checkpointed_layers': 20}",
         "def what_it_counts": """def what_it_counts(examples, micro_batch_size, accumulation, ranks,
                    epochs, warmup, logging_steps):
     micro_batches = math.ceil(examples / (micro_batch_size * ranks))

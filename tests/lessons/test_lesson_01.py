@@ -2,13 +2,17 @@
 
 import functools
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from course_utils.exercises import lesson_01
 from course_utils.exercises.lesson_01 import FULL
+from fitcast import gpus, models
+from fitcast.forecasting.fake import fake_tensors, meta_model, on_fake_tensors
 from fitcast.memory.ledger import MemoryLedger
 from fitcast.step import qlora
 from fitcast.units import MIB
@@ -99,6 +103,38 @@ def test_largest_batch_is_what_the_budget_allows():
     two_steps(replace(FULL, micro_batch_size=12), BUDGET)
     with pytest.raises(torch.OutOfMemoryError, match="The budget is 120.00 MiB"):
         two_steps(replace(FULL, micro_batch_size=13), BUDGET)
+
+
+def whole_game(lines: set[int]) -> int:
+    """The peak of the lesson's first run on a pretended T4, with some of its three lines."""
+    dtype = torch.float16 if 1 in lines else torch.float32
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of names
+        model = meta_model(models.config("llama-3.2-3b"), dtype)
+        if 2 in lines:
+            model = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
+        if 3 in lines:
+            model.gradient_checkpointing_enable()
+    trained = [p for p in on_fake_tensors(model).parameters() if p.requires_grad]
+    with fake_tensors():
+        ids, optimizer = torch.zeros(4, 1024, dtype=torch.long), torch.optim.AdamW(trained)
+        with MemoryLedger(model, inputs=ids, budget_bytes=gpus.T4.usable_bytes) as ledger:
+            for _ in range(2):
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return ledger.report().peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [set(), {1, 2}, {1, 3}, {2, 3}])
+def test_each_of_the_three_lines_is_needed(lines):
+    with pytest.raises(torch.OutOfMemoryError, match="The budget is 14.42 GiB"):
+        whole_game(lines)
+
+
+@pytest.mark.slow
+def test_the_three_lines_together_are_enough():
+    assert whole_game({1, 2, 3}) < gpus.T4.usable_bytes
 
 
 def words(term: str) -> set[str]:

@@ -1,5 +1,6 @@
 """Lesson 02: what it promises, and its exercises: references pass, mistakes fail in own words."""
 
+import re
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -98,10 +99,39 @@ def twice(ctx, grad):
     return None, first
 
 
-def never_filled_in(ctx, grad):
-    output = ...
-    output.backward(...)
-    return None, grad
+def returns_only_x(ctx, grad):
+    x, output = recomputed(ctx)
+    output.backward(grad)
+    return x.grad
+
+
+def empty_backward(ctx, grad): ...
+
+
+def by_torch_autograd_grad(ctx, grad):
+    """The same without `.backward()`: what is asked for is asked by name."""
+    x, output = recomputed(ctx)
+    weights = list(ctx.function.parameters())
+    gradients = torch.autograd.grad(output, [x, *weights], grad)
+    for weight, found in zip(weights, gradients[1:], strict=True):
+        weight.grad = found
+    return None, gradients[0]
+
+
+class OnTheContext(Forget):
+    """Keeps `x` as an attribute; nothing frees it early, and here nothing need."""
+
+    @staticmethod
+    def forward(ctx, function, x):
+        ctx.function, ctx.x = function, x
+        return function(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.x.detach().clone().requires_grad_(True)
+        with torch.set_grad_enabled(True):
+            ctx.function(x).backward(grad)
+        return None, x.grad
 
 
 class KeepsTheOutput(Forget):
@@ -156,8 +186,21 @@ def test_traces():
         traces(ALL, SOME),
         traces(range(6, 0, -1), tuple(SOME)),
         traces(np.array(ALL), torch.tensor(SOME)),
+        traces([float(count) for count in ALL], [np.int64(count) for count in SOME]),
+        traces(torch.arange(6, 0, -1), [torch.tensor(count) for count in SOME]),
     ]
     assert complaints(lesson_02.check_traces, "check_traces", right, wrong) == []
+
+
+def test_a_trace_is_drawn_beside_the_right_one_when_it_is_there():
+    folded = lesson_02.draw_traces(..., SOME)
+    assert "keep a1, a3, a5: 4, 3, 3, 2, 2, 1 held" in folded._repr_html_()
+    assert "held" not in repr(folded)
+    for wrong in (3, [1, 2], [..., *SOME[1:]], "643322"):
+        assert repr(lesson_02.draw_traces(ALL, wrong)) == repr(folded)
+    drawn = lesson_02.draw_traces(range(6, 0, -1), np.array([4, 3, 3, 3, 2, 1]))
+    assert "keep a1 to a6: 6 of 6 as counted" in drawn.alt
+    assert "keep a1, a3, a5: 5 of 6 as counted" in drawn.alt
 
 
 def test_forget():
@@ -173,9 +216,21 @@ def test_forget():
         "no gradients for the weights": (backward(only_the_input), "the weights got no gradient"),
         "twice": (backward(twice), "from `grad`, once"),
         "a number": (3, "a function is asked for, got int"),
-        "never filled in": (backward(never_filled_in), "2 of 3 `...` still there: `output = ...`"),
+        "one gradient for two arguments": (
+            backward(returns_only_x),
+            "one value for each argument of forward",
+        ),
+        "backward still to write": (
+            type("Half", (Forget,), {"backward": staticmethod(empty_backward)}).apply,
+            "1 of 2 `...` still there: `def empty_backward",
+        ),
     }
-    right = [Forget.apply, *(partial(checkpoint, use_reentrant=kind) for kind in (True, False))]
+    right = [
+        Forget.apply,
+        OnTheContext.apply,
+        backward(by_torch_autograd_grad),
+        *(partial(checkpoint, use_reentrant=kind) for kind in (True, False)),
+    ]
     assert complaints(lesson_02.check_forget, "check_forget", right, wrong) == []
 
 
@@ -279,12 +334,13 @@ def test_widget_follows_the_forecast():
     explorer = widgets.forgetting_explorer()
     peak = forecast(
         TrainRecipe(
-            model="llama-3.2-1b", amp_dtype="float16", sequence_length=2048, checkpointed_layers=8
+            model="llama-3.2-3b", amp_dtype="float16", sequence_length=2048, checkpointed_layers=14
         )
     ).peak_allocated_bytes
-    assert f"8 of 16 layers: {show_bytes(peak)}, fits" in explorer.figure.alt
-    assert "0 of 16 layers" in explorer.figure.alt and "does not fit" in explorer.figure.alt
-    explorer.controls["sequence_length"].value = 256
+    assert f"14 of 28 layers: {show_bytes(peak)}, does not fit" in explorer.figure.alt
+    assert re.search(r"28 of 28 layers: [\d.]+ GiB, fits", explorer.figure.alt)
+    explorer.controls["sequence_length"].value = 1024  # the lesson's task
+    assert re.search(r"0 of 28 layers: [\d.]+ GiB, fits", explorer.picture.value)
     explorer.controls["layers_that_forget"].value = "25 %"
-    assert "4 of 16 layers" in explorer.picture.value
+    assert "7 of 28 layers" in explorer.picture.value
     assert "does not fit" not in explorer.picture.value

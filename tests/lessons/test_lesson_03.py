@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import Trainer
@@ -13,6 +14,7 @@ from course_utils.data import BUNDLED
 from course_utils.exercises import lesson_03
 from course_utils.figures import widgets
 from course_utils.topics import trainer_log
+from fitcast import gpus
 from fitcast.recipe import TrainRecipe
 from fitcast.training.batching import labelled_tokens
 from tests.lessons.exercises import complaints
@@ -149,6 +151,51 @@ def hides_errors(train, upper):
 def hides_runtime_errors(train, upper):
     """`torch.OutOfMemoryError` is a RuntimeError, so this finds every limit."""
     return bisect(train, upper, caught=RuntimeError)
+
+
+THREE = TrainRecipe(model="llama-3.2-3b", sequence_length=2048, amp_dtype="float16")
+
+
+def plan(micro, accumulation, forget):
+    return {
+        "micro_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "checkpointed_layers": forget,
+    }
+
+
+@pytest.mark.slow
+def test_effective_batch():
+    wrong = {
+        "two at a time": (plan(2, 16, 28), "fewer sequences at a time leave room"),
+        "nothing is spent": (plan(1, 32, 28), "the room for layers that remember is not spent"),
+        "on the edge": (plan(1, 32, 16), "tight, with 13.22 GiB in tensors"),
+        "the ones that remember": (plan(1, 32, 10), "counts the layers that forget, not"),
+        "all at once": (plan(32, 1, 28), "no layer is left to forget: smaller micro batches"),
+        "too many remember": (plan(2, 16, 14), "let more layers forget"),
+        "half of it": (plan(1, 16, 20), "1 x 16 x 1 card makes 16 sequences"),
+        "half a sequence": (plan(0.5, 64, 28), "micro_batch_size is a whole number from 1"),
+        "more than there are": (plan(1, 32, 29), "the model has 28 layers, 29 cannot forget"),
+        "text": (plan(1, 32, "all"), "a whole number from 0, got 'all'"),
+        "half done": (plan(1, 32, ...), "1 of 3 `...` still there: `checkpointed_layers = ...`"),
+    }
+    right = [
+        plan(1, 32, 18),
+        plan(1.0, 32.0, 20.0),
+        plan(torch.tensor(1), np.int64(32), np.float64(22)),
+        plan(np.array(1), torch.tensor(32.0), 26),
+        plan(*range(1, 2), 32, 24),
+    ]
+
+    def check(answer):
+        return lesson_03.check_effective_batch(answer, THREE, gpus.T4)
+
+    assert complaints(check, "check_effective_batch", right, wrong) == []
+
+
+def test_a_plan_that_does_not_make_32_needs_no_forecast():
+    said = lesson_03.check_effective_batch(plan(2, 8, 28), THREE, gpus.T4)
+    assert "2 x 8 x 1 card makes 16 sequences behind an update; 32 are asked for" in repr(said)
 
 
 def half_done_search(train, upper):

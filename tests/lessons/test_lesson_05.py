@@ -258,7 +258,7 @@ def uncompared(lesson: str) -> list[str]:
     compared = {
         ast.unparse(call.args[0])
         for call in calls
-        if {keyword.arg for keyword in call.keywords} - {"show"}
+        if {keyword.arg for keyword in call.keywords} - {"show", "also"}
     }
     assert predicted
     return [name for name in predicted if name not in compared]

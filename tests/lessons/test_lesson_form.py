@@ -10,7 +10,7 @@ from tools.notebooks import lesson_scripts
 COUNTS = {
     "predictions": (r"^# ### Predict$", 3, 6),
     "cells to predict in": (r'^# %% tags=\["predict"\]$', 3, 6),
-    "exercises": (r"^# ##+ Exercise \d\d\.\d · \w", 2, 4),
+    "exercises": (r"^# ##+ Exercise \d\d\.\d · \w", 2, 5),
     "pictures": (r"figures\.(?!\w+_explorer)\w+\(", 1, 20),
     "controls": (r"^figures\.\w+_explorer\(", 1, 1),
 }

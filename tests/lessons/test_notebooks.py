@@ -23,7 +23,9 @@ from tools.surroundings import ROOT
 NOTEBOOKS = sorted(LESSONS.glob("*.ipynb"))
 MAX_CELL_LINES = 15
 MAX_LOOSE_CELLS = 4
-TAGS = LOOSE | {"setup", "predict", "run", "exercise", "check", "recorded", "raises-exception"}
+TAGS = LOOSE | {
+    "setup", "predict", "run", "exercise", "check", "recorded", "raises-exception", "self-check",
+}  # fmt: skip
 KINDS = r"\d\d_\w+\.(py|ipynb)|\w+\.md|__pycache__|\.ipynb_checkpoints"
 
 
@@ -120,6 +122,11 @@ def alt_text(notebook) -> list[str]:
         for cell, output in outputs(notebook)
         if {"image/png", "image/svg+xml", "image/jpeg"} & set(output.get("data", {}))
         and not re.match(r"Figure: \w", output.data.get("text/plain", ""))
+    ] + [
+        f"{where(cell)} folds an image without words: {picture[:40]}"
+        for cell, output in outputs(notebook)
+        for picture in re.findall(r"<img[^>]*>", output.get("data", {}).get("text/html", ""))
+        if not re.search(r"alt='\w", picture)
     ]
 
 
@@ -133,8 +140,46 @@ def untouched(notebook) -> list[str]:
     return [
         f"{where(cell)} is committed with an answer: leave ..."
         for cell in code_cells(notebook)
-        if tags(cell) & {"predict", "exercise"} and "..." not in cell.source
+        if (tags(cell) & {"predict", "exercise"} or is_self_check(cell))
+        and "..." not in cell.source
     ]
+
+
+def is_self_check(cell) -> bool:
+    """Whether a learner writes five letters into this cell."""
+    return "self-check" in tags(cell) and bool(re.match(r"(before|after) =", cell.source))
+
+
+def spoiled(notebook) -> list[str]:
+    """Answers that stand open between a prediction and the words that explain it."""
+    complaints, folded, shown = [], set(), []
+    for cell in notebook.cells:
+        if "predict" in tags(cell):
+            folded, shown = set(), []
+        elif cell.cell_type == "markdown":
+            complaints += [
+                f"{where(one)} shows {number}, which a prediction folds"
+                for one, text in shown
+                for number in sorted(folded & telling(text))
+            ]
+            folded, shown = set(), []
+        for output in cell.get("outputs", []):
+            page = output.get("data", {}).get("text/html", "")
+            inside = re.findall(r"<details>.*?</details>", page, re.DOTALL)
+            folded |= telling(" ".join(re.sub(r"<[^>]*>", " ", part) for part in inside))
+            shown.append((cell, shown_text_unfolded(output)))
+    return complaints
+
+
+def telling(text: str) -> set[str]:
+    """Numbers of a text that are no accident: three digits or more."""
+    return {number for number in re.findall(r"\d+\.?\d*", text) if len(number) > 3}
+
+
+def shown_text_unfolded(output) -> str:
+    """What a reader sees of an output without unfolding anything."""
+    text = re.sub(r"<details>.*?</details>", "", shown_text(output), flags=re.DOTALL)
+    return re.sub(r"<[^>]*>", " ", text)
 
 
 def machine_traces(notebook) -> list[str]:
@@ -169,7 +214,7 @@ def silent_stderr(notebook) -> list[str]:
 
 CHECKS = [
     executed, loose_cells, errors, metadata, cell_length, magics, alt_text, known_tags, untouched,
-    machine_traces, silent_stderr,
+    spoiled, machine_traces, silent_stderr,
 ]  # fmt: skip
 
 
@@ -186,6 +231,10 @@ def pair_differs(source, notebook) -> list[str]:
         for number, (ours, theirs) in enumerate(zip(left, right, strict=True), start=1)
         if ours != theirs
     ]
+
+
+# Lessons in which an answer still stands open.
+STILL_SPOILED = ("06",)
 
 
 def read(path):
@@ -213,6 +262,8 @@ def test_lesson_reproduces(script):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_lesson_is_whole(check, path):
+    if check is spoiled and path.name[:2] in STILL_SPOILED:
+        pytest.skip("still to be folded")
     assert check(read(path)) == []
 
 
@@ -271,6 +322,25 @@ def prints(text: str, name: str = "stdout"):
     return lambda notebook: notebook.cells[RUN].outputs.append(shown)
 
 
+def folds(answer: str, also: str = "nothing", behind=None):
+    """A fault: a prediction's answer is folded, and the next cell prints something."""
+
+    def plant(notebook):
+        page = f"<details><summary>The answer</summary>{answer}</details>"
+        shown = new_output("display_data", {"text/html": page, "text/plain": "Write your guess."})
+        notebook.cells[RUN].outputs = [shown]
+        told = new_output("stream", name="stdout", text=also)
+        notebook.cells[FIGURE].outputs = [told]
+        notebook.cells.append(behind or new_markdown_cell("Because."))
+
+    return plant
+
+
+def answered(notebook):
+    notebook.cells[RUN].update(source='before = "abcda"')
+    notebook.cells[RUN].metadata["tags"] = ["self-check"]
+
+
 def many_loose(notebook):
     cell = notebook.cells[RUN]
     cell.update(source="# loose: times differ")
@@ -307,6 +377,10 @@ FAULTS = [
     (known_tags, tagged(CHECK, "check", "chek"), "the tag chek is unknown"),
     (untouched, source(PREDICT, "predicted = 3"), "with an answer"),
     (untouched, source(EXERCISE, "def answer():\n    return 3"), "with an answer"),
+    (untouched, answered, "with an answer"),
+    (alt_text, folds("<img src='x'>"), "folds an image without words"),
+    (spoiled, folds("<pre>26.50 MiB</pre>", "peak 26.50 MiB"), "shows 26.50"),
+    (spoiled, folds("<pre>26.50</pre>", "26.50", new_markdown_cell("### Explain")), "shows 26.50"),
     (machine_traces, prints("saved to /work/out"), "a path of this machine"),
     (machine_traces, prints("saved to C:\\out"), "a path of this machine"),
     (machine_traces, prints("\x1b[31mred"), "a terminal escape code"),

@@ -13,7 +13,6 @@ from course_utils.exercises.checks import (
     judge_function,
     judge_number,
     right,
-    show_prediction,
 )
 from course_utils.exercises.lesson_03 import check_accumulation, check_search
 from fitcast.units import MIB
@@ -231,63 +230,6 @@ def test_interrupt_escapes():
 
     with pytest.raises(KeyboardInterrupt):
         check_function(stopped, [()], [1])
-
-
-@pytest.mark.parametrize(
-    ("predicted", "first"),
-    [
-        (..., "predicted  no prediction yet"),
-        (None, "predicted  no prediction yet"),
-        (MIB, "predicted  1.00 MiB (0.50 times the counted)"),
-        (0, "predicted  0 B"),
-        (-MIB, "predicted  -1.00 MiB"),
-        ("2 MiB", "predicted  '2 MiB', which is not a number"),
-    ],
-)
-def test_prediction(predicted, first, capsys):
-    show_prediction(predicted, counted=2 * MIB, measured=None)
-    assert capsys.readouterr().out.splitlines() == [
-        first,
-        "counted    2.00 MiB",
-        "measured   not measured on cpu",
-    ]
-
-
-def test_prediction_of_a_ratio(capsys):
-    show_prediction(2.0, show="{:.1f} x".format, counted=4.0)
-    assert capsys.readouterr().out.splitlines() == [
-        "predicted  2.0 x (0.50 times the counted)",
-        "counted    4.0 x",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("predicted", "words"),
-    [
-        (0.3, "30% (1.15 times the counted)"),
-        (1, "100% (3.85 times the counted)"),
-        (40, "4000% (a share from 0 to 1 is asked for: 40% is 0.4)"),
-    ],
-)
-def test_prediction_of_a_share(predicted, words, capsys):
-    show_prediction(predicted, show="{:.0%}".format, counted=0.26)
-    assert capsys.readouterr().out.splitlines()[0] == f"predicted  {words}"
-
-
-def test_prediction_of_an_exponent_has_no_ratio(capsys):
-    show_prediction(12, show="scale 2**{:.0f}".format, computed=16)
-    assert capsys.readouterr().out.splitlines()[0] == "predicted  scale 2**12"
-
-
-@pytest.mark.parametrize("predicted", [np.int64(MIB), torch.tensor(MIB), float(MIB)])
-def test_prediction_by_any_library(predicted, capsys):
-    show_prediction(predicted, counted=2 * MIB)
-    assert capsys.readouterr().out.startswith("predicted  1.00 MiB (0.50 times the counted)")
-
-
-def test_prediction_beside_what_nobody_measured_or_zero(capsys):
-    show_prediction(MIB, measured=None, counted=0)
-    assert capsys.readouterr().out.splitlines()[0] == "predicted  1.00 MiB"
 
 
 def test_a_gradient_of_nan_is_not_equal():

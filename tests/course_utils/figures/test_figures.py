@@ -6,6 +6,7 @@ import itertools
 import re
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -109,14 +110,28 @@ def test_timeline_areas_are_in_proportion():
     assert heights[1] / heights[0] == pytest.approx(3, rel=0.1)
 
 
-def test_bars_are_in_proportion_and_judged():
+def test_bars_are_in_proportion():
     rows = {"a": {"weights": 5 * GIB}, "b": {"weights": 15 * GIB, "activations": 0}}
     figure = base.compare(rows, gpus.T4)
     lengths = np.unique(painted(figure, "weights").sum(axis=1))
     assert lengths[-1] / lengths[lengths > 60][0] == pytest.approx(3, rel=0.05)
-    assert "a: 5.00 GiB, fits" in figure.alt and "b: 15.00 GiB, does not fit" in figure.alt
-    assert "14.42 GiB of a T4" in figure.alt
-    assert "fit" not in base.compare(rows).alt
+    assert "a: 5.00 GiB (" in figure.alt and "14.42 GiB of a T4" in figure.alt
+    assert "fits" not in figure.alt, "bytes of tensors alone are no verdict"
+
+
+@pytest.mark.parametrize("verdict", ["fits", "tight", "does not fit"])
+def test_a_forecast_says_whether_it_fits(verdict):
+    row = SimpleNamespace(composition={"weights": GIB}, verdict=verdict)
+    assert f"a: 1.00 GiB, {verdict} (" in base.compare({"a": row}, gpus.T4).alt
+
+
+def test_on_a_fixed_axis_a_bar_changes_its_length_and_a_long_one_is_cut():
+    def length(n_bytes):
+        figure = base.compare({"a": {"weights": n_bytes}}, axis_bytes=8 * GIB)
+        return painted(figure, "weights").sum(axis=1).max()
+
+    assert length(4 * GIB) / length(2 * GIB) == pytest.approx(2, rel=0.05)
+    assert length(80 * GIB) == length(8 * GIB)
 
 
 def test_bars_take_reports():

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from course_utils.data import BUNDLED
+from course_utils.topics import checkpointing
 from course_utils.topics.checkpointing import (
     WorkCounter,
     build_stack,
@@ -181,3 +182,17 @@ def test_pytorchs_counter_would_disturb_the_ledger(stack):
         return max(ledger.report().timeline["activations"])
 
     assert highest(FlopCounterMode(display=False)) > 1.5 * highest(WorkCounter())
+
+
+def test_recorded_rows_stand_beside_the_first_of_their_kind():
+    line = checkpointing.beside_the_first()
+    rows = [("LoRA, 0 layers", 100.0, 4), ("LoRA, 8 layers", 80.0, 1), ("all, 0 layers", 50.0, 8)]
+    said = [
+        line({"name": name, "tokens_per_second": speed, "peak_allocated_bytes": gib * 2**30})
+        for name, speed, gib in rows
+    ]
+    assert [text.split("layers")[1].split() for text in said] == [
+        ["1.00", "x", "the", "time,", "4.00", "GiB", "=", "100%"],
+        ["1.25", "x", "the", "time,", "1.00", "GiB", "=", "25%"],
+        ["1.00", "x", "the", "time,", "8.00", "GiB", "=", "100%"],
+    ]

@@ -1,0 +1,99 @@
+"""A learner's guess beside what forecast and instruments say; the answer stays folded until then.
+
+Folded is HTML's `<details>`: it opens by a click or by keyboard in Colab, JupyterLab and on GitHub,
+and the numbers in it are part of the notebook's output, so that a comparison of outputs holds them.
+Where only text is shown, the answer is not. Not offered: a lock that keeps a curious reader out.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from course_utils.exercises.answers import number
+from fitcast.units import show_bytes
+
+OPEN = "Write your guess in place of the `...` above, then run both cells."
+
+
+class Folded:
+    """What a prediction is compared with, before there is one: a line of text, the rest folded.
+
+    Args:
+        text: The lines to fold.
+        also: What follows them: text, or anything with `as_html`, as figures have.
+    """
+
+    def __init__(self, text: str, also: Sequence[Any] = ()) -> None:
+        self.text, self.also = text, also
+
+    def _repr_html_(self) -> str:
+        parts = [self.text, *self.also]
+        inside = "\n".join(
+            part.as_html() if hasattr(part, "as_html") else f"<pre>{html.escape(str(part))}</pre>"
+            for part in parts
+        )
+        said = html.escape(OPEN).replace("`...`", "<code>...</code>")
+        return (
+            f"<p>{said}</p>\n"
+            f"<details><summary>The answer, without a guess</summary>\n{inside}\n</details>"
+        )
+
+    def __repr__(self) -> str:
+        return OPEN
+
+
+def show_prediction(
+    predicted: object,
+    *,
+    show: Callable[[Any], str] = show_bytes,
+    also: object = (),
+    **values: float | None,
+) -> None:
+    """Show a prediction above what forecast and instruments say, one a line.
+
+    Args:
+        predicted: The learner's; while it is `...` all the rest is folded.
+        show: How to write a number; bytes by default, e.g. `"{:.1f} times".format`.
+        also: What gives the answer away as well, a figure or a text or a list of these: it follows
+            the numbers, and is folded with them.
+        values: Name to number; `None` is a quantity that nobody measured here.
+    """
+    more = list(also) if isinstance(also, (list, tuple)) else [also]
+    rows = {
+        name: show_bytes(None) if value is None else show(value) for name, value in values.items()
+    }
+    if predicted is ... or predicted is None:
+        _display(Folded(_table(rows), more))
+        return
+    found = number(predicted)
+    if found is None:
+        said = f"{predicted!r}, which is not a number"
+    else:
+        said = show(found) + _beside(found, show, values)
+    print(_table({"predicted": said} | rows))
+    for one in more:
+        print(one) if isinstance(one, str) else _display(one)
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"{name.replace('_', ' '):{width}}  {text}" for name, text in rows.items())
+
+
+def _display(shown: object) -> None:
+    from IPython.display import display  # where there is no notebook, it prints
+
+    display(shown)
+
+
+def _beside(found: float, show: Callable[[Any], str], values: Mapping[str, float | None]) -> str:
+    """What stands beside a predicted number: its ratio to the first value that is known, if any."""
+    known = next(((name, value) for name, value in values.items() if value), None)
+    if "**" in show(found) or found <= 0 or known is None:  # a ratio of exponents says nothing
+        return ""
+    if found >= 2 and show(0.5).startswith("50") and show(0.5).endswith("%"):
+        return f" (a share from 0 to 1 is asked for: {show(found / 100)} is {found / 100:g})"
+    name, value = known
+    return f" ({found / value:.2f} times the {name.replace('_', ' ')})"

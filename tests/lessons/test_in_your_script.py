@@ -1,0 +1,64 @@
+"""In your script: what a learner takes home runs as it stands, with the small model for the large.
+
+Each block is extracted into a file and run in an empty folder, on the versions that are installed.
+On Colab's, `make test-colab` runs this file too.
+"""
+
+import ast
+import re
+import runpy
+import sys
+import warnings
+
+import pytest
+
+from course_utils.data import bundled_model_dir
+from tools.minutes import code_lines
+from tools.notebooks import lesson_scripts
+
+LESSONS = ("01", "02", "03", "04", "05")
+BLOCK = re.compile(r"^# ## In your script\n(?:#.*\n)*?# ```python\n((?:#.*\n)*?)# ```$", re.M)
+HUB = re.compile(r'"[\w-]+/[\w.-]+"')  # a model's name there
+THEIRS = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes"}
+MAX_LINES = 15  # imports aside
+
+
+def script(number: str) -> str:
+    """The block of a lesson, as a file would hold it."""
+    (path,) = lesson_scripts([number])
+    (block,) = BLOCK.findall(path.read_text("utf-8"))
+    return "".join(f"{line[2:]}\n" for line in block.splitlines())
+
+
+def imported(source: str) -> set[str]:
+    """The packages that a source imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("number", LESSONS)
+def test_it_needs_nothing_of_this_repository(number):
+    source = script(number)
+    assert imported(source) <= THEIRS | set(sys.stdlib_module_names)
+    lines = [line for line in code_lines(source) if not re.match(r"(import|from) ", line)]
+    assert 5 <= len(lines) <= MAX_LINES
+    assert HUB.search(source), "a model that a reader can replace"
+
+
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(one, marks=() if one == "03" else pytest.mark.slow) for one in LESSONS],
+)
+def test_it_runs(number, tmp_path, monkeypatch, capsys):
+    source = HUB.sub(repr(str(bundled_model_dir())), script(number))
+    file = tmp_path / "mine.py"
+    file.write_text(source, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(action="ignore"):  # names that version 6 will drop, to both sides
+        runpy.run_path(str(file), run_name="__main__")
+    assert capsys.readouterr().out.strip(), "it says what it found"
