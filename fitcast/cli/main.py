@@ -2,6 +2,7 @@
 
     fitcast forecast --model llama-3.1-8b --gpu T4 --sequence-length 2048
     fitcast forecast run.yaml --gpu A100-40
+    fitcast forecast --model llama-3.1-8b --step generation --new-tokens 256
     fitcast fit --model llama-3.1-8b --target-effective-batch 32
     fitcast levers --model llama-3.1-8b --micro-batch-size 4
     fitcast doctor
@@ -19,11 +20,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fitcast.cli import options, show, start
+from fitcast.cli import options, show, start, steps
 from fitcast.cli.progress import Progress
 
 if TYPE_CHECKING:
     from fitcast.forecasting.verdict import Forecast
+    from fitcast.gpus import Gpu
 
 FITS, BAD_INPUT, DOES_NOT_FIT, TIGHT = 0, 2, 3, 4
 INTERRUPTED = 130  # as a shell says it of a program that Ctrl-C ended
@@ -37,20 +39,31 @@ def code_of(forecast: Forecast) -> int:
 def forecast_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str]:
     """`fitcast forecast`: exit code and what to print."""
     gpu = options.gpu_of(asked)
+    f = _forecast(asked, gpu)
     if asked.file:
-        from fitcast.forecasting.files import forecast_file
-
-        f = forecast_file(asked.file, gpu, **options.beside_file(asked))
         data = show.file_data(asked.file, f)
     else:
-        recipe = options.recipe_of(asked)
-        start.engine()
-        from fitcast.forecasting.forecast import forecast
-
-        f = forecast(recipe, gpu)
-        data = show.forecast_data(recipe, f)
+        data = show.forecast_data(options.recipe_of(asked), f)
     answer = show.as_json(data) if asked.json else show.forecast_text(f)
     return code_of(f), answer
+
+
+def _forecast(asked: argparse.Namespace, gpu: Gpu) -> Forecast:
+    """What was asked for: a step of a file or of a recipe; a training step unless it says so."""
+    if asked.step.lower() != "train":
+        start.engine()
+        return steps.forecast_step_asked(asked, gpu)
+    steps.refuse_numbers(asked)
+    if asked.file:
+        start.engine()
+        from fitcast.forecasting.files import forecast_file
+
+        return forecast_file(asked.file, gpu, **options.beside_file(asked))
+    recipe = options.recipe_of(asked)
+    start.engine()
+    from fitcast.forecasting.forecast import forecast
+
+    return forecast(recipe, gpu)
 
 
 def fit_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str]:

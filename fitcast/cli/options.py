@@ -155,6 +155,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         if asks:
             _add_recipe(verbs[name])
             _add_card(verbs[name], name)
+        if name == "forecast":
+            from fitcast.cli.steps import add_options
+
+            add_options(verbs[name])
         output = verbs[name].add_argument_group("output")
         output.add_argument("--json", action="store_true", help="For programs; bytes are integers.")
     return top, verbs
@@ -260,7 +264,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     top, verbs = _parsers()
     if words and words[0] not in top._option_string_actions:
         early = words[0].startswith("-")
-        words[0] = _one_of("verb", words[0], VERBS, "write the verb first" if early else "")
+        words[0] = one_of("verb", words[0], VERBS, "write the verb first" if early else "")
     options, unknown = top.parse_known_args(words)
     options.file = _file_among(unknown) if options.command == "forecast" else None
     if unknown:
@@ -344,7 +348,7 @@ def nearest(word: str, names: Iterable[str], alike: float = 0.6) -> str | None:
     return by_lower[close[0]] if close else None
 
 
-def _one_of(field: str, got: str, names: Iterable[str], remedy: str = "") -> str:
+def one_of(field: str, got: str, names: Iterable[str], remedy: str = "") -> str:
     """The one of `names` that was typed, in any letter case.
 
     Raises:
@@ -372,7 +376,7 @@ def gpu_of(options: argparse.Namespace) -> gpus.Gpu:
         if "must be one card" in str(error):
             raise
         other = "for another card say --memory-gib and --capability"
-        gpu = gpus.preset(_one_of("gpu", options.gpu, gpus.PRESETS, other))
+        gpu = gpus.preset(one_of("gpu", options.gpu, gpus.PRESETS, other))
     if options.memory_gib is None and options.capability is None:
         return gpu
     total, capability = gpu.total_bytes, gpu.capability
@@ -428,7 +432,7 @@ def _value(field: str, typed: str | bool) -> typing.Any:
         names = tuple(name.strip() for name in typed.split(","))
         return typed if typed == "all-linear" else names
     if field in CHOICES:
-        typed = _one_of(field, typed, map(as_text, CHOICES[field]))
+        typed = one_of(field, typed, map(as_text, CHOICES[field]))
     if typed.lower() == "none":
         return None
     try:

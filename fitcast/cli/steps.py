@@ -1,0 +1,173 @@
+"""Other steps than training, asked on the command line: evaluation, resuming, generation.
+
+    fitcast forecast run.yaml --step evaluation --eval-rows 500
+    fitcast forecast --model llama-3.1-8b --step generation --prompt-tokens 512 --new-tokens 256
+
+They are those of the stock trainer and of the model's own `generate()`. A recipe becomes the
+objects that a script would make of it; its levers are put on the trainer's model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fitcast.cli import options
+from fitcast.gpus import Gpu
+from fitcast.recipe import TRAINER_OPTIM, TrainRecipe
+from fitcast.units import refusal
+
+if TYPE_CHECKING:
+    from fitcast.forecasting.files.script import Script
+    from fitcast.forecasting.verdict import Forecast
+
+STEPS = ("train", "evaluation", "resume", "generation")
+# Options of the steps: which step they belong to, its name in Python, what it is.
+NUMBERS = {
+    "eval_batch_size": ("evaluation", "per_device_eval_batch_size", "Rows in a batch of the "
+                        "evaluation. (default: 8, as transformers has it)"),
+    "eval_rows": ("evaluation", "eval_rows", "Rows of the evaluation's data set. (default: two "
+                  "batches)"),
+    "prompt_tokens": ("generation", "prompt_tokens", "Tokens of a prompt. (default: 512)"),
+    "new_tokens": ("generation", "new_tokens", "Tokens to be made. (default: 256)"),
+    "prompts": ("generation", "batch_size", "Prompts at once. (default: 1)"),
+}  # fmt: skip
+GENERATION: dict[str, Any] = {"prompt_tokens": 512, "new_tokens": 256}
+LEVERS = ("attention", "norm", "mlp", "adapters", "rotary", "loss")
+
+
+def add_options(verb: argparse.ArgumentParser) -> None:
+    """The options of `fitcast forecast` about another step than training."""
+    group = verb.add_argument_group("step (what is forecast)")
+    group.add_argument(
+        "--step",
+        default="train",
+        metavar=f"{{{','.join(STEPS)}}}",
+        help="A training step, the trainer's evaluation after one, training that is resumed from a "
+        "checkpoint, or generate(). (default: train)",
+    )
+    for name, (_, _, text) in NUMBERS.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}", metavar="N", default=argparse.SUPPRESS, help=text
+        )
+
+
+def forecast_step_asked(asked: argparse.Namespace, gpu: Gpu) -> Forecast:
+    """The forecast of another step than training, of a file or of a recipe.
+
+    Raises:
+        ValueError: No such step, an option of another step, a value that cannot be.
+    """
+    step = options.one_of("step", asked.step, STEPS)
+    numbers = _numbers(asked, step)
+    script, more = _script(asked, gpu)
+    seen = _seen(step, script, more, numbers, gpu)
+    return dataclasses.replace(seen, notes=(*script.notes, *seen.notes))
+
+
+def _seen(
+    step: str, script: Script, more: dict[str, Any], numbers: dict[str, Any], gpu: Gpu
+) -> Forecast:
+    run = script.options() | more
+    model = run.pop("model", script.model)
+    if step == "generation":
+        from fitcast.forecasting.generation import forecast_generation
+
+        wanted = ("peft_config", "quantization_config", "dtype", "attn_implementation")
+        kept = {name: run[name] for name in wanted}
+        return forecast_generation(model, gpu=gpu, **kept, **(GENERATION | numbers))
+    from fitcast.forecasting.lean_trainer import with_levers
+    from fitcast.forecasting.other_steps import forecast_evaluation, forecast_resume
+
+    size = numbers.pop("per_device_eval_batch_size", None)
+    script.arguments |= {} if size is None else {"per_device_eval_batch_size": size}
+    arguments = script.training_arguments(gpu)
+    run = with_levers(arguments, run)
+    if step == "resume":
+        return forecast_resume(model, arguments, gpu=gpu, **run)
+    return forecast_evaluation(model, arguments, gpu=gpu, **run, **numbers)
+
+
+def refuse_numbers(asked: argparse.Namespace) -> None:
+    """Raise for an option of another step where a training step is forecast."""
+    _numbers(asked, "train")
+
+
+def _numbers(asked: argparse.Namespace, step: str) -> dict[str, Any]:
+    """The step's own numbers, by their names in Python."""
+    found: dict[str, Any] = {}
+    for option, (belongs, name, _) in NUMBERS.items():
+        typed = getattr(asked, option, None)
+        if typed is None:
+            continue
+        if belongs != step:
+            raise refusal(
+                f"--{option.replace('_', '-')}", f"be given with --step {belongs}", typed,
+                "or be left out",
+            )  # fmt: skip
+        found[name] = options.number(option, typed, int, "8")
+        if found[name] < 1:
+            raise refusal(option, "be a whole number from 1", found[name], "for example 8")
+    return found
+
+
+def _script(asked: argparse.Namespace, gpu: Gpu) -> tuple[Script, dict[str, Any]]:
+    """What a script would say, and what was typed beside it."""
+    from fitcast.forecasting import files
+
+    if asked.file:
+        return files.read(asked.file, gpu), options.beside_file(asked)
+    recipe = options.recipe_of(asked)
+    recipe.check_on(gpu)
+    levers = {name: getattr(recipe, name) for name in LEVERS}
+    pulled = any(value not in ("stock", "full", "eager") for value in levers.values())
+    return script_of(recipe), {"levers": levers} if pulled else {}
+
+
+def script_of(recipe: TrainRecipe) -> Script:
+    """A recipe as the objects of a script with a stock trainer."""
+    from fitcast.forecasting.files.script import Script
+    from fitcast.step import qlora
+
+    quantization = qlora.quantization(recipe)
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": recipe.micro_batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "optim": TRAINER_OPTIM[recipe.optimizer],
+        "fp16": recipe.amp_dtype == "float16",
+        "bf16": recipe.amp_dtype == "bfloat16",
+        "gradient_checkpointing": recipe.checkpointed_layers != 0,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    targets = recipe.lora_targets
+    adapters = {
+        "r": recipe.lora_rank,
+        "lora_alpha": recipe.lora_alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "task_type": "CAUSAL_LM",
+    }
+    return Script(
+        tool="recipe",
+        model=recipe.model,
+        arguments=arguments,
+        lora=adapters if recipe.lora_rank else None,
+        quantization=None if quantization is None else quantization.to_dict(),
+        dtype=str(qlora.storage_dtype(recipe)).removeprefix("torch."),
+        attention="eager" if recipe.attention == "eager" else None,
+        sequence_length=recipe.sequence_length,
+        padded=recipe.padded,
+        notes=_not_followed(recipe),
+    )
+
+
+def _not_followed(recipe: TrainRecipe) -> list[str]:
+    """What a recipe says of a training step and a stock trainer has no argument for."""
+    said = []
+    if recipe.checkpointed_layers not in (0, "all"):
+        said.append(f"checkpointed_layers: {recipe.checkpointed_layers} is taken as all here")
+    for name in ("offload_checkpoints", "keep_attention", "kbit_upcast"):
+        if getattr(recipe, name):
+            said.append(f"{name} is not followed in this step")
+    return said
