@@ -45,14 +45,18 @@ STRONGEST, *BETWEEN, WEAKEST = cage.LEVELS
 @pytest.fixture(
     scope="module",
     params=[
-        STRONGEST,
-        *(pytest.param(level, marks=pytest.mark.slow) for level in BETWEEN),
-        WEAKEST,
+        pytest.param((STRONGEST, False), id="quick"),
+        pytest.param((STRONGEST, True), id=STRONGEST, marks=pytest.mark.slow),
+        *(
+            pytest.param((level, False), id=level, marks=pytest.mark.slow)
+            for level in (*BETWEEN, WEAKEST)
+        ),
     ],
 )
 def attacked(request, tmp_path_factory):
     """The class of all attackers and three honest students, graded at one level."""
-    folder = tmp_path_factory.mktemp(request.param)
+    level, everything = request.param
+    folder = tmp_path_factory.mktemp(level)
     # Anybody may write here, so it is only the sandbox that forbids it.
     open_folder = Path(tempfile.mkdtemp(prefix="open-"))
     request.addfinalizer(lambda: shutil.rmtree(open_folder))
@@ -61,7 +65,7 @@ def attacked(request, tmp_path_factory):
     patch.setattr(tempfile, "tempdir", str(folder))
     request.addfinalizer(patch.undo)
     try:
-        with Sandbox(request.param) as sandbox:
+        with Sandbox(level) as sandbox:
             says = sandbox.says
             seen = MINE in running()
     except ValueError as error:
@@ -81,7 +85,7 @@ def attacked(request, tmp_path_factory):
         }
         names = [*CODE, *FILES]
         ids = {name: f"a{number:03}" for number, name in enumerate(names)}
-        if request.param != "namespaces":  # each loop costs seconds; once is enough
+        if not everything:  # each loop costs seconds; once is enough
             ids = {name: own for name, own in ids.items() if name not in SLOW[1:]}
         files = {f"tiny_{own}.ipynb": honest(own) for own in HONEST}
         for name, own in ids.items():
@@ -91,13 +95,14 @@ def attacked(request, tmp_path_factory):
                 files[FILES[name].name.replace("ID", own)] = FILES[name].data
         people = {own: f"=cmd|'{name}" for name, own in ids.items()}
         arguments = write_class(folder, people | dict.fromkeys(HONEST, "@Honest"), files)
-        found = grade(TINY, *arguments, level=request.param, weak=True)
+        found = grade(TINY, *arguments, level=level, weak=True)
         try:
             reached = server.accept()
         except TimeoutError:
             reached = None
     return SimpleNamespace(
-        level=request.param,
+        level=level,
+        everything=everything,
         says=says,
         server_seen=seen,
         ids=ids,
@@ -131,8 +136,8 @@ def test_nothing_escapes(attacked):
 
 
 def test_same_bytes_from_a_hostile_class(attacked, tmp_path):
-    if attacked.level != "namespaces":
-        pytest.skip("run at the strongest level only")
+    if not attacked.everything:
+        pytest.skip("run once, with all attacks")
     grade(TINY, *attacked.arguments[:3], tmp_path / "out/grades.csv", level=attacked.level)
     before = attacked.folder / "out"
     names = {path.relative_to(before) for path in before.rglob("*") if path.suffix in CHECKED}
@@ -159,7 +164,7 @@ def test_expected_value_is_not_in_the_child(attacked):
 @pytest.mark.parametrize("name", CODE)
 def test_attack_by_code(attacked, name):
     if name not in attacked.ids:
-        pytest.skip("run at the strongest level only")
+        pytest.skip("run once, with all attacks")
     result = attacked.results[attacked.ids[name]]
     says, points = CODE[name][1:]
     first, *others = result.marks

@@ -54,6 +54,7 @@ def test_archive_keeps_content_and_modes(archive):
     assert "`instructor/" not in security and "## Report a problem" in security
 
 
+@pytest.mark.slow
 def test_students_have_no_verbs_of_the_instructors(archive, tmp_path):
     with zipfile.ZipFile(archive) as packed:
         packed.extractall(tmp_path)

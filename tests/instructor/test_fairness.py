@@ -68,23 +68,38 @@ def lost(result):
     ] or result.problem
 
 
+OLD_SYNTAX = sorted(set(RIGHT) - NEW_SYNTAX)
+SOME = OLD_SYNTAX[::4]  # for `make test`
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory):
+    return graded(tmp_path_factory.mktemp("some"), {name: RIGHT[name] for name in SOME})
+
+
 @pytest.fixture(scope="module")
 def right(tmp_path_factory):
     return graded(tmp_path_factory.mktemp("right"), RIGHT)
 
 
-@pytest.mark.parametrize("name", sorted(set(RIGHT) - NEW_SYNTAX))
+@pytest.mark.parametrize("name", SOME)
+def test_some_right_notebooks_get_full_marks(some, name):
+    assert some[name].score == LONG.points, lost(some[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OLD_SYNTAX)
 def test_right_notebook_gets_full_marks(right, name):
     assert right[name].score == LONG.points, lost(right[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["3.12", "3.13"])
 def test_right_notebook_of_a_newer_python(version, tmp_path):
     python = other_python(version)
     if python is None:
         pytest.skip(f"no Python {version} here")
-    some = sorted(RIGHT)[::6] + sorted(NEW_SYNTAX)
-    for name, result in graded(tmp_path, {n: RIGHT[n] for n in some}, python=python).items():
+    for name, result in graded(tmp_path, RIGHT, python=python).items():
         assert result.score == LONG.points, (name, lost(result))
 
 
@@ -126,6 +141,7 @@ def test_python_that_never_starts_is_refused(tmp_path):
         grade(TINY, *arguments, python="nopy")
 
 
+@pytest.mark.slow
 def test_one_endless_cell_costs_a_notebook_nothing(tmp_path):
     """A cell that a kernel would never leave is left out, whatever it ends by, up to three."""
     solutions = honest("s001")

@@ -267,6 +267,7 @@ def test_partial_credit_after_a_case_that_kills(tmp_path):
     assert "ended without an answer" in first.reason
 
 
+@pytest.mark.slow
 def test_partial_credit_after_a_case_that_loops(tmp_path):
     cells = [
         "def effective_batch(a, b, c):\n    while a == 2: pass\n    return a * b * c",

@@ -3,6 +3,7 @@
 import json
 
 import nbformat
+import pytest
 
 from instructor.assignment import load
 from instructor.build.notebooks import answer_key, student_notebook
@@ -39,6 +40,7 @@ def test_key_is_right_and_an_untouched_notebook_not_attempted(tmp_path, capsys):
     assert code == 1 and all(": not attempted (" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_limits_are_the_graders(tmp_path, capsys):
     first = load(NAME).exercises[0].function
     for body, says in (

@@ -133,6 +133,7 @@ def test_warnings_come_first_and_change_the_exit_code(tmp_path, monkeypatch, cap
     assert body.index("all 6 have the same score") < body.index("6 students: 6 graded")
 
 
+@pytest.mark.slow
 def test_thirty_thousand_broken_cells_make_no_long_report(tmp_path):
     broken = "def effective_batch(:"
     cells = [*SOLUTIONS, *[broken] * 30_000]
