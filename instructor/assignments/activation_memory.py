@@ -41,7 +41,7 @@ def adapters(draw):
 
 
 EXERCISES += [exercise(
-    holders, title="Three of the four holders", minutes=5, reread="lesson 01, sections 1 and 5",
+    holders, title="Three of the four holders", minutes=5, reread='lesson 01, section 1 and "LoRA to the rescue?"',
     ideas=[
         Idea("a small model, all trained", (1000, 1000, 4), 0.5),
         Idea("your model with adapters", adapters, 0.5),
@@ -205,7 +205,7 @@ def too_small(draw):
 BATCH_MISTAKES = ("scales the peak", "forgets the fixed part", "takes the difference for one",
                   "rounds up")
 EXERCISES += [exercise(
-    largest_batch, title="Two runs are enough", minutes=8, reread="lesson 01, exercise 01.2",
+    largest_batch, title="Two runs are enough", minutes=8, reread="lesson 01, exercise 01.3",
     ideas=[
         Idea("round numbers", (2, 1400, 4, 1800, 3150), 0.5),
         Idea("not even the fixed part fits", (2, 1400, 4, 1800, 900), 0.5),
@@ -272,7 +272,7 @@ def larger(copies=3, logit_bytes=4, boundary_bytes=2, names=("logits", "layers")
 
 
 EXERCISES += [exercise(
-    logits_or_layers, title="The term nobody mentions", minutes=5, reread="lesson 01, section 6",
+    logits_or_layers, title="The term nobody mentions", minutes=5, reread="lesson 01, section 5",
     ideas=[
         Idea("Llama-3.2-1B, 4 x 1024", (4, 1024, 128_256, 2048, 16), 0.5),
         Idea("a small vocabulary", (2, 512, 1280, 4096, 64), 0.5),

@@ -137,7 +137,7 @@ def no_room(draw):
 K_MISTAKES = ("counts those that remember", "forgets what is there anyway",
               "forgotten layers are free")
 EXERCISES += [exercise(
-    smallest_k, title="The smallest k", minutes=8, reread="lesson 02, section 6",
+    smallest_k, title="The smallest k", minutes=8, reread="lesson 02, section 5",
     ideas=[
         Idea("ten layers", (10, 10, 100, 1000, 1500), 0.5),
         Idea("no k fits", (10, 10, 100, 1000, 1150), 0.5),
@@ -262,7 +262,8 @@ def a_tie(draw):
 
 
 EXERCISES += [exercise(
-    best_segment, title="Is it the square root?", minutes=8, reread="lesson 02, section 4",
+    best_segment, title="Is it the square root?", minutes=8,
+    reread='lesson 02, "Memory grows like √N"',
     ideas=[
         Idea("Chen's chain of 64", (64, 1), 0.5),
         Idea("a tie", (8, 4), 0.5),

@@ -127,7 +127,7 @@ def test_first_half_of_the_long_assignment_needs_the_sections_that_the_plan_says
     found = {
         number: exercise.minutes
         for number, exercise in enumerate(load("effective_batch").exercises, start=1)
-        if set(re.findall(r"\b(\d)\b(?!\.)", exercise.reread.partition(",")[2])) <= {"1", "2"}
+        if set(re.findall(r'\b(\d)\b(?!\.)|"', exercise.reread.partition(",")[2])) <= {"1", "2"}
     }
     assert list(found) == [1, 2, 5, 7, 8, 9, 10] and sum(found.values()) == int(minutes)
 
@@ -157,10 +157,12 @@ def test_what_students_are_told_to_reread_is_there():
             lesson, _, where = exercise.reread.removeprefix("lesson ").partition(", ")
             (path,) = LESSONS.glob(f"{lesson}_*.py")
             text = path.read_text("utf-8")
-            found = re.findall(r"\bexercise (0\d\.\d)|\b(\d)\b(?!\.)", where)
+            found = re.findall(r'\bexercise (0\d\.\d)|\b(\d)\b(?!\.)|"([^"]+)"', where)
             assert found, exercise.reread
-            for exercise_id, section in found:
-                assert f"# ## Exercise {exercise_id} " in text or f"# ## {section} · " in text, (
+            for exercise_id, section, title in found:
+                headings = [f"# ## Exercise {exercise_id} ", f"# ## {section} · "]
+                headings += [f"# ### {title}\n", f'# ### "{title}"\n'] if title else []
+                assert any(heading in text for heading in headings), (
                     f"{exercise.function}: {exercise.reread}"
                 )
 

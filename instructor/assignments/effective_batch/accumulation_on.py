@@ -35,7 +35,7 @@ def cluster(draw):
 
 
 EXERCISE = exercise(
-    accumulation_on, title="World size", minutes=4, reread="lesson 03, section 5",
+    accumulation_on, title="World size", minutes=4, reread='lesson 03, "Two processes, one update"',
     ideas=[
         Idea("one node of two", (32, 2, 1, 2), 0.5),
         Idea("your cluster", cluster, 0.5, tells=("counts nodes", "counts one node's GPUs",

@@ -53,7 +53,7 @@ GRADIENT_MISTAKES = ("mean of means", "each rank by its own tokens", "adds the g
                      "divides once more")
 EXERCISE = exercise(
     combined_gradient, title="Token-weighted gradients, over ranks", minutes=10,
-    reread="lesson 03, sections 2 and 5", rel_tolerance=1e-7,
+    reread='lesson 03, section 2 and "Two processes, one update"', rel_tolerance=1e-7,
     ideas=[
         Idea("one rank", ([[[4, [1.0, 0.0]], [1, [5.0, 10.0]]]],), 0.5),
         Idea("your ranks", gradients, 0.5, tells=GRADIENT_MISTAKES),

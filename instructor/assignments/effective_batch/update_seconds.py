@@ -47,7 +47,7 @@ def reading_run(draw):
 
 EXERCISE = exercise(
     update_seconds, title="T4 or A10: how long is an update?", minutes=8,
-    reread="lesson 03, section 6", rel_tolerance=1e-6,
+    reread='lesson 03, "Does it cost time?"', rel_tolerance=1e-6,
     ideas=[
         Idea("2 x 16 on a T4", (2, 16, 2048, 3_212_749_824, *T4), 0.5),
         Idea("8 x 4 on an A10", (8, 4, 2048, 3_212_749_824, *A10), 0.5),
