@@ -1,4 +1,4 @@
-"""Other steps than training, asked on the command line: evaluation, resuming, generation.
+"""Other steps than training, on the command line: evaluation, resuming, generation, merging.
 
     fitcast forecast run.yaml --step evaluation --eval-rows 500
     fitcast forecast --model llama-3.1-8b --step generation --prompt-tokens 512 --new-tokens 256
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fitcast.forecasting.files.script import Script
     from fitcast.forecasting.verdict import Forecast
 
-STEPS = ("train", "evaluation", "resume", "generation")
+STEPS = ("train", "evaluation", "resume", "generation", "merge")
 # Options of the steps: which step they belong to, its name in Python, what it is.
 NUMBERS = {
     "eval_batch_size": ("evaluation", "per_device_eval_batch_size", "Rows in a batch of the "
@@ -45,7 +45,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
         default="train",
         metavar=f"{{{','.join(STEPS)}}}",
         help="A training step, the trainer's evaluation after one, training that is resumed from a "
-        "checkpoint, or generate(). (default: train)",
+        "checkpoint, generate(), or the merge of adapters into 16-bit weights. (default: train)",
     )
     for name, (_, _, text) in NUMBERS.items():
         group.add_argument(
@@ -71,6 +71,8 @@ def _seen(
 ) -> Forecast:
     run = script.options() | more
     model = run.pop("model", script.model)
+    if step == "merge":
+        return _merge(model, run, gpu)
     if step == "generation":
         from fitcast.forecasting.generation import forecast_generation
 
@@ -87,6 +89,16 @@ def _seen(
     if step == "resume":
         return forecast_resume(model, arguments, gpu=gpu, **run)
     return forecast_evaluation(model, arguments, gpu=gpu, **run, **numbers)
+
+
+def _merge(model: str, run: dict[str, Any], gpu: Gpu) -> Forecast:
+    if run["peft_config"] is None:
+        raise refusal(
+            "step", "be another one for a run without adapters", "merge", "nothing is to be merged"
+        )
+    from fitcast.forecasting.merging import forecast_merge
+
+    return forecast_merge(model, run["peft_config"], gpu=gpu, dtype=run["dtype"])
 
 
 def refuse_numbers(asked: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import pytest
 from course_utils.data import BUNDLED
 from fitcast.cli import main as cli
 from fitcast.forecasting.generation import forecast_generation
+from fitcast.forecasting.merging import forecast_merge
 from fitcast.forecasting.other_steps import forecast_evaluation, forecast_resume
 from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
@@ -71,6 +72,20 @@ def test_evaluation_and_resuming(capsys):
     same = forecast_resume(BUNDLED, arguments, sequence_length=64, padded=False, **options)
     assert resumed["peak_allocated_bytes"] == same.peak_allocated_bytes
     assert "resume" in resumed["phase_peaks"]
+
+
+def test_merging_is_into_weights_that_are_not_quantized(capsys):
+    """The base in 16 bits and the adapters: all at once on the card."""
+    told = asked(capsys, "--step", "merge")
+    _, options = objects()
+    del options["quantization_config"]
+    same = forecast_merge(BUNDLED, **options)
+    assert told["peak_allocated_bytes"] == same.peak_allocated_bytes
+    assert "merged on the CPU it takes" in told["notes"][-1]
+    assert (
+        cli.main([*SMALL[:3], "--base", "float16", "--lora-rank", "none", "--step", "merge"]) == 2
+    )
+    assert "step must be another one for a run without adapters" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
