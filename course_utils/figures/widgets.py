@@ -18,13 +18,14 @@ from course_utils.figures.base import LINES, Figure, compare
 from course_utils.figures.numbers import magnitudes, smallest_updates
 from fitcast import models
 from fitcast.forecasting.block import boundary_bytes, count_block
-from fitcast.gpus import PRESETS, preset
+from fitcast.gpus import preset
 from fitcast.recipe import TrainRecipe
 from fitcast.units import GIB
 
 # Where an explorer's axis ends, whatever its controls say: a bar that moves is then seen to move.
 LAYERS_AXIS_BYTES = 48 * GIB
 CARDS_IN_AXIS = 2
+CARDS = ("T4", "L4", "A10", "A100-40", "H100", "H200")  # a slider of all presets is too fine
 PAUSE = 0.05  # seconds between two pictures that nobody has asked for yet
 VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -215,7 +216,7 @@ def levers_explorer() -> Explorer:
         lora_dropout=(0.0, 0.05),
         lora_rank=(16, 4, 8, 64),
         layers_that_forget=("100 %", "75 %", "50 %", "25 %", "0 %"),
-        gpu=tuple(PRESETS),
+        gpu=CARDS,
     )
 
 
@@ -263,7 +264,7 @@ def forgetting_explorer() -> Explorer:
         micro_batch_size=(1, 2, 4, 8),
         sequence_length=(2048, 256, 512, 1024, 4096),
         layers_that_forget=("50 %", "25 %", "75 %"),
-        gpu=tuple(PRESETS),
+        gpu=CARDS,
     )
 
 
@@ -298,7 +299,7 @@ def split_explorer() -> Explorer:
         sequence_length=(2048, 256, 512, 1024),
         loss=("chunked", "full"),
         attention=("explicit_kv", "stock"),
-        gpu=tuple(PRESETS),
+        gpu=CARDS,
     )
 
 
