@@ -204,3 +204,12 @@ def test_a_script_is_forecast_with_its_levers(tmp_path):
         fitcast.forecast(BUNDLED, arguments, levers={"checkpointed_layers": 1}, **options)
     with pytest.raises(ValueError, match="^levers must be True or keywords"):
         fitcast.forecast(BUNDLED, arguments, levers="lean", **options)
+
+
+def test_a_trainer_that_switches_checkpointing_on_gets_this_one():
+    """`Trainer.train` does so for `gradient_checkpointing=True`, on the PEFT model around it."""
+    model = adapted(tiny())
+    apply_levers(model, checkpointed_layers=1)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    layers = model.get_base_model().model.layers
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False]
