@@ -5,8 +5,8 @@
 #
 # **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
 #
-# Can the run that everybody loses be won, and trusted? Lesson 05 left all parts working, each
-# alone, on a model that fits anywhere. Here they meet: one recipe from check-list to exported
+# Can a fine-tune of 8B on a T4 be made to fit, and be trusted? Lesson 05 left all parts working,
+# each alone, on a model that fits anywhere. Here they meet: one recipe from check-list to exported
 # model, and you try to break it on the way. At the end an 8B model trains on a T4, at a size where
 # the usual recipe runs out of memory.
 #
@@ -138,14 +138,14 @@ print({size: getattr(models.config(recipe.model), size) for size in sizes})
 predicted_percent = ...
 
 # %% tags=["run"]
-from course_utils.exercises.predictions import show_prediction
+from course_utils.exercises.predictions import printed, show_prediction
 from course_utils.topics import budget
 from fitcast.step import qlora
 model = trainer.build_model(recipe)
 trainable, total = qlora.count_parameters(model)
-show_prediction(predicted_percent, show="{:.2f} %".format, counted=100 * trainable / total)
-model.print_trainable_parameters()
-budget.show_share("llama-3.2-1b")
+show_prediction(predicted_percent, show="{:.2f} %".format, counted=100 * trainable / total,
+                also=[printed(model.print_trainable_parameters),
+                      printed(budget.show_share, "llama-3.2-1b")])
 
 # %% [markdown]
 # ### Explain
@@ -197,9 +197,10 @@ figures.memory_over_time(step.report, "one optimizer step: four micro batches, t
 # - *Weights.* Each 4-bit layer has small tables of its own, dust in a large model; and a CPU keeps
 #   the embeddings in float32.
 # - *Optimizer state.* 8-bit Adam has a byte for each of its two averages and a float32 scale for
-#   every 256 of them, 2.03 bytes a parameter; *paged* means that CUDA may move them to the host.
-#   bitsandbytes does so only for matrices of 4096 elements or more: in the small model the MLP's
-#   wide ones. The others keep 2 x 4 bytes.
+#   every 256 of them, 2.03 bytes a parameter. A matrix of fewer than 4096 elements keeps 2 x 4
+#   bytes: in the small model all but the MLP's wide ones. *Paged* means that CUDA may move them to
+#   the host; bitsandbytes does so from 100 000 elements on, and at rank 16 on q, k, v, o not one
+#   matrix of an 8B model has as many. [bitsandbytes, optim/optimizer.py]
 # - *Activations.* The formula counts the layers' boundaries. A layer keeps many times that inside
 #   (lesson 01), unless it forgets (lesson 02).
 # - *Temporaries.* The formula is the full loss: three float32 copies of all logits (lesson 01).
@@ -222,24 +223,24 @@ predicted_factor = ...
 # %% tags=["run"]
 from course_utils.topics import recorded
 eight_b = closing_act.usual("llama-3.1-8b")
-show_prediction(predicted_factor, show="{:.2f}".format,
-                forecast=eight_b.forecast.peak_bytes / 14e9)
+tables = []
 for one in closing_act.rungs("budgets"):
-    print(f"\n{one.name}, usual recipe: what circulates, a T4's forecast, a count on a GPU")
-    budget.compare(one.name, one.forecast, one.measured)
-print(f"[recorded: {recorded.stamp(recorded.rows('budgets'))}]")
+    tables += [f"{one.name}, usual recipe: what circulates, a T4's forecast, a count on a GPU",
+               printed(budget.compare, one.name, one.forecast, one.measured)]
+tables.append(f"[recorded: {recorded.stamp(recorded.rows('budgets'))}]")
+show_prediction(predicted_factor, show="{:.2f}".format, also=tables,
+                forecast=eight_b.forecast.peak_bytes / 14e9)
 
 # %% [markdown]
 # ### Explain
 # The rows for small things are right, or too small to matter. The largest row is *missing*: at the
 # peak stand the logits, tokens x vocabulary, in float32 copies (lesson 01). A "batch" of token ids
-# is kilobytes; whoever gives it a gigabyte has seen the logits and named them wrongly. Base weights
+# is kilobytes. Base weights
 # are not parameters x 0.5 (nor is the quoted claim): embeddings and head stay at 16 bits. Gradients
 # are 0 B because these runs take one micro batch a step: at the peak none exists yet. With
 # accumulation they lie beside the next micro batch (lesson 03). And where the activations' row
-# holds, it holds by luck: the levers below halve them, and leave batch, length, width and depth
-# alone. Forecast and GPU agree in every row; what little the ledger counts less is the work space
-# of the GPU's libraries, which no operation shows.
+# agrees, that is an accident: the levers below halve them, and leave batch, length, width and depth
+# alone. Forecast and GPU agree in every row.
 
 # %% [markdown]
 # ## 4 · Data: learn the answer, not the question
@@ -365,8 +366,8 @@ assert evaluation.largest_shift(rest.losses, run.losses[:5]) < 0.05
 # curve that looks right and is another run. It takes the adapters, the optimizer's state, the
 # schedule, the gradient scaler, the random state and the position in the data.
 #
-# "So save often"? Memory that ends in the middle of a save leaves half a file, under the right
-# name. Here it happens to the usual save, and the file cannot be read:
+# "So save often"? A process that runs out of memory in the middle of a save leaves half a file,
+# under the right name. Here it happens to the usual save, and the file cannot be read:
 
 # %% tags=["raises-exception"]
 state, no_memory, no_disk = {"step": 56, "weights": torch.ones(1000)}, *survival.ACCIDENTS
@@ -410,11 +411,10 @@ new_answers = evaluation.generate(model, tokenizer, heldout["prompt"], recipe)
 # %% tags=["run", "nbval-ignore-output"]
 # loose: shares and losses differ by a little between CPU types
 learned = tickets.score(new_answers, heldout["answer"])
-show_prediction(predicted_right, show="{:.0f} %".format, measured=100 * learned.correct)
-print(learned)
-print(f"held-out loss {sum(before) / len(before):.2f} -> {sum(after) / len(after):.2f}, change "
-      f"and 95 % interval {evaluation.paired_bootstrap(before, after)}")
-print(f"\n{heldout['prompt'][0]}\n{new_answers[0]}")
+loss = (f"held-out loss {sum(before) / len(before):.2f} -> {sum(after) / len(after):.2f}, change "
+        f"and 95 % interval {evaluation.paired_bootstrap(before, after)}")
+show_prediction(predicted_right, show="{:.0f} %".format, measured=100 * learned.correct,
+                also=[str(learned), loss, f"{heldout['prompt'][0]}\n{new_answers[0]}"])
 
 # %% [markdown]
 # ### Explain
@@ -499,9 +499,11 @@ shipped = evaluation.generate(merged, tokenizer, heldout["prompt"][:1], recipe)
 # %% tags=["run", "nbval-ignore-output"]
 # loose: the shifts differ by a little between CPU types
 from fitcast import show_bytes
-show_prediction(predicted_shift, show="{:.3f} nats".format, measured=shifts["original"])
-for kind in ("adapter", "dequantized", "original"):
-    print(f"{kind:12}{show_bytes(sizes[kind]):>12}   largest shift {shifts[kind]:.6f} nats")
+table = "\n".join(
+    f"{kind:12}{show_bytes(sizes[kind]):>12}   largest shift {shifts[kind]:.6f} nats"
+    for kind in ("adapter", "dequantized", "original"))
+show_prediction(predicted_shift, show="{:.3f} nats".format, measured=shifts["original"],
+                also=table)
 
 # %% [markdown]
 # ### Explain
@@ -553,22 +555,20 @@ from fitcast import GIB
 ladder = closing_act.ladder()
 fit_a_t4 = [rung for rung in ladder if rung.forecast.fits]
 smallest = min(fit_a_t4, key=lambda rung: rung.forecast.peak_allocated_bytes)
-show_prediction(predicted_gib, show="{:.2f} GiB".format,
-                usual=eight_b.forecast.peak_allocated_bytes / GIB,
-                smallest=smallest.forecast.peak_allocated_bytes / GIB)
-
-# %% tags=["run"]
 preparation = closing_act.rungs("ladder", names=("with k-bit upcast",))
-print(closing_act.table(preparation + ladder))
-print(f"\nheld to a T4's memory:\n{closing_act.held_to_a_t4()}")
+bytes_of = {rung.name: rung.forecast.composition for rung in ladder}
+speed_of = {rung.name: rung.measured["tokens_per_second"] for rung in ladder}
+figure = figures.ladder(bytes_of, speed_of, gpus.T4,
+                        "Llama-3.1-8B, 4 x 2048 tokens; each rung keeps those above",
+                        recorded.rows("ladder")[0]["gpu"])
 
 # %% tags=["run"]
 from fitcast.forecasting.search import tokens_per_second
-bytes_of = {rung.name: rung.forecast.composition for rung in ladder}
-speed_of = {rung.name: rung.measured["tokens_per_second"] for rung in ladder}
-figures.ladder(bytes_of, speed_of, gpus.T4,
-                        "Llama-3.1-8B, 4 x 2048 tokens; each rung keeps those above",
-                        recorded.rows("ladder")[0]["gpu"])
+show_prediction(predicted_gib, show="{:.2f} GiB".format,
+                usual=eight_b.forecast.peak_allocated_bytes / GIB,
+                smallest=smallest.forecast.peak_allocated_bytes / GIB,
+                also=[str(closing_act.table(preparation + ladder)), "held to a T4's memory:",
+                      str(closing_act.held_to_a_t4()), figure])
 
 # %% [markdown]
 # ### Explain
@@ -587,10 +587,10 @@ figures.ladder(bytes_of, speed_of, gpus.T4,
 # - *Lean MLP* keeps one wide tensor less in the layer that is being computed, for a little time.
 # - *Checkpoints on the host* trade the PCIe bus for memory: for the last GiB, not for speed.
 #
-# The forecast and the measurement differ by kilobytes. That is what makes the next step possible:
-# *choosing* by forecast. `fitcast fit --model llama-3.1-8b --micro-batch-size 4`
-# weighs the settings that count, one forecast each. Below the fastest two that were measured within
-# a T4's memory, fit's choice among them. Are they those with the fewest bytes?
+# Forecast and measurement differ by kilobytes, so one can *choose* by forecast. `fitcast fit
+# --model llama-3.1-8b --micro-batch-size 4` weighs the settings that count, one forecast each.
+# Below the fastest two that were measured within a T4's memory, fit's choice among them. Are they
+# those with the fewest bytes?
 
 # %% tags=["run"]
 best = closing_act.fastest("fit", 2)

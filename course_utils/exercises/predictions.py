@@ -7,7 +7,9 @@ Where only text is shown, the answer is not. Not offered: a lock that keeps a cu
 
 from __future__ import annotations
 
+import contextlib
 import html
+import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -75,6 +77,19 @@ def show_prediction(
     print(_table({"predicted": said} | rows))
     for one in more:
         print(one) if isinstance(one, str) else _display(one)
+
+
+def printed(function: Callable[..., object], *args: Any, **kwargs: Any) -> str:
+    """What a function prints, as a text that can be folded.
+
+    Example:
+        >>> printed(print, "peak", 3)
+        'peak 3'
+    """
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        function(*args, **kwargs)
+    return text.getvalue().rstrip("\n")
 
 
 def _table(rows: Mapping[str, str]) -> str:

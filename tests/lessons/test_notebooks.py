@@ -233,10 +233,6 @@ def pair_differs(source, notebook) -> list[str]:
     ]
 
 
-# Lessons in which an answer still stands open.
-STILL_SPOILED = ("06",)
-
-
 def read(path):
     return nbformat.read(path, as_version=4)
 
@@ -262,8 +258,6 @@ def test_lesson_reproduces(script):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_lesson_is_whole(check, path):
-    if check is spoiled and path.name[:2] in STILL_SPOILED:
-        pytest.skip("still to be folded")
     assert check(read(path)) == []
 
 

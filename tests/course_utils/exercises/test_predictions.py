@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from course_utils.exercises.predictions import OPEN, show_prediction
+from course_utils.exercises.predictions import OPEN, printed, show_prediction
 from course_utils.figures import base
 from fitcast.units import MIB
 
@@ -104,3 +104,10 @@ def test_prediction_by_any_library(predicted, capsys):
 def test_prediction_beside_what_nobody_measured_or_zero(capsys):
     show_prediction(MIB, measured=None, counted=0)
     assert capsys.readouterr().out.splitlines()[0] == "predicted  1.00 MiB"
+
+
+def test_what_a_function_prints_can_be_folded(capsys):
+    assert (
+        printed(lambda *rows, end: print(*rows, sep="\n", end=end), "a", "b", end="\n\n") == "a\nb"
+    )
+    assert capsys.readouterr().out == ""
