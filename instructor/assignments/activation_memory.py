@@ -41,7 +41,8 @@ def adapters(draw):
 
 
 EXERCISES += [exercise(
-    holders, title="Three of the four holders", minutes=5, reread='lesson 01, section 1 and "LoRA to the rescue?"',
+    holders, title="Three of the four holders", minutes=5,
+    reread='lesson 01, section 1 and "LoRA to the rescue?"',
     ideas=[
         Idea("a small model, all trained", (1000, 1000, 4), 0.5),
         Idea("your model with adapters", adapters, 0.5),

@@ -24,6 +24,9 @@ COMMANDS = "pip3?|conda|mamba|uv|apt|apt-get|git|cd|ls|pwd|cat|mkdir"
 COMMAND = re.compile(rf"^({COMMANDS}) +[^=(\s].*$", re.M)
 
 
+MOST_BROKEN = 1_000  # cells, behind which magics are not looked for: thousands take seconds
+
+
 class Unreadable(ValueError):
     """A notebook that cannot be graded, and the sentence that says why."""
 
@@ -67,7 +70,7 @@ def parse(data: bytes) -> Notebook:
     found = Notebook(python=_python(document))
     for number, text in enumerate(_code_cells(document), start=1):
         try:
-            statements = parse_cell(number, text)
+            statements = parse_cell(number, text, magics=len(found.broken) < MOST_BROKEN)
         except SyntaxError as error:
             found.broken.append((number, text, error))
             continue
@@ -131,8 +134,8 @@ def _code_cells(notebook: dict) -> Iterator[str]:
             yield source.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_cell(number: int, text: str) -> list[Statement]:
-    """A cell's statements; magics are calls of IPython's, as in a kernel.
+def parse_cell(number: int, text: str, magics: bool = True) -> list[Statement]:
+    """A cell's statements; magics are calls of IPython's, as in a kernel, if they are looked for.
 
     Raises:
         SyntaxError: It is not Python.
@@ -144,6 +147,8 @@ def parse_cell(number: int, text: str) -> list[Statement]:
     try:
         tree = _parse(text)
     except SyntaxError as error:
+        if not magics:
+            raise
         text, tree = _transformed(text, error)
     lines = text.split("\n")
     return [_statement(number, node, lines) for node in tree.body]

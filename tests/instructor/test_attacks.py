@@ -230,7 +230,7 @@ def test_attacks_graded_by_an_ordinary_user(level, version):
     """Where the children have the grader's own user, and nobody is root."""
     if (python := other_python(version)) is None:
         pytest.skip(f"no Python {version} here")
-    with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to others
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own is closed to others
         folder = Path(name)
         for package in ("instructor", "fitcast", "tests/instructor"):
             shutil.copytree(ROOT / package, folder / package)

@@ -64,7 +64,8 @@ def other_batches(draw):
 
 
 EXERCISE = exercise(
-    compare_cards, title="T4 or A10: the verdict", minutes=8, reread='lesson 03, "Does it cost time?"',
+    compare_cards, title="T4 or A10: the verdict", minutes=8,
+    reread='lesson 03, "Does it cost time?"',
     rel_tolerance=1e-9,
     ideas=[
         Idea("2 x 16 against 8 x 4", ([2, 16, 500, 14_771], [8, 4, 1000, 22_500], 5000, 1200,
