@@ -13,18 +13,9 @@ ARGUMENTS = {
     "micro_batch_size": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
 }
-# Fields that `apply_levers` takes under the same name.
-LEVERS = (
-    "attention",
-    "norm",
-    "mlp",
-    "adapters",
-    "rotary",
-    "loss",
-    "checkpointed_layers",
-    "offload_checkpoints",
-    "keep_attention",
-)
+# Fields that `apply_levers` takes under the same name; it pulls the first ones unless they are said.
+PULLED = ("attention", "norm", "mlp", "adapters", "rotary", "loss")
+CHECKPOINTS = ("checkpointed_layers", "offload_checkpoints", "keep_attention")
 
 
 def changed(before: TrainRecipe, after: TrainRecipe) -> dict[str, tuple[object, object]]:
@@ -57,12 +48,15 @@ def in_a_script(before: TrainRecipe, after: TrainRecipe) -> list[str]:
 
 
 def _levers(recipe: TrainRecipe) -> str:
-    """The arguments of `apply_levers` that make a stock model this recipe's."""
+    """Arguments of `apply_levers` that make a stock model this recipe's; none for a stock one."""
     plain = TrainRecipe(model=recipe.model)
-    said = {name: getattr(recipe, name) for name in LEVERS}
-    said = {name: value for name, value in said.items() if value != getattr(plain, name)}
+    differs = {
+        name for name in (*PULLED, *CHECKPOINTS) if getattr(recipe, name) != getattr(plain, name)
+    }
     if recipe.checkpointed_layers == 0:  # the trainer's own switch says that
-        del said["checkpointed_layers"]
-    elif "offload_checkpoints" in said or "keep_attention" in said:
-        said["checkpointed_layers"] = recipe.checkpointed_layers
-    return ", ".join(f"{name}={value!r}" for name, value in said.items())
+        differs -= set(CHECKPOINTS)
+    if not differs:
+        return ""
+    checkpoints = [name for name in CHECKPOINTS if differs & set(CHECKPOINTS)]
+    said = [name for name in checkpoints if name in differs or name == "checkpointed_layers"]
+    return ", ".join(f"{name}={getattr(recipe, name)!r}" for name in (*PULLED, *said))

@@ -128,14 +128,18 @@ def test_what_fit_changed_is_said_for_a_script():
         "- gradient_accumulation_steps=8,",
         "+ gradient_accumulation_steps=16,",
         '+ os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"',
-        "+ fitcast.apply_levers(trainer.model, attention='explicit_kv', loss='lean', "
-        "checkpointed_layers=1, keep_attention=True)",
+        "+ fitcast.apply_levers(trainer.model, attention='explicit_kv', norm='stock', "
+        "mlp='stock', adapters='stock', rotary='stock', loss='lean', checkpointed_layers=1, "
+        "keep_attention=True)",
     ]
     assert "micro_batch_size: 4 -> 2" in changes.in_our_names(start, found)
     assert changes.in_a_script(found, found)[:-1] == []  # the levers are wanted all the same
     # Its levers are those of `apply_levers`, and no other.
     parameters = inspect.signature(apply_levers).parameters
-    assert set(changes.LEVERS) == set(parameters) - {"model", "loss_chunk_tokens"}
+    assert {*changes.PULLED, *changes.CHECKPOINTS} == set(parameters) - {
+        "model",
+        "loss_chunk_tokens",
+    }
 
 
 def test_the_command_names_the_card():
