@@ -13,7 +13,7 @@ ARGUMENTS = {
     "micro_batch_size": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
 }
-# Fields that `apply_levers` takes under the same name; it pulls the first ones unless they are said.
+# Fields that `apply_levers` takes under these names; it pulls the first ones unless they are said.
 PULLED = ("attention", "norm", "mlp", "adapters", "rotary", "loss")
 CHECKPOINTS = ("checkpointed_layers", "offload_checkpoints", "keep_attention")
 
