@@ -1,5 +1,7 @@
 """Every causal language model of the installed transformers: a forecast, or one sentence."""
 
+from pathlib import Path
+
 import pytest
 from peft import LoraConfig
 from transformers import CONFIG_MAPPING, TrainingArguments
@@ -7,6 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fitcast.forecasting.huggingface import forecast_run
 
+CONFIGS = Path(__file__).parents[2] / "data" / "configs"
 FAST = ("gemma2", "mamba")
 # Families that people train: these must be forecast, not only refused well.
 WANTED = {
@@ -101,3 +104,19 @@ def test_a_family_is_forecast_or_refused_in_one_sentence(kind, tmp_path):
     for sentence in sentences:
         assert "\n" not in sentence and " must " in sentence and len(sentence) < 700
     assert kind not in WANTED or not isinstance(last, str), sentences
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "folder", [pytest.param(f, marks=pytest.mark.slow) for f in sorted(CONFIGS.iterdir())],
+    ids=lambda folder: folder.name,
+)  # fmt: skip
+def test_a_config_that_people_have_is_forecast_or_refused_in_one_sentence(folder, tmp_path):
+    try:
+        seen = forecast_run(
+            str(folder), arguments(tmp_path, True), peft_config=LoraConfig(), sequence_length=64
+        )
+    except ValueError as error:
+        assert "\n" not in str(error) and " must " in str(error)
+    else:
+        assert seen.peak_allocated_bytes > seen.loaded_bytes > 0
