@@ -31,7 +31,7 @@ KEPT = 256  # files; one of 8B takes about 0.3 MB
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 OFF = ("0", "off", "no", "false")
 BLOCKS = ("largest", "saved")
-TUPLES = ("peak_reserved_bytes", "notes")
+TUPLES = ("peak_reserved_bytes", "unlimited_reserved_bytes", "notes")
 
 
 def folder() -> Path | None:
@@ -126,13 +126,17 @@ def _block(block: Block) -> list[Any]:
     ]  # fmt: skip
 
 
+def _as_block(
+    n_bytes: int, category: str, operation: str, module: str, phase: str, shape: list[int],
+    dtype: str, saved: bool,
+) -> Block:  # fmt: skip
+    return Block(
+        n_bytes, category, operation, module, phase, tuple(shape), getattr(torch, dtype), saved
+    )
+
+
 def _forecast(kept: dict[str, Any], gpu: Gpu) -> Forecast:
-    lists = {
-        name: [
-            Block(*fields[:5], tuple(fields[5]), getattr(torch, fields[6]), fields[7])
-            for fields in kept[name]
-        ]
-        for name in BLOCKS
-    }
+    lists = {name: [_as_block(*values) for values in kept[name]] for name in BLOCKS}
     tuples = {name: tuple(kept[name]) for name in TUPLES}
-    return Forecast(**(kept | lists | tuples), gpu=gpu)
+    fields: dict[str, Any] = kept | lists | tuples
+    return Forecast(**fields, gpu=gpu)
