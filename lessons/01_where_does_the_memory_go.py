@@ -109,7 +109,8 @@ print("two steps done, peak", show_bytes(on_a_t4(model).peak_bytes))
 # same three lines with numbers in the tensors, on the small model that the course carries:
 
 # %% tags=["run"]
-small = AutoModelForCausalLM.from_pretrained(bundled_model_dir(), dtype=torch.float16)     # 1
+small = AutoModelForCausalLM.from_pretrained(bundled_model_dir(), use_safetensors=True,
+                                             dtype=torch.float16)                          # 1
 small = get_peft_model(small, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))       # 2
 small.config.use_cache = False
 small.gradient_checkpointing_enable()                                                      # 3
@@ -134,7 +135,8 @@ print(f"loss {start:.0f}, after 20 steps {small(input_ids=ids, labels=ids).loss.
 
 # %% tags=["run"]
 memory_before = gpus.reset_peak()
-model = AutoModelForCausalLM.from_pretrained(bundled_model_dir(), dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(bundled_model_dir(), use_safetensors=True,
+                                             dtype=torch.float32)
 model = model.to(gpus.device()).train()
 ids = torch.randint(0, 1280, (4, 128), device=gpus.device())
 optimizer = torch.optim.AdamW(model.parameters())

@@ -179,9 +179,15 @@ def as_on_colab(lesson: str, folder: Path) -> Path:
                if out.get("text", "").startswith(welcome.banner())]  # fmt: skip
     said.text = f"{welcome.banner()}\n{welcome.NO_GPU}\n"
     for here, there in OTHERWISE.get(lesson, {}).items():
-        (said,) = [out for cell in notebook.cells for out in cell.get("outputs", [])
-                   if here in out.get("text", "")]  # fmt: skip
-        said.text = said.text.replace(here, there)
+        (said,) = [
+            part
+            for cell in notebook.cells
+            for out in cell.get("outputs", [])
+            for part in (out, out.get("data", {}))  # printed, or folded away
+            if here in part.get("text", part.get("text/html", ""))
+        ]
+        kind = "text" if "text" in said else "text/html"
+        said[kind] = said[kind].replace(here, there)
     copy = folder / committed.name
     nbformat.write(notebook, copy)
     return copy

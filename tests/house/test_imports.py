@@ -43,15 +43,24 @@ def test_recipe_needs_no_torch():
         python(BLOCKED + "import fitcast.memory.ledger")
 
 
+# Distributions whose module has another name.
+MODULE_OF = {"pyyaml": "yaml", "ipython": "IPython"}
+
+
+def module_of(requirement: str) -> str:
+    name = Requirement(requirement).name
+    return MODULE_OF.get(name, name)
+
+
 def declared() -> dict[str, set[str]]:
     """Libraries that a package may import: the engine what everybody gets or an extra of its own
     brings, the course what the extra `course` brings, too.
     """
     lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
-    engine = {Requirement(line.partition("#")[0]).name for line in lines if line[0] != "#"}
+    engine = {module_of(line.partition("#")[0]) for line in lines if line[0] != "#"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     course, trl = (
-        {Requirement(one).name for one in project["optional-dependencies"][extra]}
+        {module_of(one) for one in project["optional-dependencies"][extra]}
         for extra in ("course", "trl")
     )
     ours = {"fitcast", "course_utils"}

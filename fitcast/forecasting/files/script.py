@@ -91,7 +91,7 @@ class Script:
         try:
             with arguments_as_on(gpu), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of names that the tools still use
-                return make(output_dir="unused", use_cpu=True, report_to=[], **fields)
+                return make(output_dir="unused", use_cpu=True, report_to="none", **fields)
         except (ValueError, TypeError) as error:
             raise refusal(
                 f"{self.tool}'s file",
