@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # for editors and type checkers; what runs is `__getattr__`
     from fitcast.forecasting.block import count_block
     from fitcast.forecasting.fake import fake_model, fake_tensors
     from fitcast.forecasting.forecast import Forecast, forecast_step
+    from fitcast.forecasting.generation import forecast_generation
+    from fitcast.forecasting.merging import forecast_merge
+    from fitcast.forecasting.other_steps import forecast_evaluation, forecast_resume
     from fitcast.forecasting.search import DoesNotFit, fit, levers
     from fitcast.gpus import T4, Gpu, describe, detect, device, emulate, preset
     from fitcast.memory.ledger import MemoryLedger
@@ -66,6 +69,10 @@ __all__ = [
     "fake_tensors",
     "fit",
     "forecast",
+    "forecast_evaluation",
+    "forecast_generation",
+    "forecast_merge",
+    "forecast_resume",
     "forecast_step",
     "levers",
     "measure_step",
@@ -84,6 +91,9 @@ _MODULES = {
     "forecasting.ask": "forecast",
     "forecasting.forecast": "Forecast forecast_step",
     "forecasting.search": "DoesNotFit fit levers",
+    "forecasting.generation": "forecast_generation",
+    "forecasting.merging": "forecast_merge",
+    "forecasting.other_steps": "forecast_evaluation forecast_resume",
     "forecasting.fake": "fake_model fake_tensors",
     "forecasting.block": "count_block",
     "step.apply": "apply_levers",

@@ -121,7 +121,13 @@ def test_readme_shows_each_of_the_questions():
 
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 asks
-@pytest.mark.parametrize("example", EXAMPLES, ids=SHOWN)
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(example, id=name, marks=[pytest.mark.slow] * (name in ("fit", "levers")))
+        for name, example in zip(SHOWN, EXAMPLES, strict=True)
+    ],
+)
 def test_example_prints_what_its_comments_say(example):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

@@ -95,6 +95,7 @@ def running(word: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_ranks_that_take_too_long_are_ended(started, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/their/own")
     long = {name: tensor.repeat(500, 16) for name, tensor in uneven().items()}

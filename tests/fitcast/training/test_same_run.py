@@ -48,6 +48,7 @@ def test_every_field_that_may_change_is_tried():
     assert set(CHANGES) == FREE_TO_CHANGE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", CHANGES)
 def test_what_changes_no_number_may_change_on_the_way(recipe, whole, tmp_path, field):
     train(recipe, tmp_path, stop_at=3)

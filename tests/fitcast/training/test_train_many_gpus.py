@@ -81,6 +81,7 @@ def test_two_processes_train_the_adapters_of_one(tmp_path):
     assert moved > 1e-3 and apart < 1e-4 * moved
 
 
+@pytest.mark.slow
 def test_the_pages_numbers_are_todays():
     page = beyond_one_gpu.PAGE.read_text("utf-8")
     assert beyond_one_gpu.with_numbers(page) == page, "run python -m tools.beyond_one_gpu"

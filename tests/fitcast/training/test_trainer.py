@@ -260,6 +260,7 @@ def survived(tmp_path_factory):
     return killed(tmp_path_factory.mktemp("kills"))
 
 
+@pytest.mark.slow
 def test_a_kill_in_a_save_costs_no_loss(tmp_path):
     report = killed(tmp_path, "--few")
     assert len(report["killed"]) >= 5 and len(report["uninterrupted"]["losses"]) == 12
