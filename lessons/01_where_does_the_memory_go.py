@@ -83,6 +83,8 @@ def two_steps(model, ids, budget_bytes=None):
 
 # %% tags=["setup"]
 from fitcast.forecasting.fake import meta_model, on_fake_tensors
+from fitcast.step import compat
+compat.look_past()  # Colab's torchao is older than PEFT wants it; nothing here uses it
 def on_a_t4(model):
     with fake_tensors():
         ids = torch.zeros(4, 1024, dtype=torch.long)

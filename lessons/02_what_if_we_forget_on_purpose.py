@@ -374,6 +374,7 @@ exercises.check_smallest_k(smallest_k, eight, T4, budget_bytes)
 # ## In your script
 # Trainer's own switch, and the line that every loop with adapters should have once: does *each*
 # trained tensor get a gradient? (transformers 5.23 also takes `activation_checkpointing=True`.)
+# On Colab, `!pip uninstall -qy torchao` before.
 #
 # ```python
 # import torch
