@@ -50,6 +50,7 @@ OTHERWISE = {
         # transformers renames it after 5.15
         "renamed  gradient_checkpointing=True                activation_checkpointing=True":
         "works    gradient_checkpointing=True",
+        "5 of 13 just work": "6 of 13 just work",
         # PEFT 0.20 calls the model one module further out
         "_log_softmax_backward_data.default in base_model.model\n":
         "_log_softmax_backward_data.default in base_model\n",
