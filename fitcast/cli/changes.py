@@ -13,8 +13,7 @@ ARGUMENTS = {
     "micro_batch_size": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
 }
-# Fields that `apply_levers` takes under these names; it pulls the first ones unless they are said.
-PULLED = ("attention", "norm", "mlp", "adapters", "rotary", "loss")
+# Fields that `apply_levers` takes under these names, beside those that it pulls by itself.
 CHECKPOINTS = ("checkpointed_layers", "offload_checkpoints", "keep_attention")
 
 
@@ -49,6 +48,8 @@ def in_a_script(before: TrainRecipe, after: TrainRecipe) -> list[str]:
 
 def _levers(recipe: TrainRecipe) -> str:
     """Arguments of `apply_levers` that make a stock model this recipe's; none for a stock one."""
+    from fitcast.step.apply import PULLED  # with torch, which a search has brought by now
+
     plain = TrainRecipe(model=recipe.model)
     differs = {
         name for name in (*PULLED, *CHECKPOINTS) if getattr(recipe, name) != getattr(plain, name)

@@ -34,7 +34,6 @@ NUMBERS = {
     "prompts": ("generation", "batch_size", "Prompts at once. (default: 1)"),
 }  # fmt: skip
 GENERATION: dict[str, Any] = {"prompt_tokens": 512, "new_tokens": 256}
-LEVERS = ("attention", "norm", "mlp", "adapters", "rotary", "loss")
 
 
 def add_options(verb: argparse.ArgumentParser) -> None:
@@ -132,7 +131,9 @@ def _script(asked: argparse.Namespace, gpu: Gpu) -> tuple[Script, dict[str, Any]
         return files.read(asked.file, gpu), options.beside_file(asked)
     recipe = options.recipe_of(asked)
     recipe.check_on(gpu)
-    levers = {name: getattr(recipe, name) for name in LEVERS}
+    from fitcast.step.apply import PULLED
+
+    levers = {name: getattr(recipe, name) for name in PULLED}
     pulled = any(value not in ("stock", "full", "eager") for value in levers.values())
     return script_of(recipe), {"levers": levers} if pulled else {}
 

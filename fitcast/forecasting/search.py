@@ -31,11 +31,12 @@ from fitcast.forecasting.fake import meta_model
 from fitcast.forecasting.forecast import Forecast, checked_config, forecast
 from fitcast.gpus import T4, Gpu, detect
 from fitcast.recipe import WHOLE_NUMBERS, TrainRecipe
+from fitcast.step.apply import BEST
 from fitcast.step.levers import odd_head
 from fitcast.units import show_bytes, with_article
 
 # Levers that change no result and are tried when nothing fits without them, by field.
-LEAN = {"norm": "native", "mlp": "lean", "adapters": "lean", "rotary": "lean"}
+LEAN = {name: value for name, (value, _) in BEST.items() if name != "attention"}
 LAUNCH_SECONDS = 4.5e-5  # of one operation, Python included: recorded_runs.json, group "launch"
 
 
@@ -91,12 +92,6 @@ class Fit:
         """Fewest and most hours to train on `n_tokens`, padding counted, on all the GPUs."""
         slow, fast = (n * self.recipe.world_size * 3600 for n in self.tokens_per_second)
         return n_tokens / fast, n_tokens / slow
-
-
-def speed_range(recipe: TrainRecipe, f: Forecast) -> tuple[float, float]:
-    """Tokens per second of one GPU, padding counted, at the ends of what the card sustains."""
-    low, high = f.gpu.sustained
-    return tokens_per_second(recipe, f, low), tokens_per_second(recipe, f, high)
 
 
 def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float | None = None) -> float:
@@ -342,13 +337,13 @@ def _kernels(weigh: _Weigher, each: Callable[..., list[Any]]) -> list[Tried]:
 def _stages(weigh: _Weigher, first: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Settings to search below, the next ones for when nothing fits: lean levers, then the host."""
     yield first | {"offload_checkpoints": False}
-    lean = dict(first)
+    recipe, lean = weigh.recipe, dict(first)
     for name, value in LEAN.items():
-        if name == "adapters" and weigh.recipe.lora_rank is None:
+        if name == "adapters" and recipe.lora_rank is None:
             continue
         if weigh.if_taken(1, LEAST | lean | {name: value}):
             lean[name] = value
-    if any(getattr(weigh.recipe, name) != lean.get(name) for name in LEAN if name in lean):
+    if any(getattr(recipe, name) != lean[name] for name in LEAN if name in lean):
         yield lean | {"offload_checkpoints": False}
     yield lean | {"offload_checkpoints": True}
 

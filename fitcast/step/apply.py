@@ -45,6 +45,7 @@ BEST: dict[str, tuple[str, Callable[[Any], None]]] = {
     "adapters": ("lean", use_lean_lora),
     "rotary": ("lean", use_lean_rotary),
 }
+PULLED = (*BEST, "loss")  # unless they are named
 STOCK = ("stock", "full")
 # Arguments of forward for which the model's own code runs: what they ask for is in the logits.
 WANT_LOGITS = ("fused_lm_head", "shift_labels", "logits_to_keep", "return_dict")

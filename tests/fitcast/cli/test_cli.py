@@ -19,7 +19,7 @@ from fitcast.forecasting import search
 from fitcast.forecasting.forecast import NO_MEMORY, checked_config, forecast
 from fitcast.gpus import A10, T4
 from fitcast.recipe import TrainRecipe
-from fitcast.step.apply import apply_levers
+from fitcast.step.apply import PULLED, apply_levers
 
 SMALL = ["--model", BUNDLED, "--sequence-length", "64", "--micro-batch-size", "2"]
 # In Python: what SMALL says, and the precision that suits a T4.
@@ -136,7 +136,7 @@ def test_what_fit_changed_is_said_for_a_script():
     assert changes.in_a_script(found, found)[:-1] == []  # the levers are wanted all the same
     # Its levers are those of `apply_levers`, and no other.
     parameters = inspect.signature(apply_levers).parameters
-    assert {*changes.PULLED, *changes.CHECKPOINTS} == set(parameters) - {
+    assert {*PULLED, *changes.CHECKPOINTS} == set(parameters) - {
         "model",
         "loss_chunk_tokens",
     }
