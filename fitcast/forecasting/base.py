@@ -76,6 +76,11 @@ def dtype_of(given: Any, model: Any, config: PretrainedConfig) -> torch.dtype:
     return torch.bfloat16 if preset else torch.float32
 
 
+def kind_of(model: Any) -> Any:
+    """The class of a model that is given as one; `None` for a name, a folder or a config."""
+    return type(model) if isinstance(model, torch.nn.Module) else None
+
+
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The part about language, of a model that also sees or hears."""
     try:

@@ -91,7 +91,7 @@ def forecast_generation(
         if type(value) is not int or value < least:
             raise refusal(field, f"be a whole number from {least}", value, "count tokens and rows")
     config = base.read_config(model)
-    kind: Any = type(model) if isinstance(model, torch.nn.Module) else None
+    kind = base.kind_of(model)
     text = Text(
         config=config,
         kind=kind,

@@ -15,24 +15,21 @@ logging, saving, and what `NOT_MODELLED` lists, each of which is named when it i
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fitcast.cuda import experts
-from fitcast.forecasting import base, depth, layers
-from fitcast.forecasting.refusals import explained
+from fitcast.forecasting import base, layers
 from fitcast.forecasting.stage import (
     MICRO_BATCHES,
     Run,
     Stage,
     bare,
+    few_layers,
     is_online,
     is_preference,
     staged,
@@ -178,46 +175,14 @@ def run_stream(run: Run, gpu: Gpu, script: Script | None = None) -> Stream:
     Raises:
         ValueError: What the libraries refuse, as one sentence.
     """
-    model = bare(run)
-    rhythm = layers.rhythm(model)
     alike = run.reference is None or run.reference.to_dict() == run.config.to_dict()
-    try:
-        with quietly():
-            if rhythm is not None and alike:
-                layers.shorten(model, rhythm.run)
-                with contextlib.suppress(depth.NotRepeating):
-                    few = _play(run, gpu, model, script or train_one_step, rhythm)
-                    return depth.deepen(few, rhythm.counts)
-                model = bare(run)
-            return _play(run, gpu, model, script or train_one_step)
-    except Exception as error:  # other people's code, which may do anything
-        raise explained(error, run.config.model_type) from error
 
+    def play(model: PreTrainedModel, rhythm: layers.Rhythm | None) -> Stream:
+        with staged(run, gpu, model, rhythm) as stage:
+            (script or train_one_step)(stage)
+        return stage.stream()
 
-def _play(
-    run: Run, gpu: Gpu, model: PreTrainedModel, script: Script, rhythm: layers.Rhythm | None = None
-) -> Stream:
-    with staged(run, gpu, model, rhythm) as stage:
-        script(stage)
-    return stage.stream()
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Inside, libraries keep their advice to themselves: the script will hear it when it runs."""
-    from transformers.utils import logging as transformers_logging
-
-    fakes = logging.getLogger("torch._subclasses.fake_tensor")  # prints what it raises as well
-    verbosity, level = transformers_logging.get_verbosity(), fakes.level
-    transformers_logging.set_verbosity_error()
-    fakes.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        fakes.setLevel(level)
+    return few_layers(lambda: bare(run), play, may_repeat=alike)
 
 
 def train_one_step(stage: Stage) -> None:
@@ -294,7 +259,7 @@ def describe_run(
             "TrainingArguments do not say how long a row is: give the longest of yours",
         )  # fmt: skip
     kept_dtype = base.dtype_of(dtype, model, config)
-    kind: Any = type(model) if isinstance(model, torch.nn.Module) else None
+    kind = base.kind_of(model)
     empty = base.meta_base(config, kept_dtype, attn_implementation, kind)
     _check_length(length, empty)
     peft_config, assumed = with_targets(peft_config, empty)

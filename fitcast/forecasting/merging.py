@@ -55,7 +55,7 @@ def forecast_merge(
             "load the base in 16 bits: 4 or 8 of them are too coarse for what was learned",
         )  # fmt: skip
     kept = base.dtype_of(dtype, model, config)
-    kind: Any = type(model) if isinstance(model, torch.nn.Module) else None
+    kind = base.kind_of(model)
     adapters, assumed = with_targets(peft_config, base.meta_base(config, kept, None, kind))
 
     def merge(model: Any, ledger: DeviceLedger) -> None:

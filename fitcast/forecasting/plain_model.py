@@ -5,7 +5,6 @@ Not modelled: what the script does on the host.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +12,9 @@ import torch
 
 from fitcast.cuda import experts
 from fitcast.cuda.trainers import pretend_trainer
-from fitcast.forecasting import base, depth, layers
-from fitcast.forecasting.huggingface import quietly
+from fitcast.forecasting import base, layers
 from fitcast.forecasting.place import place
-from fitcast.forecasting.refusals import explained
-from fitcast.forecasting.stage import card, with_adapters
+from fitcast.forecasting.stage import card, few_layers, up_to_step, with_adapters
 from fitcast.gpus import Gpu
 from fitcast.memory.layers import Layers
 from fitcast.memory.stream import DeviceLedger, Stream
@@ -64,19 +61,6 @@ def model_stream(
             ledger.mark("ready")
             script(model, ledger)
             ledger.mark("step")
-        stream = ledger.stream()
-        stream.events = stream.events[: stream.marks["step"]]
-        return stream
+        return up_to_step(ledger)
 
-    model = make()
-    rhythm, kind = layers.rhythm(model), model.config.model_type
-    try:
-        with quietly():
-            if rhythm is not None:
-                layers.shorten(model, rhythm.run)
-                with contextlib.suppress(depth.NotRepeating):
-                    return depth.deepen(play(model, rhythm), rhythm.counts)
-                model = make()
-            return play(model, None)
-    except Exception as error:  # other people's code, which may do anything
-        raise explained(error, kind) from error
+    return few_layers(make, play)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -21,9 +23,10 @@ from fitcast.cuda import experts
 from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
 from fitcast.cuda.trainers import mixed_precision, padding, pretend_trainer, trl_kernels
-from fitcast.forecasting import base, fake, layers
+from fitcast.forecasting import base, depth, fake, layers
 from fitcast.forecasting.answers import Answers, lists
 from fitcast.forecasting.place import place, place_weights
+from fitcast.forecasting.refusals import explained
 from fitcast.gpus import Gpu
 from fitcast.memory.layers import Layers
 from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
@@ -94,9 +97,62 @@ class Stage:
 
     def stream(self) -> Stream:
         """What happened to memory up to the mark "step"."""
-        stream = self.ledger.stream()
-        stream.events = stream.events[: stream.marks["step"]]  # a list of its own: frees go on
-        return stream
+        return up_to_step(self.ledger)
+
+
+def up_to_step(ledger: DeviceLedger) -> Stream:
+    """A ledger's stream up to the mark "step", its events in a list of its own: frees go on."""
+    stream = ledger.stream()
+    stream.events = stream.events[: stream.marks["step"]]
+    return stream
+
+
+def few_layers(
+    make: Callable[[], PreTrainedModel],
+    play: Callable[[PreTrainedModel, layers.Rhythm | None], Stream],
+    *,
+    may_repeat: bool = True,
+) -> Stream:
+    """The stream of what `play` does to a model, of few layers where they repeat.
+
+    Args:
+        make: The model on meta, a new one each time: `play` uses it up.
+        play: Takes the model and how its layers repeat, where some were cut off.
+        may_repeat: Whether few of its layers tell of all.
+
+    Raises:
+        ValueError: What the libraries refuse, as one sentence.
+    """
+    model = make()
+    rhythm, kind = layers.rhythm(model), model.config.model_type
+    try:
+        with quietly():
+            if rhythm is not None and may_repeat:
+                layers.shorten(model, rhythm.run)
+                with contextlib.suppress(depth.NotRepeating):
+                    return depth.deepen(play(model, rhythm), rhythm.counts)
+                model = make()
+            return play(model, None)
+    except Exception as error:  # other people's code, which may do anything
+        raise explained(error, kind) from error
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Inside, libraries keep their advice to themselves: the script will hear it when it runs."""
+    from transformers.utils import logging as transformers_logging
+
+    fakes = logging.getLogger("torch._subclasses.fake_tensor")  # prints what it raises as well
+    verbosity, level = transformers_logging.get_verbosity(), fakes.level
+    transformers_logging.set_verbosity_error()
+    fakes.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        fakes.setLevel(level)
 
 
 def bare(run: Run) -> PreTrainedModel:
