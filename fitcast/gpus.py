@@ -180,17 +180,23 @@ def preset(name: str, asked: str = "gpu") -> Gpu:
     Raises:
         ValueError: There is none, or it comes in several sizes.
     """
-    wanted = _plain(name)
-    for known, gpu in PRESETS.items():
-        if _plain(known) == wanted:
-            return gpu
-    sizes = [known for known in PRESETS if wanted and _plain(known).startswith(wanted)]
-    if sizes:
-        raise ValueError(f"{asked} must be one card, got {name!r}; say {' or '.join(sizes)}")
+    found = presets_called(name)
+    if found and _plain(found[0]) == _plain(name):
+        return PRESETS[found[0]]
+    if found:
+        raise ValueError(f"{asked} must be one card, got {name!r}; say {' or '.join(found)}")
     raise ValueError(
         f"{asked} must be one of {', '.join(PRESETS)}, got {name!r}; "
         "for another card build a gpus.Gpu(...)"
     )
+
+
+def presets_called(name: str) -> list[str]:
+    """The presets that a name means: that of this name, all sizes of a card ("A100"), or none."""
+    plain = {known: _plain(known) for known in PRESETS}
+    wanted = _plain(name)
+    exact = [known for known in PRESETS if plain[known] == wanted]
+    return exact or [known for known in PRESETS if wanted and plain[known].startswith(wanted)]
 
 
 def _plain(name: str) -> str:

@@ -370,13 +370,10 @@ def gpu_of(options: argparse.Namespace) -> gpus.Gpu:
     Raises:
         ValueError: No preset has this name, or no card can be like that.
     """
-    try:
-        gpu = gpus.preset(options.gpu)
-    except ValueError as error:
-        if "must be one card" in str(error):
-            raise
+    if not gpus.presets_called(options.gpu):
         other = "for another card say --memory-gib and --capability"
-        gpu = gpus.preset(one_of("gpu", options.gpu, gpus.PRESETS, other))
+        one_of("gpu", options.gpu, gpus.PRESETS, other)
+    gpu = gpus.preset(options.gpu)
     if options.memory_gib is None and options.capability is None:
         return gpu
     total, capability = gpu.total_bytes, gpu.capability

@@ -233,7 +233,10 @@ def fit(
         _check_utilisation(utilisation)
     num_layers = checked_config(recipe).num_hidden_layers
     per_gpu = _sequences_per_gpu(recipe, target_effective_batch)
-    weigh = _Weigher(recipe, gpu, per_gpu, num_layers, progress if processes < 2 else str)
+    if not _may_fork():
+        processes = 1
+    heard = progress if processes < 2 else _unheard
+    weigh = _Weigher(recipe, gpu, per_gpu, num_layers, heard)
     losses = _losses(recipe)
     with _workers(processes) as each:
         tried: list[Tried] = _kernels(weigh, each)
@@ -297,7 +300,7 @@ class _Weigher:
     gpu: Gpu
     per_gpu: int
     num_layers: int
-    progress: Callable[[str], object]
+    progress: Callable[[str], None]
 
     def __call__(self, micro: int, fields: dict[str, Any]) -> Tried:
         """The recipe with these settings and its forecast."""
@@ -348,10 +351,19 @@ def _stages(weigh: _Weigher, first: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield lean | {"offload_checkpoints": True}
 
 
+def _may_fork() -> bool:
+    """A fork survives neither PyTorch's threads nor a GPU."""
+    return torch.get_num_threads() == 1 and detect() is None
+
+
+def _unheard(text: str) -> None:
+    """What a process beside this one weighs is said by nobody."""
+
+
 @contextlib.contextmanager
 def _workers(processes: int) -> Iterator[Callable[..., list[Any]]]:
     """Calls a function with each of several arguments, in this process or in some beside it."""
-    if processes < 2 or torch.get_num_threads() > 1 or detect():
+    if processes < 2:
         yield lambda function, items: [function(*item) for item in items]
         return
     fork = multiprocessing.get_context("fork")
