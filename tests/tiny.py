@@ -1,5 +1,6 @@
-"""A model and data small enough to train in a second, for tests of training itself."""
+"""Models and data for tests: small enough to train in a second, or only a config on disk."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,3 +63,20 @@ def tiny_recipe(folder: Path, **changes) -> TrainRecipe:
         )
         | changes
     )
+
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+
+
+def write_config(folder: Path, **changes) -> None:
+    """A config.json of a small Llama, for a forecast; no weights."""
+    (folder / "config.json").write_text(json.dumps(SHAPE | changes))

@@ -38,10 +38,10 @@ from fitcast.memory.ledger import MemoryLedger
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
 from fitcast.units import KIB, MIB
+from tools.measure_runs import H200_WITH_T4_KERNELS
 
 DATA = ROOT / "tests" / "data"
 SHARED = {"llama-1b": "llama-3.2-1b", "llama-8b": "llama-3.1-8b"}
-T4_KERNELS = dataclasses.replace(gpus.H200, flash_attention=False)
 
 
 def recipe_of(row: dict, folder: Path) -> TrainRecipe:
@@ -72,7 +72,7 @@ def errors(path: Path, folder: Path) -> None:
     print(f"\n{path.name}: {len(rows)} rows; error of the peak, place of reserved in its interval")
     for row in rows:
         recipe = recipe_of(row, folder)
-        gpu = gpus.H200 if row.get("kernels") == "own" else T4_KERNELS
+        gpu = gpus.H200 if row.get("kernels") == "own" else H200_WITH_T4_KERNELS
         f = forecasts.forecast(recipe, gpu)
         error = f.peak_allocated_bytes / row["peak_allocated_bytes"] - 1
         low, high = f.peak_reserved_bytes

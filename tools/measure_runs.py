@@ -15,6 +15,7 @@ Protocol: FlashAttention and cuDNN attention off, as on a T4; cuBLAS keeps this 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import multiprocessing
@@ -32,6 +33,10 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # no CUDA in the parent: it forks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from fitcast import gpus
+
+# The card of every row: this GPU's memory and work spaces, a T4's attention kernels.
+H200_WITH_T4_KERNELS = dataclasses.replace(gpus.H200, flash_attention=False)
 CONFIGS = ROOT / "tests" / "data" / "configs"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
        "bnb_4bit_compute_dtype": "float16"}  # fmt: skip

@@ -1,7 +1,6 @@
 """Each rule about CUDA against numbers read off a GPU's allocator or off the library's own code."""
 
 import contextlib
-import dataclasses
 import sys
 
 import pytest
@@ -17,8 +16,7 @@ from fitcast.forecasting.fake import fake_tensors
 from fitcast.gpus import A100, H200, T4
 from fitcast.memory.stream import DeviceLedger
 from fitcast.units import MIB
-
-H200_WITH_T4_KERNELS = dataclasses.replace(H200, flash_attention=False)
+from tools.measure_runs import H200_WITH_T4_KERNELS
 
 
 @contextlib.contextmanager

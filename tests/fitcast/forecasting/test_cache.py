@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 
 import pytest
 
@@ -10,21 +9,7 @@ from fitcast.forecasting import forecast as forecasting
 from fitcast.forecasting.forecast import forecast
 from fitcast.gpus import L4, T4
 from fitcast.recipe import TrainRecipe
-
-SHAPE = {
-    "model_type": "llama",
-    "vocab_size": 1000,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-}
-
-
-def write_config(folder, **changes):
-    (folder / "config.json").write_text(json.dumps(SHAPE | changes))
+from tests.tiny import write_config
 
 
 @pytest.fixture

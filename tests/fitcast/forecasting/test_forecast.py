@@ -25,13 +25,13 @@ from fitcast.recipe import TrainRecipe
 from fitcast.units import GIB, KIB, MIB
 from tests.sample import sampled
 from tools import measure_steps
+from tools.measure_runs import H200_WITH_T4_KERNELS
 from tools.notebooks import ROOT
 
 DATA = Path(__file__).parents[2] / "data"
 ROWS = json.loads((DATA / "h200_steps.json").read_text("utf-8"))["rows"]
 RULES = json.loads((DATA / "h200_rules.json").read_text("utf-8"))["rows"]
 HELD = json.loads((DATA / "h200_held.json").read_text("utf-8"))["rows"]
-H200_WITH_T4_KERNELS = dataclasses.replace(gpus.H200, flash_attention=False)
 KERNELS = {"own": gpus.H200, "t4": H200_WITH_T4_KERNELS}
 NAMES = {"llama-1b": "llama-3.2-1b", "llama-8b": "llama-3.1-8b"}
 ATTENTION = {"stock": "stock", "efficient": "explicit_kv"}

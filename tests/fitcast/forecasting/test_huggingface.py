@@ -1,6 +1,5 @@
 """The forecast of a Hugging Face run against the same run on a GPU: its peak, or its error."""
 
-import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -8,12 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, TrainingArguments
 
-from fitcast import gpus
 from fitcast.forecasting.huggingface import forecast_run
 from tools import measure_runs
+from tools.measure_runs import H200_WITH_T4_KERNELS
 
 DATA = Path(__file__).parents[2] / "data"
-H200_WITH_T4_KERNELS = dataclasses.replace(gpus.H200, flash_attention=False)
 ROWS = json.loads((DATA / "h200_runs.json").read_text("utf-8"))["rows"]
 TINY = LlamaConfig(
     vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,

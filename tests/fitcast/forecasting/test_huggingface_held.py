@@ -5,17 +5,15 @@ runs, median error 0.0025 %, worst 0.20 %, reserved memory inside its interval 3
 TRL's stop on a GPU; the forecast has to say so.
 """
 
-import dataclasses
 import json
 import statistics
 from pathlib import Path
 
 import pytest
 
-from fitcast import gpus
 from tools import measure_runs
+from tools.measure_runs import H200_WITH_T4_KERNELS
 
-H200_WITH_T4_KERNELS = dataclasses.replace(gpus.H200, flash_attention=False)
 PATH = Path(__file__).parents[2] / "data" / "h200_runs_held.json"
 ROWS = json.loads(PATH.read_text("utf-8"))["rows"]
 STOPPED = [row for row in ROWS if "error" in row]

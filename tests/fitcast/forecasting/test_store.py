@@ -1,7 +1,6 @@
 """A forecast is kept for other processes; only the same question of the same engine finds it."""
 
 import dataclasses
-import json
 import os
 
 import pytest
@@ -11,22 +10,12 @@ from fitcast.forecasting import forecast as forecasting
 from fitcast.forecasting.forecast import forecast
 from fitcast.gpus import L4, T4
 from fitcast.recipe import TrainRecipe
-
-SHAPE = {
-    "model_type": "llama",
-    "vocab_size": 1000,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-}
+from tests.tiny import write_config
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    write_config(tmp_path)
     monkeypatch.setenv("FITCAST_CACHE", str(tmp_path / "kept"))
     another_process(monkeypatch)
     return TrainRecipe(model=str(tmp_path), amp_dtype="float16", sequence_length=128)
