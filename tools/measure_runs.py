@@ -239,25 +239,35 @@ def rows_of(spec: dict, count: int = 64) -> Any:
     return [row] * count
 
 
-def measure(spec: dict, folder: Path) -> dict[str, Any]:
-    """Load, train, read the allocator after the last step. Bytes."""
+def load(spec: dict, folder: Path, quantization_config: Any) -> Any:
+    """The row's model on the GPU, from a checkpoint of random weights; a T4's kernels from now."""
     import torch
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM
 
     from fitcast.training import random_weights
 
     for switch in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_cudnn_sdp):
         switch(False)
-    held = objects(spec, str(folder / "out"))
     dtype = getattr(torch, spec["dtype"])
     shape = folder / "config"
     config_of(spec).save_pretrained(shape)
     checkpoint = random_weights.write(str(shape), folder, dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=dtype, quantization_config=held["quantization_config"],
-        device_map={"": 0}, use_safetensors=True,
-    )  # fmt: skip
-    shutil.rmtree(checkpoint)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=dtype, quantization_config=quantization_config,
+            device_map={"": 0}, use_safetensors=True,
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(checkpoint)
+
+
+def measure(spec: dict, folder: Path) -> dict[str, Any]:
+    """Load, train, read the allocator after the last step. Bytes."""
+    import torch
+    from transformers import TrainerCallback
+
+    held = objects(spec, str(folder / "out"))
+    model = load(spec, folder, held["quantization_config"])
     read = {"loaded_bytes": torch.cuda.memory_allocated()}
 
     class Counters(TrainerCallback):
@@ -292,7 +302,7 @@ def measure(spec: dict, folder: Path) -> dict[str, Any]:
     }
 
 
-def _child(spec: dict, answer: Any) -> None:
+def _child(spec: dict, measure: Any, answer: Any) -> None:
     folder = Path(tempfile.mkdtemp(prefix="measured-"))
     try:
         answer.put(measure(spec, folder))
@@ -310,20 +320,21 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(sets: dict[str, list[dict]], measure: Any, protocol: str) -> None:
+    """The command line of a tool that measures rows by `measure(row, folder)`, a process each."""
+    parser = argparse.ArgumentParser(description=protocol.partition("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rows", choices=ROWS, default="look")
+    parser.add_argument("--rows", choices=sets, default=next(iter(sets)))
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--workers", type=int, default=3)
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     context = multiprocessing.get_context("spawn")
-    waiting, running, done = list(ROWS[options.rows]), [], []
+    waiting, running, done = list(sets[options.rows]), [], []
     while waiting or running:
         while waiting and len(running) < options.workers and time.monotonic() < end:
             answer = context.Queue()
-            process = context.Process(target=_child, args=(waiting[0], answer))
+            process = context.Process(target=_child, args=(waiting[0], measure, answer))
             process.start()
             running.append((waiting.pop(0), process, answer))
         for spec, process, answer in list(running):
@@ -333,7 +344,7 @@ def main() -> None:
                 running.remove((spec, process, answer))
                 done.append(spec | read)
                 print(spec["name"], read.get("peak_allocated_bytes", read.get("error")), flush=True)
-                _write(options.out, done)
+                _write(options.out, protocol, done)
         if time.monotonic() > end + 30:
             for _, process, _ in running:
                 process.kill()
@@ -341,17 +352,17 @@ def main() -> None:
         time.sleep(0.2)
 
 
-def _write(path: Path, rows: list[dict]) -> None:
+def _write(path: Path, protocol: str, rows: list[dict]) -> None:
     import torch
 
     path.write_text(
         json.dumps(
             {"gpu": torch.cuda.get_device_name(0), "versions": _versions(),
-             "date": datetime.date.today().isoformat(), "protocol": __doc__, "rows": rows},
+             "date": datetime.date.today().isoformat(), "protocol": protocol, "rows": rows},
             indent=1,
         )
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(ROWS, measure, __doc__ or "")
