@@ -319,7 +319,7 @@ show_prediction(predicted_times, show="{:.2f} x".format, forecast=with_autocast 
 # originals, to save a part of the activations. With checkpointing only one layer's copies live at a
 # time. The memory is halved by something else, the third bar: **loading the frozen base in 16
 # bits** (`dtype=torch.float16`), so that there is nothing to copy. Autocast is for speed; the
-# storage format is for memory. Lesson 06 stores the base in 4 bits.
+# storage format is for memory. Lesson 07 stores the base in 4 bits.
 
 # %% [markdown]
 # ## 4 · The update that vanishes

@@ -397,9 +397,9 @@ after = ...
 exercises.QUESTIONS.score(before, after)
 
 # %% [markdown]
-# ## To lesson 06
+# ## To lesson 07
 # Four bits in the base, 16 in the products, a scale that moves, a session that may end at any
-# moment: can such a run be trusted? Lesson 06 puts everything together.
+# moment: can such a run be trusted? Lesson 07 puts everything together.
 
 # %% [markdown]
 # ## Go further (optional)

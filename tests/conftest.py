@@ -13,7 +13,7 @@ BROWSER_TESTS = Path(__file__).parent / "browser"
 LONGEST = (
     "test_notebooks", "test_forecast", "test_trainer", "test_search", "test_cli", "test_attacks",
     "test_train_many_gpus", "test_lesson_03", "test_lesson_02", "test_ranks", "test_recorded",
-    "test_colab", "test_cheat_sheet", "test_lesson_06", "test_lesson_01", "test_readme",
+    "test_colab", "test_cheat_sheet", "test_lesson_07", "test_lesson_01", "test_readme",
 )  # fmt: skip
 os.environ.update({name: value for name, value in ENVIRONMENT.items() if "PYTEST" not in name})
 # For what the tests start, kernels included: a proxy that is not there. Only this machine answers.

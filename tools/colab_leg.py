@@ -1,7 +1,7 @@
 """The course as a Colab runtime sees it, on its packages: set-up cell, some tests, every lesson.
 
     python -m tools.colab_leg         # all lessons; then verified.json says when and with what
-    python -m tools.colab_leg 01 06   # these
+    python -m tools.colab_leg 01 07   # these
 
 Makes `.venv-colab` from constraints-colab.txt, with `python3.13` (Colab's) when there is one. Works
 in an empty folder, on a clone of the last commit that answers to the course's public address.
@@ -46,7 +46,7 @@ OTHERWISE = {
         "rms_norm         float32    float32    float32    float16   ":
         "rms_norm         float32    float32    float16    float16   ",
     },
-    "06_qlora_on_a_t4": {
+    "07_qlora_on_a_t4": {
         # transformers renames it after 5.15
         "renamed  gradient_checkpointing=True                activation_checkpointing=True":
         "works    gradient_checkpointing=True",

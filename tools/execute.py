@@ -1,7 +1,7 @@
 """Author's tool: make the committed `.ipynb` of each lesson from its `.py`, and run it.
 
 python -m tools.execute         # all lessons
-python -m tools.execute 01 06   # these
+python -m tools.execute 01 07   # these
 """
 
 import os

@@ -223,7 +223,7 @@ def lessons() -> list[dict]:
 
 
 def gpus() -> list[dict]:
-    """Lesson 06's run with its 32 sequences a step shared by processes, one GPU each."""
+    """Lesson 07's run with its 32 sequences a step shared by processes, one GPU each."""
     import torch
 
     return [

@@ -1,7 +1,7 @@
 """A lesson, executed once for `make lessons` and `make test`, and held against what is committed.
 
     python -m tools.reproduce         # all lessons, two at a time; says where one differs
-    python -m tools.reproduce 01 06   # these
+    python -m tools.reproduce 01 07   # these
 
 An execution is kept in build/executed/ under a checksum of all that can change an output: the
 lesson's `.py`, both packages with their data, this tool, Python, every installed version, and

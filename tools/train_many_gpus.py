@@ -1,4 +1,4 @@
-"""Lesson 06's run on several GPUs: the same recipe, the same 32 sequences behind each step.
+"""Lesson 07's run on several GPUs: the same recipe, the same 32 sequences behind each step.
 
     torchrun --nproc-per-node 2 tools/train_many_gpus.py --out run          # 2 x T4 on Kaggle
     accelerate launch --num_processes 2 tools/train_many_gpus.py --out run
@@ -29,7 +29,7 @@ from fitcast.training import data, export, trainer
 
 
 def lesson_recipe(source: sources.Source) -> TrainRecipe:
-    """The recipe of lesson 06, for one process (a test holds the two together)."""
+    """The recipe of lesson 07, for one process (a test holds the two together)."""
     return TrainRecipe(
         model=source.model,
         base="nf4",

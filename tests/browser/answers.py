@@ -55,7 +55,7 @@ ANSWERS = {
                       "best_scale = 2.0 ** math.floor(math.log2(65504 / largest))",
         "def careful_step": inspect.getsource(careful_step),
     },
-    "06": {
+    "07": {
         "def labels_of": "def labels_of(ids, n):\n    return [-100] * n + ids[n:]",
         "phi_recipe": "phi_recipe = replace(exercises.PHI, attention='explicit_kv',\n"
                       "                     loss='chunked', norm='native', lora_dropout=0.0)",

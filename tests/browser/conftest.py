@@ -16,7 +16,7 @@ from .jupyterlab import FLAGS, Notebook, find_browser, serve
 
 PICTURES = ROOT / "build/browser"
 # A lesson's cells may run as long in all, on two busy cores.
-PATIENCE_SECONDS = {"03": 900, "06": 1500}
+PATIENCE_SECONDS = {"03": 900, "07": 1500}
 DEFAULT_PATIENCE_SECONDS = 600
 SECONDS = defaultdict(dict)
 

@@ -44,7 +44,7 @@ EXERCISES = {
             "        return 2 * scale, 0, False\n"
             "    return scale, good_steps + 1, False"},
            "an overflow starts the count of good steps again at 0"),
-    "06": ("lora_parameters", {"return ...": "return layers * r * 8 * hidden"},
+    "07": ("lora_parameters", {"return ...": "return layers * r * 8 * hidden"},
            {"return ...": "return layers * r * (4 * hidden + 2 * (hidden + kv))"},
            "key and value come out kv wide"),
 }  # fmt: skip

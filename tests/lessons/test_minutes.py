@@ -9,7 +9,7 @@ from tools.notebooks import lesson_scripts
 
 MINUTES, CONCEPTS = 45, 5
 # Not there yet, and not to grow meanwhile.
-STILL = {"06": (62.2, 7)}
+STILL = {"07": (62.2, 7)}
 
 
 @pytest.mark.parametrize("script", lesson_scripts(), ids=lambda script: script.stem)

@@ -242,7 +242,7 @@ def by_name(path) -> str:
 
 
 def test_lessons_are_there():
-    assert {"01", "06"} <= {path.name[:2] for path in lesson_scripts()}
+    assert {"01", "07"} <= {path.name[:2] for path in lesson_scripts()}
     assert [path.stem for path in lesson_scripts()] == [path.stem for path in NOTEBOOKS]
 
 

@@ -55,7 +55,7 @@ CALCULATED = {
 GIVEN = {
     "01_where_does_the_memory_go": {"2 GiB": "an example of how to type an answer"},
     "03_how_big_is_my_batch": {"24 GB": "the vendor's name for the card"},
-    "06_qlora_on_a_t4": {"3 %": "a line of the recipe that is under test"},
+    "07_qlora_on_a_t4": {"3 %": "a line of the recipe that is under test"},
     "README.md": {"1 GB": "what set-up downloads, about, as the Makefile says while it does"},
 }
 KNOWN = {

@@ -205,7 +205,7 @@ def test_what_a_lesson_measured_was_printed_by_todays_cells(row):
     )
 
 
-def test_what_lesson_06_promises_of_every_model_held_on_a_gpu():
+def test_what_lesson_07_promises_of_every_model_held_on_a_gpu():
     printed = " ".join(one["printed"] for one in LESSONS[-1]["measured"])
     for promise in (
         "below the baseline beyond chance",
@@ -218,9 +218,9 @@ def test_what_lesson_06_promises_of_every_model_held_on_a_gpu():
         assert re.search(rf"{promise}: +True", printed), promise
 
 
-def test_lesson_06_is_short_and_its_closing_act_as_forecast():
+def test_lesson_07_is_short_and_its_closing_act_as_forecast():
     last = LESSONS[-1]
-    assert last["name"].startswith("06") and last["seconds"] <= 600
+    assert last["name"].startswith("07") and last["seconds"] <= 600
     ((forecast_gib, measured_gib),) = re.findall(
         r"forecast ([\d.]+) GiB, measured ([\d.]+) GiB", json.dumps(last["measured"])
     )
@@ -234,7 +234,7 @@ TO_RECORD = {"01", "02", "03", "04"}
 
 def test_lessons_ran_on_the_emulated_t4():
     recorded_ones = {row["name"][:2] for row in LESSONS}
-    assert recorded_ones | TO_RECORD == {"01", "02", "03", "04", "05", "06"}
+    assert recorded_ones | TO_RECORD == {"01", "02", "03", "04", "05", "07"}
     assert not recorded_ones & TO_RECORD
     assert all(row["outcome"] == "executed" and row["measured"] for row in LESSONS)
 

@@ -27,7 +27,7 @@ def test_the_effective_batch_is_kept():
 
 
 def test_the_script_trains_the_lessons_recipe():
-    lesson = ast.parse((LESSONS / "06_qlora_on_a_t4.py").read_text("utf-8"))
+    lesson = ast.parse((LESSONS / "07_qlora_on_a_t4.py").read_text("utf-8"))
     made = next(
         node
         for node in lesson.body

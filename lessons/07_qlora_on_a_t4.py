@@ -1,7 +1,7 @@
 # %% [markdown]
-# # 06 · Everything together: QLoRA on a T4
+# # 07 · Everything together: QLoRA on a T4
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/06_qlora_on_a_t4.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/07_qlora_on_a_t4.ipynb)
 #
 # **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
 #
@@ -12,9 +12,9 @@
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *calculate* what adapters add and *explain* each row of the memory budget | B1 | exercise 06.1 |
-# | *prepare* labels that teach the answer and nothing else | B1 | exercise 06.2 |
-# | *adjust* a recipe to a budget without changing what is learned | B2 | exercise 06.3 |
+# | *calculate* what adapters add and *explain* each row of the memory budget | B1 | exercise 07.1 |
+# | *prepare* labels that teach the answer and nothing else | B1 | exercise 07.2 |
+# | *adjust* a recipe to a budget without changing what is learned | B2 | exercise 07.3 |
 # | *judge* a fine-tune: baseline, control, interval, reloaded export | B2 | sections 5, 9 and 10 |
 #
 # **Needs:** the four holders of memory (lesson 01), k of n layers (02), accumulation (03), mixed
@@ -158,7 +158,7 @@ show_prediction(predicted_percent, show="{:.2f} %".format, counted=100 * trainab
 # too: 1.24 billion is its number of *parameters*, its bytes stand above. [LoRA, section 4.2]
 
 # %% [markdown]
-# ## Exercise 06.1 · Count the adapters
+# ## Exercise 07.1 · Count the adapters
 # *Easy, 6 minutes.* How many parameters do adapters of rank `r` add on q, k, v and o? `q` and `o`
 # are hidden x hidden; `k` and `v` go from hidden to kv. The check counts three real models.
 #
@@ -174,7 +174,7 @@ def lora_parameters(layers, hidden, kv, r):
     return ...
 
 # %% tags=["check"]
-from course_utils.exercises import lesson_06 as exercises
+from course_utils.exercises import lesson_07 as exercises
 exercises.check_trainable(lora_parameters)
 
 # %% [markdown]
@@ -244,7 +244,7 @@ show_prediction(predicted_factor, show="{:.2f}".format, also=tables,
 
 # %% [markdown]
 # ## 4 · Data: learn the answer, not the question
-# ### Exercise 06.2 · Labels
+# ### Exercise 07.2 · Labels
 # *Easy, 5 minutes.* A prompt goes in, an answer comes out, both in the model's **chat template**,
 # so that it sees the marks that it was trained with. We want the loss on the answer only: a label
 # of -100 is skipped. Complete the function, for a row of token ids whose first `n` belong to the
@@ -328,7 +328,7 @@ gates.check_gates(model, rows, recipe, tokenizer.pad_token_id).require()
 # %% tags=["run"]
 from fitcast.training import checkpoints
 watcher = figures.Watcher(recipe, planned.peak_allocated_bytes, "QLoRA")
-drive = checkpoints.on_drive("fit_the_fine_tune_06")  # None where no Google Drive is mounted
+drive = checkpoints.on_drive("fit_the_fine_tune_07")  # None where no Google Drive is mounted
 run = trainer.train(recipe, model, rows, tokenizer, "run", drive=drive, on_step=watcher)
 figures.losses({"training": run.losses}, "QLoRA, effective batch 32")
 
@@ -636,7 +636,7 @@ print(f"largest difference {evaluation.largest_shift(*curves.values()):.5f} nats
 figures.levers_explorer()
 
 # %% [markdown]
-# ## Exercise 06.3 · The same lesson in less memory and less time
+# ## Exercise 07.3 · The same lesson in less memory and less time
 # *Medium, 8 minutes.* Phi-4-mini, 32 sequences of 2048 tokens a step: the usual recipe does not fit
 # a T4. Write a recipe that learns **the same** (same model, adapters, sequence length, 32 sequences
 # a step; dropout may go), keeps its peak in tensors at or below **6 GiB** on a T4 and is at least

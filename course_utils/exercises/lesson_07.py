@@ -1,4 +1,4 @@
-"""The targets of lesson 06's exercises. Each is computed when the check runs, none is stored."""
+"""The targets of lesson 07's exercises. Each is computed when the check runs, none is stored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fitcast.training import data
 from fitcast.units import show_bytes
 
 MODELS = (BUNDLED, "llama-3.2-1b", "llama-2-7b")
-# What exercise 06.3 starts from: the usual recipe, too large for a T4.
+# What exercise 07.3 starts from: the usual recipe, too large for a T4.
 PHI = TrainRecipe(
     model="phi-4-mini",
     lora_targets=("qkv_proj", "o_proj"),
@@ -45,7 +45,7 @@ FASTER: dict[str, tuple[Any, str]] = {
 
 @check()
 def check_trainable(answer: Callable) -> Verdict:
-    """Exercise 06.1: trainable parameters of rank-r adapters on q, k, v and o."""
+    """Exercise 07.1: trainable parameters of rank-r adapters on q, k, v and o."""
     cases, counted = [], []
     for model, rank in zip(MODELS, (16, 16, 8), strict=True):
         config = models.config(model)
@@ -88,7 +88,7 @@ def check_trainable(answer: Callable) -> Verdict:
 
 @check()
 def check_labels(answer: Callable, rows: Sequence[dict], prompt_lengths: Sequence[int]) -> Verdict:
-    """Exercise 06.2: labels that are -100 on the prompt, and the token ids from there on.
+    """Exercise 07.2: labels that are -100 on the prompt, and the token ids from there on.
 
     Args:
         answer: Takes (token ids, prompt length), returns labels.
@@ -132,7 +132,7 @@ def check_labels(answer: Callable, rows: Sequence[dict], prompt_lengths: Sequenc
 def check_budget(
     answer: TrainRecipe, recipe: TrainRecipe, budget_bytes: int, speedup: float
 ) -> Verdict:
-    """Exercise 06.3: a recipe that learns the same, in fewer bytes and less time.
+    """Exercise 07.3: a recipe that learns the same, in fewer bytes and less time.
 
     Args:
         answer: The learner's recipe; forecast for a T4.

@@ -1,4 +1,4 @@
-"""Lesson 06: what its stored outputs show was learned, and what its exercises accept.
+"""Lesson 07: what its stored outputs show was learned, and what its exercises accept.
 
 test_notebooks.py proves that the outputs reproduce; here they are held against what was promised.
 """
@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from course_utils import data
-from course_utils.exercises import lesson_06 as exercises
+from course_utils.exercises import lesson_07 as exercises
 from course_utils.figures import widgets
 from fitcast.training.data import encode
 from fitcast.units import GIB
@@ -24,7 +24,7 @@ from tools.notebooks import LESSONS
 @pytest.fixture(scope="module")
 def shown():
     """Everything that the committed lesson prints, by the code that printed it."""
-    notebook = nbformat.read(LESSONS / "06_qlora_on_a_t4.ipynb", as_version=4)
+    notebook = nbformat.read(LESSONS / "07_qlora_on_a_t4.ipynb", as_version=4)
     return {
         cell.source: "".join(
             output.get("text")
