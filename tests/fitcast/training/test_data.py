@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from course_utils import data
-from fitcast.training.data import collate, encode, shuffled_answers
+from fitcast.training.conversations import one_answer_each, read
+from fitcast.training.data import collate, encode, pack, shuffled_answers, split_heldout
 
 TOOLS = Path(__file__).resolve().parents[3] / "tools"
 TICKET = (
@@ -305,3 +306,110 @@ def test_import_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=TOOLS.parent
     )
     assert out.stdout.strip() == "set()"
+
+
+# Several turns, packing, and sets of one's own
+
+TURNS = [
+    {"role": "system", "content": "Keep it short."},
+    {"role": "user", "content": "Where is order 7?"},
+    {"role": "assistant", "content": "On its way."},
+    {"role": "user", "content": "Since when?"},
+    {"role": "assistant", "content": "Since Monday."},
+]
+
+
+def turns_learned(row, tokenizer):
+    """What is labelled, each stretch by itself."""
+    stretches = [[]]
+    for label in row["labels"]:
+        if label != -100:
+            stretches[-1].append(label)
+        elif stretches[-1]:
+            stretches.append([])
+    return [tokenizer.decode(stretch) for stretch in stretches if stretch]
+
+
+@pytest.mark.parametrize("model", ["bundled", "Llama-3.2", "Phi-4-mini"])
+def test_every_turn_of_the_assistant_is_learned_to_its_end(model, tokenizer):
+    ends = ["<|end|>", "<|end|>"]
+    if model != "bundled":
+        tokenizer = foreign_tokenizer(*TEMPLATES[model])
+        end = TEMPLATES[model][1]
+        ends = [end.split("<|endoftext|>")[0], end]  # Phi ends the whole with one token more
+    (row,) = encode([{"messages": TURNS}], tokenizer, 256)
+    said = ["On its way.", "Since Monday."]
+    assert turns_learned(row, tokenizer) == [a + b for a, b in zip(said, ends, strict=True)]
+    (row,) = encode([{"messages": TURNS}], tokenizer, 256, last_answer_only=True)
+    assert turns_learned(row, tokenizer) == [said[1] + ends[1]]
+
+
+def test_a_template_that_rewrites_history_is_refused_with_a_way_on(tokenizer):
+    """As Qwen3's: only the last answer is rendered with its (empty) thought."""
+    changing = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last"
+        " %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    )
+    tokenizer = foreign_tokenizer(changing, "<|im_end|>")
+    with pytest.raises(ValueError, match="one_answer_each, and encode it with last_answer_only"):
+        encode([{"messages": TURNS}], tokenizer, 256)
+    each = one_answer_each(read([{"messages": TURNS}]))
+    rows = encode(each, tokenizer, 256, last_answer_only=True)
+    learned = [turns_learned(row, tokenizer) for row in rows]
+    assert learned == [["On its way.<|im_end|>"], ["Since Monday.<|im_end|>"]]
+
+
+def test_a_template_without_system_says_so():
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    tokenizer = foreign_tokenizer(strict, "<|im_end|>")
+    with pytest.raises(ValueError, match=r"got system, .*no system.*into the first user message"):
+        encode([{"messages": TURNS}], tokenizer, 256)
+
+
+def test_cut_examples_are_counted(tokenizer, capsys):
+    (row,) = encode([{"messages": TURNS}], tokenizer, 30)
+    assert len(row["input_ids"]) == 30
+    assert "cut 1 of 1 examples, longer than 30 tokens" in capsys.readouterr().out
+
+
+def test_packed_rows_hold_every_example_once_and_no_mask(tokenizer, splits):
+    rows = list(encode(splits["heldout"].select(range(40)), tokenizer, 256))
+    packed = pack(rows, 256, tokenizer.pad_token_id)
+    assert packed.column_names == ["input_ids", "labels"]
+    assert {len(row["input_ids"]) for row in packed} == {256}
+    examples = [row["input_ids"] for row in rows]
+    whole = [token for row in packed for token in row["input_ids"]]
+    assert len(whole) < 1.2 * sum(map(len, examples)), "hardly any padding"
+    starts = whole.count(tokenizer.bos_token_id)
+    assert starts == len(examples)
+    texts = " ".join(map(str, whole))
+    assert all(" ".join(map(str, example)) in texts for example in examples), "none was cut"
+    learned = [label for row in packed for label in row["labels"] if label != -100]
+    assert sorted(learned) == sorted(
+        label for row in rows for label in row["labels"][1:] if label != -100
+    )
+    assert set(collate(list(packed.select(range(2))), 0)) == {"input_ids", "labels"}
+
+
+@pytest.mark.parametrize(("count", "share"), [(60, 1 / 5), (600, 1 / 10)])
+def test_a_set_of_ones_own_is_split_by_what_is_asked(count, share):
+    rows = read([{"prompt": f"How much is {n}?", "completion": "x"} for n in range(count)] * 2)
+    train, heldout = split_heldout(rows)
+    asked = [{str(m[0]["content"]) for m in part["messages"]} for part in (train, heldout)]
+    assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == count
+    assert len(asked[1]) / count == pytest.approx(share, abs=0.08)
+
+
+def test_a_set_too_small_to_be_judged_is_refused():
+    same = read([{"prompt": "Hi", "completion": f"x{n}"} for n in range(50)])
+    with pytest.raises(ValueError, match="leave at least 2 examples on each side .*different"):
+        split_heldout(same)
+
+
+def test_shuffled_conversations_keep_all_but_the_last_answer():
+    rows = read([{"messages": [*TURNS[:4], {"role": "assistant", "content": t}]} for t in "abc"])
+    shuffled = shuffled_answers(rows, seed=0)["messages"]
+    assert [one[:4] for one in shuffled] == [TURNS[:4]] * 3
+    answers = [one[4]["content"] for one in shuffled]
+    assert sorted(answers) == list("abc") and all(map(str.__ne__, answers, "abc"))
