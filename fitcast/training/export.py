@@ -9,14 +9,17 @@ steps. Measured on the bundled model (lora_B with a standard deviation of 2e-4, 
 error of what was learned is 0.24, 0.024 and 0.005 of it in float16; in bfloat16 2.1, 0.28 and 0.05,
 and at 2e-4 four weights in five stay what they were.
 
+`merge` loads the whole model; what is larger than the memory, `shards.merge_shards` merges.
+
 Not modelled: GGUF and other formats of inference engines, uploads.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -33,12 +36,14 @@ if TYPE_CHECKING:
 Stored = Literal["float16", "bfloat16"]
 
 
-def save_adapter(model: torch.nn.Module, folder: str | Path) -> int:
+def save_adapter(model: torch.nn.Module, folder: str | Path, tokenizer: Any = None) -> int:
     """Write the adapter alone, in PEFT's format; returns the bytes of its weights' file.
 
     Args:
         model: With adapters, as from `training.build_model`.
         folder: Made if need be.
+        tokenizer: Written beside it with its chat template, so that `transformers.pipeline` and
+            PEFT find all that they need but the base, which the adapter's configuration names.
 
     Raises:
         ValueError: A model without adapters.
@@ -51,6 +56,8 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> int:
             "write the whole model with its save_pretrained",
         )
     model.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
     return (Path(folder) / "adapter_model.safetensors").stat().st_size
 
 
@@ -178,7 +185,7 @@ def _refuse_infinite(model: torch.nn.Module) -> None:
             )
 
 
-def save_merged(model: PreTrainedModel, folder: str | Path) -> int:
+def save_merged(model: PreTrainedModel, folder: str | Path, tokenizer: Any = None) -> int:
     """Write a merged model in 16 bits, for any program that loads a Hugging Face model.
 
     A model of 16 bits is written as it is; a float32 one becomes float16, itself too.
@@ -186,6 +193,8 @@ def save_merged(model: PreTrainedModel, folder: str | Path) -> int:
     Args:
         model: As from `merge`.
         folder: Made if need be.
+        tokenizer: Written beside it with its chat template: `transformers.pipeline`, vLLM and
+            llama.cpp's converter take both from this folder.
 
     Returns:
         Bytes of its weights' files.
@@ -197,7 +206,29 @@ def save_merged(model: PreTrainedModel, folder: str | Path) -> int:
         model.half()
     _refuse_infinite(model)
     model.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def to_drive(folder: str | Path, drive: Path | None) -> Path | None:
+    """Copy an exported folder to a mounted Drive, whole or not at all; returns the copy's folder.
+
+    Args:
+        folder: Adapter or merged model.
+        drive: As from `checkpoints.on_drive`; `None` copies nothing.
+
+    Raises:
+        OSError: The Drive is full or gone; there is no half copy under the folder's name.
+    """
+    if drive is None:
+        return None
+    target, staged = drive / Path(folder).name, drive / f".{Path(folder).name}"
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(folder, staged)
+    if target.exists():
+        shutil.rmtree(target)
+    return staged.replace(target)
 
 
 def load_merged(recipe: TrainRecipe, folder: str | Path) -> torch.nn.Module:
