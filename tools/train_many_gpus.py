@@ -25,32 +25,32 @@ import torch
 from course_utils.topics import sources
 from fitcast import gpus
 from fitcast.recipe import TrainRecipe
-from fitcast.training import data, export, trainer
+from fitcast.training import data, export, sharded, trainer
 
 
 def lesson_recipe(source: sources.Source) -> TrainRecipe:
     """The recipe of lesson 07, for one process (a test holds the two together)."""
-    return TrainRecipe(
-        model=source.model,
-        base="nf4",
-        double_quant=True,
-        lora_rank=16,
-        lora_alpha=32,
-        lora_dropout=0.0,
-        micro_batch_size=8,
-        gradient_accumulation_steps=4,
-        padded=True,
-        attention="explicit_kv",
-        loss="lean",
-        norm="native",
-        adapters="lean",
-        optimizer="paged_adamw_8bit",
-        warmup_fraction=0.05,
-        max_steps=56,
-        save_steps=28,
-        seed=1,
-        **source.settings,
-    )
+    usual: dict = {
+        "model": source.model,
+        "base": "nf4",
+        "double_quant": True,
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.0,
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 4,
+        "padded": True,
+        "attention": "explicit_kv",
+        "loss": "lean",
+        "norm": "native",
+        "adapters": "lean",
+        "optimizer": "paged_adamw_8bit",
+        "warmup_fraction": 0.05,
+        "max_steps": 56,
+        "save_steps": 28,
+        "seed": 1,
+    }
+    return TrainRecipe(**usual | source.settings)
 
 
 def shared(recipe: TrainRecipe, world_size: int) -> TrainRecipe:
@@ -71,13 +71,36 @@ def shared(recipe: TrainRecipe, world_size: int) -> TrainRecipe:
     )
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=sources.AUTO, help="as in the lesson's first cell")
     parser.add_argument("--out", type=Path, default=Path("run"), help="checkpoints and adapter")
     parser.add_argument("--drive", type=Path, help="a mounted folder for copies of checkpoints")
+    parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp")
+    parser.add_argument("--offload", action="store_true", help="fsdp2: parts wait on the host")
+    parser.add_argument("--save-steps", type=int, help="optimizer steps between checkpoints")
     parser.add_argument("--steps", type=int, help="end after this optimizer step")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def built(recipe: TrainRecipe, options: argparse.Namespace) -> torch.nn.Module:
+    """The model, whole in each process or in parts."""
+    if options.strategy == "fsdp2":
+        return sharded.build_model(recipe, offload=options.offload)
+    return trainer.build_model(recipe)
+
+
+def asked(recipe: TrainRecipe, options: argparse.Namespace) -> TrainRecipe:
+    """The lesson's recipe with what the command line changes."""
+    changes: dict = {"optimizer": "adamw"} if options.strategy == "fsdp2" else {}
+    if options.save_steps:
+        changes["save_steps"] = options.save_steps
+    return dataclasses.replace(recipe, **changes)
+
+
+def main() -> None:
+    options = arguments()
     world_size, rank, local_rank = (
         int(os.environ.get(name, default))
         for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
@@ -87,9 +110,9 @@ def main() -> None:
         torch.accelerator.set_device_index(local_rank)  # before anything lands on a GPU
     gpu = gpus.detect()
     source = sources.choose(gpu, options.model)
-    recipe = shared(lesson_recipe(source).for_gpu(gpu), world_size)
+    recipe = asked(shared(lesson_recipe(source).for_gpu(gpu), world_size), options)
     tokenizer = source.tokenizer()
-    rows = data.encode(source.instructions()[0], tokenizer, recipe.sequence_length)
+    rows = data.encode(source.conversations()[0], tokenizer, recipe.sequence_length)
 
     def say(row: dict) -> None:
         if rank == 0:
@@ -110,7 +133,7 @@ def main() -> None:
     extra = {"ddp_find_unused_parameters": False} if world_size > 1 else {}
     if world_size > 1 and not on_gpus:
         extra |= {"use_cpu": True, "ddp_backend": "gloo"}
-    model = trainer.build_model(recipe)
+    model = built(recipe, options)
     trainer.train(
         recipe,
         model,
@@ -122,7 +145,9 @@ def main() -> None:
         on_step=say,
         **extra,
     )
-    if rank == 0:
+    if options.strategy == "fsdp2":
+        sharded.save_adapter(model, options.out / "adapter")
+    elif rank == 0:
         export.save_adapter(model, options.out / "adapter")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -14,8 +14,15 @@ from fitcast.step import qlora
 from fitcast.units import Said, refusal
 
 
-def blueprint(recipe: TrainRecipe, config: Any) -> torch.nn.Module:
+def blueprint(
+    recipe: TrainRecipe, config: Any, storage: torch.dtype = torch.uint8
+) -> torch.nn.Module:
     """The model with its adapters on the meta device: modules and shapes, no memory.
+
+    Args:
+        recipe: What is trained.
+        config: Of the model.
+        storage: Of packed 4-bit weights, as `qlora.quantization` takes it.
 
     Raises:
         ValueError: Its layers are not where a Llama's are, or a LoRA target matches none.
@@ -31,7 +38,7 @@ def blueprint(recipe: TrainRecipe, config: Any) -> torch.nn.Module:
     if recipe.base == "nf4":
         from transformers.quantizers.auto import AutoHfQuantizer
 
-        quantization = qlora.quantization(recipe)
+        quantization = qlora.quantization(recipe, storage)
         assert quantization is not None  # nf4 has one
         quantizer = AutoHfQuantizer.from_config(quantization)
         quantizer.pre_quantized = False

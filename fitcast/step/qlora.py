@@ -14,7 +14,8 @@ import torch
 
 from fitcast import gpus, models
 from fitcast.recipe import TrainRecipe
-from fitcast.step import compat
+from fitcast.step import compat, ranks
+from fitcast.step.embedding import use_host_embedding
 from fitcast.step.lean import use_lean_lora, use_lean_mlp, use_lean_rotary
 from fitcast.step.levers import (
     attention_of,
@@ -42,8 +43,15 @@ def storage_dtype(recipe: TrainRecipe) -> torch.dtype:
     return getattr(torch, name)
 
 
-def quantization(recipe: TrainRecipe) -> BitsAndBytesConfig | None:
-    """How bitsandbytes stores the base; `None` for a base that is not quantized."""
+def quantization(
+    recipe: TrainRecipe, storage: torch.dtype = torch.uint8
+) -> BitsAndBytesConfig | None:
+    """How bitsandbytes stores the base; `None` for a base that is not quantized.
+
+    Args:
+        recipe: Uses base, double_quant, amp_dtype.
+        storage: Dtype of the numbers that hold the packed bytes; sharding wants a floating one.
+    """
     from transformers import BitsAndBytesConfig
 
     return (
@@ -52,6 +60,7 @@ def quantization(recipe: TrainRecipe) -> BitsAndBytesConfig | None:
             bnb_4bit_quant_type="nf4",  # the default is fp4
             bnb_4bit_use_double_quant=recipe.double_quant,
             bnb_4bit_compute_dtype=storage_dtype(recipe),  # the default, float32, is slow on a GPU
+            bnb_4bit_quant_storage=storage,
         )
         if recipe.base == "nf4"
         else None
@@ -185,6 +194,8 @@ def apply_levers(model: Any, recipe: TrainRecipe) -> Any:
     ):
         if value != "stock":
             use(base)
+    if recipe.embedding == "host":
+        use_host_embedding(base)
     checkpoint_layers(
         base,
         recipe.checkpointed_layers,
@@ -234,9 +245,27 @@ def compute_loss(
         num_items_in_batch: Labelled tokens of the whole effective batch. The loss is the sum over
             tokens divided by it, so that micro batches add up; `None` divides by this batch's own.
     """
+    if ranks.is_wrapped(model):
+        return model(loss_of=(batch, recipe, num_items_in_batch))
+    return loss_within(model, batch, recipe, num_items_in_batch)
+
+
+def loss_within(
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    recipe: TrainRecipe,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    whole: Any = None,
+) -> torch.Tensor:
+    """`compute_loss` inside the forward of a wrapper, or without one.
+
+    Args:
+        model, batch, recipe, num_items_in_batch: As for `compute_loss`.
+        whole: Called for all the logits; by default the model.
+    """
     if recipe.loss == "full":
         extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        return model(**batch, **extra).loss
+        return (whole or model)(**batch, **extra).loss
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     base = unwrap(model)
     hidden = base.model(**inputs).last_hidden_state  # (batch, seq, hidden)
@@ -290,9 +319,10 @@ def training_step(
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     losses = []
     for batch in batches:
-        with autocast(recipe, batch["input_ids"].device.type):
-            loss = compute_loss(model, batch, recipe, num_items)
-        scaler.scale(loss).backward()
+        with ranks.exchanging(model, last=batch is batches[-1]):
+            with autocast(recipe, batch["input_ids"].device.type):
+                loss = compute_loss(model, batch, recipe, num_items)
+            scaler.scale(loss).backward()
         losses.append(loss.detach())
         del loss  # its graph would keep the embeddings and their gradient through the next forward
     scaler.unscale_(optimizer)

@@ -5,7 +5,7 @@ the forecast and the run are the same code; what would go wrong silently is refu
 its speed and memory; checkpoints are whole or not there. Under torchrun the same class trains on
 several GPUs (`tools/train_many_gpus.py`).
 
-Not modelled: FSDP, DeepSpeed, several GPUs in one process.
+Not modelled: DeepSpeed, several GPUs in one process.
 
 Source: transformers/trainer.py, 5.15 to 5.23.
 """
@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 
 from fitcast import gpus
 from fitcast.recipe import TrainRecipe
-from fitcast.step import qlora
-from fitcast.training import checkpoints, data
+from fitcast.step import qlora, ranks
+from fitcast.training import checkpoints, data, sharded
 from fitcast.training.preflight import refuse_silent_failures
 from fitcast.training.resume import checkpoint_to_resume
 from fitcast.units import Said, refusal
@@ -169,8 +168,10 @@ class QLoRATrainer(Trainer):
             )
         if summary:
             self._compare(summary)
-        if self.args.world_size > 1:
-            answer_with_the_loss(model)
+        if ranks.is_wrapped(model):
+            sharded.tell_accelerate(self)
+        elif self.args.world_size > 1:
+            ranks.answer_with_the_loss(model)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the step's labelled tokens
         self.remove_callback(PrinterCallback)
 
@@ -217,10 +218,7 @@ class QLoRATrainer(Trainer):
         """
         asked = (inputs, self.recipe, num_items_in_batch)
         with self.accelerator.autocast():  # a chunked loss does not pass through model.forward
-            if isinstance(model, DistributedDataParallel):
-                loss = model(loss_of=asked)
-            else:
-                loss = qlora.compute_loss(model, *asked)
+            loss = qlora.compute_loss(model, *asked)  # within the forward of a wrapper
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP divides the gradients by it
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -328,27 +326,6 @@ class QLoRATrainer(Trainer):
         )
         if error or failed.item():
             raise error or checkpoints.SaveError("another process could not save")
-
-
-def answer_with_the_loss(model: torch.nn.Module) -> None:
-    """Let the model's forward answer `loss_of=(...)` with `qlora.compute_loss` of these arguments.
-
-    DDP averages gradients only after a forward of its own, which calls the model's: a loss computed
-    beside it would let every process train a model of its own, in silence. Any other call is
-    answered as before.
-
-    Args:
-        model: Changed in place; what a wrapper will be put around.
-    """
-    plain = model.forward
-
-    @functools.wraps(plain)
-    def forward(*args: Any, loss_of: tuple | None = None, **options: Any) -> Any:
-        if loss_of is None:
-            return plain(*args, **options)
-        return qlora.compute_loss(model, *loss_of)
-
-    model.forward = forward
 
 
 class Watch(TrainerCallback):

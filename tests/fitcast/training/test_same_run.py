@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from fitcast.step import qlora
+from fitcast.step import qlora, ranks
 from fitcast.training import checkpoints, data
 from fitcast.training import trainer as training
 from fitcast.training.resume import FREE_TO_CHANGE
@@ -170,7 +170,7 @@ def test_a_forward_answers_with_the_loss_when_asked_for_it(recipe, loss):
     recipe = dataclasses.replace(recipe, loss=loss, base="float32", lora_dropout=0.0)
     model, plain = (training.build_model(recipe).train() for _ in range(2))
     batch = data.collate(list(ROWS)[:4], 0)
-    training.answer_with_the_loss(model)
+    ranks.answer_with_the_loss(model)
     asked = model(loss_of=(batch, recipe, 11))
     wanted = qlora.compute_loss(plain, batch, recipe, 11)
     assert torch.equal(asked, wanted)
