@@ -183,7 +183,7 @@ def _trainer(model: Any, spec: dict, held: dict, steps: int, *callbacks: Any, **
     """The row's trainer, ready to train so many steps."""
     from datasets import Dataset
 
-    from fitcast.forecasting.stage import tokenizer
+    from fitcast.forecasting import stage
 
     arguments = held["arguments"]
     arguments.max_steps, arguments.logging_strategy, arguments.disable_tqdm = steps, "no", True
@@ -191,15 +191,16 @@ def _trainer(model: Any, spec: dict, held: dict, steps: int, *callbacks: Any, **
     if spec["trainer"] == "Trainer":
         model = _adapted(model, held, spec)
     else:
-        more |= {"processing_class": tokenizer(), "peft_config": held["peft_config"]}
+        more |= {"processing_class": stage.tokenizer(), "peft_config": held["peft_config"]}
         if spec["trainer"] == "SFTTrainer":
             arguments.dataset_kwargs = {"skip_prepare_dataset": True}
         else:
             length = spec["sequence_length"]
             data = Dataset.from_list([_pair(length, arguments)] * 64)
-    return held["trainer"](
-        model=model, args=arguments, train_dataset=data, callbacks=list(callbacks), **more
-    )
+    with stage._rows_are_ready(held["trainer"]):  # pairs come as token ids
+        return held["trainer"](
+            model=model, args=arguments, train_dataset=data, callbacks=list(callbacks), **more
+        )
 
 
 def _pair(length: int, arguments: Any) -> dict[str, Any]:
