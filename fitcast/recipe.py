@@ -38,7 +38,11 @@ FRACTIONS = {
     "max_grad_norm": 1000.0,
 }
 # field: (the word that is allowed, too; smallest, largest)
-WHOLE_OR = {"checkpointed_layers": ("all", 0, 1000), "lora_rank": (None, 1, 4096)}
+WHOLE_OR = {
+    "checkpointed_layers": ("all", 0, 1000),
+    "lora_rank": (None, 1, 4096),
+    "mlp_tile_tokens": (None, 1, 1_048_576),
+}
 BELOW_ONE = {
     "lora_dropout": "1 drops every input, use 0.05",
     "warmup_fraction": "transformers takes 1 for one step, use 0.03",
@@ -77,7 +81,8 @@ class TrainRecipe:
         sequence_length: Tokens in each sequence; where lengths differ, in the longest.
         padded: Whether batches carry an attention mask, as padded ones do.
         checkpointed_layers: How many layers recompute their activations in backward, or "all".
-        offload_checkpoints: Whether what checkpointing keeps waits in host memory.
+        offload_checkpoints: Whether what checkpointing keeps waits in host memory; a number from 2
+            on for that of so many layers, the first ones, fetched a layer ahead of time.
         attention: Who computes attention: "stock" as transformers does, "explicit_kv" with the
             key/value heads repeated first, "eager" with the scores written out.
         keep_attention: Whether checkpointed layers keep attention's output.
@@ -85,6 +90,10 @@ class TrainRecipe:
             "lean" likewise and with its gradient, so that backward recomputes none.
         norm: "stock" RMSNorm as in transformers, "native" as PyTorch's one fused operation.
         mlp: "stock", or "lean" to keep one tensor less (`lean.SwiGLU`).
+        mlp_tile_tokens: Tokens that an MLP computes at a time, each tile again in backward
+            (`tiles.Tiled`); `None` is all at once.
+        embedding: "stock" on the GPU, "host" with its weights in host memory, where rows are looked
+            up and sent; for a frozen one that is not the head's weight, too.
         adapters: "stock" as PEFT adds them, "lean" in one product (`lean.use_lean_lora`).
         rotary: "stock" position embedding, or "lean" with half the memory traffic (`lean.Rotary`).
         optimizer: Name in `CHOICES["optimizer"]`.
@@ -124,13 +133,15 @@ class TrainRecipe:
     sequence_length: int = 512
     padded: bool = False
     checkpointed_layers: int | Literal["all"] = "all"
-    offload_checkpoints: bool = False
+    offload_checkpoints: bool | int = False
     attention: Literal["stock", "explicit_kv", "eager"] = "stock"
     keep_attention: bool = False
     loss: Literal["full", "chunked", "lean"] = "full"
     loss_chunk_tokens: int = 512
     norm: Literal["stock", "native"] = "stock"
     mlp: Literal["stock", "lean"] = "stock"
+    mlp_tile_tokens: int | None = None
+    embedding: Literal["stock", "host"] = "stock"
     adapters: Literal["stock", "lean"] = "stock"
     rotary: Literal["stock", "lean"] = "stock"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "paged_adamw_8bit"
@@ -178,6 +189,13 @@ class TrainRecipe:
                 None,
                 "4-bit weights cannot be trained, set lora_rank=16 or base='float32'",
             )
+        if self.embedding == "host":
+            raise refusal(
+                "embedding",
+                "be 'stock' when lora_rank is None",
+                "host",
+                "it is trained, where the rest is",
+            )
         if self.loss == "lean":
             raise refusal(
                 "loss",
@@ -188,6 +206,8 @@ class TrainRecipe:
 
     def _check_checkpoints(self) -> None:
         """What checkpoints are for has to be there: a layer that forgets, an output to keep."""
+        if not isinstance(self.offload_checkpoints, bool):
+            _check_whole("offload_checkpoints", self.offload_checkpoints, 2, 1000)
         for field in ("offload_checkpoints", "keep_attention"):
             if getattr(self, field) and self.checkpointed_layers == 0:
                 raise refusal(
@@ -196,6 +216,14 @@ class TrainRecipe:
                     True,
                     "no layer forgets, set checkpointed_layers='all'",
                 )
+        k, m = self.checkpointed_layers, self.offload_checkpoints
+        if m is not True and k != "all" and 0 < k <= m:
+            raise refusal(
+                "offload_checkpoints",
+                "be True or below checkpointed_layers",
+                m,
+                "the last one's checkpoint is needed at once",
+            )
         if self.keep_attention and self.attention == "eager":
             raise refusal(
                 "keep_attention",

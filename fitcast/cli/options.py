@@ -79,6 +79,8 @@ GROUPS = {
         "loss_chunk_tokens",
         "norm",
         "mlp",
+        "mlp_tile_tokens",
+        "embedding",
         "adapters",
         "rotary",
         "optimizer",
@@ -109,6 +111,8 @@ IN_OTHER_WORDS = {
     "lora_targets": "Names of the linear layers with adapters, with commas between, or all-linear.",
     "amp_dtype": "Autocast's dtype; none computes in the dtype of the weights.",
     "loss_chunk_tokens": "Rows of logits at a time, of the chunked and the lean loss.",
+    "mlp_tile_tokens": "Tokens that an MLP computes at a time; none computes all at once.",
+    "embedding": "host keeps a frozen one's weights in host memory and sends rows.",
     "mlp": "lean keeps one tensor less.",
     "adapters": "stock as PEFT adds them, lean in one product.",
     "rotary": "Position embedding; lean has half the memory traffic.",
@@ -172,7 +176,16 @@ def _add_recipe(verb: argparse.ArgumentParser) -> None:
             names = [f"--{name}" for name in _names(field)]
             text = f"{about.get(field, '')} ({DEFAULTS.get(field) or _default(field)})"
             options: dict[str, typing.Any] = {"default": argparse.SUPPRESS, "help": text}
-            if HINTS[field] is bool:
+            if field == "offload_checkpoints":
+                options |= {"nargs": "?", "const": True, "metavar": "N"}
+                group.add_argument(
+                    f"--no-{names[0][2:]}",
+                    dest=field,
+                    action="store_false",
+                    default=argparse.SUPPRESS,
+                    help=argparse.SUPPRESS,
+                )
+            elif HINTS[field] is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
                 options["metavar"] = _placeholder(field)

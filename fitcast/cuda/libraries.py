@@ -18,7 +18,7 @@ from fitcast.cuda import bitsandbytes
 from fitcast.cuda.autocast import cuda_autocast
 from fitcast.cuda.kernels import cuda_functions
 from fitcast.gpus import Gpu
-from fitcast.step import levers
+from fitcast.step import embedding, host
 
 
 @contextlib.contextmanager
@@ -32,8 +32,10 @@ def pretend_cuda(gpu: Gpu) -> Iterator[None]:
         for target, name, stand_in in (
             (gpus, "device", lambda: "cuda"),
             (torch, "is_autocast_enabled", _autocast_of_cpu(torch.is_autocast_enabled)),
-            (levers, "to_host", to_host),
-            (levers, "from_host", from_host),
+            (host, "locked_memory", locked_memory),
+            (embedding, "on_host", lambda weight: torch.empty_like(weight, device="meta")),
+            (embedding, "look_up", rows_sent),
+            (host, "copy", lambda *_: None),
             (adam, "_default_to_fused_or_foreach", foreach_by_default),
             (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
             (torch.amp.GradScaler, "_maybe_opt_step", step_without_looking),
@@ -53,15 +55,14 @@ def _autocast_of_cpu(original: Callable[[str], bool]) -> Callable[..., bool]:
     return lambda device="cpu": original(device)
 
 
-def to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-    """Pinned memory is the host's: the copy takes no device memory."""
-    return tensor.device, torch.empty_like(tensor, device="meta")
+def locked_memory(n_bytes: int, device: torch.device) -> torch.Tensor:
+    """Locked memory is the host's: it takes none of the device."""
+    return torch.empty(n_bytes, dtype=torch.uint8, device="meta")
 
 
-def from_host(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
-    """The copy back on the device takes memory again."""
-    device, host = packed
-    return torch.empty_like(host, device=device)
+def rows_sent(ids: torch.Tensor, weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What comes of a look-up on the host: its rows."""
+    return torch.empty(*ids.shape, weight.shape[1], dtype=weight.dtype, device=device)
 
 
 def foreach_by_default(*_: Any, **__: Any) -> tuple[bool, bool]:

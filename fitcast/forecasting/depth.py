@@ -45,9 +45,10 @@ class Segment:
     marks: tuple[str, ...] = ()  # moments just before
 
 
-def kinds(num_layers: int, checkpointed: int) -> list[int]:
-    """How many layers of each kind: checkpointed ones come first."""
-    return [n for n in (checkpointed, num_layers - checkpointed) if n]
+def kinds(num_layers: int, checkpointed: int, offloaded: int = 0) -> list[int]:
+    """How many layers of each kind: checkpointed ones come first, of them the offloaded ones."""
+    counts = (offloaded, checkpointed - offloaded, num_layers - checkpointed)
+    return [n for n in counts if n]
 
 
 def run_layers(counts: list[int]) -> list[int]:

@@ -87,17 +87,32 @@ def run_stream(recipe: TrainRecipe, gpu: Gpu, *, whole: bool = False) -> Stream:
             k,
             "use 'all' for every layer",
         )
-    counts = depth.kinds(total, k)
+    m = recipe.offload_checkpoints
+    m = 0 if isinstance(m, bool) else m  # all of them are of one kind
+    counts = depth.kinds(total, k, m)
     alike = len(set(getattr(config, "layer_types", None) or ["one"])) == 1
     if not whole and alike:
         few = depth.run_layers(counts)
-        shallow = dataclasses.replace(recipe, checkpointed_layers=few[0] if k else 0)
+        shallow = _of_few_layers(recipe, few, k, m)
         try:
             content = cache.content(recipe.model)
-            return depth.deepen(_shallow_run(shallow, content, gpu, sum(few)), counts)
+            run = _shallow_run(shallow, content, gpu, sum(few))
+            return _with_pinned(depth.deepen(run, counts), run.pinned_host_bytes, counts[0], few[0])
         except depth.NotRepeating:
             pass  # then the whole model is run
     return fake_run(recipe, gpu, config)
+
+
+def _of_few_layers(recipe: TrainRecipe, few: list[int], k: int, m: int) -> TrainRecipe:
+    """The recipe of a model with `few` layers of each kind, where k and m are those of the deep."""
+    if not m:
+        return dataclasses.replace(recipe, checkpointed_layers=few[0] if k else 0)
+    return dataclasses.replace(recipe, checkpointed_layers=sum(few[:2]), offload_checkpoints=few[0])
+
+
+def _with_pinned(stream: Stream, n_bytes: int, deep: int, few: int) -> Stream:
+    """The host's memory, too: of the first kind's layers, which are all alike."""
+    return dataclasses.replace(stream, pinned_host_bytes=n_bytes // few * deep)
 
 
 @functools.lru_cache(maxsize=32)

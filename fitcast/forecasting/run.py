@@ -16,7 +16,7 @@ from fitcast.forecasting.load import blueprint, place_weights
 from fitcast.gpus import Gpu
 from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
 from fitcast.recipe import TrainRecipe
-from fitcast.step import qlora
+from fitcast.step import levers, qlora
 
 MICRO_BATCHES = 2  # of a step; the third does to memory what the second did
 
@@ -37,7 +37,9 @@ def fake_run(recipe: TrainRecipe, gpu: Gpu, config) -> Stream:
         ledger.mark("ready")
         qlora.training_step(model, optimizer, batches[:MICRO_BATCHES], recipe, scaler)
         ledger.mark("step")
-    return ledger.stream()
+    stream = ledger.stream()
+    stream.pinned_host_bytes = levers.pinned_host_bytes(model)
+    return stream
 
 
 def fake_batch(recipe: TrainRecipe) -> dict[str, torch.Tensor]:

@@ -56,6 +56,7 @@ class Forecast(MemoryReport):
         operations: About how many operations the step launches.
         flops: Multiplications and additions of its matrix products.
         ideal_seconds: Its time if every operation ran at the GPU's peak rate or bandwidth.
+        pinned_host_bytes: Host memory that checkpoints wait in, locked for the GPU's copies.
         notes: What was assumed and what is not modelled, a sentence each.
     """
 
@@ -69,6 +70,7 @@ class Forecast(MemoryReport):
     operations: int
     flops: int
     ideal_seconds: float
+    pinned_host_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -193,6 +195,7 @@ def report(
         operations=work.operations,
         flops=work.flops,
         ideal_seconds=work.seconds,
+        pinned_host_bytes=stream.pinned_host_bytes,
     )
 
 

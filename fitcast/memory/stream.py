@@ -54,6 +54,7 @@ class Stream:
             nothing.
         growing: Bytes that a block of no layer gains with each further layer.
         layers: Which layer a block's module belongs to.
+        pinned_host_bytes: Host memory that is locked for checkpoints.
     """
 
     blocks: list[Block]
@@ -62,6 +63,7 @@ class Stream:
     work: list[Work] = field(default_factory=list)
     growing: dict[int, int] = field(default_factory=dict)
     layers: Layers = field(default_factory=Layers)
+    pinned_host_bytes: int = 0
 
 
 def later_step(step: list[Event]) -> list[Event]:

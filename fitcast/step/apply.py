@@ -79,7 +79,7 @@ def apply_levers(
     loss: str | None = None,
     loss_chunk_tokens: int = 512,
     checkpointed_layers: int | Literal["all"] | None = None,
-    offload_checkpoints: bool = False,
+    offload_checkpoints: bool | int = False,
     keep_attention: bool = False,
 ) -> Levers:
     """Make a model lean in place, adapters or not; by default with all that it can take.
@@ -100,7 +100,7 @@ def apply_levers(
         loss_chunk_tokens: Rows of logits alive at once.
         checkpointed_layers: The first k layers, or "all", forget their activations; `None` leaves
             that to the trainer. Whoever switches gradient checkpointing on later gets this one.
-        offload_checkpoints: Keep what they need in host memory.
+        offload_checkpoints: Keep what they need in host memory; a number: of so many layers.
         keep_attention: Keep attention's output, too.
 
     Returns:
@@ -146,7 +146,7 @@ def _pull(base: Any, name: str, value: str | None, found: Levers) -> None:
         found.applied[name] = value or best
 
 
-def _use_checkpoints(base: Any, k: int | Literal["all"], offload: bool, keep: bool) -> None:
+def _use_checkpoints(base: Any, k: int | Literal["all"], offload: bool | int, keep: bool) -> None:
     """Now, and whenever a trainer switches its own gradient checkpointing on."""
     if keep and attention_of(base) == "eager":
         raise refusal(

@@ -61,7 +61,7 @@ def use_lean_mlp(model: torch.nn.Module) -> None:
         ValueError: An MLP that computes something else (another activation, factors of its own), or
             no gated MLP at all.
     """
-    mlps = [module for module in model.modules() if hasattr(module, "down_proj")]
+    mlps = gated_mlps(model)
     if not mlps:
         raise _nothing_to_change("mlp", "lean", "a gated MLP (gate_proj, up_proj, down_proj)")
     for module in mlps:
@@ -76,6 +76,11 @@ def use_lean_mlp(model: torch.nn.Module) -> None:
         module.forward = MethodType(_lean_mlp(module), module)
 
 
+def gated_mlps(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The model's MLPs of two or three products, the last of which is `down_proj`."""
+    return [module for module in model.modules() if hasattr(module, "down_proj")]
+
+
 def _lean_mlp(mlp: torch.nn.Module) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     return _separate_mlp if hasattr(mlp, "gate_proj") else _fused_mlp
 
@@ -83,20 +88,27 @@ def _lean_mlp(mlp: torch.nn.Module) -> Callable[[Any, torch.Tensor], torch.Tenso
 @real_numbers()
 def _computes_swiglu(mlp: torch.nn.Module) -> bool:
     """Whether an MLP's own forward is the lean one, its products replaced by small ones."""
-    hidden, inner = 4, 6
+    small, x = with_small_products(mlp), random_numbers(2, 3, HIDDEN, seed=9)
+    return alike(lambda: type(mlp).forward(small, x), lambda: _lean_mlp(mlp)(small, x))
+
+
+HIDDEN, INNER = 4, 6  # of an MLP that is asked what it computes
+
+
+def with_small_products(mlp: torch.nn.Module) -> torch.nn.Module:
+    """A stand-in for a gated MLP whose products are small ones with random numbers."""
     sizes = {
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "gate_up_proj": (2 * inner, hidden),
-        "down_proj": (hidden, inner),
+        "gate_proj": (INNER, HIDDEN),
+        "up_proj": (INNER, HIDDEN),
+        "gate_up_proj": (2 * INNER, HIDDEN),
+        "down_proj": (HIDDEN, INNER),
     }
     products = {
         name: partial(F.linear, weight=random_numbers(*size, seed=seed))
         for seed, (name, size) in enumerate(sizes.items())
         if hasattr(mlp, name)
     }
-    small, x = stand_in(mlp, **products), random_numbers(2, 3, hidden, seed=9)
-    return alike(lambda: type(mlp).forward(small, x), lambda: _lean_mlp(mlp)(small, x))
+    return stand_in(mlp, **products)
 
 
 def _activation(mlp: torch.nn.Module) -> str:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fitcast.step.alike import alike, random_numbers, real_numbers, stand_in
+from fitcast.step.host import HostCheckpoints
 from fitcast.step.lean import head_loss
 from fitcast.units import IGNORED, Said, refusal
 
@@ -249,7 +250,7 @@ def checkpoint_layers(
     model: torch.nn.Module,
     k: int | Literal["all"] = "all",
     *,
-    offload: bool = False,
+    offload: bool | int = False,
     keep_attention: bool = False,
 ) -> None:
     """Let the first `k` layers forget their activations and recompute them in backward.
@@ -261,7 +262,9 @@ def checkpoint_layers(
     Args:
         model: A Hugging Face model with `GradientCheckpointingLayer`s, or a PEFT model around it.
         k: How many layers; "all" or 0 to num_layers.
-        offload: Keep the boundaries in pinned host memory instead of on the GPU.
+        offload: Keep the boundaries in pinned host memory instead of on the GPU: True those of all
+            k layers; a number below k those of the first ones, each fetched a layer ahead of time.
+            Later ones are needed sooner, and bound to be on the GPU at the peak.
         keep_attention: Keep attention's output too, (batch, seq, hidden) a layer, and recompute
             only the rest.
 
@@ -286,30 +289,42 @@ def checkpoint_layers(
             k,
             "they are no GradientCheckpointingLayer of transformers and would forget nothing",
         )
+    m = k if offload is True else int(offload)
+    if m and not m <= k - (offload is not True):
+        raise refusal(
+            "offload_checkpoints",
+            f"be True or below {k}, the layers that are checkpointed",
+            offload,
+            "the last one's checkpoint is needed at once",
+        )
+    host = HostCheckpoints(ahead=offload is not True)
+    unwrap(model).host_checkpoints = host if m else None
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < k
-        layer._gradient_checkpointing_func = partial(_checkpoint, offload, keep_attention)
+        layer._gradient_checkpointing_func = partial(
+            _checkpoint, _where(host, index, m), keep_attention
+        )
 
 
-def _checkpoint(offload: bool, keep_attention: bool, function: Callable, *args: Any) -> Any:
+def _where(host: HostCheckpoints, index: int, m: int) -> Callable:
+    """A context for a layer's forward pass: its checkpoint waits on the host, or stays."""
+    if index < m:
+        return partial(host.of_layer, first=index == 0)
+    return host.behind if m and index == m else contextlib.nullcontext
+
+
+def _checkpoint(waits: Callable, keep_attention: bool, function: Callable, *args: Any) -> Any:
     extra: dict[str, Any] = {}
     if keep_attention:
         extra["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
-    on_host = torch.autograd.graph.saved_tensors_hooks(to_host, from_host)
-    with on_host if offload else contextlib.nullcontext():
+    with waits():
         return checkpoint(function, *args, use_reentrant=False, **extra)
 
 
-def to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-    """A copy in host memory, pinned so that the GPU need not wait for it, and where it was."""
-    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    return tensor.device, host.copy_(tensor, non_blocking=True)
-
-
-def from_host(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
-    """The tensor back on its device."""
-    device, host = packed
-    return host.to(device, non_blocking=True)
+def pinned_host_bytes(model: Any) -> int:
+    """Host memory that a model's checkpoints have locked so far."""
+    host = getattr(unwrap(model), "host_checkpoints", None)
+    return 0 if host is None else host.n_bytes
 
 
 def chunked_loss(

@@ -28,6 +28,7 @@ from fitcast.step.levers import (
     use_native_norm,
     use_stock_attention,
 )
+from fitcast.step.tiles import use_tiled_mlp
 from fitcast.units import IGNORED, Said, refusal
 
 if TYPE_CHECKING:
@@ -196,6 +197,8 @@ def apply_levers(model: Any, recipe: TrainRecipe) -> Any:
             use(base)
     if recipe.embedding == "host":
         use_host_embedding(base)
+    if recipe.mlp_tile_tokens is not None:
+        use_tiled_mlp(base, recipe.mlp_tile_tokens)
     checkpoint_layers(
         base,
         recipe.checkpointed_layers,

@@ -55,7 +55,6 @@ WRONG += [
         "double_quant",
         "kbit_upcast",
         "padded",
-        "offload_checkpoints",
         "keep_attention",
         "expandable_segments",
     )
@@ -63,6 +62,10 @@ WRONG += [
 WRONG += [
     ("model", "no such thing"),
     ("model", 7),
+    ("mlp_tile_tokens", 0),
+    ("mlp_tile_tokens", True),
+    ("offload_checkpoints", 1),
+    ("offload_checkpoints", 1001),
     ("lora_rank", 0),
     ("lora_rank", "16"),
     ("lora_rank", None),
@@ -96,7 +99,13 @@ def test_a_recipe_comes_back_from_json(targets):
 
 def test_choices_are_those_of_the_type_hints():
     assert recipe.CHOICES["amp_dtype"] == (None, "float16", "bfloat16")
-    assert recipe.CHOICES["loss"] == ("full", "chunked", "lean") and len(recipe.CHOICES) == 9
+    assert recipe.CHOICES["loss"] == ("full", "chunked", "lean") and len(recipe.CHOICES) == 10
+
+
+def test_the_last_checkpoint_is_not_offloaded():
+    with pytest.raises(ValueError, match="offload_checkpoints must be True or below"):
+        TrainRecipe(model=BUNDLED, offload_checkpoints=4, checkpointed_layers=4)
+    TrainRecipe(model=BUNDLED, offload_checkpoints=4, checkpointed_layers=5)
 
 
 def test_offload_without_checkpoints():

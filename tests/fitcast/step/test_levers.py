@@ -66,6 +66,15 @@ LEVERS = {
         "checkpointed_layers": 2,
         "keep_attention": True,
     },
+    "tiled mlp": {"mlp_tile_tokens": 20},
+    "tiled lean mlp, checkpointed": {
+        "mlp": "lean",
+        "adapters": "lean",
+        "mlp_tile_tokens": 20,
+        "checkpointed_layers": "all",
+    },
+    "some checkpoints on the host": {"checkpointed_layers": "all", "offload_checkpoints": 2},
+    "embedding on the host": {"embedding": "host"},
     "checkpoints on the host": {"checkpointed_layers": "all", "offload_checkpoints": True},
 }
 STOCK = TrainRecipe(
