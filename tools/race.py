@@ -62,11 +62,28 @@ LEVERS = {"attention": "explicit_kv", "loss": "lean", "norm": "native", "adapter
           "rotary": "lean", "expandable_segments": True}  # fmt: skip
 LEAN = LEVERS | {"mlp": "lean", "offload_checkpoints": 31}
 # setting: changes of the recipe. Those that come first matter most; later ones are tried once.
+# "parts" are those that a recipe does not know (yet): fitcast.step.fused and compiled.
+PLAIN = ("in place", "loss", "flat", "causal")
+COMPILED = ("in place", "flat", "causal", "compiled")
+HOST = LEAN | {"parts": COMPILED, "embedding": "host"}
 OURS: dict[str, dict[str, Any]] = {
     "levers": LEVERS,
     "lean": LEAN,
+    "lean, plain parts": LEAN | {"parts": PLAIN},
+    "lean, compiled": LEAN | {"parts": COMPILED},
+    "compiled, kept": LEAN | {"parts": COMPILED, "keep_attention": True},
+    "compiled, on card": LEAN | {"parts": COMPILED, "offload_checkpoints": False},
+    "embedding on host": HOST,
+    "embedding on host, kept": HOST | {"keep_attention": True},
+    "k=30": HOST | {"checkpointed_layers": 30, "offload_checkpoints": 29},
+    "picked": LEAN
+    | PICKED
+    | {"keep_attention": True, "offload_checkpoints": False}
+    | {"checkpointed_layers": 17},
 }
-LONG = {"lean": LEAN, "lean, tiled": LEAN | {"mlp_tile_tokens": 4096}}
+FEW = ("levers", "lean", "lean, plain parts", "compiled, kept", "embedding on host, kept")
+TILED = HOST | {"mlp_tile_tokens": 8192, "parts": ("in place", "flat", "loss")}
+LONG = {"tiled": TILED, "lean": LEAN}
 SLOW = ("1x32768", "1x40960")
 
 
@@ -74,7 +91,9 @@ def settings(contender: str, row: str) -> dict[str, dict[str, Any]]:
     """What a contender runs in a row: name -> changes of its recipe."""
     if contender != "ours":
         return {"": {}}
-    return LONG if row in SLOW else OURS
+    if row in SLOW:
+        return LONG
+    return OURS if row == "4x2048" else {name: OURS[name] for name in FEW}
 
 
 def batches(row: dict[str, Any], vocab_size: int, count: int = 4) -> list[dict[str, Any]]:
@@ -319,6 +338,8 @@ class Ours(Contender):
         from fitcast import gpus
         from fitcast.step import qlora
 
+        changes, parts = dict(changes), changes.get("parts", ())
+        changes.pop("parts", None)
         own = {"sequence_length": row["length"], "micro_batch_size": row["size"],
                "padded": bool(row.get("padded"))}  # fmt: skip
         if (most := len(self.model.base_model.model.model.layers) - 1) < 31:  # a model cut short
@@ -329,15 +350,18 @@ class Ours(Contender):
         gpus.use_expandable_segments(recipe.expandable_segments)
         try:
             qlora.apply_levers(self.model, recipe)
+            use_parts(self.model, parts)
             self.model.train()
             with on_device(data) as ready:
                 cut = [
                     [{k: v[i : i + micro] for k, v in batch.items()} for i in starts(batch, micro)]
                     for batch in ready
                 ]
-                steps(self.model, recipe, cut, clock, qlora, torch)
+                with parts_of(self.model, parts):
+                    steps(self.model, recipe, cut, clock, qlora, torch, flat="flat" in parts)
         finally:
             restore_forwards(self.model, self.kept)
+            embedding_back(self.model.get_input_embeddings())
         return {"recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if k in changes}}
 
 
@@ -350,12 +374,83 @@ def on_device(data: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     yield [{name: t.cuda() for name, t in batch.items()} for batch in data]
 
 
+def use_parts(model: Any, parts: tuple[str, ...]) -> None:
+    """What is fused beside the recipe's levers."""
+    from fitcast.step import compiled, fused
+    from fitcast.step.levers import unwrap
+
+    if "in place" in parts:
+        fused.use_adapters_in_place(unwrap(model))
+    if "compiled" in parts:
+        compiled.use_compiled_mlp(unwrap(model))
+        compiled.use_compiled_rotary(unwrap(model))
+
+
+@contextlib.contextmanager
+def parts_of(model: Any, parts: tuple[str, ...]) -> Iterator[None]:
+    """Inside, the lean loss is that of `fused` or `compiled`, and padding is causal, if asked."""
+    from unittest import mock
+
+    from fitcast.step import compiled, fused, lean
+
+    kind = {"loss": fused.HeadLoss, "compiled": compiled.HeadLoss}
+    asked = [kind[name] for name in parts if name in kind] or [lean._HeadLoss]
+    hook = fused.use_causal_padding(model) if "causal" in parts else None
+    try:
+        with mock.patch.object(lean, "_HeadLoss", asked[-1]):
+            yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+class FlatScaler:
+    """A gradient scaler that gathers the gradients of `fused.Flat` first."""
+
+    def __init__(self, scaler: Any, flat: Any):
+        self._scaler, self._flat = scaler, flat
+
+    def unscale_(self, optimizer: Any) -> None:
+        self._flat.gather()
+        self._scaler.unscale_(optimizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scaler, name)
+
+
+class OneParameter:
+    """What `qlora` asks of a model when it builds an optimizer and clips."""
+
+    def __init__(self, model: Any, parameter: Any):
+        self._model, self._parameter = model, parameter
+
+    def parameters(self) -> list[Any]:
+        return [self._parameter]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model(*args, **kwargs)
+
+
 def steps(
-    model: Any, recipe: Any, data: list[list[dict]], clock: Clock, qlora: Any, torch: Any
+    model: Any,
+    recipe: Any,
+    data: list[list[dict]],
+    clock: Clock,
+    qlora: Any,
+    torch: Any,
+    flat: bool = False,
 ) -> None:
     """Optimizer steps over batches, each a list of micro batches."""
+    from fitcast.step.fused import Flat
+
+    scaler: Any = torch.amp.GradScaler("cuda", init_scale=256.0)
+    if flat:
+        one = Flat([p for p in model.parameters() if p.requires_grad])
+        model, scaler = OneParameter(model, one.parameter), FlatScaler(scaler, one)
     optimizer = qlora.build_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
     for i in range(clock.wanted):
         clock.begin()
         loss = qlora.training_step(model, optimizer, data[i % len(data)], recipe, scaler)
@@ -376,6 +471,15 @@ def restore_forwards(model: Any, kept: dict[int, Any]) -> None:
             module.forward = kept[id(module)]
         else:
             vars(module).pop("forward", None)
+
+
+def embedding_back(embedding: Any) -> None:
+    """On the GPU again, after a setting that keeps it on the host."""
+    import torch
+
+    if (device := vars(embedding).pop("device_of_rows", None)) is not None:
+        vars(embedding).pop("_apply")
+        embedding.weight = torch.nn.Parameter(embedding.weight.to(device), requires_grad=False)
 
 
 KINDS: dict[str, type[Contender]] = {"unsloth": Unsloth, "ours": Ours, "usual": Usual, "trl": Sft}
@@ -579,6 +683,8 @@ class Race:
         if pipe is None or time.monotonic() > self.end:
             return
         spec, changes = dict(ROWS[row]), settings(kind, row)[name]
+        if kind in ("usual", "trl") and not spec.get("padded"):  # their steps take long
+            spec |= {"unseen": 1, "timed": 2}
         if self.options.smoke:
             spec |= {"unseen": 1, "timed": 1}
         pipe.send((spec, changes))

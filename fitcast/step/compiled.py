@@ -1,0 +1,177 @@
+"""Elementwise parts in one kernel each, by torch.compile: SwiGLU, rotary embedding, the loss.
+
+A product is bound by arithmetic, what stands between two of them by memory traffic: each operation
+of PyTorch reads and writes its tensors whole. `torch.compile` writes one kernel for several;
+products stay with cuBLAS. Optional: the first step compiles, and a card needs Triton's elementwise
+kernels. Elsewhere (a CPU, a forecast) the same functions run as they are written here. Not
+modelled: models whose MLP or rotary embedding the lean levers refuse.
+Shapes: B batch, S sequence, I intermediate, V vocabulary, t tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fitcast.step import lean, levers
+from fitcast.units import IGNORED
+
+
+def fused(function: Callable) -> Callable:
+    """The function, compiled for tensors on a GPU; compiling waits for the first of them."""
+    compiled = torch.compile(function, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(first: torch.Tensor, *rest: Any) -> Any:
+        return (compiled if first.is_cuda else function)(first, *rest)
+
+    return call
+
+
+@fused
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) x up, (B, S, I): two tensors read and one written."""
+    return F.silu(gate) * up
+
+
+@fused
+def swiglu_gradients(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of gate and up, (B, S, I) each: three tensors read and two written."""
+    open_part = torch.sigmoid(gate)
+    silu = gate * open_part
+    return grad * up * (open_part + silu * (1 - open_part)), grad * silu
+
+
+class SwiGLU(torch.autograd.Function):
+    """`lean.SwiGLU` in one kernel forward and one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return swiglu_gradients(grad, *ctx.saved_tensors)
+
+
+@fused
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x, (B, heads, S, head_dim), turned by the angles of (B, 1, S, head_dim / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+@fused
+def loss_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross entropy of a chunk and its gradient by the logits, (t, V), in their dtype."""
+    labelled = (targets != IGNORED)[:, None]
+    wanted = targets.clamp(min=0)[:, None]
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+    loss = -(log_probabilities.gather(1, wanted) * labelled).sum()
+    at_target = torch.arange(logits.shape[1], device=logits.device)[None] == wanted
+    grad = torch.where(labelled, log_probabilities.exp() - at_target.float(), 0.0)
+    return loss, grad.to(logits.dtype)
+
+
+class HeadLoss(torch.autograd.Function):
+    """`lean.head_loss`, whose chunks of logits are read twice and written once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunk_tokens: int,
+    ) -> torch.Tensor:
+        grad_hidden = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunks = (tensor.split(chunk_tokens) for tensor in (hidden, targets, grad_hidden))
+        for rows, wanted, grad in zip(*chunks, strict=True):
+            loss, by_logits = loss_and_gradient(F.linear(rows, weight), wanted)
+            total += loss
+            grad.copy_(by_logits @ weight)
+        ctx.save_for_backward(grad_hidden)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad_total, None, None, None
+
+
+def _separate_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def _fused_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(SwiGLU.apply(*self.gate_up_proj(x).chunk(2, dim=-1)))
+
+
+def use_compiled_mlp(model: torch.nn.Module) -> None:
+    """Let every gated MLP of the model compute with `SwiGLU` of this module.
+
+    Saves traffic: 11 trips of (batch, seq, intermediate) through memory instead of 21, forward,
+    recomputation and backward together.
+
+    Raises:
+        ValueError: An MLP that the lean one refuses, too.
+    """
+    lean.use_lean_mlp(model)
+    for mlp in lean.gated_mlps(model):
+        mlp.forward = MethodType(_separate_mlp if hasattr(mlp, "gate_proj") else _fused_mlp, mlp)
+
+
+def use_compiled_rotary(model: torch.nn.Module) -> None:
+    """Let every attention layer turn query and key in one kernel each.
+
+    Raises:
+        ValueError: A model that the lean rotary embedding refuses, too.
+    """
+    lean.use_lean_rotary(model)
+    for layer in levers.decoder_layers(model):
+        attention = layer.self_attn
+        names = attention.forward.__func__.__globals__
+        names[lean.ROTARY] = apply_rotary
+
+
+class Rotary(torch.autograd.Function):
+    """`lean.Rotary` in one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, -sin), None, None
+
+
+def apply_rotary(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    unsqueeze_dim: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`lean.apply_rotary` with this module's `Rotary`."""
+    rotated = cos.shape[-1]
+    cos, sin = (t[..., : rotated // 2].unsqueeze(unsqueeze_dim) for t in (cos, sin))
+    turned = [Rotary.apply(x[..., :rotated], cos, sin) for x in (query, key)]
+    if rotated == query.shape[-1]:
+        return turned[0], turned[1]
+    rest = (x[..., rotated:] for x in (query, key))
+    query, key = (torch.cat(pair, dim=-1) for pair in zip(turned, rest, strict=True))
+    return query, key

@@ -1,0 +1,136 @@
+"""Fewer and larger operations in plain PyTorch: adapters, loss, optimizer, no mask to read.
+
+A step of many small operations waits for Python, which takes 5 to 50 microseconds to launch each,
+and every operation more is a trip through memory more. Not modelled: trainers' own optimizers.
+
+Shapes: B batch, S sequence, r rank, V vocabulary, T tokens (B x S).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fitcast.step import lean, levers
+from fitcast.units import IGNORED
+
+
+def use_adapters_in_place(model: torch.nn.Module) -> None:
+    """Let each adapter add its share into the base's output, rather than into a copy of it.
+
+    Saves a copy of (batch, seq, out) for each adapted layer, in time and in bytes.
+
+    Raises:
+        ValueError: Adapters that `lean.use_lean_lora` refuses, too.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    lean.use_lean_lora(model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), torch.nn.Linear):
+            module.forward = MethodType(_added_in_place, module)
+
+
+def _added_in_place(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args or kwargs or not lean._is_one_plain_adapter(self, x):
+        return type(self).forward(self, x, *args, **kwargs)
+    name = self.active_adapters[0]
+    rows = x.flatten(0, -2)  # (T, in)
+    base = self.base_layer(rows)  # (T, out), which nobody else holds
+    down = F.linear(self.lora_dropout[name](rows), self.lora_A[name].weight)  # (T, r)
+    up = self.lora_B[name].weight * self.scaling[name]  # (out, r)
+    base.addmm_(down.to(base.dtype), up.to(base.dtype).T)  # in place, so autocast casts nothing
+    return base.view(*x.shape[:-1], -1)
+
+
+class HeadLoss(torch.autograd.Function):
+    """`lean.head_loss` with five trips of a chunk's logits through memory instead of thirteen.
+
+    PyTorch's `log_softmax` casts, subtracts, exponentiates and sums in one kernel, and `exp` writes
+    the probabilities where the logits were.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunk_tokens: int,
+    ) -> torch.Tensor:
+        grad_hidden = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunks = (tensor.split(chunk_tokens) for tensor in (hidden, targets, grad_hidden))
+        for rows, wanted, grad in zip(*chunks, strict=True):
+            wanted, labelled = wanted.clamp(min=0)[:, None], (wanted != IGNORED)[:, None]
+            logits = F.linear(rows, weight)  # (chunk, vocab)
+            log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+            total -= (log_probabilities.gather(1, wanted) * labelled).sum()
+            torch.exp(log_probabilities, out=logits)
+            logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1))
+            torch.mul(logits @ weight, labelled, out=grad)
+        ctx.save_for_backward(grad_hidden)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad_total, None, None, None
+
+
+class Flat:
+    """Trainable parameters as pieces of one tensor: an optimizer steps once, not once for each.
+
+    bitsandbytes' 8-bit Adam launches a kernel, and prepares it in Python, for each parameter: 256
+    for adapters on four layers of each of 32. Its blocks of 256 numbers stay what they were if each
+    parameter has a multiple of 256.
+
+    Attributes:
+        parameter: All of them, one float32 vector; give it to the optimizer.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
+        self._pieces = list(parameters)
+        sizes = [piece.numel() for piece in self._pieces]
+        self.parameter = torch.nn.Parameter(torch.cat([p.data.flatten() for p in self._pieces]))
+        for piece, part in zip(self._pieces, self.parameter.data.split(sizes), strict=True):
+            piece.data = part.view_as(piece)
+
+    def gather(self) -> None:
+        """Put the pieces' gradients into the one's, before unscaling, clipping and the step."""
+        self.parameter.grad = torch.cat([piece.grad.flatten() for piece in self._pieces])  # pyright: ignore[reportOptionalMemberAccess]
+        for piece in self._pieces:
+            piece.grad = None
+
+
+def use_causal_padding(model: Any) -> Any:
+    """Let training forget the mask of batches whose padding is all at the end.
+
+    A causal model's tokens see none that come later, so padding behind them changes nothing of
+    theirs, and it has no labels of its own. Without a mask the kernels need not read one, and skip
+    the half of the scores that nobody sees. Asking where the padding is makes the CPU wait once.
+
+    Args:
+        model: A causal language model of transformers, or a PEFT model around it.
+
+    Returns:
+        A handle whose `remove()` takes it back.
+    """
+    trunk = levers.unwrap(model).model
+    return trunk.register_forward_pre_hook(_without_mask, with_kwargs=True)
+
+
+def _without_mask(trunk: Any, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    mask = inputs.get("attention_mask")
+    if trunk.training and mask is not None and mask.dim() == 2 and _is_padded_behind(mask):
+        inputs = inputs | {"attention_mask": None}
+    return args, inputs
+
+
+def _is_padded_behind(mask: torch.Tensor) -> bool:
+    """Whether no row of a mask, (B, S) of zeros and ones, has a one behind a zero."""
+    return bool((mask[:, 1:] <= mask[:, :-1]).all())
