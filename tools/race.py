@@ -506,7 +506,7 @@ def contender(kind: str, checkpoint: str, peer_site: str | None, pipe: Any) -> N
                    "where": traceback.format_exc()[-1500:]})  # fmt: skip
         return
     while (told := pipe.recv()) is not None:
-        pipe.send(take_turn(racer, *told))
+        pipe.send(host() if told == "host" else take_turn(racer, *told))
 
 
 def take_turn(racer: Any, row: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -573,12 +573,16 @@ def cpu_name() -> str:
     return "unknown"
 
 
-def host(pipe: Any) -> None:
-    """What the machine is, from a process that ends before the race."""
+def host() -> dict[str, Any]:
+    """What the machine is, asked while everybody else waits."""
     import torch
 
-    pipe.send({"gpu": torch.cuda.get_device_name(0), "cpu": cpu_name(), "cpus": os.cpu_count(),
-               "launch_microseconds": round(launch_microseconds(), 2)})  # fmt: skip
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "launch_microseconds": round(launch_microseconds(), 2),
+    }
 
 
 def write_checkpoint(folder: str, layers: int | None) -> str:
@@ -641,15 +645,10 @@ class Race:
         print(f"{time.monotonic() - self.start:5.0f} s  {text}", flush=True)
 
     def set_up(self, folder: str) -> None:
-        """The checkpoint, the machine's own numbers, and each contender's model, side by side."""
+        """The checkpoint, each contender's model, side by side, and the machine's own numbers."""
         context = multiprocessing.get_context("spawn")
-        near, far = context.Pipe()
-        process = context.Process(target=host, args=(far,))
-        process.start()
         checkpoint = write_checkpoint(folder, self.options.layers)
-        self.record["host"] = ask(near, process, self.end)
-        process.join()
-        self.say(f"{self.record['host']}")
+        self.say("the checkpoint is written")
         for kind in self.options.contenders:
             near, far = context.Pipe()
             site = self.options.peer_site
@@ -665,6 +664,11 @@ class Race:
             self.say(f"{kind}: {said.get('error', 'ready')} {said.get('where', '')}")
             if "error" in said:
                 del self.pipes[kind]
+        self.record["host"] = {}
+        for pipe, process in list(self.pipes.values())[-1:]:  # Unsloth changes what Python does
+            pipe.send("host")
+            self.record["host"] = ask(pipe, process, self.end)
+        self.say(f"{self.record['host']}")
         self.write()
 
     def run(self) -> None:
