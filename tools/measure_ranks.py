@@ -5,7 +5,7 @@
 A row is a `TrainRecipe`, a strategy and a number of processes: DDP, FSDP2 or a device map, run by
 `step.ranks` and `step.qlora`, which the forecast runs, too. Random weights at the real shapes are
 made and quantized tensor by tensor, and each rank keeps its part. Rows with `alone` have the GPUs
-for themselves and tell a speed; the others share them, three at a time. A row that fails says why;
+for themselves and tell a speed; the others share them, four at a time. A row that fails says why;
 the file is written after every row. `--smoke` runs tiny shapes, through gloo where no GPU is.
 
 Protocol: FlashAttention and cuDNN attention off, `set_per_process_memory_fraction` at 14.42 GiB;
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gzip
 import json
 import os
 import signal
@@ -36,7 +37,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CONFIGS = ROOT / "tests" / "data" / "configs"
 T4_BYTES = int(14.42 * 2**30)
 STEPS = 5
-LANES = 3
+LANES = 4
 TIMEOUT = 110  # seconds of a row
 QLORA = {"base": "nf4", "amp_dtype": "float16", "lora_dropout": 0.0, "optimizer": "adamw",
          "attention": "explicit_kv", "loss": "lean", "norm": "native", "adapters": "lean",
@@ -49,7 +50,8 @@ STOCK = {"attention": "stock", "loss": "full", "norm": "stock", "adapters": "sto
 
 def row(name: str, strategy: str, model: str, batch: int, length: int, **options: Any) -> dict:
     """A row as JSON; what is no option of a row belongs to the recipe."""
-    known = {"processes": 2, "offload": False, "alone": False, "steps": STEPS, "trace": False}
+    known = {"processes": 2, "offload": False, "alone": False, "steps": STEPS, "trace": False,
+             "layers": None}  # fmt: skip
     spec = {key: options.pop(key, value) for key, value in known.items()}
     recipe = QLORA | options | {"model": model, "micro_batch_size": batch,
                                 "sequence_length": length}  # fmt: skip
@@ -61,43 +63,45 @@ ROWS = [
     row("8b one process", "ddp", "llama-3.1-8b", 2, 2048, processes=1, alone=True),
     row("8b ddp", "ddp", "llama-3.1-8b", 2, 2048, alone=True),
     row("8b fsdp2", "fsdp2", "llama-3.1-8b", 2, 2048, alone=True),
-    row("14b fsdp2 1x4096", "fsdp2", "qwen3-14b", 1, 4096, alone=True),
-    row("32b fsdp2 1x1024", "fsdp2", "qwen3-32b", 1, 1024, alone=True),
-    # Memory: three at a time.
+    # Memory: several at a time.
+    row("32b fsdp2 1x1024", "fsdp2", "qwen3-32b", 1, 1024),
+    row("14b fsdp2 1x4096", "fsdp2", "qwen3-14b", 1, 4096),
     row("32b fsdp2 offload", "fsdp2", "qwen3-32b", 1, 1024, offload=True),
+    row("kill one rank", "kill", "llama-3.2-1b", 1, 256, processes=1),
     row("14b fsdp2 offload", "fsdp2", "qwen3-14b", 1, 2048, offload=True),
     row("8b fsdp2 16k", "fsdp2", "llama-3.1-8b", 1, 16384),
-    row("8b fsdp2 stock", "fsdp2", "llama-3.1-8b", 1, 2048, **STOCK),
-    row("8b fsdp2 no checkpointing", "fsdp2", "llama-3.1-8b", 1, 512, checkpointed_layers=0),
-    row("0.6b ddp full", "ddp", "qwen3-0.6b", 2, 512, **FULL),
-    row("0.6b ddp full, accumulated", "ddp", "qwen3-0.6b", 1, 512, **FULL,
-        gradient_accumulation_steps=2),
-    row("1b ddp lora 16-bit", "ddp", "llama-3.2-1b", 4, 1024, base="float16"),
-    row("1b ddp lora r64", "ddp", "llama-3.2-1b", 4, 1024, lora_rank=64,
-        lora_targets="all-linear"),
-    row("1.7b fsdp2 full", "fsdp2", "qwen3-1.7b", 1, 512, **FULL),
-    row("1b fsdp2 16-bit lora", "fsdp2", "llama-3.2-1b", 4, 1024, base="float16", trace=True),
+    row("0.6b ddp full", "ddp", "qwen3-0.6b", 2, 256, **FULL, layers=14, trace=True),
+    row("1.7b fsdp2 full", "fsdp2", "qwen3-1.7b", 1, 256, **FULL, layers=12),
     row("1b fsdp2 nf4", "fsdp2", "llama-3.2-1b", 2, 512, trace=True),
-    row("0.6b ddp traced", "ddp", "qwen3-0.6b", 1, 256, **FULL, trace=True),
     row("8b device_map auto", "auto", "llama-3.1-8b", 2, 1024, processes=1, **STOCK),
     row("14b device_map balanced", "balanced", "qwen3-14b", 1, 2048, processes=1, **STOCK),
-    # Equal losses: the same batch of two rows from one process and from two.
-    row("equal one", "ddp", "llama-3.2-1b", 2, 256, processes=1, steps=8),
-    row("equal ddp", "ddp", "llama-3.2-1b", 1, 256, steps=8),
-    row("equal fsdp2", "fsdp2", "llama-3.2-1b", 1, 256, steps=8),
-    row("kill one rank", "kill", "llama-3.2-1b", 1, 256),
+    row("1b ddp lora r64", "ddp", "llama-3.2-1b", 4, 1024, lora_rank=64,
+        lora_targets="all-linear"),
+    row("8b fsdp2 stock", "fsdp2", "llama-3.1-8b", 1, 2048, **STOCK),
+    row("8b fsdp2 no checkpointing", "fsdp2", "llama-3.1-8b", 1, 512, checkpointed_layers=0),
+    row("equal one", "ddp", "llama-3.2-1b", 2, 256, processes=1, steps=6),
+    row("equal fsdp2", "fsdp2", "llama-3.2-1b", 1, 256, steps=6),
+    row("equal ddp", "ddp", "llama-3.2-1b", 1, 256, steps=6),
+    row("0.6b ddp full, accumulated", "ddp", "qwen3-0.6b", 1, 256, **FULL, layers=14,
+        gradient_accumulation_steps=2),
+    row("1b ddp lora 16-bit", "ddp", "llama-3.2-1b", 4, 1024, base="float16"),
+    row("1b fsdp2 16-bit lora", "fsdp2", "llama-3.2-1b", 4, 1024, base="float16"),
 ]  # fmt: skip
 
 
 # --- one rank ----------------------------------------------------------------------------------
 
 
-def config_of(recipe: Any) -> Any:
+def config_of(spec: dict) -> Any:
     """The recipe's model: a preset, or a config that the tests bring along; tiny for a smoke."""
     from fitcast import models
 
-    folder = CONFIGS / recipe["model"]
-    config = models.config(str(folder) if folder.is_dir() else recipe["model"])
+    name, layers = spec["recipe"]["model"], spec["layers"]
+    folder = CONFIGS / name
+    config = models.config(str(folder) if folder.is_dir() else name)
+    if layers:
+        config.num_hidden_layers = layers
+        config.layer_types = (getattr(config, "layer_types", None) or [None])[:layers]
     if os.environ.get("SMOKE"):
         config.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
                        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -171,9 +175,9 @@ class Rank:
         from fitcast.step import qlora, ranks
 
         spec, recipe = self.spec, self.recipe
-        model = blueprint(recipe, config_of(spec["recipe"]), torch.float16)
+        model = blueprint(recipe, config_of(spec), torch.float16)
         ranks.pack(model)
-        mesh, device_of = None, lambda name: self.device
+        device_of = lambda name: self.device  # noqa: E731
         if spec["strategy"] == "fsdp2":
             mesh = torch.distributed.init_device_mesh("cuda" if self.cuda else "cpu", (self.ranks,))
             qlora.apply_levers(model, recipe)
@@ -182,7 +186,7 @@ class Rank:
             self.map = ranks.cut(model, spec["strategy"], 2, T4_BYTES)
             device_of = ranks.device_in(self.map) if self.cuda else device_of
         weights = ranks.noise(0, self.device)
-        ranks.place(model, weights, qlora.storage_dtype(recipe), device_of, mesh, spec["offload"])
+        ranks.place(model, weights, qlora.storage_dtype(recipe), device_of, offload=spec["offload"])
         model.train()
         if spec["strategy"] == "fsdp2":
             return model
@@ -210,6 +214,14 @@ class Rank:
             found.append({"input_ids": mine, "labels": mine.clone()})
         return found
 
+    def write_trace(self, trace: list[dict]) -> None:
+        """The last step's events beside the result: action, address, bytes, stream."""
+        if self.rank == 0:
+            name = self.spec["name"].replace(" ", "-")
+            path = Path(os.environ["TRACES"]) / f"ranks-{name}.json.gz"
+            events = [[e["action"], e.get("addr"), e["size"], e["stream"]] for e in trace]
+            path.write_bytes(gzip.compress(json.dumps(events).encode()))
+
     def run(self) -> dict[str, Any]:
         import torch
         import torch.distributed as dist
@@ -224,9 +236,9 @@ class Rank:
         scaler = torch.amp.GradScaler("cuda" if self.cuda else "cpu", init_scale=256.0)
         read["losses"], read["steps"] = [], []
         tracing = self.spec["trace"] and self.cuda
-        if tracing:
-            torch.cuda.memory._record_memory_history(max_entries=200_000, context=None)
         for step in range(self.spec["steps"]):
+            if tracing and step == self.spec["steps"] - 1:
+                torch.cuda.memory._record_memory_history(max_entries=200_000, context=None)
             batches = self.batches(step)
             self.read()
             if self.cuda:
@@ -243,8 +255,7 @@ class Rank:
             read["steps"].append(counters)
             del batches, loss
         if tracing:
-            trace = torch.cuda.memory._snapshot()["device_traces"][self.device]
-            read["trace"] = [[e["action"], e.get("addr"), e["size"], e["stream"]] for e in trace]
+            self.write_trace(torch.cuda.memory._snapshot()["device_traces"][self.device])
         if len(self.cards) > 1:
             read["device_map"] = self.map
         read["optimizer_states"] = len(optimizer.state)
@@ -253,7 +264,8 @@ class Rank:
 
 def one_rank(spec: dict, part: Path) -> None:
     try:
-        read = Rank(spec).run()
+        killed = spec["strategy"] == "kill"
+        read = kill_one_rank(part.parent) if killed else Rank(spec).run()
     except Exception as error:
         read = {"error": f"{type(error).__name__}: {error}"[:600],
                 "where": traceback.format_exc()[-1800:]}  # fmt: skip
@@ -301,12 +313,14 @@ class Running:
         return self.spec | {"seconds": round(time.monotonic() - self.started, 1), "ranks": read}
 
 
-def kill_one_rank(spec: dict, folder: Path) -> dict:
+def kill_one_rank(folder: Path) -> dict:
     """The course's script under FSDP2: one rank is killed in a save, both are started again."""
     out = folder / "killed"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", str(ROOT / "tools" / "train_many_gpus.py"), "--strategy", "fsdp2", "--model",
                "bundled", "--out", str(out), "--steps", "12", "--save-steps", "2"]  # fmt: skip
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SMOKE"):
+        os.environ.pop(name, None)
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, killed = [], None
     assert first.stdout is not None
@@ -319,7 +333,7 @@ def kill_one_rank(spec: dict, folder: Path) -> dict:
             os.kill(killed, signal.SIGKILL)
     first.wait()
     again = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    return spec | {"before": said[-25:], "killed": killed,
+    return {"before": said[-25:], "killed": killed,
                    "after": again.stdout.splitlines()[-25:], "rc": again.returncode,
                    "errors": again.stderr[-800:] if again.returncode else ""}  # fmt: skip
 
@@ -350,6 +364,7 @@ def main() -> None:
         return one_rank(json.loads(options.one), options.out)
     if options.smoke:
         os.environ["SMOKE"] = "1"
+    os.environ["TRACES"] = str(options.out.resolve().parent)
     end = time.monotonic() + 60 * options.minutes
     waiting = [r for r in ROWS if not options.only or options.only in r["name"]]
     running: list[Running] = []
@@ -362,14 +377,7 @@ def main() -> None:
                                 and not running[0].spec["alone"])
             ):  # fmt: skip
                 spec = waiting.pop(0)
-                if spec["strategy"] == "kill":
-                    try:
-                        rows.append(kill_one_rank(spec, folder))
-                    except Exception as error:
-                        rows.append(spec | {"error": f"{type(error).__name__}: {error}"[:600]})
-                    write(options.out, rows)
-                else:
-                    running.append(Running(spec, folder))
+                running.append(Running(spec, folder))
             for one in list(running):
                 found = one.done()
                 if found is not None:

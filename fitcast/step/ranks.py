@@ -1,6 +1,6 @@
 """One training step on several GPUs: the model replicated (DDP), sharded (FSDP2) or cut in two.
 
-    pack(model); mesh = shard(model, "cuda"); place(model, weights, "cuda", mesh)
+    pack(model); shard(model, mesh); place(model, weights, dtype, device_of)
 
 Weights come one at a time from a function, so that no process ever holds the whole model: each is
 quantized where it arrives, and each rank keeps its part of it. What travels between ranks is what
@@ -64,7 +64,7 @@ def place(
     weights: Weights,
     dtype: torch.dtype,
     device_of: Callable[[str], Any],
-    mesh: Any = None,
+    *,
     offload: bool = False,
 ) -> None:
     """Fill a packed model on meta, tensor by tensor, in the order of its names.
@@ -74,7 +74,6 @@ def place(
         weights: Where they come from.
         dtype: In which they arrive.
         device_of: Name of a parameter -> its device.
-        mesh: The ranks among which each tensor is cut along its first dimension, if any.
         offload: Whether shards wait on the host.
     """
     owners = _owners(model)
@@ -83,8 +82,8 @@ def place(
         module, attribute = holders[0]
         old: Any = module._parameters[attribute]
         full = _whole(name, module, old, weights, dtype, device_of(name))
-        if mesh is not None:
-            full = _part(full, mesh, offload)
+        if hasattr(old, "device_mesh"):  # sharded; what is not stays whole on each rank
+            full = _part(full, old, offload)
         new = torch.nn.Parameter(full, requires_grad=old.requires_grad)
         for holder, place_name in holders:
             holder._parameters[place_name] = new
@@ -130,19 +129,19 @@ def _whole(
     return packed
 
 
-def _part(full: torch.Tensor, mesh: Any, offload: bool) -> Any:
+def _part(full: torch.Tensor, old: Any, offload: bool) -> Any:
     """This rank's part of a tensor, cut as FSDP2 cuts: even chunks of the first dimension."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
 
+    mesh: Any = old.device_mesh
     chunks = torch.chunk(full, mesh.size(), dim=0)
     rank = mesh.get_local_rank()
     local = chunks[rank].clone() if rank < len(chunks) else full.new_empty(0, *full.shape[1:])
     if offload:
         local = local.to("cpu")
         local = local.pin_memory() if gpus.device() == "cuda" else local
-    return DTensor.from_local(
-        local, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride()
-    )
+    make: Any = DTensor  # `from_local` would move a host's part to the mesh's device
+    return make(local, old._spec, requires_grad=False)
 
 
 def _fill_buffers(model: torch.nn.Module, device_of: Callable[[str], Any]) -> None:
@@ -210,8 +209,9 @@ def replicate(model: torch.nn.Module, device: Any = None) -> Any:
 def shard(model: Any, mesh: Any, *, offload: bool = False) -> None:
     """Cut each decoder layer, the input embedding and the rest into FSDP2 units, in place.
 
-    The rest (last norm and head) is the root's, gathered from the start of forward to the end of
-    backward: the chunked loss multiplies with the head inside the root's forward.
+    The rest (last norm and head) is the root's, which is gathered from the start of forward to the
+    end of backward: the chunked loss multiplies with the head inside the root's forward. At the
+    peak a part would lie beside the whole, so a rest that is frozen stays whole on each rank.
 
     Args:
         model: On meta, packed; what `place` fills afterwards.
@@ -229,7 +229,8 @@ def shard(model: Any, mesh: Any, *, offload: bool = False) -> None:
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         fully_shard(embedding, mesh=mesh, offload_policy=policy)
-    fully_shard(model, mesh=mesh, offload_policy=policy)
+    whole = {p for p in model.parameters() if not (p.requires_grad or hasattr(p, "device_mesh"))}
+    fully_shard(model, mesh=mesh, offload_policy=policy, ignored_params=whole)
 
 
 def cut(model: Any, how: str, cards: int, bytes_on_each: int) -> dict[str, int]:

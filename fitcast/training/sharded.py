@@ -68,7 +68,7 @@ def build_model(
     mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     ranks.shard(model, mesh, offload=offload)
     read = reader(folder, device, recipe.seed)
-    ranks.place(model, read, qlora.storage_dtype(recipe), lambda _: device, mesh, offload)
+    ranks.place(model, read, qlora.storage_dtype(recipe), lambda _: device, offload=offload)
     return model.train()
 
 
