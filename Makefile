@@ -14,10 +14,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PYTEST := $(BIN)/python -m pytest
 # The tests that need no torch: they start at once, and find what is out of place.
 QUICK := tests/fitcast/test_units.py tests/house/test_verbs.py
+AXE := 4.14.1
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
 READY := .venv/ready-$(shell (cat requirements.txt $(LOCK) pyproject.toml; echo "$(HASHES)") | cksum | tr ' ' -)
 
-.PHONY: help lessons test test-all lab execute stamp lock test-colab test-browser lint bench clean
+.PHONY: help lessons test test-all lab site execute stamp lock test-colab test-browser test-site lint bench package tag clean
 lessons test test-all execute stamp lint bench: export HF_HUB_OFFLINE := 1
 
 help: ## show these verbs
@@ -44,6 +45,10 @@ lab: $(READY) ## open JupyterLab on the lessons
 	@echo "Opening JupyterLab on lessons/ (stop it with Ctrl-C)"
 	@$(BIN)/python -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lessons
 
+site: $(READY)-site ## build the public site into build/site/, from the lessons as they were executed
+	@echo "Building the site"
+	@$(BIN)/python -m tools.make_site
+
 execute: $(READY) ## author's verb: make the .ipynb from the .py and run it (LESSON=01 for one)
 	@echo "Rebuilding the committed notebooks from their .py"
 	@$(BIN)/python -m tools.execute $(LESSON)
@@ -57,7 +62,7 @@ stamp: $(READY) ## author's verb: badges, set-up cells, numbers outside the less
 lock: $(READY) ## author's verb: write requirements.lock for what pyproject.toml asks (UPGRADE=torch raises one)
 	@echo "Resolving $(LOCK)"
 	@$(PIP) --quiet uv
-	@$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --extra browser --universal \
+	@$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --extra browser --extra site --universal \
 		--python-version 3.11 --generate-hashes --no-annotate --custom-compile-command 'make lock' \
 		$(UPGRADE:%=--upgrade-package %) --output-file $(LOCK)
 
@@ -68,6 +73,16 @@ test-colab: $(READY) ## set-up cell and lessons on Colab's packages, in .venv-co
 test-browser: $(READY)-browser ## every lesson in JupyterLab, used in a browser (LESSON=01 for one)
 	@echo "Testing in a browser; pictures go to build/browser/"
 	@$(PYTEST) tests/browser $(if $(LESSON),--lesson $(LESSON)) $(ARGS)
+
+test-site: $(READY)-site build/axe/axe.min.js ## the site in a browser: quiet pages, search, accessibility
+	@echo "Testing the site in a browser; pictures go to build/site-pictures/"
+	@$(PYTEST) tests/site $(ARGS)
+
+# axe-core, which looks for what a screen reader cannot read; from npm, for this test alone.
+build/axe/axe.min.js:
+	@mkdir -p $(@D)
+	@cd $(@D) && npm pack --silent axe-core@$(AXE) && tar --extract --strip-components 1 \
+		--file axe-core-$(AXE).tgz package/axe.min.js
 
 lint: $(READY) ## check style, format, who imports whom, and types
 	@echo "Checking style, format, imports and types"
@@ -82,6 +97,13 @@ bench: $(READY) ## measure what the package promises
 	@$(BIN)/python tools/bench_step.py
 	@test ! -d instructor || $(BIN)/python -m instructor.bench
 
+package: $(READY)-site ## build wheel and sdist into dist/, check them, install and ask the wheel elsewhere
+	@echo "Building the distribution"
+	@$(BIN)/python -m tools.release --package
+
+tag: $(READY) ## author's verb: version, changelog and tag in one commit (VERSION=0.2.0; DRY=1 only says it)
+	@$(BIN)/python -m tools.release "$(VERSION)" $(if $(DRY),--dry-run)
+
 # The instructor's verbs; the students' archive has none of them.
 -include instructor/verbs.mk
 
@@ -91,8 +113,9 @@ clean: ## remove build/ and caches; .venv stays
 	@find . -path './.venv*' -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) \
 		-exec rm -rf {} +
 
-$(READY)-browser: BROWSER := --editable '.[browser]'
-$(READY) $(READY)-browser:
+$(READY)-browser: EXTRA := --editable '.[browser]'
+$(READY)-site: EXTRA := --editable '.[browser,site]'
+$(READY) $(READY)-browser $(READY)-site:
 	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed, $(PYTHON) is not: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "Setting up .venv (the first time: some minutes and about 1 GB)"
@@ -100,6 +123,6 @@ $(READY) $(READY)-browser:
 	$(if $(HASHES),@$(PIP) --quiet --only-binary :all: --require-hashes --requirement $(LOCK))
 	@sed -nE 's/^([^ #]+==[^ ]+( ;[^\\]+)?) \\$$/\1/p' $(LOCK) > .venv/pins.txt
 	@$(PIP) --constraint .venv/pins.txt $(if $(HASHES),--no-index) --quiet setuptools
-	@$(PIP) --constraint .venv/pins.txt $(if $(HASHES),--no-index) --no-build-isolation --editable '.[dev]' $(BROWSER) | sed -u -E '/already satisfied|^(Installing collected|Successfully)/d'
-	@rm -f .venv/ready-*
+	@$(PIP) --constraint .venv/pins.txt $(if $(HASHES),--no-index) --no-build-isolation --editable '.[dev]' $(EXTRA) | sed -u -E '/already satisfied|^(Installing collected|Successfully)/d'
+	@rm -f $(filter-out $(READY)%,$(wildcard .venv/ready-*))
 	@touch $@ $(READY)

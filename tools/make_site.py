@@ -13,6 +13,7 @@ import posixpath
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -34,6 +35,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
+READING = "add_a_t4_reading"
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s]+)(?=\))")
 BADGE = re.compile(r"\[!\[[^]]*\]\(https?:[^)]*\)\]\(([^)]*)\)")
 PICTURE = re.compile(r"(!\[[^]]*\])\((docs/[^)]*)\)")
@@ -131,7 +133,7 @@ def doors(lesson: str) -> str:
 
 def lessons() -> None:
     """Each committed notebook, its badge replaced by doors, its links led on."""
-    for script in lesson_scripts():
+    for script in stamp.notebooks():
         origin = f"lessons/{script.stem}.ipynb"
         notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
         opening = notebook.cells[0]
@@ -172,7 +174,7 @@ def contents() -> None:
         f"{said['hardware']}"
         for name, said in titles.items()
     ]
-    tree = "\n".join([*titles, *sheets()])
+    tree = "\n".join([*titles, *sheets(), READING])
     write(
         "lessons/index.md",
         "# Learn: the lessons\n\nEach is a notebook that was executed on a CPU; what you read here "
@@ -216,7 +218,7 @@ def front() -> None:
     """README as the first page, with the site's chapters behind it."""
     for origin, page in PAGES.items():
         write(page, text((ROOT / origin).read_text("utf-8"), origin, page))
-    chapters = (SITE / "chapters.md").read_text("utf-8")
+    chapters = (SITE / "chapters.md").read_text("utf-8").replace("<home>", home_address())
     with (SOURCE / "index.md").open("a", encoding="utf-8") as file:
         file.write("\n" + chapters)
 
@@ -255,7 +257,7 @@ def finish() -> None:
         )
 
     for page in BUILT.rglob("*.html"):
-        html = ICON_PLACE.sub(drawn, page.read_text("utf-8"))
+        html = ICON_PLACE.sub(drawn, at_home(page.read_text("utf-8"), page))
         for pattern, mended in MENDED.items():
             html = re.sub(pattern, mended, html)
         page.write_text(html, "utf-8")
@@ -263,6 +265,19 @@ def finish() -> None:
     shutil.rmtree(BUILT / "_static" / "vendor" / "fontawesome", ignore_errors=True)
     for left in [*BUILT.rglob("*.map"), *BUILT.rglob("*webpack-macros.html")]:
         left.unlink()
+
+
+def at_home(html: str, page: Path) -> str:
+    """A page whose links to the published site stay within the one that was built."""
+    top = "../" * (len(page.relative_to(BUILT).parts) - 1)
+    home = re.escape(home_address())
+    return re.sub(rf'href="{home}((?:[^"]*/)?)"', rf'href="{top}\1index.html"', html)
+
+
+def home_address() -> str:
+    """Where the site is published, as pyproject.toml says it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return project["urls"]["Documentation"]
 
 
 def explorer() -> None:

@@ -4,8 +4,8 @@
 
 The address and the version come from pyproject.toml, bitsandbytes' version from requirements.lock.
 From them it writes each lesson's badge and set-up cell (in the `.py` and in the `.ipynb`, whose
-other outputs stay), README's table of lessons, its picture and example outputs, CITATION.cff and
-`__version__`.
+other outputs stay), README's table of lessons, its picture and example outputs, CITATION.cff,
+.zenodo.json and `__version__`.
 """
 
 import re
@@ -21,7 +21,7 @@ from nbformat.v4 import new_output
 
 from course_utils.topics.welcome import banner
 from tools import closing_act
-from tools.notebooks import ROOT, lesson_scripts
+from tools.notebooks import LESSONS, ROOT, lesson_scripts
 
 SETUP_PROSE = """\
 ## Set up
@@ -167,16 +167,27 @@ def citation(text: str, now: Facts) -> str:
     return text
 
 
+def zenodo(text: str, now: Facts) -> str:
+    """.zenodo.json with the version of now."""
+    return re.sub(r'(?<="version": ")[^"]*', now.version, text)
+
+
 def package(text: str, now: Facts) -> str:
     """`fitcast/__init__.py` with the version of now."""
     return re.sub(r'^__version__ = ".*"$', f'__version__ = "{now.version}"', text, flags=re.M)
 
 
+def notebooks() -> list[Path]:
+    """The `.py` of each notebook with a badge and a set-up cell: lessons, and the T4 reading."""
+    return [*lesson_scripts(), LESSONS / "add_a_t4_reading.py"]
+
+
 def texts(root: Path = ROOT) -> dict[Path, str]:
     """Every stamped text file, as it should be."""
     now, scripts = facts(root), lesson_scripts()
-    wanted = {path: lesson_source(path.read_text("utf-8"), path.stem, now) for path in scripts}
-    for name, write in (("CITATION.cff", citation), ("fitcast/__init__.py", package)):
+    wanted = {path: lesson_source(path.read_text("utf-8"), path.stem, now) for path in notebooks()}
+    written = {"CITATION.cff": citation, ".zenodo.json": zenodo, "fitcast/__init__.py": package}
+    for name, write in written.items():
         wanted[root / name] = write((root / name).read_text("utf-8"), now)
     wanted[root / "README.md"] = readme((root / "README.md").read_text("utf-8"), scripts, now)
     wanted[root / "docs" / "closing_act.svg"] = closing_act.svg()
@@ -190,7 +201,7 @@ def main() -> int:
             path.parent.mkdir(exist_ok=True)
             path.write_text(wanted, "utf-8")
             changed.append(path)
-    for script in lesson_scripts():
+    for script in notebooks():
         path = script.with_suffix(".ipynb")
         before = path.read_text("utf-8")
         notebook = nbformat.reads(before, as_version=4)

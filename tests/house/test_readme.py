@@ -18,6 +18,8 @@ from tools.surroundings import ROOT
 
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 SHEETS = sorted(path.name for path in LESSONS.glob("*.md"))
+# What pip may be asked to install.
+WAYS = {"-q", ".", "--editable", "fitcast", f"git+{stamp.facts().repository}"}
 # What of a command line says that it is one of ours, or one that we can look up.
 COMMAND = (
     r"(?:make|pip|conda|git|(?:\.venv/bin/)?(?:python3?(?:\.\d+)?|fitcast|pre-commit)|\.ci/run)\b"
@@ -68,7 +70,7 @@ def trouble(command: str) -> str:
     if words[0].removeprefix(".venv/bin/") == "pre-commit" and words[1:] == ["install"]:
         return run([sys.executable, "-m", "pre_commit", "validate-config"])
     if words[:2] == ["pip", "install"]:
-        return "" if set(words[2:]) <= {"-q", ".", "--editable", "fitcast"} else f"pip {words[2:]}"
+        return "" if set(words[2:]) <= WAYS else f"pip {words[2:]}"
     if words[:3] == ["conda", "env", "create"]:
         return environment(ROOT / words[-1])
     if words[0] == ".ci/run":
@@ -213,6 +215,8 @@ def test_ci_runs_what_readme_says_and_the_rest_runs_every_night():
         "engine": "make test-all",
         "browser": "make test-browser",
         "colab": "make test-colab",
+        "site": "make site test-site",
+        "package": "make package",
     }
     for path in WORKFLOWS:
         workflow = yaml.safe_load(path.read_text("utf-8"))

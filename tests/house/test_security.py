@@ -229,8 +229,13 @@ def test_hub_telemetry_is_off_unless_the_learner_chose():
         assert shown.strip() == off
 
 
-# Only GitHub's own cache can keep pip's downloads; at this commit, which a moved tag cannot change.
-ACTIONS = r"\./\.github/actions/[\w-]+|actions/cache@[0-9a-f]{40}"
+# Only GitHub's own cache can keep pip's downloads, only its own actions hand files to the job that
+# publishes, and PyPI's own publishes; at this commit, which a moved tag cannot change.
+ACTIONS = (
+    r"\./\.github/actions/[\w-]+"
+    r"|(actions/(cache|upload-artifact|download-artifact|deploy-pages)"
+    r"|pypa/gh-action-pypi-publish)@[0-9a-f]{40}"
+)
 
 
 def actions(text: str) -> list[str]:
@@ -245,8 +250,27 @@ def test_workflows_fetch_the_commit_and_only_read(path):
     workflow = yaml.safe_load(text)
     assert workflow["permissions"] == {"contents": "read"}
     assert actions(text) == [] and "secrets." not in text and "pull_request_target" not in text
-    for job in workflow["jobs"].values():
-        assert '"$GITHUB_SHA"' in job["steps"][0]["run"]
+    for name, job in workflow["jobs"].items():
+        if name != "publish":
+            assert '"$GITHUB_SHA"' in job["steps"][0]["run"]
+            assert "permissions" not in job
+
+
+# What may publish, when, and with which rights: no token is kept, and nothing is built there.
+PUBLISH = {
+    "package": ({"id-token": "write"}, "refs/tags/v"),
+    "site": ({"pages": "write", "id-token": "write"}, "refs/heads/main"),
+}
+
+
+def test_only_a_tag_or_main_is_published_and_only_what_was_built():
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        job = yaml.safe_load(path.read_text("utf-8"))["jobs"].get("publish")
+        assert (job is not None) == (path.stem in PUBLISH)
+        if job:
+            rights, when = PUBLISH[path.stem]
+            assert job["permissions"] == rights and when in job["if"] and job["needs"] == "build"
+            assert all("uses" in step and "run" not in step for step in job["steps"])
 
 
 def test_our_action_uses_the_cache_and_nothing_else():
@@ -256,7 +280,7 @@ def test_our_action_uses_the_cache_and_nothing_else():
 
 
 def test_ci_installs_exact_files():
-    for name in ("ci", "engine", "browser", "colab"):
+    for name in ("ci", "engine", "browser", "colab", "site", "package"):
         workflow = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text("utf-8"))
         assert workflow["env"] == {"HASHES": 1}, name
 

@@ -37,6 +37,15 @@ def test_no_page_fetches_a_badge():
     assert shown == f"| [Colab]({badge.split('](')[-1]} |"
 
 
+def test_links_to_the_published_site_stay_in_the_built_one():
+    home = make_site.home_address()
+    shown = f'<a href="{home}explorer/">a</a> <a href="{home}">b</a> <a href="https://x.org/">c</a>'
+    assert make_site.at_home(shown, make_site.BUILT / "lessons" / "01_a.html") == (
+        '<a href="../explorer/index.html">a</a> <a href="../index.html">b</a> '
+        '<a href="https://x.org/">c</a>'
+    )
+
+
 def test_every_row_of_the_glossary_becomes_an_entry():
     table = (ROOT / "lessons" / "glossary.md").read_text("utf-8")
     rows = table.count("\n| **")
