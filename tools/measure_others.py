@@ -10,6 +10,7 @@ step of the others.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
@@ -262,7 +263,7 @@ def generate(model: Any, spec: dict, held: dict, folder: Path) -> None:
     new = spec["own"]["new_tokens"]
     _reset()
     model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new,
-                   do_sample=False, pad_token_id=0)  # fmt: skip
+                   do_sample=False, pad_token_id=0, use_cache=True)  # fmt: skip
 
 
 def merge(model: Any, spec: dict, held: dict, folder: Path) -> None:
@@ -274,22 +275,23 @@ def merge(model: Any, spec: dict, held: dict, folder: Path) -> None:
 
 
 def resume(model: Any, spec: dict, held: dict, folder: Path) -> None:
-    """Train, save, forget; then a new model goes on for one step."""
-    import gc
-
-    import torch
-
-    arguments = held["arguments"]
-    arguments.save_strategy, arguments.save_steps = "steps", STEPS
-    _trainer(model, spec, held, STEPS).train()
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
-    again = load(spec, folder, held["quantization_config"])
-    trainer = _trainer(again, spec, held, STEPS + 1)
-    arguments.save_strategy = "no"
+    """Another process trains and saves; this one goes on for one step."""
+    first = multiprocessing.get_context("spawn").Process(
+        target=_train_and_save, args=(spec, folder)
+    )
+    first.start()
+    first.join()
+    held["arguments"].save_strategy = "no"
+    trainer = _trainer(model, spec, held, STEPS + 1)
     _reset()
     trainer.train(resume_from_checkpoint=str(folder / "out" / f"checkpoint-{STEPS}"))
+
+
+def _train_and_save(spec: dict, folder: Path) -> None:
+    held = objects(spec, str(folder / "out"))
+    model = load(spec, folder, held["quantization_config"])
+    held["arguments"].save_strategy, held["arguments"].save_steps = "steps", STEPS
+    _trainer(model, spec, held, STEPS).train()
 
 
 def train(model: Any, spec: dict, held: dict, folder: Path) -> None:

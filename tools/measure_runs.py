@@ -325,12 +325,15 @@ def main(sets: dict[str, list[dict]], measure: Any, protocol: str) -> None:
     parser = argparse.ArgumentParser(description=protocol.partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", choices=sets, default=next(iter(sets)))
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose names begin so")
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--workers", type=int, default=3)
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     context = multiprocessing.get_context("spawn")
-    waiting, running, done = list(sets[options.rows]), [], []
+    begins = tuple(options.only or [""])
+    waiting = [row for row in sets[options.rows] if row["name"].startswith(begins)]
+    running, done = [], []
     while waiting or running:
         while waiting and len(running) < options.workers and time.monotonic() < end:
             answer = context.Queue()
