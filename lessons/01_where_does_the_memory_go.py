@@ -117,7 +117,7 @@ small = get_peft_model(small, LoraConfig(r=16, target_modules=["q_proj", "v_proj
 small.config.use_cache = False
 small.gradient_checkpointing_enable()                                                      # 3
 tokenizer = AutoTokenizer.from_pretrained(bundled_model_dir())
-text = "\n".join(load_instructions()["answer"][:8])
+text = "\n".join(load_instructions()["answer"][:3])
 ids = tokenizer(text, return_tensors="pt")["input_ids"].to(gpus.device())
 small = small.to(gpus.device()).train()
 start = small(input_ids=ids, labels=ids).loss.item()
