@@ -16,25 +16,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import nbformat
-from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
-from pygments.formatters import HtmlFormatter
 
 from tools import stamp
 from tools.notebooks import ROOT, lesson_scripts
 from tools.reproduce import Execution, all_executed
 
 BUILD = ROOT / "build"
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,
-    trim_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)
 # How `course_utils.exercises.checks` begins a verdict.
 VERDICTS = ("Right", "Not yet", "Not attempted")
 
@@ -88,29 +79,23 @@ def check_verdicts(cell: NotebookNode) -> list[str]:
     return [verdict.lower() for verdict in found] or ["silent"]
 
 
-def _style() -> Markup:
-    light = HtmlFormatter(style="default").get_style_defs(".highlight")
-    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
-    ours = (Path(__file__).parent / "report.css").read_text("utf-8")
-    return Markup(f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{ours}")
+def page(notebook: NotebookNode) -> str:
+    """A notebook as nbconvert shows it, its links led to pages or into the repository.
 
-
-def page(title: str, notebook: NotebookNode) -> str:
-    """A notebook as a page of the book, its links led to pages or into the repository."""
-    exporter = HTMLExporter(
-        template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
-    )
-    body, _ = exporter.from_notebook_node(notebook)
-    body = re.sub(r'(?<=href=")(?!\w+:|#)[^"]+', lambda link: _link(link[0]), body)
-    template = TEMPLATES.get_template("lesson.html")
-    return template.render(title=title, style=_style(), body=Markup(body))
+    The site is where lessons are read; this page shows what this machine's run printed.
+    """
+    nothing = dict(require_js_url="", mathjax_url="", jquery_url="", widget_renderer_url="")
+    html, _ = HTMLExporter(**nothing).from_notebook_node(notebook)
+    return re.sub(r'(?<=<a href=")(?!\w+:|#)[^"]+', lambda link: _link(link[0]), html)
 
 
 def _link(target: str) -> str:
     """Where a lesson's relative link leads from its page: to another page, or to the repository."""
-    page = re.fullmatch(r"(\w+)\.(?:ipynb|md)(#.*)?", target)
-    if page:
-        return f"{page[1]}.html{page[2] or ''}"
+    lesson = re.fullmatch(r"(\d\d_\w+)\.ipynb(#.*)?", target)
+    if lesson:
+        return f"{lesson[1]}.html{lesson[2] or ''}"
+    if target.startswith("lessons/"):  # from the list of them
+        return target
     return stamp.facts().page(posixpath.normpath(f"lessons/{target}"))
 
 
@@ -120,14 +105,20 @@ def _heading(text: str) -> str:
     return title[1] if title else ""
 
 
-def _index_page(results: list[Result], texts: dict[str, str]) -> str:
-    return TEMPLATES.get_template("index.html").render(
-        title="Lessons",
-        style=_style(),
-        results=results,
-        texts=texts,
-        date=time.strftime("%Y-%m-%d"),
+def index(results: list[Result]) -> str:
+    """The page that lists the lessons as they ran on this machine."""
+    rows = [
+        f"| [{one.question}](lessons/{one.name}.html) | {one.minutes} | {one.cells} | {one.checks} "
+        f"| {one.seconds:.1f} |"
+        for one in results
+    ]
+    head = (
+        "| lesson | minutes to take | code cells | checks | seconds to run |\n|---|---|---|---|---|"
     )
+    text = (
+        f"# Make it fit\n\nThe lessons as they ran here on {time.strftime('%Y-%m-%d')}.\n\n{head}"
+    )
+    return page(new_notebook(cells=[new_markdown_cell("\n".join([text, *rows]))]))
 
 
 def table(results: list[Result]) -> str:
@@ -151,16 +142,9 @@ def main() -> int:
     for script, run in all_executed(scripts):
         results.append(result(script, run))
         nbformat.write(run.notebook, folder / f"{script.stem}.ipynb")
-        written = page(results[-1].question, run.notebook)
-        (folder / f"{script.stem}.html").write_text(written, "utf-8")
+        (folder / f"{script.stem}.html").write_text(page(run.notebook), "utf-8")
         print(f"{script.stem}: {'FAILED' if run.failure else 'done'}", flush=True)
-    texts = {}
-    for path in sorted(scripts[0].parent.glob("*.md")):  # the glossary, and what else lies there
-        text = path.read_text("utf-8")
-        texts[path.stem] = _heading(text) or path.stem
-        written = page(texts[path.stem], new_notebook(cells=[new_markdown_cell(text)]))
-        (folder / f"{path.stem}.html").write_text(written, "utf-8")
-    (BUILD / "index.html").write_text(_index_page(results, texts), "utf-8")
+    (BUILD / "index.html").write_text(index(results), "utf-8")
     failed = [one for one in results if one.failure]
     for one in failed:
         print(f"\n{one.name}: {one.failure}", file=sys.stderr)
