@@ -13,8 +13,10 @@ timed steps. Tokens are those that are no padding.
 
 FlashAttention and cuDNN attention are off, as on a T4. Rows that say "limited" have a T4's memory.
 Trainers run their own `train()`; Unsloth's model and ours run `fitcast`'s step (forward, backward,
-unscale, clip, step). A peer that is not installed leaves a row that says so: peers are installed
-only where a race is run, Unsloth with its own versions of trl and datasets in `--peer-site`.
+unscale, clip, step). TRL turns the adapters of a 4-bit base to bfloat16, whose gradients the loss
+scaler of fp16 refuses: they are float32 again here. A peer that is not installed leaves a row that
+says so: peers are installed only where a race is run, Unsloth with its own versions of trl and
+datasets in `--peer-site`.
 The file is written after every turn. Not modelled: a T4's speed; it has none of Hopper's.
 """
 
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import gc
 import itertools
 import json
@@ -49,7 +52,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # row: sequences, tokens in the longest, whether padded, limited to a T4's memory, steps unseen and
 # timed. "packed" rows are instructions end to end: full rows without a mask.
 ROWS: dict[str, dict[str, Any]] = {
-    "4x2048": {"size": 4, "length": 2048, "unseen": 2, "timed": 4},
+    "4x2048": {"size": 4, "length": 2048, "unseen": 2, "timed": 3},
     "padded": {"size": 4, "length": 2048, "padded": True, "unseen": 1, "timed": 4},
     "packed": {"size": 4, "length": 2048, "packed": True, "unseen": 1, "timed": 3},
     "1x8192": {"size": 1, "length": 8192, "limited": True, "unseen": 1, "timed": 3},
@@ -66,25 +69,26 @@ LEAN = LEVERS | {"mlp": "lean", "offload_checkpoints": 31}
 PLAIN = ("in place", "loss", "flat", "causal")
 COMPILED = ("in place", "flat", "causal", "compiled")
 HOST = LEAN | {"parts": COMPILED, "embedding": "host"}
+LATER = HOST | {"parts": (*COMPILED, "keep 18")}  # attention kept by the last 18 layers
 OURS: dict[str, dict[str, Any]] = {
+    "lean, compiled": LEAN | {"parts": COMPILED},
+    "embedding on host": HOST,
+    "embedding on host, 18 kept": LATER,
+    "embedding on host, kept": HOST | {"keep_attention": True},
+    "compiled, on card": LEAN | {"parts": COMPILED, "offload_checkpoints": False},
+    "lean, plain parts": LEAN | {"parts": PLAIN},
     "levers": LEVERS,
     "lean": LEAN,
-    "lean, plain parts": LEAN | {"parts": PLAIN},
-    "lean, compiled": LEAN | {"parts": COMPILED},
-    "compiled, kept": LEAN | {"parts": COMPILED, "keep_attention": True},
-    "compiled, on card": LEAN | {"parts": COMPILED, "offload_checkpoints": False},
-    "embedding on host": HOST,
-    "embedding on host, kept": HOST | {"keep_attention": True},
-    "k=30": HOST | {"checkpointed_layers": 30, "offload_checkpoints": 29},
     "picked": LEAN
     | PICKED
     | {"keep_attention": True, "offload_checkpoints": False}
     | {"checkpointed_layers": 17},
 }
-FEW = ("levers", "lean", "lean, plain parts", "compiled, kept", "embedding on host, kept")
+FEW = ("lean, compiled", "embedding on host, 18 kept")
 TILED = HOST | {"mlp_tile_tokens": 8192, "parts": ("in place", "flat", "loss")}
-LONG = {"tiled": TILED, "lean": LEAN}
+LONG = {"tiled": TILED}
 SLOW = ("1x32768", "1x40960")
+REPEATED = ("4x2048", "2x2048")  # for the other rows, name them several times
 
 
 def settings(contender: str, row: str) -> dict[str, dict[str, Any]]:
@@ -377,13 +381,17 @@ def on_device(data: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def use_parts(model: Any, parts: tuple[str, ...]) -> None:
     """What is fused beside the recipe's levers."""
     from fitcast.step import compiled, fused
-    from fitcast.step.levers import unwrap
+    from fitcast.step.levers import decoder_layers, unwrap
 
     if "in place" in parts:
         fused.use_adapters_in_place(unwrap(model))
     if "compiled" in parts:
         compiled.use_compiled_mlp(unwrap(model))
         compiled.use_compiled_rotary(unwrap(model))
+    if "keep 18" in parts:
+        for layer in decoder_layers(model)[-18:]:
+            keeps = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = functools.partial(keeps.func, keeps.args[0], True)
 
 
 @contextlib.contextmanager
@@ -499,14 +507,27 @@ def contender(kind: str, checkpoint: str, peer_site: str | None, pipe: Any) -> N
         start = time.monotonic()
         racer = KINDS[kind](checkpoint)
         resident = torch.cuda.memory_allocated()
-        pipe.send({"ready": time.monotonic() - start, "resident_bytes": resident,
-                   "versions": versions()})  # fmt: skip
+        first = warm_up(racer, kind)
+        pipe.send(
+            {
+                "ready": round(time.monotonic() - start, 1),
+                "resident_bytes": resident,
+                "first_step": first.get("error", first.get("seconds")),
+                "versions": versions(),
+            }
+        )
     except BaseException as error:
         pipe.send({"error": f"{type(error).__name__}: {error}"[:500],
                    "where": traceback.format_exc()[-1500:]})  # fmt: skip
         return
     while (told := pipe.recv()) is not None:
         pipe.send(host() if told == "host" else take_turn(racer, *told))
+
+
+def warm_up(racer: Any, kind: str) -> dict[str, Any]:
+    """A first step of full rows, while others set up: what compiles does so here."""
+    most = list(settings(kind, "4x2048").values())[0]
+    return take_turn(racer, ROWS["4x2048"] | {"unseen": 0, "timed": 1}, most)
 
 
 def take_turn(racer: Any, row: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -675,7 +696,7 @@ class Race:
         """Every row: each contender's settings, then the repeats of the row."""
         running = [kind for kind in self.options.contenders if kind in self.pipes]
         for row in self.options.rows:
-            for repeat in range(1 if row in SLOW else self.options.repeats):
+            for repeat in range(self.options.repeats if row in REPEATED else 1):
                 for kind in order(running, repeat) if running else ():
                     for name in settings(kind, row):
                         if repeat and name in self.dropped(row):
@@ -691,8 +712,11 @@ class Race:
             spec |= {"unseen": 1, "timed": 2}
         if self.options.smoke:
             spec |= {"unseen": 1, "timed": 1}
-        pipe.send((spec, changes))
-        found = ask(pipe, process, self.end)
+        try:
+            pipe.send((spec, changes))
+            found = ask(pipe, process, self.end)
+        except OSError as error:
+            found = {"error": f"the process is gone: {error}"}
         if not process.is_alive():
             del self.pipes[kind]
         turn = {"row": row, "repeat": repeat, "contender": kind, "setting": name,
@@ -700,6 +724,14 @@ class Race:
         self.record["turns"].append(turn)
         self.write()
         self.say(f"{row} #{repeat} {kind} {name}: {one_line(turn)}")
+
+    def dismiss(self) -> None:
+        """Let every process end that still listens."""
+        for pipe, process in self.pipes.values():
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+            process.join(10)
+            process.kill()
 
     def dropped(self, row: str) -> set[str]:
         """Settings of ours that another one beats in both speed and bytes: tried once."""
@@ -798,8 +830,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         race.set_up(folder)
         race.run()
-        for pipe, _ in race.pipes.values():
-            pipe.send(None)
+        race.dismiss()
     print(show(race.record))
 
 
