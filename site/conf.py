@@ -22,6 +22,7 @@ nb_merge_streams = True
 nb_ipywidgets_js = {}  # controls show their static default; nothing is fetched for them
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "dollarmath", "tasklist"]
 myst_heading_anchors = 4
+smartquotes = False  # an error's words, an option's two dashes: as they are typed
 html_math_renderer = "mathml"  # written at build time: no script, no font, no third party
 
 # Docstrings are Google's style, with names between single backticks.

@@ -262,7 +262,6 @@ def finish() -> None:
             html = re.sub(pattern, mended, html)
         page.write_text(html, "utf-8")
     script.unlink()
-    shutil.rmtree(BUILT / "_static" / "vendor" / "fontawesome", ignore_errors=True)
     for left in [*BUILT.rglob("*.map"), *BUILT.rglob("*webpack-macros.html")]:
         left.unlink()
 
