@@ -641,6 +641,7 @@ def ask(pipe: Any, process: Any, deadline: float) -> dict[str, Any]:
     try:
         return pipe.recv()
     except EOFError:
+        process.join(5)
         return {"error": f"the process ended with {process.exitcode}"}
 
 
@@ -716,6 +717,7 @@ class Race:
             pipe.send((spec, changes))
             found = ask(pipe, process, self.end)
         except OSError as error:
+            process.join(5)
             found = {"error": f"the process is gone: {error}"}
         if not process.is_alive():
             del self.pipes[kind]
