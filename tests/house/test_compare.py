@@ -22,7 +22,13 @@ def test_every_measured_row_of_the_usual_recipe_is_asked_about():
     assert {row["model"] for row in ROWS} == set(compare.NAMES)
 
 
-@pytest.mark.parametrize("name", ["formula", "factory", "accelerate"])
+SLOW = pytest.mark.slow  # they build the 8B's meta model
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["factory", pytest.param("formula", marks=SLOW), pytest.param("accelerate", marks=SLOW)],
+)
 def test_answers_can_be_had_again(name):
     said = [answer[name] for answer in compare.ask((name,))]
     assert said == [answer[name] for answer in KEPT["rows"]]
