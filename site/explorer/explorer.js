@@ -95,6 +95,7 @@
     $("sequence-slider").setAttribute("aria-label", t("sequence"));
     $("batch-value").textContent = state.batch;
     $("attention-label").textContent = t("attentionTargets", { targets: data.models[state.model].targets.join(", ") });
+    $("usual-label").textContent = data.models[state.model].file ? t("usualFile") : t("usual");
     for (const name of ["adapters", "levers"]) $(state[name]).checked = true;
     for (const name of ["padded", "checkpointing"]) $(name).checked = state[name];
     const hidden = [

@@ -21,6 +21,7 @@ window.FITCAST_STRINGS.de = {
   "allLinear": "allen linearen Schichten",
   "levers": "Hebel",
   "usual": "das übliche Rezept von Hugging Face: Basis in 4 Bit, ausgelagertes AdamW in 8 Bit",
+  "usualFile": "das von TRL: Basis in 16 Bit, sein Loss in Stücken, ausgelagertes AdamW in 8 Bit",
   "lean": "dasselbe mit den Hebeln von fitcast: schlanker Loss, Attention, Norm, MLP, Adapter; erweiterbare Segmente",
   "checkpointing": "Gradient Checkpointing in jeder Schicht",
   "notHere": "Was ausgegraut ist, wurde für diese Seite nicht vorhergesagt; die Kommandozeile beantwortet es.",

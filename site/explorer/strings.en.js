@@ -21,6 +21,7 @@ window.FITCAST_STRINGS.en = {
   "allLinear": "all linear layers",
   "levers": "Levers",
   "usual": "the usual recipe of Hugging Face: 4-bit base, paged 8-bit AdamW",
+  "usualFile": "TRL’s own: base in 16 bits, its chunked loss, paged 8-bit AdamW",
   "lean": "the same with fitcast’s levers: lean loss, attention, norm, MLP, adapters; expandable segments",
   "checkpointing": "gradient checkpointing in every layer",
   "notHere": "What is greyed out was not forecast for this page; the command line answers it.",
