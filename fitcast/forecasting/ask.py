@@ -27,7 +27,9 @@ SCRIPT = "forecast(model, TrainingArguments(...), gpu=...)"
 
 
 @overload
-def forecast(run: TrainRecipe, arguments: Gpu = ..., *, gpu: Gpu = ...) -> Forecast: ...
+def forecast(
+    run: TrainRecipe, arguments: Gpu = ..., *, gpu: Gpu = ..., **options: Any
+) -> Forecast: ...
 
 
 @overload
@@ -57,6 +59,8 @@ def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **optio
             `dtype`, `attn_implementation`, `sequence_length`, `padded`, `trainer`, and what the
             trainer's class takes. `forecasting.huggingface.forecast_run` explains them. `levers` is
             True for a script that says `apply_levers(trainer.model)`, or that one's keywords.
+            Of a recipe on several cards: `strategy` ("ddp" or "fsdp2"), `world_size`, `offload`,
+            as `forecasting.ranks.forecast_ranks` explains them.
 
     Returns:
         A `Forecast`; its `notes` say what was assumed and what is not modelled.
@@ -88,6 +92,10 @@ def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **optio
 
 
 def _of_recipe(recipe: TrainRecipe, gpu: Any, options: dict[str, Any]) -> Forecast:
+    if "strategy" in options and set(options) <= {"strategy", "world_size", "offload"}:
+        from fitcast.forecasting.ranks import forecast_ranks
+
+        return forecast_ranks(recipe, T4 if gpu is None else gpu, **options)
     if options or not isinstance(gpu, Gpu | None):
         raise refusal(
             next(iter(options), "arguments"),

@@ -31,9 +31,10 @@ import torch
 import torch.distributed as dist
 
 from fitcast import gpus
+from fitcast.recipe import TrainRecipe
 from fitcast.step.levers import decoder_layers, unwrap
+from fitcast.units import refusal
 
-STRATEGIES = ("ddp", "fsdp2", "device_map")
 # name, shape, dtype -> the whole tensor, on the device where it is to be quantized
 Weights = Callable[[str, torch.Size, torch.dtype], torch.Tensor]
 
@@ -231,6 +232,15 @@ def shard(model: Any, mesh: Any, *, offload: bool = False) -> None:
         fully_shard(embedding, mesh=mesh, offload_policy=policy)
     whole = {p for p in model.parameters() if not (p.requires_grad or hasattr(p, "device_mesh"))}
     fully_shard(model, mesh=mesh, offload_policy=policy, ignored_params=whole)
+
+
+def check_optimizer(recipe: TrainRecipe) -> None:
+    """Refuse an optimizer whose kernels do not take sharded tensors."""
+    if recipe.optimizer != "adamw":
+        raise refusal(
+            "optimizer", "be 'adamw' when the model is sharded", recipe.optimizer,
+            "bitsandbytes' kernels do not take parts; a rank's share of AdamW's state is small",
+        )  # fmt: skip
 
 
 def cut(model: Any, how: str, cards: int, bytes_on_each: int) -> dict[str, int]:

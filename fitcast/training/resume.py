@@ -95,9 +95,12 @@ def _refuse_another_run(
             "name another one",
         )
     wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    free = set(FREE_TO_CHANGE)
+    if _sequences(wanted) == _sequences(saved["recipe"]):
+        free |= {"world_size", "gradient_accumulation_steps"}  # more ranks, fewer micro batches
     for field, value in wanted.items():
         before = saved["recipe"].get(field)
-        if before != value and field not in FREE_TO_CHANGE:
+        if before != value and field not in free:
             raise refusal(
                 field,
                 f"be {before!r} to resume {checkpoint}",
@@ -111,3 +114,8 @@ def _refuse_another_run(
             Said("others"),
             "encode the same examples with the same sequence_length, or use another output_dir",
         )
+
+
+def _sequences(recipe: dict[str, Any]) -> int:
+    """Micro batches of one optimizer step, over all ranks."""
+    return recipe["world_size"] * recipe["gradient_accumulation_steps"]

@@ -52,11 +52,7 @@ def build_model(
     Raises:
         ValueError: An optimizer whose kernels do not take sharded tensors.
     """
-    if recipe.optimizer != "adamw":
-        raise refusal(
-            "optimizer", "be 'adamw' when the model is sharded", recipe.optimizer,
-            "bitsandbytes' kernels do not take parts; a rank's share of AdamW's state is small",
-        )  # fmt: skip
+    ranks.check_optimizer(recipe)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     device = start()
