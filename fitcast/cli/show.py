@@ -79,6 +79,7 @@ def fit_data(recipe: TrainRecipe, best: Fit) -> dict[str, Any]:
         "tokens_per_second": best.tokens_per_second,
         "utilisation": best.utilisation,
         "basis": best.forecast.gpu.basis,
+        "launch_basis": best.launch_basis,
         "command": command_line("forecast", best.recipe, best.forecast.gpu),
     }
 
@@ -105,7 +106,7 @@ def _speed(best: Fit) -> str:
     gpu = best.forecast.gpu
     basis = gpu.basis if best.utilisation == gpu.sustained else "the utilisation that was asked for"
     many = f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f}"
-    return f"about {many} tokens/s a GPU ({basis})"
+    return f"about {many} tokens/s a GPU ({basis}; {best.launch_basis})"
 
 
 def levers_data(recipe: TrainRecipe, before: Forecast, levers: Iterable[Lever]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ import torch
 
 from fitcast.forecasting.fake import meta_model
 from fitcast.forecasting.forecast import Forecast, checked_config, forecast
+from fitcast.forecasting.launches import launch_rate
 from fitcast.gpus import T4, Gpu, detect
 from fitcast.recipe import WHOLE_NUMBERS, TrainRecipe
 from fitcast.step.apply import BEST
@@ -37,7 +38,6 @@ from fitcast.units import show_bytes, with_article
 
 # Levers that change no result and are tried when nothing fits without them, by field.
 LEAN = {name: value for name, (value, _) in BEST.items() if name != "attention"}
-LAUNCH_SECONDS = 4.5e-5  # of one operation, Python included: recorded_runs.json, group "launch"
 
 
 class DoesNotFit(ValueError, MemoryError):
@@ -93,6 +93,11 @@ class Fit:
         slow, fast = (n * self.recipe.world_size * 3600 for n in self.tokens_per_second)
         return n_tokens / fast, n_tokens / slow
 
+    @property
+    def launch_basis(self) -> str:
+        """What a launch was taken to cost, and whether that was measured here."""
+        return str(launch_rate(self.forecast.gpu))
+
 
 def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float | None = None) -> float:
     """Tokens per second of one GPU, padding counted: the GPU's pace or Python's, the slower one.
@@ -109,7 +114,7 @@ def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float | Non
         utilisation = sum(f.gpu.sustained) / 2
     _check_utilisation(utilisation)
     tokens = recipe.tokens_per_step / recipe.world_size
-    return tokens / max(f.ideal_seconds / utilisation, f.operations * LAUNCH_SECONDS)
+    return tokens / max(f.ideal_seconds / utilisation, f.operations * launch_rate(f.gpu).seconds)
 
 
 def _check_utilisation(utilisation: float) -> None:
