@@ -47,7 +47,7 @@ def lesson_recipe(source: sources.Source) -> TrainRecipe:
         "optimizer": "paged_adamw_8bit",
         "warmup_fraction": 0.05,
         "max_steps": 56,
-        "save_steps": 28,
+        "save_steps": 32,
         "seed": 1,
     }
     return TrainRecipe(**usual | source.settings)

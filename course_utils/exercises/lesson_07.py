@@ -2,50 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
 
 from course_utils.data import BUNDLED
+from course_utils.exercises.answers import blanks
 from course_utils.exercises.checks import (
     Mistake,
+    Unfinished,
     Verdict,
     check,
     judge_function,
-    not_yet,
-    right,
 )
+from course_utils.exercises.self_check import Question, SelfCheck
 from fitcast import models
-from fitcast.forecasting.forecast import forecast
 from fitcast.forecasting.load import blueprint
-from fitcast.forecasting.search import tokens_per_second
-from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
 from fitcast.training import data
-from fitcast.units import show_bytes
 
 MODELS = (BUNDLED, "llama-3.2-1b", "llama-2-7b")
-# What exercise 07.3 starts from: the usual recipe, too large for a T4.
-PHI = TrainRecipe(
-    model="phi-4-mini",
-    lora_targets=("qkv_proj", "o_proj"),
-    amp_dtype="float16",
-    micro_batch_size=4,
-    gradient_accumulation_steps=8,
-    sequence_length=2048,
+WITH_SYSTEM = [
+    {"role": "system", "content": "You write tickets."},
+    {"role": "user", "content": "Where is order 7?"},
+    {"role": "assistant", "content": "On its way."},
+]
+CONVERSATIONS = (
+    WITH_SYSTEM,
+    [*WITH_SYSTEM, {"role": "user", "content": "Since?"}, {"role": "assistant", "content": "May."}],
+    WITH_SYSTEM[1:],
 )
-# Choices that take time and change nothing that is learned: the faster one, what to ask oneself.
-FASTER: dict[str, tuple[Any, str]] = {
-    "attention": ("explicit_kv", "Which kernel does attention take on a T4?"),
-    "norm": ("native", "In how many steps, and in which format, is a norm computed?"),
-    "lora_dropout": (0.0, "What does dropout draw, and write, for each adapter?"),
-}
+QUESTIONS = SelfCheck(
+    Question(
+        "Your rows have different lengths. When does a run that is too large for the card die?",
+        (
+            "at the first step",
+            "when its longest rows come, whenever that is",
+            "at the first checkpoint",
+            "it pages to the host",
+        ),
+        "b",
+        "Memory follows the longest row of a micro batch; so try those first.",
+    ),
+    Question(
+        "Which labels does a fine-tune on chats want?",
+        (
+            "-100 on all but the assistant's words and their end tokens",
+            "every token",
+            "-100 on the answers",
+            "0 on all but the answers",
+        ),
+        "a",
+        "The loss skips -100; 0 is a token; without the end token generation never stops.",
+    ),
+    Question(
+        "The training loss fell from 7 to 1. The model learned what your answers say",
+        ("certainly", "if it fell below 1", "unless a control fell as far on held-out answers"),
+        "c",
+        "Shuffled answers teach layout and words, too: the loss falls for them as well.",
+    ),
+    Question(
+        "A resumed run has the right weights, and a fresh optimizer. It is",
+        ("the same run", "another run that looks alike", "refused by Trainer", "slower only"),
+        "b",
+        "Averages, schedule, scaler, random state and the place in the data belong to a run.",
+    ),
+    Question(
+        "An 8B model is merged on a machine with 12 GB of memory",
+        (
+            "never",
+            "in 4 bits only",
+            "with a swap file only",
+            "shard by shard, one file of the result at a time",
+        ),
+        "d",
+        "Each weight needs its own adapter and nothing else of the model.",
+    ),
+)
 
 
 @check()
 def check_trainable(answer: Callable) -> Verdict:
-    """Exercise 07.1: trainable parameters of rank-r adapters on q, k, v and o."""
+    """Exercise 07.2: trainable parameters of rank-r adapters on q, k, v and o."""
     cases, counted = [], []
     for model, rank in zip(MODELS, (16, 16, 8), strict=True):
         config = models.config(model)
@@ -86,110 +123,76 @@ def check_trainable(answer: Callable) -> Verdict:
     )
 
 
-@check()
-def check_labels(answer: Callable, rows: Sequence[dict], prompt_lengths: Sequence[int]) -> Verdict:
-    """Exercise 07.2: labels that are -100 on the prompt, and the token ids from there on.
+@check(asked=2)
+def check_labels(answer: Callable, ids_of: Callable) -> Verdict:
+    """Exercise 07.1: -100 but for the assistant's turns, each with the token that ends it.
 
     Args:
-        answer: Takes (token ids, prompt length), returns labels.
-        rows: Encoded examples.
-        prompt_lengths: Tokens of each one's prompt.
+        answer: Takes messages, returns a label for each token.
+        ids_of: Token ids of messages, by the chat template; with True and an answer's header.
     """
-    rows = list(rows)[:3]
-    cases = [(list(row["input_ids"]), n) for row, n in zip(rows, prompt_lengths, strict=False)]
-    ignored = data.IGNORED
+
+    if blanks(answer):  # a slice from `...` raises what says nothing of it
+        raise Unfinished
+
+    def spans(messages: list[dict], start_at: Callable, end_at: Callable) -> list[int]:
+        ids = ids_of(messages)
+        labels = [data.IGNORED] * len(ids)
+        for n, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start, end = start_at(messages, n), end_at(messages, n)
+                labels[start:end] = ids[start:end]
+        return labels
+
+    def begin(messages: list[dict], n: int) -> int:
+        return len(ids_of(messages[:n], True))
+
+    def end(messages: list[dict], n: int) -> int:
+        return len(ids_of(messages[: n + 1]))
+
+    def wrong(start_at: Callable = begin, end_at: Callable = end) -> Callable:
+        return lambda messages: spans(messages, start_at, end_at)
+
+    def shifted(messages: list[dict]) -> list[int]:
+        return [*spans(messages, begin, end)[1:], data.IGNORED]
+
     return judge_function(
         answer,
-        cases,
-        [list(row["labels"]) for row in rows],
+        [(one,) for one in CONVERSATIONS],
+        [spans(one, begin, end) for one in CONVERSATIONS],
         mistakes=[
             Mistake(
-                "the prompt's tokens are learned, the answer's are not: swap the two.",
-                lambda ids, n: ids[:n] + [ignored] * (len(ids) - n),
+                "the header is learned, too: the answer starts behind it, at "
+                "len(ids_of(messages[:n], True)).",
+                wrong(lambda messages, n: len(ids_of(messages[:n]))),
+            ),
+            Mistake(
+                "the token that ends the answer is missing: without it generation never stops.",
+                wrong(end_at=lambda messages, n: end(messages, n) - 1),
+            ),
+            Mistake(
+                "all that follows the first answer is learned, later questions as well.",
+                wrong(end_at=lambda messages, n: len(ids_of(messages))),
             ),
             Mistake(
                 "labels are not shifted here: the model compares position i with label i + 1 "
                 "itself.",
-                lambda ids, n: [ignored] * (n - 1) + ids[n:] + [ignored],
+                shifted,
+            ),
+            Mistake("every token has a label: nothing is masked.", ids_of),
+            Mistake(
+                "no token has a label: start and end are the same place.",
+                lambda messages: [data.IGNORED] * len(ids_of(messages)),
             ),
             Mistake(
-                "0 is a token, and would be learned; -100 is what cross entropy skips.",
-                lambda ids, n: [0] * n + ids[n:],
+                "the questions are learned, and the answers are not.",
+                lambda messages: [
+                    data.IGNORED if label != data.IGNORED else token
+                    for token, label in zip(
+                        ids_of(messages), spans(messages, begin, end), strict=True
+                    )
+                ],
             ),
-            Mistake(
-                "the answer's last token is missing: it says stop, and without it generation never "
-                "ends.",
-                lambda ids, n: [ignored] * n + ids[n:-1] + [ignored],
-            ),
-            Mistake("every token has a label: nothing is masked.", lambda ids, n: list(ids)),
-            Mistake("labels must be as many as tokens.", lambda ids, n: ids[n:]),
         ],
-        takeaway="the loss sees the answer and its end, nothing else.",
+        takeaway="the loss sees what the assistant says and where it ends, nothing else.",
     )
-
-
-@check()
-def check_budget(
-    answer: TrainRecipe, recipe: TrainRecipe, budget_bytes: int, speedup: float
-) -> Verdict:
-    """Exercise 07.3: a recipe that learns the same, in fewer bytes and less time.
-
-    Args:
-        answer: The learner's recipe; forecast for a T4.
-        recipe: The one to improve.
-        budget_bytes: Most bytes in tensors.
-        speedup: At least so many times the tokens per second of `recipe`.
-    """
-    if not isinstance(answer, TrainRecipe):
-        return not_yet(f"a TrainRecipe is asked for, got {type(answer).__name__}.")
-    same: dict[str, Any] = {
-        "effective_batch_size": "the optimizer would see another batch; raise "
-        "gradient_accumulation_steps as micro_batch_size falls",
-        "world_size": "there is one T4",
-        "sequence_length": "shorter sequences lose the ends of the answers",
-        "lora_rank": "a lower rank can learn less, and saves almost nothing here",
-        "lora_targets": "other targets are another model",
-        "lora_alpha": "another alpha scales what the adapters add",
-        "learning_rate": "another rate is another training",
-        "weight_decay": "another decay is another training",
-        "max_grad_norm": "another clipping is another training",
-        "warmup_fraction": "another warm-up is another training",
-        "max_steps": "fewer steps learn less",
-        "padded": "that is a property of the data",
-        "model": "that is another model",
-        "base": "that is another base",
-        "amp_dtype": "a T4 computes in float16",
-    }
-    for field, why in same.items():
-        if getattr(answer, field) != getattr(recipe, field):
-            return not_yet(f"{field} must stay {getattr(recipe, field)}: {why}.")
-    planned, before = (forecast(one, T4) for one in (answer, recipe))
-    if planned.peak_allocated_bytes > budget_bytes:
-        return not_yet(
-            f"the peak is {show_bytes(planned.peak_allocated_bytes)}; the target is at "
-            f"most {show_bytes(budget_bytes)}. It stands in {planned.peak_phase}, at "
-            f"{planned.peak_operation}."
-        )
-    ratio = tokens_per_second(answer, planned) / tokens_per_second(recipe, before)
-    if ratio < speedup:
-        return not_yet(
-            f"it fits, but trains {ratio:.1f} times as fast as before; the target is at "
-            f"least {speedup:g}. {_largest_gain(answer)}"
-        )
-    return right(
-        f"{show_bytes(planned.peak_allocated_bytes)} at the peak, {ratio:.1f} times as "
-        f"fast, and every step still sees {answer.effective_batch_size} sequences."
-    )
-
-
-def _largest_gain(recipe: TrainRecipe) -> str:
-    """What to ask oneself about the one choice of a recipe that costs the most time."""
-
-    def speed(field: str) -> float:
-        faster = replace(recipe, **{field: FASTER[field][0]})
-        return tokens_per_second(faster, forecast(faster, T4))
-
-    left = [field for field, (value, _) in FASTER.items() if getattr(recipe, field) != value]
-    if not left:
-        return "Fewer layers that forget are fewer that run forward twice."
-    return FASTER[max(left, key=speed)][1]

@@ -27,6 +27,11 @@ from fitcast.units import IGNORED, refusal, show_bytes
 OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the card is full, whichever library raised it."""
+    return any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
 def labelled_tokens(batch: dict[str, torch.Tensor]) -> int:
     """Tokens that the loss counts: those with a label, but for each row's first.
 
@@ -228,7 +233,7 @@ def _probe(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     except RuntimeError as error:
-        if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         return Probe(size, False, None)
     peak_bytes = ledger.report().peak_bytes if ledger else gpus.peak_allocated_bytes()

@@ -69,17 +69,18 @@ def split_heldout(conversations: Dataset) -> tuple[Dataset, Dataset]:
     return train, heldout
 
 
-def render_prompt(prompt: str, tokenizer: Any) -> str:
+def render_prompt(prompt: str | list[dict], tokenizer: Any) -> str:
     """The prompt as the model sees it, up to the point where its answer begins.
 
     Args:
-        prompt: What the user says.
+        prompt: What the user says, or all messages before the answer.
         tokenizer: With a chat template.
 
     Raises:
         ValueError: The tokenizer has no chat template.
     """
-    return _render([{"role": "user", "content": prompt}], tokenizer, add_generation_prompt=True)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return _render(messages, tokenizer, add_generation_prompt=True)
 
 
 def _render(messages: list[dict], tokenizer: Any, **options: bool) -> str:

@@ -66,7 +66,7 @@ def answer_losses(model: torch.nn.Module, rows: Iterable[dict], recipe: TrainRec
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[dict]],
     recipe: TrainRecipe,
     max_new_tokens: int = 64,
     micro_batch_size: int = 64,
@@ -77,7 +77,8 @@ def generate(
         model: A causal language model, PEFT or not; each of its modules is back in its own mode
             afterwards.
         tokenizer: With a chat template and a padding token.
-        prompts: What the user says; the chat template is added here.
+        prompts: What the user says, or messages up to the answer; the chat template is added
+            here.
         recipe: Uses amp_dtype.
         max_new_tokens: Longest answer.
         micro_batch_size: Prompts at once, padded on the left.

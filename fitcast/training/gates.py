@@ -1,4 +1,4 @@
-"""Before training: four questions to a loaded model, each of which has saved somebody's night.
+"""Before training: five questions to a loaded model, each of which has saved somebody's night.
 
 Asking changes nothing: weights, gradients, modes and chance are afterwards what they were.
 
@@ -7,6 +7,7 @@ Not modelled: whether the data are any good.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 
@@ -17,9 +18,10 @@ from fitcast import gpus
 from fitcast.memory.operations import OperationLog
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
-from fitcast.training import data
+from fitcast.training import batching, data
 from fitcast.training.preflight import Finding, Preflight
 from fitcast.training.restoring import evaluating, kept_modes, unchanged
+from fitcast.units import show_bytes
 
 OVERFIT_STEPS = 100  # at most: it ends as soon as the loss has halved
 OVERFIT_RATE, TIMES_THE_RECIPES = 1e-2, 10  # the smaller of the two rates
@@ -47,29 +49,72 @@ def attention_kernel(model: torch.nn.Module, batch: dict, recipe: TrainRecipe) -
 def check_gates(
     model: torch.nn.Module, rows: Sequence[dict], recipe: TrainRecipe, pad_token_id: int
 ) -> Preflight:
-    """Ask all four; the model is afterwards what it was.
+    """Ask all five; the model is afterwards what it was.
 
     1. With fresh adapters the loss is the base's: they start as zero. (Where the weights
        themselves are trained there is no other model to compare with: the loss is a number.)
     2. Every trainable parameter gets a finite gradient, and they are not all zero.
     3. One batch, seen again and again, is learned by heart: the loss can fall.
     4. Attention runs in a kernel that does not write its scores.
+    5. Two whole steps with the longest rows fit: what would run out of memory hours later does so
+       in the first minute.
 
     Args:
         model: With fresh adapters, as from `training.build_model`, or without any.
-        rows: Encoded examples; the first micro batch of them is used.
+        rows: Encoded examples; the first micro batch of them is used, and the longest one.
         recipe: That of the run to come.
         pad_token_id: What fills the shorter rows.
     """
-    batch = data.collate(list(rows)[: recipe.micro_batch_size], pad_token_id)
-    batch = {name: tensor.to(gpus.device()) for name, tensor in batch.items()}
+    by_length = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    batch, longest = (
+        _to_device(data.collate(list(some)[: recipe.micro_batch_size], pad_token_id))
+        for some in (rows, by_length)
+    )
     with unchanged(model):
         first, start = _step_0(model, batch, recipe)
         kernel = attention_kernel(model, batch, recipe)
         gradients = _gradients(model, batch, recipe)
         overfit = _overfit(model, batch, recipe, start / 2)
     fix = "set attention='explicit_kv'" if kernel == "scores" else None
-    return Preflight([first, gradients, overfit, Finding("attention", kernel, fix)])
+    fit = check_longest(model, longest, recipe)
+    return Preflight([first, gradients, overfit, Finding("attention", kernel, fix), fit])
+
+
+def _to_device(batch: dict) -> dict:
+    return {name: tensor.to(gpus.device()) for name, tensor in batch.items()}
+
+
+def check_longest(model: torch.nn.Module, batch: dict, recipe: TrainRecipe) -> Finding:
+    """Two optimizer steps of two micro batches, with the run's own loss and optimizer, undone.
+
+    The second step meets the optimizer's state, its second micro batch the first one's gradients.
+
+    Args:
+        model: As for `check_gates`.
+        batch: The longest micro batch: tensors of (rows, tokens).
+        recipe: That of the run to come.
+    """
+    rows, tokens = batch["input_ids"].shape
+    gpus.reset_peak()
+    try:
+        with unchanged(model):
+            model.train()
+            optimizer = qlora.build_optimizer(model, recipe)
+            scaler = torch.amp.GradScaler(gpus.device(), enabled=recipe.amp_dtype == "float16")
+            accumulated = min(recipe.gradient_accumulation_steps, 2)
+            for _ in range(2):
+                qlora.training_step(model, optimizer, [batch] * accumulated, recipe, scaler)
+            peak = gpus.peak_allocated_bytes()
+        fits, said = True, f"peak {show_bytes(peak)}" if peak is not None else "it runs"
+    except RuntimeError as error:
+        if not batching.is_out_of_memory(error):
+            raise
+        fits, said = False, "out of memory"
+    if not fits:  # here the exception is gone, and with it what its frames held
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+    remedy = "halve micro_batch_size and double gradient_accumulation_steps"
+    return Finding("longest", f"{rows} x {tokens} tokens: {said}", None if fits else remedy)
 
 
 def _step_0(model: torch.nn.Module, batch: dict, recipe: TrainRecipe) -> tuple[Finding, float]:

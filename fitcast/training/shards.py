@@ -39,6 +39,7 @@ def merge_shards(
     folder: str | Path,
     base: Literal["original", "dequantized"] = "dequantized",
     shard_bytes: int = SHARD_BYTES,
+    tokenizer: Any = None,
 ) -> int:
     """Write base + adapter as a plain float16 model; returns the bytes of its weights' files.
 
@@ -48,6 +49,7 @@ def merge_shards(
         folder: Of the merged model; made if need be.
         base: As for `export.merge`.
         shard_bytes: Of a file, about; what the memory has to hold.
+        tokenizer: Written beside it with its chat template, as by `export.save_merged`.
 
     Raises:
         ValueError: An adapter that is not plain LoRA on linear layers, or has no weight in the
@@ -79,6 +81,8 @@ def merge_shards(
             "merge with export.merge, which loads the whole model",
         )
     _copy_beside(source, target)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(target))
     return writer.close()
 
 

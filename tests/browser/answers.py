@@ -56,8 +56,14 @@ ANSWERS = {
         "def careful_step": inspect.getsource(careful_step),
     },
     "07": {
-        "def labels_of": "def labels_of(ids, n):\n    return [-100] * n + ids[n:]",
-        "phi_recipe": "phi_recipe = replace(exercises.PHI, attention='explicit_kv',\n"
-                      "                     loss='chunked', norm='native', lora_dropout=0.0)",
+        "def labels_of": """def labels_of(messages):
+    ids = ids_of(messages)
+    labels = [-100] * len(ids)
+    for n, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start = len(ids_of(messages[:n], True))
+            end = len(ids_of(messages[:n + 1]))
+            labels[start:end] = ids[start:end]
+    return labels""",
     },
 }  # fmt: skip

@@ -8,16 +8,13 @@ from tools import minutes
 from tools.notebooks import lesson_scripts
 
 MINUTES, CONCEPTS = 45, 5
-# Not there yet, and not to grow meanwhile.
-STILL = {"07": (62.2, 7)}
 
 
 @pytest.mark.parametrize("script", lesson_scripts(), ids=lambda script: script.stem)
 def test_main_path_takes_what_it_says(script):
-    longest, most = STILL.get(script.stem[:2], (MINUTES, CONCEPTS))
     path = minutes.measured(script)
-    assert path.minutes <= longest, f"{path.minutes:.1f} minutes: {path}"
-    assert len(path.concepts) <= most, path.concepts
+    assert path.minutes <= MINUTES, f"{path.minutes:.1f} minutes: {path}"
+    assert len(path.concepts) <= CONCEPTS, path.concepts
 
 
 GLOSSARY = "| **a word** (or two) | what it means | [01](01_try.ipynb) |\n"

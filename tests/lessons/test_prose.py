@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from course_utils.exercises import lesson_03
+from course_utils.exercises import lesson_03, lesson_06
 from course_utils.topics import recorded
 from fitcast import gpus
 from fitcast.units import GIB, KIB, MIB
@@ -50,16 +50,21 @@ CALCULATED = {
         "10 %": "100 * 0.1",
     },
     "05_where_did_my_gradient_go": {"10 %": "100 * 0.1"},
+    "06_what_does_the_usual_recipe_waste": {
+        "6 GiB": "lesson_06.PHI_BYTES / GIB",
+        "6 MiB": "lesson_06.LOSS_BYTES / MIB",
+        "8 MiB": "2 * 256 * lesson_06.VOCABULARY * 4 / MIB",  # float32
+    },
 }
 # ... or the reason why nobody need: they state nothing that could be measured.
 GIVEN = {
     "01_where_does_the_memory_go": {"2 GiB": "an example of how to type an answer"},
     "03_how_big_is_my_batch": {"24 GB": "the vendor's name for the card"},
-    "07_qlora_on_a_t4": {"3 %": "a line of the recipe that is under test"},
     "README.md": {"1 GB": "what set-up downloads, about, as the Makefile says while it does"},
 }
 KNOWN = {
-    "lesson_03": lesson_03, "GIB": GIB, "KIB": KIB, "MIB": MIB, "A10": gpus.A10,
+    "lesson_03": lesson_03, "lesson_06": lesson_06,
+    "GIB": GIB, "KIB": KIB, "MIB": MIB, "A10": gpus.A10,
 }  # fmt: skip
 
 

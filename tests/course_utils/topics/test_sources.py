@@ -12,6 +12,7 @@ from fitcast import gpus, models
 from fitcast.forecasting.load import blueprint
 from fitcast.recipe import TrainRecipe
 from fitcast.training import random_weights
+from fitcast.training.data import encode
 
 
 @pytest.fixture
@@ -38,8 +39,31 @@ def test_a_large_model_needs_a_gpu(hub):
 
 @pytest.mark.parametrize("gpu", [None, gpus.T4])
 def test_an_unknown_model_is_refused(hub, gpu):
-    with pytest.raises(ValueError, match="model must be one of auto, bundled, llama-3.2-1b"):
-        sources.choose(gpu, "llama-1b")
+    with pytest.raises(ValueError, match="model must .*llama-3.2-1b"):
+        sources.choose(gpu, "llama-3.2-1")
+
+
+def test_any_model_of_the_hub_and_any_folder_will_do(hub, tmp_path):
+    hub |= {"model": "open", "dataset": "open"}
+    source = sources.choose(gpus.T4, "Qwen/Qwen2.5-0.5B-Instruct")
+    assert source.model == source.tokenizer_from == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert source.settings["lora_targets"] == "all-linear"
+    folder = sources.choose(None, tmp_path)
+    assert (folder.model, folder.weights) == (str(tmp_path), "folder")
+
+
+def test_data_of_ones_own_set_length_and_steps():
+    asked = [{"prompt": f"How much is {n} plus {n}?", "completion": f"{2 * n}"} for n in range(50)]
+    source = sources.choose(None, data=asked)
+    longest = max(len(row["input_ids"]) for row in encode(source.own, source.tokenizer(), 1024))
+    assert 0 <= source.settings["sequence_length"] - longest < 8
+    train, heldout = source.conversations()
+    assert len(train) + len(heldout) == 50 and 2 <= len(heldout) <= 20
+    # a step sees 4 x 4 sequences, and an example of few is seen about ten times
+    assert 10 * len(train) <= 16 * source.settings["max_steps"] < 10 * len(train) + 16
+    assert "50 conversations" in str(source) and source.data == "own"
+    with pytest.raises(ValueError, match=r"data, row 0 must hold messages"):
+        sources.choose(None, data=[{"text": "x"}])
 
 
 def test_an_open_hub_gives_model_and_data(hub):
@@ -60,7 +84,7 @@ def test_a_closed_model_is_refused_with_a_way_on(hub, answer):
 
 def test_a_silent_hub_gives_random_weights_and_says_so(hub, tmp_path):
     hub["model"] = "silent"
-    source = sources.choose(gpus.T4, "phi-4-mini", tmp_path)
+    source = sources.choose(gpus.T4, "phi-4-mini", folder=tmp_path)
     assert (source.weights, source.data) == ("random", "bundled")
     assert source.model == f"{tmp_path}/phi-4-mini-random"
     assert "Memory and speed hold, words and losses do not" in str(source)
@@ -81,9 +105,10 @@ def test_settings_suit_every_model(hub, model):
 
 def test_heldout_examples_are_few_and_never_trained_on(monkeypatch):
     monkeypatch.setattr(sources, "HELDOUT_EXAMPLES", 7)
-    train, heldout = sources.choose(None).instructions()
+    train, heldout = sources.choose(None).conversations()
     assert len(heldout) == 7 < len(train)
-    assert not set(heldout["prompt"]) & set(train["prompt"])
+    asked = [{one[0]["content"] for one in part["messages"]} for part in (train, heldout)]
+    assert not asked[0] & asked[1]
 
 
 # --- random weights ------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from course_utils import data
 from course_utils.data import BUNDLED
+from fitcast.memory.ledger import MemoryLedger
 from fitcast.recipe import TrainRecipe
 from fitcast.training import gates, trainer
 from fitcast.training.data import collate, encode
@@ -43,7 +44,8 @@ def test_a_healthy_model_passes_and_stays_as_it_was(recipe, rows, attention):
     model = trainer.build_model(recipe)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     passed, found = verdicts(model, recipe, rows)
-    assert passed == dict.fromkeys(("step 0", "gradients", "overfit", "attention"), True)
+    names = ("step 0", "gradients", "overfit", "attention", "longest")
+    assert passed == dict.fromkeys(names, True)
     assert found.require() is found
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None, name
@@ -99,3 +101,31 @@ def test_written_scores_shut_the_fourth_gate(recipe, rows, quick):
     batch = collate(list(rows), 0)
     assert gates.attention_kernel(model, batch, recipe) == "scores"
     assert "set attention='explicit_kv'" in repr(verdicts(model, recipe, rows)[1])
+
+
+def test_the_longest_rows_run_out_of_memory_in_the_first_minute(recipe, rows, quick):
+    """Under a ledger that refuses what a small card would refuse."""
+    model = trainer.build_model(recipe)
+    batch = collate(list(rows), 0)
+    wide = {name: tensor.repeat(1, 8) for name, tensor in batch.items()}
+    with MemoryLedger(model) as ledger:
+        assert gates.check_longest(model, batch, recipe).fix is None
+    budget = ledger.report().peak_bytes
+    with MemoryLedger(model, budget_bytes=budget):
+        found = gates.check_longest(model, wide, recipe)
+    tokens = wide["input_ids"].shape[1]
+    assert found.found == f"2 x {tokens} tokens: out of memory"
+    assert found.fix.startswith("halve micro_batch_size")
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_gate_takes_the_longest_rows_wherever_they_are(recipe, rows, quick, monkeypatch):
+    short = {name: values[:8] for name, values in rows[0].items()}
+    asked = []
+    monkeypatch.setattr(
+        gates,
+        "check_longest",
+        lambda model, batch, recipe: asked.append(batch) or gates.Finding("longest", "seen"),
+    )
+    verdicts(trainer.build_model(recipe), recipe, [rows[0], rows[0], *rows, rows[1] | short])
+    assert asked[0]["input_ids"].shape[1] == max(len(row["input_ids"]) for row in rows)

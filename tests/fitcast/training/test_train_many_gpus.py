@@ -20,7 +20,7 @@ def test_the_effective_batch_is_kept():
     recipe = train_many_gpus.lesson_recipe(sources.choose(None))
     for world_size in (1, 2, 4):
         many = train_many_gpus.shared(recipe, world_size)
-        assert many.effective_batch_size == recipe.effective_batch_size == 32
+        assert many.effective_batch_size == recipe.effective_batch_size == 16
         assert many.micro_batch_size == recipe.micro_batch_size
     with pytest.raises(ValueError, match="world_size must divide gradient_accumulation_steps"):
         train_many_gpus.shared(recipe, 3)
