@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # for editors and type checkers; what runs is `__getattr__`
         scale_window,
         smallest_updates,
     )
-    from course_utils.figures.training import ladder, lengths, progress
+    from course_utils.figures.training import ladder, lengths, progress, two_worlds
     from course_utils.figures.widgets import (
         forgetting_explorer,
         layers_explorer,
@@ -59,6 +59,7 @@ __all__ = [
     "smallest_updates",
     "split_explorer",
     "token_shares",
+    "two_worlds",
     "updates",
     "updates_explorer",
 ]
@@ -68,7 +69,7 @@ _MODULES = {
     "chain": "chains held_beside",
     "live": "Watcher",
     "numbers": "bit_fields loss_scale magnitudes scale_window smallest_updates",
-    "training": "ladder lengths progress",
+    "training": "ladder lengths progress two_worlds",
     "widgets": "forgetting_explorer layers_explorer levers_explorer scale_explorer split_explorer "
     "updates_explorer",
 }

@@ -193,3 +193,63 @@ def ladder(
     return finish(
         canvas, f"bars against the {show_bytes(gpu.usable_bytes)} of {card}", title, f"{said}."
     )
+
+
+@styled
+def two_worlds(pairs: Sequence[Any], gpu: Gpu, title: str = "") -> Figure:
+    """Stacked bytes at the peak of each rung, without a mask and padded, against a GPU's memory.
+
+    Args:
+        pairs: With a `name`, and a `no_mask` and a `padded` that have a `forecast` and what was
+            `measured`, as `course_utils.topics.ladder.twins` gives them.
+        gpu: Its usable memory is the line that a bar must not cross.
+        title: What is trained.
+    """
+    names, limit = [pair.name for pair in pairs], gpu.usable_bytes / GIB
+    canvas = Canvas(figsize=(9.6, 1.9 + 0.62 * len(names)), layout="constrained")
+    axes = canvas.subplots(1, 2, sharey=True)
+    worlds = {
+        "no mask": [pair.no_mask for pair in pairs],
+        "padded": [pair.padded for pair in pairs],
+    }
+    end = 1.75 * max(one.forecast.peak_bytes for rungs in worlds.values() for one in rungs) / GIB
+    said = []
+    for ax, (world, rungs) in zip(axes, worlds.items(), strict=True):
+        _stack(ax, names, [one.forecast.composition for one in rungs])
+        for name, one in zip(names, rungs, strict=True):
+            peak, seen = one.forecast.peak_bytes, one.measured.get("peak_allocated_bytes")
+            words = f"{peak / GIB:.2f} {one.forecast.verdict}"
+            words += f"\n{seen / GIB:.2f} measured" if seen else ""
+            ax.annotate(
+                words,
+                (peak / GIB, name),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=11,
+                zorder=4,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
+            known = f", measured {show_bytes(seen)}" if seen else ""
+            said.append(f"{world}, {name}: {show_bytes(peak)}, {one.forecast.verdict}{known}")
+        ax.axvline(limit, color=INK, linestyle="--", zorder=3)
+        ax.set(title=world, xlabel="GiB at the peak", xlim=(0, end))
+    axes[0].invert_yaxis()
+    card = with_article(gpu.name)
+    canvas.suptitle(f"{title}\n(dashed: the {show_bytes(gpu.usable_bytes)} that {card} has)")
+    canvas.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6,
+                  fontsize=11)  # fmt: skip
+    return finish(
+        canvas, f"bars against the {show_bytes(gpu.usable_bytes)} of {card}", title,
+        f"{'; '.join(said)}.",
+    )  # fmt: skip
+
+
+def _stack(ax: Any, names: list[str], rows: Sequence[Mapping[str, int]]) -> None:
+    """A stacked bar of GiB for each name; holders too thin to see are left out."""
+    ends = [0.0] * len(names)
+    seen = max(sum(row.values()) for row in rows) / 1000
+    for holder in sorted({h for row in rows for h in row if row[h] > seen}, key=place_of):
+        widths = [row.get(holder, 0) / GIB for row in rows]
+        ax.barh(names, widths, left=ends, label=holder, height=0.66, color=COLOURS.get(holder, INK))
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]

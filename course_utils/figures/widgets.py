@@ -190,18 +190,21 @@ def levers_explorer() -> Explorer:
     from course_utils.topics.sources import settings_of
     from fitcast.forecasting.forecast import forecast
 
-    def draw(gpu: str, layers_that_forget: str, **settings: Any) -> Figure:
+    def draw(gpu: str, rows: str, layers_that_forget: str, **settings: Any) -> Figure:
         names = ("attention", "loss", "norm", "lora_dropout")
         levers = {name: settings.pop(name) for name in names}
         targets = settings_of(settings["model"])["lora_targets"]
-        usual = TrainRecipe(amp_dtype="float16", lora_targets=targets, **settings)
+        usual = TrainRecipe(
+            amp_dtype="float16", lora_targets=targets, padded=rows == "padded", **settings
+        )
         layers = models.config(usual.model).num_hidden_layers
         pulled = replace(usual, **levers, checkpointed_layers=_share(layers, layers_that_forget))
-        rows = {"the usual recipe": usual, "with these levers": pulled}
+        bars = {"the usual recipe": usual, "with these levers": pulled}
         return compare(
-            {name: forecast(one, preset(gpu)) for name, one in rows.items()},
+            {name: forecast(one, preset(gpu)) for name, one in bars.items()},
             preset(gpu),
-            f"{usual.model}, QLoRA: {usual.micro_batch_size} x {usual.sequence_length:,} tokens",
+            f"{usual.model}, QLoRA, {rows}: {usual.micro_batch_size} x "
+            f"{usual.sequence_length:,} tokens",
             CARDS_IN_AXIS * preset(gpu).usable_bytes,
         )
 
@@ -210,6 +213,7 @@ def levers_explorer() -> Explorer:
         model=("llama-3.1-8b", "phi-4-mini", "llama-3.2-1b"),
         micro_batch_size=(4, 1, 2, 8),
         sequence_length=(2048, 512, 1024, 4096),
+        rows=("no mask", "padded"),
         attention=("explicit_kv", "stock"),
         loss=("chunked", "full"),
         norm=("native", "stock"),

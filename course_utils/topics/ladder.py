@@ -82,6 +82,102 @@ def ladder() -> list[Rung]:
     return found[start:]
 
 
+# The rungs that matter, and what a reader calls them.
+IN_SHORT = {
+    USUAL: "the usual recipe",
+    "explicit key/value heads": "+ repeated keys, values",
+    "chunked loss": "+ loss in chunks",
+    "lean rotary embedding": "+ no dropout, lean pieces",
+    "checkpoints on the host": "+ checkpoints on the host",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twin:
+    """A rung without a mask and the same with padded rows, whose mask picks other kernels.
+
+    Attributes:
+        name: What is new in it.
+        no_mask, padded: Each with its forecast; `measured` is empty where nobody recorded it.
+    """
+
+    name: str
+    no_mask: Rung
+    padded: Rung
+
+
+def twins() -> list[Twin]:
+    """The rungs of `IN_SHORT`, each in both worlds, the usual recipe first."""
+    seen = {}
+    if any(row["group"] == "padded" for row in recorded.recording()["rows"]):
+        seen = {row["name"]: row for row in recorded.rows("padded") if row["outcome"] == TRAINED}
+    found = []
+    for rung in rungs("ladder", names=tuple(IN_SHORT)):
+        recipe, name = replace(rung.recipe, padded=True), IN_SHORT[rung.name]
+        padded = Rung(
+            name=name,
+            recipe=recipe,
+            forecast=forecast(recipe, T4),
+            measured=seen.get(rung.name, {}),
+        )
+        found.append(Twin(name=name, no_mask=rung, padded=padded))
+    return found
+
+
+def peaks(pairs: Sequence[Twin]) -> str:
+    """A line for each: forecast and measured peak and a T4's verdict, in both worlds."""
+
+    def half(rung: Rung) -> str:
+        seen = rung.measured.get("peak_allocated_bytes")
+        return (
+            f"{show_bytes(rung.forecast.peak_allocated_bytes):>11}"
+            f"{show_bytes(seen) if seen else '-':>11}  {rung.forecast.verdict:12}"
+        )
+
+    head = [f"{'':26}{'no mask':^36}{'padded':^36}", f"{'':26}" + 2 * _HALF]
+    lines = [f"{pair.name:26}{half(pair.no_mask)}{half(pair.padded)}".rstrip() for pair in pairs]
+    return "\n".join([*(line.rstrip() for line in head), *lines, _stamp_of(pairs)])
+
+
+_HALF = f"{'forecast':>11}{'measured':>11}  {'on a T4':12}"
+
+
+def speeds(pairs: Sequence[Twin]) -> str:
+    """A line for each: tokens a second that a T4 is forecast, and what was measured elsewhere.
+
+    A ratio is to the usual recipe in the same world.
+    """
+
+    def half(rung: Rung, first: Rung) -> str:
+        low, high = pace(rung)
+        times = rung.ideal_tokens_per_second / first.ideal_tokens_per_second
+        seen, base = (one.measured.get("tokens_per_second") for one in (rung, first))
+        measured = f"{seen:,.0f} {seen / base:.1f}x" if seen and base else "-"
+        return f"{f'{low:,.0f}-{high:,.0f}':>10} {times:.1f}x{measured:>14}   "
+
+    head = [
+        f"{'tokens a second':26}{'no mask':^29}   {'padded':^29}",
+        f"{'':26}" + 2 * f"{'a T4, forecast':>15}{'measured':>14}   ",
+    ]
+    lines = [
+        f"{pair.name:26}{half(pair.no_mask, pairs[0].no_mask)}"
+        f"{half(pair.padded, pairs[0].padded)}".rstrip()
+        for pair in pairs
+    ]
+    return "\n".join([*(line.rstrip() for line in head), *lines, _stamp_of(pairs)])
+
+
+def pace(rung: Rung) -> tuple[float, float]:
+    """Tokens a second on a T4, between the least and the most that it sustains of its peaks."""
+    low, high = (tokens_per_second(rung.recipe, rung.forecast, part) for part in T4.sustained)
+    return low, high
+
+
+def _stamp_of(pairs: Sequence[Twin]) -> str:
+    measured = [rung.measured for pair in pairs for rung in (pair.no_mask, pair.padded)]
+    return f"[measured: {recorded.stamp(row for row in measured if row)}; speeds are that card's]"
+
+
 def usual(model: str) -> Rung:
     """The recipe that everybody uses, at 4 x 2048 tokens: the row to which others are compared."""
     groups = {"llama-3.1-8b": ("ladder", USUAL)}
@@ -115,13 +211,12 @@ def table(rows: Sequence[Rung]) -> str:
     base = usual(rows[0].recipe.model)
     first = base.measured["tokens_per_second"]
     width = max(len(row.name) for row in rows)
-    lines = [f"{'':{width}}  {'forecast':>9}{'measured':>11}  a T4?   tokens/s"]
+    lines = [f"{'':{width}}  {'forecast':>9}{'measured':>11}  {'on a T4':12} tokens/s"]
     for row in rows:
         speed = row.measured["tokens_per_second"]
-        verdict = "fits" if row.forecast.fits else "no"
         lines.append(
             f"{row.name:{width}}  {show_bytes(row.forecast.peak_allocated_bytes):>9}"
-            f" {show_bytes(row.measured['peak_allocated_bytes']):>10}  {verdict:7}"
+            f" {show_bytes(row.measured['peak_allocated_bytes']):>10}  {row.forecast.verdict:12}"
             f"{speed:>9,.0f}  {speed / first:.2f}x"
         )
     return "\n".join((*lines, f"[measured: {recorded.stamp(row.measured for row in rows)}]"))

@@ -16,7 +16,7 @@ from matplotlib import _pylab_helpers, colors
 from PIL import Image
 
 from course_utils import figures
-from course_utils.figures import base
+from course_utils.figures import base, training
 from fitcast import gpus
 from fitcast.memory.ledger import MemoryLedger
 from fitcast.memory.report import CATEGORIES
@@ -92,6 +92,25 @@ def test_every_figure_is_png_with_words_on_white(draw):
     assert figure.png == draw().png  # the same bytes each time: no version, no date
     assert _pylab_helpers.Gcf.figs == {}
     assert dict(matplotlib.rcParams) == before
+
+
+def test_both_worlds_stand_beside_each_other_with_what_was_measured():
+    def rung(verdict, n_bytes, **measured):
+        f = SimpleNamespace(composition={"weights": n_bytes}, peak_bytes=n_bytes, verdict=verdict)
+        return SimpleNamespace(forecast=f, measured=measured)
+
+    pair = SimpleNamespace(
+        name="all levers",
+        no_mask=rung("fits", 9 * GIB, peak_allocated_bytes=8 * GIB),
+        padded=rung("tight", 14 * GIB),
+    )
+    figure = training.two_worlds([pair], gpus.T4, "8B")
+    assert "no mask, all levers: 9.00 GiB, fits, measured 8.00 GiB" in figure.alt
+    assert "padded, all levers: 14.00 GiB, tight" in figure.alt
+    found = painted(figure, "weights")
+    wide = found[found.sum(axis=1).argmax()]  # a line of pixels through both bars
+    half = len(wide) // 2
+    assert wide[half:].sum() / wide[:half].sum() == pytest.approx(14 / 9, rel=0.1)
 
 
 def test_timeline_names_peak_and_cause():

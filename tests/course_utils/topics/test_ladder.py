@@ -33,11 +33,28 @@ def test_the_table_shows_peaks_speeds_and_ratios(usual):
     rows = ladder.rungs("ladder", names=("the usual recipe", "chunked loss"))
     first, second = ladder.table(rows).splitlines()[1:3]
     measured = rows[1].measured
-    assert first.endswith("1.00x") and " no " in first and " fits " in second
+    assert first.endswith("1.00x") and " does not fit " in first and " fits " in second
     assert show_bytes(measured["peak_allocated_bytes"]) in second
     assert f"{measured['tokens_per_second']:,.0f}" in second
     ratio = measured["tokens_per_second"] / usual.measured["tokens_per_second"]
     assert second.endswith(f"{ratio:.2f}x")
+
+
+@pytest.mark.slow
+def test_twins_show_both_worlds_and_say_what_nobody_measured():
+    pairs = ladder.twins()
+    assert [pair.no_mask.recipe.padded for pair in pairs] == [False] * len(ladder.IN_SHORT)
+    assert all(pair.padded.recipe == dataclasses.replace(pair.no_mask.recipe, padded=True)
+               for pair in pairs)  # fmt: skip
+    first, second, third = ladder.peaks(pairs).splitlines()[2:5]
+    assert first.count("does not fit") == second.count("does not fit") == 2
+    assert third.count(" fits") == 2
+    seen = pairs[0].no_mask.measured["peak_allocated_bytes"]
+    assert first.split("does not fit")[0].rstrip().endswith(show_bytes(seen))
+    pairs[0].padded.measured.clear()
+    assert ladder.peaks(pairs).splitlines()[2].endswith(" -  does not fit")
+    times = [re.findall(r" (\d\.\d)x", line)[0] for line in ladder.speeds(pairs).splitlines()[2:4]]
+    assert times[0] == "1.0" and float(times[1]) > 1.5  # without a mask: 2.1 were measured
 
 
 def test_the_fastest_were_within_a_t4s_memory():
