@@ -14,6 +14,7 @@ ARGUMENTS = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
 }
 # Fields that `apply_levers` takes under these names, beside those that it pulls by itself.
+BY_NAME = ("mlp_tile_tokens", "embedding")
 CHECKPOINTS = ("checkpointed_layers", "offload_checkpoints", "keep_attention")
 
 
@@ -52,7 +53,9 @@ def _levers(recipe: TrainRecipe) -> str:
 
     plain = TrainRecipe(model=recipe.model)
     differs = {
-        name for name in (*PULLED, *CHECKPOINTS) if getattr(recipe, name) != getattr(plain, name)
+        name
+        for name in (*PULLED, *BY_NAME, *CHECKPOINTS)
+        if getattr(recipe, name) != getattr(plain, name)
     }
     if recipe.checkpointed_layers == 0:  # the trainer's own switch says that
         differs -= set(CHECKPOINTS)
@@ -60,4 +63,6 @@ def _levers(recipe: TrainRecipe) -> str:
         return ""
     checkpoints = [name for name in CHECKPOINTS if differs & set(CHECKPOINTS)]
     said = [name for name in checkpoints if name in differs or name == "checkpointed_layers"]
-    return ", ".join(f"{name}={getattr(recipe, name)!r}" for name in (*PULLED, *said))
+    named = [name for name in BY_NAME if name in differs]
+    names = (*PULLED, *named, *said)
+    return ", ".join(f"{name}={getattr(recipe, name)!r}" for name in names)

@@ -6,8 +6,8 @@ arithmetic at the peak rate or its traffic at the peak bandwidth, whichever is l
 GPU-bound rows of tests/data/h200_steps.json that part is 0.56 to 0.64, stock attention or not. A
 step of small operations takes as long as Python needs to launch them.
 
-Not modelled: communication; transfers to the host (so `offload_checkpoints` is tried only when
-nothing else fits).
+Not modelled: communication; transfers to the host (so `offload_checkpoints` and the embedding there
+are tried only when nothing else fits).
 
 Most settings of a search differ in how many layers forget, and those of a model cut to a few layers
 are alike: `forecast.run_stream` keeps its runs, and `_Family.fewest` guesses where they share one.
@@ -34,10 +34,13 @@ from fitcast.gpus import T4, Gpu, detect
 from fitcast.recipe import WHOLE_NUMBERS, TrainRecipe
 from fitcast.step.apply import BEST
 from fitcast.step.levers import odd_head
-from fitcast.units import show_bytes, with_article
+from fitcast.units import GIB, show_bytes, with_article
 
 # Levers that change no result and are tried when nothing fits without them, by field.
 LEAN = {name: value for name, (value, _) in BEST.items() if name != "attention"}
+TILE_TOKENS = 4096  # of a tiled MLP: a few tiles of a long sequence, each still a large product
+# Of host memory, for checkpoints: Colab's machine with a T4 has 12.7 GB in all, Python some of it.
+PINNED_HOST_BYTES = 10 * GIB
 
 
 class DoesNotFit(ValueError, MemoryError):
@@ -134,6 +137,8 @@ def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
         "chunked loss": {"loss": "chunked"},
         "native RMSNorm": {"norm": "native"},
         "lean MLP": {"mlp": "lean"},
+        "tiled MLP": {"mlp_tile_tokens": _tile(recipe)},
+        "embedding in host memory": {"embedding": "host"},
         "lean rotary embedding": {"rotary": "lean"},
         "no dropout in adapters": {"lora_dropout": 0.0},
         "4-bit base": {"base": "nf4"},
@@ -151,6 +156,9 @@ def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
         changes[f"rank {rank}"] = {"lora_rank": rank}
     if k:
         changes["checkpoints in host memory"] = {"offload_checkpoints": True}
+        if k > 3:
+            half = f"{k // 2} of {k} checkpoints in host memory"
+            changes[half] = {"offload_checkpoints": k // 2}
         changes["keep attention's output"] = {"keep_attention": True}
     for wanted in (num_layers, num_layers // 2, 0):
         changes[f"{wanted} of {num_layers} layers checkpointed"] = {
@@ -164,6 +172,11 @@ def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
     if (half := recipe.sequence_length // 2) > 1:
         changes[f"sequence {half}"] = {"sequence_length": half}
     return changes
+
+
+def _tile(recipe: TrainRecipe) -> int:
+    """Tokens of a tile: two tiles of a short sequence, more of a long one."""
+    return min(TILE_TOKENS, max(1, recipe.sequence_length // 2))
 
 
 def levers(
@@ -210,6 +223,7 @@ def fit(
     target_effective_batch: int | None = None,
     *,
     utilisation: float | None = None,
+    pinned_host_bytes: int = PINNED_HOST_BYTES,
     progress: Callable[[str], None] = lambda text: None,
     processes: int = 1,
 ) -> Fit:
@@ -218,14 +232,16 @@ def fit(
     They fit even at the forecast's upper bound (`margin_bytes` is not negative). Only micro batches
     of 1, 2, 4, ... are tried. Segments are always expandable, and under LoRA the lean loss replaces
     the recipe's own, unless the model scales or caps its logits. If nothing fits, so do the lean
-    norm, MLP, adapters and rotary embedding, as far as the model takes them; if nothing fits then,
-    checkpoints wait in host memory. Model, adapters, sequence length, precision and gradients stay:
+    norm, MLP, adapters and rotary embedding, as far as the model takes them; then the MLP is tiled;
+    then checkpoints wait in host memory, those of a quarter of the layers, or two, three, all but
+    one; at last the embedding does. Model, adapters, sequence length, precision and gradients stay:
     none of these settings changes what is learnt.
 
     Args:
         target_effective_batch: Sequences behind one optimizer step; by default the recipe's own.
         utilisation: Part of the GPU's peaks that is reached, for times only; by default the range
             that the card sustains.
+        pinned_host_bytes: Most that checkpoints may take of the host's memory.
         progress: Told what is being weighed.
         processes: That weigh at the same time. They are forks, so one does it all where PyTorch
             has threads or a GPU, which a fork does not survive.
@@ -241,7 +257,7 @@ def fit(
     if not _may_fork():
         processes = 1
     heard = progress if processes < 2 else _unheard
-    weigh = _Weigher(recipe, gpu, per_gpu, num_layers, heard)
+    weigh = _Weigher(recipe, gpu, per_gpu, num_layers, heard, pinned_host_bytes)
     losses = _losses(recipe)
     with _workers(processes) as each:
         tried: list[Tried] = _kernels(weigh, each)
@@ -254,11 +270,12 @@ def fit(
             ]
             for found in each(_family, [(weigh, fields) for fields in families]):
                 tried += found
-            fitting: list[Tried] = [pair for pair in tried if pair[1].margin_bytes >= 0]
+            fitting: list[Tried] = [pair for pair in tried if weigh.room(pair[1]) >= 0]
             if fitting:
                 best = max(fitting, key=lambda pair: tokens_per_second(*pair, utilisation))
                 return _found(best, utilisation)
-    lowest = min(f.gpu.context_bytes + f.unlimited_reserved_bytes[1] for _, f in tried)
+    on_host = [f for _, f in tried if f.pinned_host_bytes <= pinned_host_bytes]
+    lowest = min(f.gpu.context_bytes + f.unlimited_reserved_bytes[1] for f in on_host)
     raise DoesNotFit(
         f"recipe must fit {show_bytes(gpu.total_bytes)} of {with_article(gpu.name)}, "
         f"got at least {show_bytes(lowest)} with one sequence of "
@@ -299,6 +316,7 @@ class _Weigher:
     Attributes:
         per_gpu: Sequences of one GPU behind one optimizer step.
         progress: Told what is being weighed.
+        pinned_host_bytes: Most that checkpoints may take of the host's memory.
     """
 
     recipe: TrainRecipe
@@ -306,6 +324,11 @@ class _Weigher:
     per_gpu: int
     num_layers: int
     progress: Callable[[str], None]
+    pinned_host_bytes: int
+
+    def room(self, f: Forecast) -> int:
+        """Bytes that a forecast leaves: of the GPU or of the host's share, the fewer."""
+        return min(f.margin_bytes, self.pinned_host_bytes - f.pinned_host_bytes)
 
     def __call__(self, micro: int, fields: dict[str, Any]) -> Tried:
         """The recipe with these settings and its forecast."""
@@ -343,7 +366,7 @@ def _kernels(weigh: _Weigher, each: Callable[..., list[Any]]) -> list[Tried]:
 
 
 def _stages(weigh: _Weigher, first: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Settings to search below, the next ones for when nothing fits: lean levers, then the host."""
+    """Settings to search below, the next ones for when nothing fits, costlier each time."""
     yield first | {"offload_checkpoints": False}
     recipe, lean = weigh.recipe, dict(first)
     for name, value in LEAN.items():
@@ -353,7 +376,22 @@ def _stages(weigh: _Weigher, first: dict[str, Any]) -> Iterator[dict[str, Any]]:
             lean[name] = value
     if any(getattr(recipe, name) != lean[name] for name in LEAN if name in lean):
         yield lean | {"offload_checkpoints": False}
-    yield lean | {"offload_checkpoints": True}
+    tiles = {"mlp_tile_tokens": recipe.mlp_tile_tokens or _tile(recipe)}
+    if weigh.if_taken(1, LEAST | lean | tiles):
+        lean |= tiles
+        yield lean | {"offload_checkpoints": False}
+    yield from _on_host(weigh, lean)
+
+
+def _on_host(weigh: _Weigher, lean: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Checkpoints of ever more layers in host memory; then the embedding there, and they again."""
+    last = weigh.num_layers - 1  # the layer whose checkpoint stays
+    some = {max(2, last * quarters // 4) for quarters in (1, 2, 3, 4)}
+    parts = [m for m in sorted(some) if m <= last]
+    yield from (lean | {"offload_checkpoints": m} for m in parts)
+    lean = lean | {"embedding": "host"}
+    if weigh.if_taken(1, LEAST | lean):
+        yield from (lean | {"offload_checkpoints": m} for m in (False, *parts))
 
 
 def _may_fork() -> bool:
@@ -384,7 +422,8 @@ def _workers(processes: int) -> Iterator[Callable[..., list[Any]]]:
 def _family(weigh: _Weigher, fields: dict[str, Any]) -> list[Tried]:
     """All that is tried with these settings: micro batches, each with few layers that forget."""
     tried: list[Tried] = []
-    lowest = int(fields["offload_checkpoints"] or fields["keep_attention"])
+    m = fields["offload_checkpoints"]
+    lowest = m + 1 if m else int(fields["keep_attention"])  # the last checkpoint stays
     _, largest = WHOLE_NUMBERS["micro_batch_size"]
     micro, kept = 1, weigh.num_layers // 2
     while micro <= largest and weigh.per_gpu % micro == 0:
@@ -414,7 +453,7 @@ class _Family:
         if k not in self._margins:
             pair = self._weigh(self._micro, self._fields | {"checkpointed_layers": k})
             self._tried.append(pair)
-            self._margins[k] = pair[1].margin_bytes
+            self._margins[k] = self._weigh.room(pair[1])
         return self._margins[k]
 
     def fewest(self, lowest: int, guess: int) -> int:

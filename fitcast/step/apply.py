@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 
 from fitcast.recipe import CHOICES
+from fitcast.step.embedding import use_host_embedding
 from fitcast.step.lean import use_lean_lora, use_lean_mlp, use_lean_rotary
 from fitcast.step.levers import (
     attention_of,
@@ -35,6 +36,7 @@ from fitcast.step.levers import (
     use_explicit_kv_attention,
     use_native_norm,
 )
+from fitcast.step.tiles import use_tiled_mlp
 from fitcast.units import refusal
 
 # What each lever is called beside the model's own code, and who pulls it.
@@ -78,6 +80,8 @@ def apply_levers(
     rotary: str | None = None,
     loss: str | None = None,
     loss_chunk_tokens: int = 512,
+    mlp_tile_tokens: int | None = None,
+    embedding: Literal["stock", "host"] = "stock",
     checkpointed_layers: int | Literal["all"] | None = None,
     offload_checkpoints: bool | int = False,
     keep_attention: bool = False,
@@ -98,6 +102,8 @@ def apply_levers(
             their gradient, for a head that is frozen; "full". By default lean where the head is
             frozen, else chunked.
         loss_chunk_tokens: Rows of logits alive at once.
+        mlp_tile_tokens: Tokens that an MLP computes at a time; `None` is all at once.
+        embedding: "host" keeps a frozen one's weights in host memory and sends rows; "stock".
         checkpointed_layers: The first k layers, or "all", forget their activations; `None` leaves
             that to the trainer. Whoever switches gradient checkpointing on later gets this one.
         offload_checkpoints: Keep what they need in host memory; a number: of so many layers.
@@ -115,6 +121,7 @@ def apply_levers(
     for name, value in asked.items():
         _pull(base, name, value, found)
     _use_loss(base, loss, loss_chunk_tokens, found)
+    _use_where_asked(base, mlp_tile_tokens, embedding, found)
     if checkpointed_layers is not None:
         _use_checkpoints(base, checkpointed_layers, offload_checkpoints, keep_attention)
         found.applied["checkpointed_layers"] = str(checkpointed_layers)
@@ -144,6 +151,18 @@ def _pull(base: Any, name: str, value: str | None, found: Levers) -> None:
         found.left[name] = str(error)
     else:
         found.applied[name] = value or best
+
+
+def _use_where_asked(base: Any, tile: int | None, embedding: str, found: Levers) -> None:
+    """What costs time on short sequences, and is pulled by name alone."""
+    if tile is not None:
+        use_tiled_mlp(base, tile)
+        found.applied["mlp_tile_tokens"] = str(tile)
+    if embedding not in CHOICES["embedding"]:
+        raise refusal("embedding", "be stock or host", embedding, "for example 'host'")
+    if embedding == "host":
+        use_host_embedding(base)
+        found.applied["embedding"] = embedding
 
 
 def _use_checkpoints(base: Any, k: int | Literal["all"], offload: bool | int, keep: bool) -> None:

@@ -59,7 +59,7 @@ class Tiled(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.mlp, ctx.tile, ctx.kept, ctx.trained = mlp, tile, kept, trained
         ctx.same = _as_now(x)
-        y = None
+        y: Any = None
         for start in range(0, len(x), tile):
             out = mlp(x[start : start + tile])  # (t, H), maybe of another dtype than x
             y = out.new_empty(x.shape) if y is None else y

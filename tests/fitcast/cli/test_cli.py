@@ -136,7 +136,7 @@ def test_what_fit_changed_is_said_for_a_script():
     assert changes.in_a_script(found, found)[:-1] == []  # the levers are wanted all the same
     # Its levers are those of `apply_levers`, and no other.
     parameters = inspect.signature(apply_levers).parameters
-    assert {*PULLED, *changes.CHECKPOINTS} == set(parameters) - {
+    assert {*PULLED, *changes.BY_NAME, *changes.CHECKPOINTS} == set(parameters) - {
         "model",
         "loss_chunk_tokens",
     }

@@ -81,7 +81,9 @@ def test_micro_batches_end_where_recipes_do(monkeypatch):
 
     def roomy(recipe, gpu):
         seconds = recipe.gradient_accumulation_steps * (1 + recipe.micro_batch_size / 1000)
-        return SimpleNamespace(margin_bytes=1, ideal_seconds=seconds, operations=0, gpu=gpu)
+        return SimpleNamespace(
+            margin_bytes=1, pinned_host_bytes=0, ideal_seconds=seconds, operations=0, gpu=gpu
+        )
 
     monkeypatch.setattr(search, "forecast", roomy)
     recipe = TrainRecipe(model=BUNDLED, amp_dtype="float16", sequence_length=2)
