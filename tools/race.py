@@ -2,7 +2,7 @@
 
     python tools/race.py OUT.json [--rows 4x2048 padded ...] [--contenders ours unsloth ...]
                          [--minutes 8] [--repeats 3] [--peer-site FOLDER] [--smoke]
-    python tools/race.py OUT.json --show
+    python tools/race.py OUT.json --show [--record course_utils/data/recorded_runs.json]
 
 One machine, one checkpoint (random weights at the real shape, nf4 with double quantization, r = 16
 on q, k, v, o, PagedAdamW8bit, fp16), the same batches. Each contender is a process that loads its
@@ -811,6 +811,47 @@ def show(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rows_to_record(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The race as rows of recorded_runs.json, each with its machine and when its turns were."""
+    turns = record["turns"]
+    found = []
+    for line in table(record):
+        where = (line["row"], line["contender"], line["setting"])
+        versions = _versions_of(record, line["contender"])
+        found.append(
+            {
+                "group": "race",
+                "name": ", ".join(filter(None, where)),
+                "limited": bool(ROWS[line["row"]].get("limited")),
+                "outcome": "trained" if line["repeats"] else str(line["error"]),
+                "started_at_seconds": [
+                    t["at"] for t in turns if (t["row"], t["contender"], t["setting"]) == where
+                ],
+                "settings": settings(line["contender"], line["row"]).get(line["setting"]),
+                **{k: v for k, v in line.items() if k not in ("row", "setting", "error", "recipe")},
+                **{k: record["host"].get(k) for k in ("gpu", "cpu", "cpus", "launch_microseconds")},
+                "emulated": "T4",
+                "versions": versions,
+                "date": record["date"],
+            }
+        )
+    return found
+
+
+def _versions_of(record: dict[str, Any], kind: str) -> dict[str, str]:
+    """Of a contender, or of any other one where it did not come so far."""
+    said = [record["contenders"].get(kind, {}), *record["contenders"].values()]
+    return next((one["versions"] for one in said if "versions" in one), {})
+
+
+def put_on_record(record: dict[str, Any], path: Path) -> None:
+    """Write a race's rows in the place of those of an earlier race."""
+    recorded = json.loads(path.read_text("utf-8"))
+    kept = [row for row in recorded["rows"] if row["group"] != "race"]
+    recorded["rows"] = kept + rows_to_record(record)
+    path.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
@@ -822,9 +863,13 @@ def main() -> None:
     parser.add_argument("--peer-site", help="folder of packages for Unsloth alone")
     parser.add_argument("--smoke", action="store_true", help="4 layers, one step of each")
     parser.add_argument("--show", action="store_true", help="print the table of OUT and stop")
+    parser.add_argument("--record", type=Path, help="put OUT into this recorded_runs.json and stop")
     options = parser.parse_args()
-    if options.show:
-        print(show(json.loads(options.out.read_text("utf-8"))))
+    if options.show or options.record:
+        record = json.loads(options.out.read_text("utf-8"))
+        print(show(record))
+        if options.record:
+            put_on_record(record, options.record)
         return
     if options.smoke:
         options.layers, options.repeats = options.layers or 4, 1

@@ -110,3 +110,21 @@ def test_without_time_left_no_turn_is_taken():
     time.sleep(0.01)
     raced.turn("4x2048", 0, "usual", "")
     assert raced.record["turns"] == []
+
+
+def test_a_race_on_record_replaces_the_one_before(tmp_path):
+    path = tmp_path / "recorded_runs.json"
+    other = {"group": "ladder", "name": "kept"}
+    path.write_text(json.dumps({"rows": [{"group": "race", "name": "old"}, other]}))
+    turns = [{**found, "at": 10 * i} for i, found in enumerate(RECORD["turns"])]
+    contenders = {name: {"versions": {"torch": "2.11.0"}} for name in ("unsloth", "usual", "ours")}
+    race.put_on_record(RECORD | {"turns": turns, "contenders": contenders}, path)
+    first, unsloth, *rest = json.loads(path.read_text())["rows"]
+    assert first == other and {row["group"] for row in rest} == {"race"}
+    assert unsloth["name"] == "4x2048, unsloth" and unsloth["tokens_per_second"] == [
+        900,
+        1000,
+        1100,
+    ]
+    assert unsloth["started_at_seconds"] == [0, 10, 20] and unsloth["launch_microseconds"] == 7.4
+    assert rest[-1]["outcome"] == "out of memory"
