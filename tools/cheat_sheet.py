@@ -8,13 +8,13 @@ committed page against what this writes today.
 
 import dataclasses
 
-from course_utils.topics import recorded
+from course_utils.topics import ladder, recorded
 from fitcast import models
 from fitcast.forecasting.forecast import Forecast, forecast
 from fitcast.forecasting.search import levers, tokens_per_second
 from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
-from fitcast.units import show_bytes
+from fitcast.units import GIB, show_bytes
 from tools.notebooks import LESSONS
 
 PAGE = LESSONS / "cheat_sheet.md"
@@ -58,9 +58,10 @@ the highest *moment*, not the sum of the table.
 
 {levers}
 
-Logits and attention scores make two peaks of nearly one height here: lower both, or the other one
-stays. Lowering the rank saves almost nothing. For your run: `fitcast levers --model llama-3.1-8b
---sequence-length 2048`, with your model and length; `fitcast fit` picks the fastest that fits.
+No mask: rows packed, of equal length, or alone; padded: a mask hides the filling. Without a mask
+logits and attention scores make two peaks: lower both, or the other one stays (lesson 06). Lowering
+the rank saves almost nothing. For your run: `fitcast levers --model llama-3.1-8b --sequence-length
+2048`, with your model and length; `fitcast fit` picks the fastest that fits.
 
 ## On a T4
 
@@ -104,20 +105,14 @@ def page() -> str:
     )
     upcast = forecast(dataclasses.replace(USUAL, kbit_upcast=True), T4)
     at_peak = usual.composition
-    single = {lever.change: lever for lever in levers(USUAL, T4)}
-    both = dataclasses.replace(USUAL, loss="lean", attention="explicit_kv")
-    low = forecast(both, T4)
-    ranked = [
-        ("change", "bytes saved", "speed"),
-        (
-            "loss in chunks and explicit K/V attention",
-            show_bytes(usual.peak_allocated_bytes - low.peak_allocated_bytes),
-            f"{tokens_per_second(both, low) / tokens_per_second(USUAL, usual):.1f}x",
-        ),
-    ]
+    worlds = (USUAL, dataclasses.replace(USUAL, padded=True))
+    ranked = [("change", "saved: no mask", "padded", "speed: no mask", "padded"), both(worlds)]
+    single = [{lever.change: lever for lever in levers(world, T4)} for world in worlds]
     for name, words in CHANGES.items():
-        lever = single[name]
-        ranked.append((words or name, show_bytes(lever.saved_bytes), f"{lever.speedup:.1f}x"))
+        found = [of[name] for of in single]
+        saved = (show_bytes(lever.saved_bytes) for lever in found)
+        speed = (f"{lever.speedup:.1f}x" for lever in found)
+        ranked.append((words or name, *saved, *speed))
     return TEMPLATE.format(
         example=f"Llama-3.1-8B, {USUAL.micro_batch_size} x {USUAL.sequence_length} tokens, rank "
         f"{USUAL.lora_rank} on q, k, v, o",
@@ -144,33 +139,40 @@ def page() -> str:
     )
 
 
+def both(worlds: tuple[TrainRecipe, ...]) -> tuple[str, ...]:
+    """The row of the two levers that need each other where there is no mask."""
+    saved, speed = [], []
+    for world in worlds:
+        changed = dataclasses.replace(world, loss="lean", attention="explicit_kv")
+        before, after = forecast(world, T4), forecast(changed, T4)
+        saved.append(show_bytes(before.peak_allocated_bytes - after.peak_allocated_bytes))
+        faster = tokens_per_second(changed, after) / tokens_per_second(world, before)
+        speed.append(f"{faster:.1f}x")
+    return ("loss in chunks and explicit K/V attention", *saved, *speed)
+
+
 def bought() -> str:
-    """The recorded usual recipe beside the recorded best ones."""
-    names = (
-        ("ladder", "the usual recipe", "the usual recipe"),
-        ("ladder", "lean rotary embedding", "with the levers, every layer checkpointed"),
-        ("ladder", "checkpoints on the host", "... and checkpoints in host memory"),
-        ("fit", "what fit picks", "what `fit` picks"),
+    """The usual recipe and the levers, in both worlds: peak, verdict, measured peak, speed."""
+    pairs = ladder.twins()
+
+    def half(rung: ladder.Rung, first: ladder.Rung) -> tuple[str, str]:
+        seen = rung.measured.get("peak_allocated_bytes")
+        low, high = ladder.pace(rung)
+        times = rung.ideal_tokens_per_second / first.ideal_tokens_per_second
+        peak = f"{rung.forecast.peak_allocated_bytes / GIB:.2f}"
+        measured = f" ({seen / GIB:.2f})" if seen else ""
+        return f"{peak}{measured}, {rung.forecast.verdict}", f"{low:,.0f}-{high:,.0f}, {times:.1f}x"
+
+    lines = [("each row keeps those above", "no mask: GiB", "tokens/s", "padded: GiB", "tokens/s")]
+    for pair in pairs:
+        first = pairs[0]
+        no_mask, padded = half(pair.no_mask, first.no_mask), half(pair.padded, first.padded)
+        lines.append((pair.name, *no_mask, *padded))
+    seen = [row for pair in pairs for row in (pair.no_mask.measured, pair.padded.measured) if row]
+    return (
+        f"{table(lines)}\n\nForecast for a T4, speeds between what it sustains at "
+        f"least and at most; in brackets\nmeasured: {recorded.stamp(seen)}."
     )
-    rows = {
-        (row["group"], row["name"]): row
-        for group in ("ladder", "fit")
-        for row in recorded.rows(group)
-    }
-    first = rows[names[0][:2]]["tokens_per_second"]
-    lines = [("8B, 2048 tokens a sequence", "peak", "tokens/s", "")]
-    for group, name, words in names:
-        row = rows[group, name]
-        speed = row["tokens_per_second"]
-        lines.append(
-            (
-                words,
-                show_bytes(row["peak_allocated_bytes"]),
-                f"{speed:,.0f}",
-                f"{speed / first:.2f}x",
-            )
-        )
-    return f"{table(lines)}\n\nMeasured: {recorded.stamp(rows[n[:2]] for n in names)}."
 
 
 def main() -> None:
