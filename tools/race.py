@@ -264,6 +264,9 @@ class Sft(Usual):
                 self.model, arguments, train_dataset=rows, processing_class=tokenizer(),
                 data_collator=collate, callbacks=[on_the_clock(clock)],
             )  # fmt: skip
+            for parameter in self.model.parameters():  # bfloat16 by TRL, which a scaler refuses
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
             self.train(trainer, rows)
         return {}
 
@@ -818,15 +821,15 @@ def rows_to_record(record: dict[str, Any]) -> list[dict[str, Any]]:
     for line in table(record):
         where = (line["row"], line["contender"], line["setting"])
         versions = _versions_of(record, line["contender"])
+        own = [t for t in turns if (t["row"], t["contender"], t["setting"]) == where]
         found.append(
             {
                 "group": "race",
                 "name": ", ".join(filter(None, where)),
                 "limited": bool(ROWS[line["row"]].get("limited")),
                 "outcome": "trained" if line["repeats"] else str(line["error"]),
-                "started_at_seconds": [
-                    t["at"] for t in turns if (t["row"], t["contender"], t["setting"]) == where
-                ],
+                "started_at_seconds": [turn["at"] for turn in own],
+                "step_seconds": [turn.get("seconds") for turn in own],
                 "settings": settings(line["contender"], line["row"]).get(line["setting"]),
                 **{k: v for k, v in line.items() if k not in ("row", "setting", "error", "recipe")},
                 **{k: record["host"].get(k) for k in ("gpu", "cpu", "cpus", "launch_microseconds")},
