@@ -152,8 +152,12 @@ def hub_id(model: str) -> str:
         return SHAPES[model]["hub_id"]
     if os.path.exists(model) or model.count("/") == 1:
         return model
-    close = difflib.get_close_matches(model.lower(), NAMES, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "or give a folder with a config.json"
+    close = difflib.get_close_matches(model.lower(), NAMES, n=1, cutoff=0.8)
+    hint = (
+        f"did you mean {close[0]!r}?"
+        if close
+        else "or give owner/name as on the hub, or a folder with a config.json"
+    )
     raise refusal("model", f"be one of {', '.join(NAMES)}", model, hint)
 
 

@@ -189,6 +189,13 @@ class TrainRecipe:
                 None,
                 "4-bit weights cannot be trained, set lora_rank=16 or base='float32'",
             )
+        if self.base != "float32" and self.amp_dtype == "float16":
+            raise refusal(
+                "base",
+                "be 'float32' when all weights are trained in float16",
+                self.base,
+                "a scaler cannot unscale 16-bit gradients; or set lora_rank=16",
+            )
         if self.embedding == "host":
             raise refusal(
                 "embedding",

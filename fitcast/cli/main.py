@@ -15,6 +15,7 @@ needs it, not before.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from fitcast.cli.progress import Progress
 if TYPE_CHECKING:
     from fitcast.forecasting.verdict import Forecast
     from fitcast.gpus import Gpu
+    from fitcast.recipe import TrainRecipe
 
 FITS, BAD_INPUT, DOES_NOT_FIT, TIGHT = 0, 2, 3, 4
 INTERRUPTED = 130  # as a shell says it of a program that Ctrl-C ended
@@ -40,10 +42,7 @@ def forecast_command(asked: argparse.Namespace, progress: Progress) -> tuple[int
     """`fitcast forecast`: exit code and what to print."""
     gpu = options.gpu_of(asked)
     f = _forecast(asked, gpu)
-    if asked.file:
-        data = show.file_data(asked.file, f)
-    else:
-        data = show.forecast_data(options.recipe_of(asked), f)
+    data = show.file_data(asked.file, f) if asked.file else show.forecast_data(_recipe(asked), f)
     answer = show.as_json(data) if asked.json else show.forecast_text(f)
     return code_of(f), answer
 
@@ -59,23 +58,36 @@ def _forecast(asked: argparse.Namespace, gpu: Gpu) -> Forecast:
         from fitcast.forecasting.files import forecast_file
 
         return forecast_file(asked.file, gpu, **options.beside_file(asked))
-    recipe = options.recipe_of(asked)
-    start.engine()
+    recipe = _recipe(asked)
     from fitcast.forecasting.forecast import forecast
 
     return forecast(recipe, gpu)
 
 
+def _recipe(asked: argparse.Namespace) -> TrainRecipe:
+    """The recipe, with adapters where the model's family has its projections unless they are named.
+
+    Raises:
+        ValueError: A value that its field cannot have.
+    """
+    recipe = options.recipe_of(asked)
+    start.engine()
+    if hasattr(asked, "lora_targets") or recipe.lora_rank is None:
+        return recipe
+    from fitcast.forecasting.by_trainer import family_targets
+
+    return dataclasses.replace(recipe, lora_targets=family_targets(recipe.model))
+
+
 def fit_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str]:
     """`fitcast fit`: exit code and what to print."""
-    gpu, recipe = options.gpu_of(asked), options.recipe_of(asked)
+    gpu, recipe = options.gpu_of(asked), _recipe(asked)
     target = asked.target_effective_batch
     if target is not None:
         target = options.number("target_effective_batch", target, int, "32")
     utilisation = asked.utilisation
     if utilisation is not None:
         utilisation = options.number("utilisation", utilisation, float, "0.3")
-    start.engine()
     from fitcast.forecasting.search import fit
 
     best = fit(
@@ -87,8 +99,7 @@ def fit_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str
 
 def levers_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str]:
     """`fitcast levers`: exit code, that of the recipe before any change, and what to print."""
-    gpu, recipe = options.gpu_of(asked), options.recipe_of(asked)
-    start.engine()
+    gpu, recipe = options.gpu_of(asked), _recipe(asked)
     from fitcast.forecasting.forecast import forecast
     from fitcast.forecasting.search import levers
 

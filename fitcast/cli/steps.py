@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from fitcast.cli import options
 from fitcast.gpus import Gpu
-from fitcast.recipe import TRAINER_OPTIM, TrainRecipe
 from fitcast.units import refusal
 
 if TYPE_CHECKING:
@@ -131,56 +130,6 @@ def _script(asked: argparse.Namespace, gpu: Gpu) -> tuple[Script, dict[str, Any]
         return files.read(asked.file, gpu), options.beside_file(asked)
     recipe = options.recipe_of(asked)
     recipe.check_on(gpu)
-    from fitcast.step.apply import PULLED
+    from fitcast.forecasting.by_trainer import levers_of, script_of
 
-    levers = {name: getattr(recipe, name) for name in PULLED}
-    pulled = any(value not in ("stock", "full", "eager") for value in levers.values())
-    return script_of(recipe), {"levers": levers} if pulled else {}
-
-
-def script_of(recipe: TrainRecipe) -> Script:
-    """A recipe as the objects of a script with a stock trainer."""
-    from fitcast.forecasting.files.script import Script
-    from fitcast.step import qlora
-
-    quantization = qlora.quantization(recipe)
-    arguments: dict[str, Any] = {
-        "per_device_train_batch_size": recipe.micro_batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
-        "optim": TRAINER_OPTIM[recipe.optimizer],
-        "fp16": recipe.amp_dtype == "float16",
-        "bf16": recipe.amp_dtype == "bfloat16",
-        "gradient_checkpointing": recipe.checkpointed_layers != 0,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    }
-    targets = recipe.lora_targets
-    adapters = {
-        "r": recipe.lora_rank,
-        "lora_alpha": recipe.lora_alpha,
-        "lora_dropout": recipe.lora_dropout,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "task_type": "CAUSAL_LM",
-    }
-    return Script(
-        tool="recipe",
-        model=recipe.model,
-        arguments=arguments,
-        lora=adapters if recipe.lora_rank else None,
-        quantization=None if quantization is None else quantization.to_dict(),
-        dtype=str(qlora.storage_dtype(recipe)).removeprefix("torch."),
-        attention="eager" if recipe.attention == "eager" else None,
-        sequence_length=recipe.sequence_length,
-        padded=recipe.padded,
-        notes=_not_followed(recipe),
-    )
-
-
-def _not_followed(recipe: TrainRecipe) -> list[str]:
-    """What a recipe says of a training step and a stock trainer has no argument for."""
-    said = []
-    if recipe.checkpointed_layers not in (0, "all"):
-        said.append(f"checkpointed_layers: {recipe.checkpointed_layers} is taken as all here")
-    for name in ("offload_checkpoints", "keep_attention", "kbit_upcast"):
-        if getattr(recipe, name):
-            said.append(f"{name} is not followed in this step")
-    return said
+    return script_of(recipe), levers_of(recipe)

@@ -23,12 +23,14 @@ from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
 from fitcast.cuda.own_loops import on_the_card
 from fitcast.forecasting import cache, data_parallel, depth, fake, own_step
+from fitcast.forecasting.load import NotPlain, not_plain
 from fitcast.forecasting.run import fake_run
 from fitcast.forecasting.verdict import Forecast, report
 from fitcast.gpus import T4, Gpu
 from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
 from fitcast.recipe import TrainRecipe
-from fitcast.units import Said, refusal
+from fitcast.step.overflow import float16_warning
+from fitcast.units import refusal
 
 __all__ = ["Forecast", "checked_config", "forecast", "forecast_step", "report", "run_stream"]
 
@@ -48,9 +50,11 @@ NO_MEMORY = {
 def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
     """What one optimizer step of `recipe` will need on `gpu`, with its kernels and its memory.
 
+    A model that the recipe's own step does not run goes through a stock Trainer; `notes` say so.
+
     Raises:
-        ValueError: The recipe cannot run: a precision that the GPU lacks, a sequence beyond the
-            model's limit, targets that match no layer, a model not built like Llama.
+        ValueError: The recipe cannot run: a precision that the GPU lacks, targets that match no
+            layer, a lever that the model cannot take.
 
     Example:
         >>> recipe = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=64)
@@ -60,19 +64,40 @@ def forecast(recipe: TrainRecipe, gpu: Gpu = T4) -> Forecast:
     recipe.check_on(gpu)
     processes = min(recipe.world_size, 2)  # any further one is like the second
     asked = dataclasses.replace(recipe, world_size=processes, **NO_MEMORY)
-    return cache.remembered(asked, gpu, lambda: _forecast(asked, gpu))
+    return cache.remembered(asked, gpu, lambda: _plain_or_by_trainer(asked, gpu))
+
+
+def _plain_or_by_trainer(recipe: TrainRecipe, gpu: Gpu) -> Forecast:
+    try:
+        return _forecast(recipe, gpu)
+    except NotPlain as reason:
+        from fitcast.forecasting.by_trainer import forecast_by_trainer
+
+        return forecast_by_trainer(recipe, gpu, reason.why)
 
 
 def _forecast(recipe: TrainRecipe, gpu: Gpu) -> Forecast:
     stream = run_stream(dataclasses.replace(recipe, world_size=1), gpu)
     if recipe.world_size > 1:
         stream = data_parallel.wrapped(stream)
-    return report(
+    seen = report(
         stream,
         gpu,
         micro_batches=recipe.gradient_accumulation_steps,
         expandable=recipe.expandable_segments,
     )
+    return dataclasses.replace(seen, notes=(*seen.notes, *_warnings(recipe, gpu)))
+
+
+def _warnings(recipe: TrainRecipe, gpu: Gpu) -> list[str]:
+    """What changes no byte and spoils the run: lengths nobody trained, numbers beyond float16."""
+    config = models.config(recipe.model)
+    said = []
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and recipe.sequence_length > limit:
+        said.append(f"{recipe.model} was made for {limit} tokens: more need its RoPE scaled")
+    unsafe = float16_warning(config.model_type, gpu) if recipe.amp_dtype == "float16" else None
+    return [*said, unsafe] if unsafe else said
 
 
 def run_stream(recipe: TrainRecipe, gpu: Gpu, *, whole: bool = False) -> Stream:
@@ -126,35 +151,14 @@ def _shallow_run(recipe: TrainRecipe, content: str, gpu: Gpu, num_layers: int) -
 
 
 def checked_config(recipe: TrainRecipe):
-    """The model's config, if this recipe can run it.
+    """The model's config, if the recipe's own step can run it.
 
     Raises:
-        ValueError: Not a plain decoder, or a sequence beyond its limit.
+        NotPlain: Only a stock trainer can.
     """
     config = models.config(recipe.model)
-    if not getattr(config, "num_hidden_layers", None) or getattr(config, "is_encoder_decoder", 0):
-        raise refusal(
-            "model",
-            "be a decoder-only language model",
-            Said(f"{recipe.model} of kind {config.model_type!r}"),
-            "see models.NAMES",
-        )
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if getattr(config, name, None):
-            raise refusal(
-                "model",
-                "not be a mixture of experts",
-                Said(f"{recipe.model} with {name}={getattr(config, name)}"),
-                "what its kernels need is not known",
-            )
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and recipe.sequence_length > limit:
-        raise refusal(
-            "sequence_length",
-            f"be at most {limit} for {recipe.model}",
-            recipe.sequence_length,
-            "shorten the sequences",
-        )
+    if why := not_plain(config):
+        raise NotPlain(recipe.model, why)
     return config
 
 

@@ -13,6 +13,44 @@ from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
 from fitcast.units import Said, refusal
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+class NotPlain(ValueError):
+    """A model that the recipe's own step does not run; a stock trainer may.
+
+    Attributes:
+        why: A few words for the forecast's notes.
+    """
+
+    def __init__(self, model: str, why: str):
+        self.why = why
+        said = refusal(
+            "model",
+            "be a dense decoder built like Llama",
+            Said(f"{model}: {why}"),
+            "forecast its settings one at a time, or write a step and use forecast_step",
+        )
+        super().__init__(str(said))
+
+
+def not_plain(config: Any) -> str:
+    """Why the recipe's own step does not run a model of this config; "" if it does."""
+    from transformers import AutoModelForCausalLM
+
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    if stored := getattr(config, "quantization_config", None):
+        method = stored.get("quant_method", "few bits") if isinstance(stored, dict) else "few bits"
+        return f"its checkpoint is stored by {method}"
+    if not getattr(config, "num_hidden_layers", None) or type(config) not in mapping:
+        return f"{config.model_type} is more than a decoder of text"
+    if any(getattr(config, name, None) for name in EXPERTS):
+        return f"{config.model_type} is a mixture of experts"
+    kind = mapping[type(config)]
+    if not getattr(kind, "_supports_sdpa", True):
+        return f"{config.model_type} has no SDPA attention"
+    return ""
+
 
 def blueprint(
     recipe: TrainRecipe, config: Any, storage: torch.dtype = torch.uint8
@@ -25,16 +63,12 @@ def blueprint(
         storage: Of packed 4-bit weights, as `qlora.quantization` takes it.
 
     Raises:
-        ValueError: Its layers are not where a Llama's are, or a LoRA target matches none.
+        NotPlain: Its layers are not where a Llama's are.
+        ValueError: A LoRA target matches none.
     """
     model: Any = fake.meta_model(config, qlora.storage_dtype(recipe))
     if not hasattr(getattr(model, "model", None), "layers"):
-        raise refusal(
-            "model",
-            "be a decoder built like Llama, with its layers in model.layers",
-            Said(f"one of kind {config.model_type!r}"),
-            "for another write a step of your own and use forecast_step",
-        )
+        raise NotPlain(recipe.model, f"{config.model_type} has its layers elsewhere")
     if recipe.base == "nf4":
         from transformers.quantizers.auto import AutoHfQuantizer
 

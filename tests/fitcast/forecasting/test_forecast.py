@@ -415,11 +415,7 @@ def test_step_that_asks_for_numbers_is_refused():
 @pytest.mark.parametrize(
     ("changes", "gpu", "message"),
     [
-        (
-            {"sequence_length": 50_000, "model": "qwen3-0.6b"},
-            T4,
-            "sequence_length must be at most 40",
-        ),
+        ({"base": "float16", "lora_rank": None}, T4, "base must be 'float32' when all weights"),
         ({"lora_targets": ("qkv_proj",)}, T4, "lora_targets must name linear layers .*qkv_proj"),
         ({"amp_dtype": "bfloat16"}, T4, "amp_dtype must be 'float16' on a T4"),
         ({"base": "bfloat16"}, T4, "base must be 'float16' on a T4"),
@@ -431,18 +427,7 @@ def test_impossible_recipe_is_refused_in_one_sentence(changes, gpu, message):
         forecast(dataclasses.replace(SMALL, **changes), gpu)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"model_type": "t5"},
-        {"model_type": "bert"},
-        {"model_type": "clip"},
-        {"model_type": "rwkv"},
-        {"model_type": "gpt2"},
-        {"model_type": "mixtral"},
-        {"model_type": "opt"},
-    ],
-)
+@pytest.mark.parametrize("config", [{"model_type": "t5"}, {"model_type": "clip"}])
 def test_model_that_is_no_decoder_is_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="^model must (be|not be) a"):
