@@ -12,14 +12,14 @@
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *name* what a QLoRA step holds at its peak, and which kernel its attention takes | B1 | sections 1, 2 |
+# | *name* what a QLoRA step holds at its peak, and its attention's kernel | B1 | sections 1, 2 |
 # | *write* a loss that never builds all logits, with an equal gradient | B2 | exercise 06.1 |
 # | *choose* levers for a budget by what each one buys, padded or not | B2 | exercise 06.2 |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
-# **Needs:** the four holders and the logits term (lesson 01), checkpoint, k of n layers and the three
-# verdicts (02), token weighting (03). Each is in the [glossary](glossary.md) too.
+# **Needs:** the four holders and the logits term (lesson 01), checkpoint, k of n layers and the
+# three verdicts (02), token weighting (03). Each is in the [glossary](glossary.md) too.
 # **New concepts (4):** padded and packed · grouped-query attention · loss in chunks · lever. Each
 # is in the [glossary](glossary.md).
 
@@ -94,19 +94,20 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also=[where, logits, fi
 
 # %% [markdown]
 # ### Explain
-# A quarter of the peak is weights; adapters, gradients and optimizer are dust. The peak stands where
-# the loss goes backward, and three float32 copies of the **logits** stand there with it: more than
-# twice the weights. (One waits for backward, so the figure books it with the activations.) The rest
-# of the activations are what forgetting layers keep, 32 boundaries. So there is one large thing to
-# take away. First the slow one.
+# A quarter of the peak is weights; adapters, gradients and optimizer are dust. The peak stands
+# where the loss goes backward, and three float32 copies of the **logits** stand there with it: more
+# than twice the weights. (One waits for backward, so the figure books it with the activations.) The
+# rest of the activations are what forgetting layers keep, 32 boundaries. So there is one large
+# thing to take away. First the slow one.
 
 # %% [markdown]
 # ## 2 · Attention: which kernel?
 # Llama has **grouped-query attention**: 32 heads ask, but only 8 have keys and values, and four
-# share one. Somebody must repeat those 8. With a mask, transformers does. Without one it leaves that
-# to PyTorch's SDPA (`enable_gqa=True`), and of SDPA's kernels FlashAttention could, but a T4 has
-# none; the memory-efficient one cannot; so *math* is left, which writes out a score for each pair of
-# tokens. [transformers, sdpa_attention.py; PyTorch, sdp_utils.cpp] The repair is to repeat first:
+# share one. Somebody must repeat those 8. With a mask, transformers does. Without one it leaves
+# that to PyTorch's SDPA (`enable_gqa=True`), and of SDPA's kernels FlashAttention could, but a T4
+# has none; the memory-efficient one cannot; so *math* is left, which writes out a score for each
+# pair of tokens. [transformers, sdpa_attention.py; PyTorch, sdp_utils.cpp] The repair is to repeat
+# first:
 
 # %% tags=["run"]
 def attention(query, key, value):  # (batch, heads, sequence, head width)
@@ -144,13 +145,13 @@ for predicted, world in ((predicted_speedup, "no_mask"), (predicted_speedup_padd
 # %% [markdown]
 # ## 3 · The logits: never all at once
 # The loss needs each row of logits only for a moment: its softmax, one number out of it, and the
-# row may go. So take some rows at a time, a **loss in chunks**. What must not wait for backward must
-# be forgotten, and that you have: `checkpoint` (lesson 02).
+# row may go. So take some rows at a time, a **loss in chunks**. What must not wait for backward
+# must be forgotten, and that you have: `checkpoint` (lesson 02).
 #
 # ## Exercise 06.1 · A loss in chunks
-# *Hard, 11 minutes.* Complete the function: the mean cross entropy over all positions whose label is
-# not -100. `hidden` is (B, S, H), `labels` (B, S); `head(rows)` turns (n, H) into logits (n, V). The
-# head is frozen. The check wants loss and gradient equal to those of the usual loss, to 1e-6,
+# *Hard, 11 minutes.* Complete the function: the mean cross entropy over all positions whose label
+# is not -100. `hidden` is (B, S, H), `labels` (B, S); `head(rows)` turns (n, H) into logits (n, V).
+# The head is frozen. The check wants loss and gradient equal to those of the usual loss, to 1e-6,
 # **and** no more than 6 MiB in use on top of what was there, where all logits are 8 MiB.
 #
 # <details><summary>Hint 1</summary>Position i predicts label i + 1, within its row: the last
@@ -200,14 +201,15 @@ for predicted, (name, step) in zip((predicted_gib_no_mask, predicted_gib_padded)
 # %% [markdown]
 # ### Explain
 # Padded, the run fits: one change, and nothing else was needed. Without a mask there is a second
-# summit behind the first, attention's scores, so two changes are needed and neither is enough alone.
-# Take the highest one, look again: the peak is a *moment*, not a sum.
+# summit behind the first, attention's scores, so two changes are needed and neither is enough
+# alone. Take the highest one, look again: the peak is a *moment*, not a sum.
 
 # %% [markdown]
 # ## 4 · What each lever buys
-# A **lever** is a change that leaves loss and gradient as they were, up to rounding, and moves bytes
-# or time. There are more: no adapter dropout (the one that *does* change training: it regularizes),
-# PyTorch's own RMSNorm, leaner pieces of code ("Go further"), checkpoints in the host's memory.
+# A **lever** is a change that leaves loss and gradient as they were, up to rounding, and moves
+# bytes or time. There are more: no adapter dropout (the one that *does* change training: it
+# regularizes), PyTorch's own RMSNorm, leaner pieces of code ("Go further"), checkpoints in the
+# host's memory.
 #
 # ### Predict
 # Padded rows. How many times as fast as the usual recipe is the step with all levers but the last?
@@ -235,7 +237,8 @@ show_prediction(predicted_all_levers, show="{:.1f} times".format, forecast=faste
 # Nine GiB of fourteen: is that better than fourteen? Memory that is left over is speed that was not
 # bought. Spend it on layers that need not forget (k of n, lesson 02), smaller micro batches if need
 # be. `fitcast fit` tries what counts, one forecast each, and names the fastest that fits. Recorded
-# within a T4's memory, 4 sequences of 2048 behind each step, without a mask (its pick of that day is
+# within a T4's memory, 4 sequences of 2048 behind each step, without a mask (its pick of that day
+# is
 # *tight* by today's bounds, and ran):
 
 # %% tags=["run"]
@@ -265,8 +268,8 @@ figures.levers_explorer()
 # %% [markdown]
 # ## Exercise 06.2 · Phi-4-mini in 6 GiB
 # *Medium, 4 minutes.* Phi-4-mini, 32 packed sequences of 2048 tokens a step: the usual recipe does
-# not fit a T4. Write one that learns **the same** (dropout may go), peaks at 6 GiB or less, and is at
-# least **twice** as fast, both by forecast. One lever is not enough.
+# not fit a T4. Write one that learns **the same** (dropout may go), peaks at 6 GiB or less, and is
+# at least **twice** as fast, both by forecast. One lever is not enough.
 #
 # <details><summary>Hint 1</summary>Which term is the largest at the peak? It need not exist at
 # once.</details>
@@ -359,14 +362,14 @@ recorded.show("ladder", lambda row: f"{row['name']:32}" + (
     if row["peak_allocated_bytes"] else row["outcome"]))
 
 # %% [markdown]
-# *Loss with its gradient* multiplies by the head once, not twice. *Adapters in one product* and *lean
-# rotary embedding* make fewer trips of the same numbers through memory. *Lean MLP* keeps one wide
-# tensor less in the layer that is being computed, for a little time. Each is a short function with
-# its reasons: `fitcast/step/lean.py`.
+# *Loss with its gradient* multiplies by the head once, not twice. *Adapters in one product* and
+# *lean rotary embedding* make fewer trips of the same numbers through memory. *Lean MLP* keeps one
+# wide tensor less in the layer that is being computed, for a little time. Each is a short function
+# with its reasons: `fitcast/step/lean.py`.
 #
 # ### Long rows
-# At long lengths the widest tensors are the MLP's. It treats each token alone, so it can be computed
-# in *tiles* of tokens, each again in backward. One row of 16 384 tokens, levers pulled:
+# At long lengths the widest tensors are the MLP's. It treats each token alone, so it can be
+# computed in *tiles* of tokens, each again in backward. One row of 16 384 tokens, levers pulled:
 
 # %% tags=["run"]
 long = replace(no_mask, micro_batch_size=1, sequence_length=16_384, mlp="lean", adapters="lean",
@@ -377,10 +380,10 @@ for tile in (None, 2048):
 
 # %% [markdown]
 # ### For those who struggle
-# Two rows of logits, three words, targets 0 and 2, logits (2, 0, 0) and (0, 0, 1). The loss of a row
-# is log(sum of exp) minus the target's logit: 2.24 - 2 = 0.24 and 1.55 - 1 = 0.55. Their mean is
-# 0.40. In chunks of one row: 0.24, forget the row; + 0.55, forget the row; divide by 2. Two numbers
-# had to stay, not six.
+# Two rows of logits, three words, targets 0 and 2, logits (2, 0, 0) and (0, 0, 1). The loss of a
+# row is log(sum of exp) minus the target's logit: 2.24 - 2 = 0.24 and 1.55 - 1 = 0.55. Their mean
+# is 0.40. In chunks of one row: 0.24, forget the row; + 0.55, forget the row; divide by 2. Two
+# numbers had to stay, not six.
 
 # %% tags=["run"]
 logits = torch.tensor([[2.0, 0, 0], [0, 0, 1]])
@@ -388,8 +391,8 @@ print(F.cross_entropy(logits, torch.tensor([0, 2]), reduction="none").tolist())
 
 # %% [markdown]
 # ### Open questions
-# - With the gradient taken at once (`lean=True`), forward does backward's work. What must a `no_grad`
-#   evaluation do? (`fitcast/step/lean.py` answers.)
+# - With the gradient taken at once (`lean=True`), forward does backward's work. What must a
+#   `no_grad` evaluation do? (`fitcast/step/lean.py` answers.)
 # - Sweep `loss_chunk_tokens` from 64 to 8192 by forecast, peak and `flops`. When do larger chunks
 #   stop being worth their bytes?
 #
@@ -415,8 +418,8 @@ for name, change in changes.items():
 # models whose head is trained.
 #
 # ## Sources
-# - PEFT, [Quantization](https://huggingface.co/docs/peft/developer_guides/quantization), and Hugging
-#   Face, [4-bit QLoRA](https://huggingface.co/blog/4bit-transformers-bitsandbytes) with its
+# - PEFT, [Quantization](https://huggingface.co/docs/peft/developer_guides/quantization), and
+#   Hugging Face, [4-bit QLoRA](https://huggingface.co/blog/4bit-transformers-bitsandbytes) with its
 #   notebook: the usual recipe
 # - Dettmers et al. 2023, [QLoRA](https://arxiv.org/abs/2305.14314), sections 2 to 4
 # - Ainslie et al. 2023, [GQA](https://arxiv.org/abs/2305.13245): why heads share keys and values

@@ -239,7 +239,8 @@ model = fresh_model()
 model.print_trainable_parameters()
 arguments = recipe.to_training_arguments("run")
 print(f"TrainingArguments: {arguments.per_device_train_batch_size} x "
-      f"{arguments.gradient_accumulation_steps}, {arguments.optim.value}, {arguments.max_steps} steps, "
+      f"{arguments.gradient_accumulation_steps}, {arguments.optim.value}, "
+      f"{arguments.max_steps} steps, "
       f"learning_rate={arguments.learning_rate}, fp16={arguments.fp16}")
 
 # %% [markdown]
