@@ -42,6 +42,7 @@ BADGE = rf"\[!\[Open in Colab\]\([^)]*\)\]\({re.escape(COLAB)}[^)]*\)"
 TABLE = re.compile(r"(?<=<!-- lessons: make stamp -->\n).*?(?=<!-- end of lessons -->)", re.DOTALL)
 CONSOLE = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)$", re.MULTILINE)  # a backslash continues it
+RACE = re.compile(r"(?<=<!-- race: make stamp -->\n).*?(?=<!-- end of race -->)", re.DOTALL)
 PICTURE = re.compile(r"!\[[^]]*\]\(docs/closing_act\.svg\)")
 
 
@@ -155,6 +156,7 @@ def console(block: str) -> str:
 def readme(text: str, scripts: list[Path], now: Facts) -> str:
     """README with the table, the picture's words and the example outputs of now."""
     text = TABLE.sub(lambda _: table(scripts, now), text)
+    text = RACE.sub(lambda _: closing_act.race(), text)
     text = CONSOLE.sub(lambda block: console(block[0]), text)
     return PICTURE.sub(lambda _: f"![{closing_act.alt()}](docs/closing_act.svg)", text)
 

@@ -84,7 +84,8 @@ def _tiny() -> tuple[Any, TrainRecipe, dict[str, torch.Tensor]]:
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     with torch.random.fork_rng():
-        base: Any = LlamaForCausalLM(config).to(qlora.storage_dtype(recipe)).to(gpus.device())
+        base: Any = LlamaForCausalLM(config)
+        base = base.to(gpus.device(), qlora.storage_dtype(recipe))
         model = qlora.add_adapters(qlora.prepare_base(base, recipe), recipe)
     ids = torch.zeros(1, 32, dtype=torch.long, device=gpus.device())
     model = qlora.apply_levers(model, recipe).train()

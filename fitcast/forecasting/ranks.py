@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from fitcast import models
 from fitcast.cuda.kernels import CudaKernels
@@ -161,7 +162,7 @@ def pretended_group(world_size: int) -> Iterator[Any]:
     group = importlib.import_module("torch.testing._internal.distributed.fake_pg")
     dist.init_process_group("fake", rank=0, world_size=world_size, store=group.FakeStore())
     try:
-        yield dist.init_device_mesh("cpu", (world_size,))
+        yield init_device_mesh("cpu", (world_size,))
     finally:
         dist.destroy_process_group()
 

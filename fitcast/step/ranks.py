@@ -263,7 +263,8 @@ def cut(model: Any, how: str, cards: int, bytes_on_each: int) -> dict[str, int]:
     if how != "sequential":
         limits = get_balanced_memory(base, limits, no_split_module_classes=alone)
         limits[cards - 1] = bytes_on_each
-    return infer_auto_device_map(base, limits, no_split_module_classes=alone)
+    placed: Any = infer_auto_device_map(base, limits, no_split_module_classes=alone)
+    return placed
 
 
 def device_in(device_map: dict[str, int]) -> Callable[[str], int]:

@@ -33,7 +33,7 @@ SUFFIXES = (".jsonl", ".json")
 FORMS = 'write {"messages": [...]}, or {"prompt": "...", "completion": "..."}'
 
 
-def read(source: str | Path | Iterable[Mapping], split: str = "train") -> Dataset:
+def read(source: str | Path | Dataset | Iterable[Mapping], split: str = "train") -> Dataset:
     """Every conversation of a data set, checked.
 
     Args:

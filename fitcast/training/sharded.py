@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from fitcast import gpus, models
 from fitcast.forecasting.load import blueprint
@@ -61,7 +62,7 @@ def build_model(
     _marked(model, recipe)
     ranks.pack(model)
     qlora.apply_levers(model, recipe)
-    mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     ranks.shard(model, mesh, offload=offload)
     read = reader(folder, device, recipe.seed)
     ranks.place(model, read, qlora.storage_dtype(recipe), lambda _: device, offload=offload)
