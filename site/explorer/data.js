@@ -1,6 +1,6 @@
 window.FITCAST_DATA = {
  "stamp": {
-  "engine": "da38a97d7adf7f6210903e38c0d0052122431285c52feef3d6863ae6d1d6171b",
+  "engine": "64cddd719fa107d82acd38d922817b80dbbbf8bc0ee0bd8f8e73f3c82c4dfd03",
   "versions": {
    "torch": "2.13.0+cpu",
    "transformers": "5.23.0",
