@@ -39,7 +39,7 @@ def read_class(path: str | Path) -> Table:
             "roster",
             "have the columns student_id,name and a student",
             text.splitlines()[:1],
-            "write them in its first line",
+            "write them in its first line, or export the list from your platform in English",
         )
     table = Table(platform, header, [(row + [""] * len(header))[: len(header)] for row in lines])
     for number, line in enumerate(table.rows):

@@ -100,13 +100,20 @@ class Table:
     students: list[dict[str, str]] = field(default_factory=list)
     line_of: dict[str, int] = field(default_factory=dict)
 
+    def find(self, name: str) -> int | None:
+        """The place of a column, in upper or lower case; None if there is none."""
+        wanted = name.casefold()
+        return next((n for n, c in enumerate(self.header) if c.casefold() == wanted), None)
+
     def column(self, name: str) -> int:
         """The place of a column, added at the end if there is none."""
-        if name not in self.header:
-            self.header.append(name)
-            for row in self.rows:
-                row.append("")
-        return self.header.index(name)
+        found = self.find(name)
+        if found is not None:
+            return found
+        self.header.append(name)
+        for row in self.rows:
+            row.append("")
+        return len(self.header) - 1
 
     def copy(self) -> Table:
         """One that may be changed."""

@@ -59,14 +59,16 @@ class Moodle(Platform):
     ) -> str:
         """The worksheet with grade and comment filled in; who has none keeps what stood there.
 
-        Moodle refuses a grade above `Maximum grade`; points are scaled to it where it differs.
+        Moodle refuses a grade above `Maximum Grade` (its `lang/en/assign.php` has the word in both
+        cases); points are scaled to it where it differs.
         """
         found = table.copy()
-        most, comments = found.column("Maximum grade"), found.column("Feedback comments")
+        most, comments = found.find("Maximum Grade"), found.column("Feedback comments")
         for student, grade in grades.items():
             row = found.rows[found.line_of[student]]
             if grade.points is not None:
-                scale = _number(row[most]) / out_of if _number(row[most]) else 1.0
+                highest = _number(row[most]) if most is not None else 0.0
+                scale = highest / out_of if highest and out_of else 1.0
                 row[found.column("Grade")] = show_points(grade.points * scale)
                 row[comments] = grade.comment or row[comments]
         return found.text()

@@ -76,7 +76,7 @@ def canvas_path(number, late=False, own="homework-1.ipynb"):
     return f"{name}_{'LATE_' if late else ''}{4000 + number}_{88000 + number}_{own}"
 
 
-def moodle_export(number_ids=True):
+def moodle_export(number_ids=True, most="Maximum Grade"):
     head = [
         "Identifier",
         "Full name",
@@ -84,7 +84,7 @@ def moodle_export(number_ids=True):
         "Email address",
         "Status",
         "Grade",
-        "Maximum grade",
+        most,
         "Grade can be changed",
         "Last modified (submission)",
         "Last modified (grade)",
@@ -221,6 +221,17 @@ def test_moodle_there_and_back(tmp_path, folder, new):
         for name in pages.namelist():  # Moodle takes the first four parts between underscores
             _, participant, kind, plugin, *_ = name.split("/")[0].split("_")
             assert int(participant) - 700 in work and (kind, plugin) == ("assignsubmission", "file")
+
+
+def test_moodle_of_any_release_scales_to_its_maximum(tmp_path):
+    """English Moodle calls the column `Maximum Grade`; a worksheet without it keeps its columns."""
+    for most, factor in (("Maximum Grade", 10), ("Maximum grade", 10), ("Group", 1)):
+        export = moodle_export(most=most)
+        arguments = a_class(tmp_path, export, {moodle_path(0): honest("m0")})
+        (result, *_) = grade(TINY, *arguments).results
+        (row, *_) = rows_of(tmp_path / "out/gradebook.csv")
+        assert float(row["Grade"]) == factor * result.score
+        assert [*row] == export.splitlines()[0].split(",")
 
 
 def test_github_there_and_back(tmp_path):
