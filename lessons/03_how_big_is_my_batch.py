@@ -24,14 +24,15 @@
 
 # %% [markdown]
 # ## Set up
-# On Colab this fetches the course and the one package that is missing there; elsewhere it does
-# nothing. A second run changes nothing.
+# On Colab, and on Kaggle with *Internet* on, this fetches the course and the one package that is
+# missing there; elsewhere it does nothing. A second run changes nothing.
 
 # %% tags=["setup"]
 import os
 import sys
 if "course_utils" not in sys.modules:
-    if "COLAB_RELEASE_TAG" in os.environ and not os.path.isdir("course"):
+    hosted = {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"} & set(os.environ)
+    if hosted and not os.path.isdir("course"):
         os.system(f"{sys.executable} -m pip install -q --no-deps bitsandbytes==0.50.2 && "
                   "git clone -qb v0.1.0 https://github.com/course-authors/fit-the-fine-tune course")
     sys.path += [os.path.abspath("course"), os.path.abspath("..")]
