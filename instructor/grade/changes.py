@@ -7,7 +7,8 @@
     *,learning_rate,,0,,,not taught yet: does not count
 
 A row sets an exercise's points for a student, or says by when somebody may or did hand in, or, for
-the student `*`, how much an exercise counts: 0 drops it, 2 doubles it. Columns may be left out.
+the student `*`, how much an exercise counts: 0 drops it, 2 doubles it. Columns may be left out. One
+more, `group_of`, names who has handed in for this student as well.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..assignment import Assignment, Exercise
 from .marking import Mark
 from .results import Result
 
-COLUMNS = ("student_id", "exercise", "points", "weight", "due", "handed_in", "comment")
+COLUMNS = ("student_id", "exercise", "points", "weight", "due", "handed_in", "group_of", "comment")
 EVERYBODY = "*"
 MOST_WEIGHT = 100.0
 NOTHING = "nothing was handed in"
@@ -39,6 +40,7 @@ class Changes:
         weights: By exercise, how much it counts.
         due: By student, until when.
         handed_in: By student, when.
+        groups: By student, who has handed in for them.
         comments: By student, for their page.
     """
 
@@ -46,6 +48,7 @@ class Changes:
     weights: dict[str, float] = field(default_factory=dict)
     due: dict[str, datetime] = field(default_factory=dict)
     handed_in: dict[str, datetime] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
     comments: dict[str, list[str]] = field(default_factory=dict)
 
     def out_of(self, assignment: Assignment) -> float:
@@ -123,9 +126,21 @@ def _add(
         found.points[own, name] = points, cells["comment"]
     elif cells["comment"]:
         found.comments.setdefault(own, []).append(cells["comment"])
+    _add_handing_in(found, cells, students, where)
+
+
+def _add_handing_in(
+    found: Changes, cells: Mapping[str, str], students: Collection[str], where: str
+) -> None:
+    """Take in what a row says of when and by whom something was handed in."""
+    own, other = cells["student_id"], cells["group_of"]
     for column, times in (("due", found.due), ("handed_in", found.handed_in)):
         if cells[column]:
             times[own] = _time(cells[column], column, where)
+    if other and other not in students:
+        raise _wrong("group_of", "be in the roster", other, where)
+    if other:
+        found.groups[own] = other
 
 
 def _number(text: str, column: str, most: float, where: str) -> float:

@@ -67,6 +67,14 @@ def find(
     return sorted([*with_key, *groups], key=lambda alike: (alike.students, alike.evidence))
 
 
+def flags(found: Sequence[Alike], student: str) -> list[str]:
+    """What the grade list says of a student: one line of the published solution, one of others."""
+    mine = [alike for alike in found if student in alike.students]
+    same_key = {other for alike in mine if alike.key for other in alike.students}
+    one = [Alike(tuple(sorted(same_key)), "", True)] if same_key else []
+    return [alike.flag(student) for alike in [*one, *(a for a in mine if not a.key)]]
+
+
 def _merged(found: Sequence[Alike]) -> list[Alike]:
     """One for each group of students who are linked, directly or by others."""
     groups: list[tuple[set[str], list[Alike]]] = []

@@ -76,7 +76,7 @@ class How:
 
 def grade(
     assignment: Assignment,
-    submissions: Path,
+    submissions: Path | Sequence[Path],
     roster: Path,
     secret_file: Path,
     out: Path,
@@ -86,7 +86,7 @@ def grade(
 
     Args:
         assignment: What was handed out.
-        submissions: Folder or zip.
+        submissions: Folder or zip, or several: what came by mail, beside a platform's zip.
         roster: CSV with student_id,name, or an export of Canvas, Moodle or GitHub Classroom.
         secret_file: Holds the instructor's secret.
         out: The CSV to write.
@@ -104,9 +104,11 @@ def grade(
     policy = Policy(
         wanted.due, changes.due, wanted.late_percent, wanted.late_most, wanted.grace_minutes
     )
-    files = collect(submissions)
+    places = [submissions] if isinstance(submissions, Path) else submissions
+    files = [file for place in places for file in collect(place)]
     _check_installed(assignment)
-    _check_out(out, submissions)
+    for place in places:
+        _check_out(out, place)
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         Journal(out.with_suffix(".journal.jsonl")) as journal,
@@ -236,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("assignment", metavar="ASSIGNMENT", help=f"one of {', '.join(names())}")
-    add("submissions", metavar="SUBMISSIONS", type=Path, help="folder or zip")
+    add("submissions", metavar="SUBMISSIONS", type=Path, nargs="+", help="folders or zips")
     add("--roster", type=Path, required=True, help="CSV with student_id,name, or an LMS's export")
     add(
         "--secret-file",

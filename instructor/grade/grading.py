@@ -25,7 +25,8 @@ from .exam import Paper, asked
 from .journal import Journal, key_of
 from .late import MARKED, Policy, show_late
 from .marking import Mark, mark, some_of
-from .matching import Attempt, match
+from .matching import Attempt, match, with_group
+from .odd import odd
 from .results import ClassResult, Result
 from .submissions import Names, Refused, Submission
 from .warnings import warnings
@@ -119,6 +120,7 @@ class Grader:
         abouts = self._read(submissions)
         results = {row["student_id"]: Result(row) for row in self.rows}
         attempts, ungraded = match(submissions, abouts, self._names, results)
+        attempts = with_group(attempts, self.changes.groups, results)
         for attempt in itertools.chain.from_iterable(attempts.values()):
             python = attempt.about["python"]
             if python and _version(python) > _version(self.sandbox.version):
@@ -131,10 +133,8 @@ class Grader:
             {s: r.marks for s, r in results.items() if r.marks},
             {s: r.code for s, r in results.items()},
         )
-        for group in alike:
-            for student in group.students:
-                results[student].flags.append(group.flag(student))
         for result in results.values():
+            result.flags += copies.flags(alike, result.student_id)
             self.changes.apply(result, self.assignment.exercises)
             result.flags = some_of([*dict.fromkeys(result.flags)])
         found = [*results.values()]
@@ -307,6 +307,7 @@ class Grader:
         result.status, result.file, result.problem = "graded", best.submission.name, ""
         result.code = best.about["functions"]
         result.late, result.penalty = show_late(late), self.policy.costs(late)
+        result.flags += [*odd(self.assignment, best), *self._unsure(result.student_id, best)]
         result.flags += [note for m in result.marks for note in m.notes]
 
     def _late(self, student: str, submission: Submission) -> timedelta:
@@ -314,8 +315,20 @@ class Grader:
         platform, given = self._names.platform, self.changes.handed_in.get(student)
         if given or platform.times == "files":
             return self.policy.by(student, given or submission.modified)
+        if student in self.policy.extensions:  # which the platform's mark knows nothing of
+            return timedelta()
         # By how much is not in the archive: at least a part of a day.
         return MARKED if platform.late(submission.name) and self.policy.due else timedelta()
+
+    def _unsure(self, student: str, attempt: Attempt) -> list[str]:
+        """That nobody knows whether a file that a platform marks as late is within an extension."""
+        due, name = self.policy.extensions.get(student), attempt.submission.name
+        if due is None or student in self.changes.handed_in or not self._names.platform.late(name):
+            return []
+        return [
+            f"{self._names.platform.name} marks it late, and does not say whether it came by "
+            f"{due:%Y-%m-%d %H:%M}; taken as in time unless the CSV of changes has its handed_in"
+        ]
 
     def _mark(
         self, attempt: Attempt, exercise: Exercise, cases: Mapping[str, Sequence[Case]]

@@ -84,6 +84,26 @@ def match(
     return {own: named[own] for own in results if own in named}, sorted(ungraded)
 
 
+def with_group(
+    attempts: Mapping[str, Sequence[Attempt]],
+    groups: Mapping[str, str],
+    results: Mapping[str, Result],
+) -> dict[str, list[Attempt]]:
+    """The attempts, and what one student of a group has handed in as the others' too.
+
+    Args:
+        attempts: By student.
+        groups: By student, who has handed in for them.
+        results: By student, in the roster's order; whose file was another's is flagged.
+    """
+    found = {own: [*several] for own, several in attempts.items()}
+    for own, other in groups.items():
+        if shared := attempts.get(other):
+            found.setdefault(own, []).extend(Attempt(one.submission, one.about) for one in shared)
+            results[own].flags.append(f"handed in by {other}, says the CSV of changes")
+    return {own: found[own] for own in results if own in found}
+
+
 def _age(attempt: Attempt) -> tuple[datetime, str]:
     return attempt.submission.modified or datetime.min, attempt.submission.name
 

@@ -233,11 +233,14 @@ class Names:
         self._exact = {row["student_id"] for row in rows}
         self._ids: dict[str, set[str]] = {}
         self._people: dict[str, set[str]] = {}
+        self._cells: dict[str, set[str]] = {}
         for row in rows:
             own = row["student_id"]
             built = PurePosixPath(file_name(assignment, own)).stem
             for name in (own, built):
                 self._ids.setdefault(fold(name), set()).add(own)
+            for cell in filter(None, row.values()):
+                self._cells.setdefault(fold(cell), set()).add(own)
             words = _words(row["name"])
             for order in {tuple(words), tuple(words[-1:] + words[:-1])}:
                 if len(words) > 1:
@@ -249,10 +252,14 @@ class Names:
         return sorted(tuple(sorted(ids)) for ids in self._ids.values() if len(ids) > 1)
 
     def by_id(self, student_id: str | None) -> str | None:
-        """The roster's spelling of an id; None if it has none such."""
+        """The roster's spelling of an id; None if it has none such.
+
+        A platform's number is not what students know of themselves, so whatever else in the roster
+        is one student's alone will do: a login, an address, a name.
+        """
         if (own := (student_id or "").strip()) in self._exact:
             return own
-        found = self._ids.get(fold(own), set())
+        found = self._ids.get(fold(own)) or self._cells.get(fold(own), set())
         return next(iter(found)) if len(found) == 1 else None
 
     def stranger(self, path: str) -> str:

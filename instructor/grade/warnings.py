@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..assignment import Assignment, Case, load, names
+from ..assignment import Assignment, Case
 from ..cases import EVERYBODY
 from ..sandbox.plan import digest
 from .marking import some_of
 from .matching import Attempt
+from .odd import strange, whose
 from .results import Result
 from .submissions import Names
 
@@ -52,20 +53,11 @@ def warnings(
 
 
 def _assignment(assignment: Assignment, tried: Sequence[Attempt]) -> Iterator[str]:
-    def without(attempt: Attempt) -> bool:
-        return all("problem" in about for about in attempt.about["functions"].values())
-
-    strangers = [attempt for attempt in tried if without(attempt)]
+    strangers = [attempt for attempt in tried if strange(attempt)]
     if not tried or len(strangers) < HALF * len(tried):
         return
-    seen = Counter(name for attempt in strangers for name in attempt.about["defines"])
-    fits = {
-        name: sum(seen[exercise.function] for exercise in load(name).exercises)
-        for name in names()
-        if name != assignment.name
-    }
-    best = max(fits, key=lambda name: fits[name], default="")
-    hint = f"; their functions are those of {best}" if fits.get(best) else ""
+    other = whose(assignment, strangers)
+    hint = f"; their functions are those of {other}" if other else ""
     yield (
         f"{len(strangers)} of {len(tried)} notebooks hold no exercise of {assignment.name}: is it "
         f"the right assignment?{hint}"
@@ -84,7 +76,7 @@ def _secret(
     tried: Sequence[tuple[str, Attempt]],
 ) -> Iterator[str]:
     """Public numbers that come neither from this secret nor from none."""
-    stated = [(student, attempt) for student, attempt in tried if attempt.about["public"]]
+    stated = [(s, a) for s, a in tried if a.about["public"] and not strange(a)]
     if not stated:
         return
     everybody = _public({e.function: e.cases(EVERYBODY) for e in assignment.exercises})

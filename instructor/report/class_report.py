@@ -99,18 +99,19 @@ def _exercises(assignment: Assignment, graded: Sequence[Result]) -> list[tuple]:
 
 def _students(found: ClassResult) -> list[tuple]:
     """Whom and which files to look at, as arguments of the template's `table`."""
+    who = {r.student_id: _who(r) for r in found.results}
     return [
         (
             "Look alike",
             ("students", "what is alike"),
-            [(", ".join(a.students), sentence(a.evidence)) for a in found.alike],
+            [(", ".join(who[s] for s in a.students), sentence(a.evidence)) for a in found.alike],
             ALIKE,
         ),
         (
             "To look at",
             ("student", "what"),
             [
-                (r.student_id, LINE_BREAK.join(map(sentence, r.flags)))
+                (who[r.student_id], LINE_BREAK.join(map(sentence, r.flags)))
                 for r in found.results
                 if r.flags
             ],
@@ -119,7 +120,7 @@ def _students(found: ClassResult) -> list[tuple]:
             "Changed by hand",
             ("student", "what"),
             [
-                (r.student_id, LINE_BREAK.join(map(sentence, c)))
+                (who[r.student_id], LINE_BREAK.join(map(sentence, c)))
                 for r in found.results
                 if (c := _changed(r))
             ],
@@ -133,15 +134,20 @@ def _students(found: ClassResult) -> list[tuple]:
         (
             "Late",
             ("student", "by"),
-            [(r.student_id, r.late) for r in found.results if r.late],
+            [(who[r.student_id], r.late) for r in found.results if r.late],
             "By the time that the folder or zip has.",
         ),
         (
             "Missing",
-            ("student", "name"),
-            [(r.student_id, r.row["name"]) for r in found.results if r.status == "missing"],
+            ("student",),
+            [(who[r.student_id],) for r in found.results if r.status == "missing"],
         ),
     ]
+
+
+def _who(result: Result) -> str:
+    """A platform's number says nothing to a reader, and a name may be there twice."""
+    return f"{result.row['name']} ({result.student_id})"
 
 
 def _files(ungraded: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

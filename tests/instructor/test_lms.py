@@ -415,6 +415,55 @@ def test_late_costs_by_the_day_and_extensions_count(tmp_path):
     assert (rows["s1"]["score"], rows["s1"]["penalty"]) == ("5", "50")
 
 
+def test_canvas_mark_knows_nothing_of_an_extension(tmp_path):
+    """Whom the instructor gave more time loses nothing by the mark, and is to be looked at."""
+    files = {canvas_path(number, late=True): honest(str(4000 + number)) for number in range(3)}
+    arguments = a_class(tmp_path, canvas_export(), files)
+    (tmp_path / "changes.csv").write_text(
+        "student_id,due,handed_in\n4000,2026-11-09T23:59,\n4001,2026-11-09T23:59,2026-11-10T10:00\n",
+        "utf-8",
+    )
+    how = {"due": datetime(2026, 11, 1, 11), "late_percent": 10}
+    given, proved, other, *_ = grade(
+        TINY, *arguments, changes=tmp_path / "changes.csv", **how
+    ).results
+    assert (given.score, given.late) == (10, "")
+    assert any("Canvas marks it late" in f and "2026-11-09 23:59" in f for f in given.flags)
+    assert (proved.score, proved.late) == (9, "10 h 01 min"), "the time that was written counts"
+    assert (other.score, other.late, other.flags) == (9, "some time", [])
+
+
+def test_a_group_hands_in_once(tmp_path):
+    """Canvas has one file for a group; each is graded with their own hidden numbers."""
+    found, rows = changed(tmp_path, "student_id,group_of\ns3,s1\ns2,s1\n")
+    assert (rows["s3"]["status"], rows["s3"]["score"]) == ("graded", "10")
+    assert (rows["s2"]["score"], rows["s2"]["file"]) == ("10", "tiny_s1.ipynb"), "the best counts"
+    assert "handed in by s1" in rows["s3"]["flags"] and rows["s1"]["flags"] == ""
+    with pytest.raises(ValueError, match="group_of must be in the roster, got 's9' in line 2"):
+        changed(tmp_path, "student_id,group_of\ns3,s9\n")
+
+
+def test_what_came_by_mail_beside_a_platforms_zip(tmp_path):
+    archive, *rest = a_class(tmp_path, canvas_export(), {canvas_path(0): honest("4000")})
+    (tmp_path / "mailed").mkdir()
+    (tmp_path / "mailed/tiny_4001.ipynb").write_bytes(honest("4001"))
+    found = grade(TINY, [archive, tmp_path / "mailed"], *rest)
+    assert [r.score for r in found.results[:3]] == [10, 10, 0]
+    assert [r.status for r in found.results[:3]] == ["graded", "graded", "missing"]
+    with pytest.raises(ValueError, match="--out must lie outside"):
+        grade(TINY, [archive, tmp_path / "mailed"], *rest[:2], tmp_path / "mailed/grades.csv")
+
+
+def test_a_student_may_write_what_the_platform_calls_them_otherwise(tmp_path):
+    """Nobody knows their number in Canvas: login, SIS user or name say as well who it is."""
+    files = {canvas_path(n): notebook(SOLUTIONS, own) for n, own in enumerate(["login0", "U1"])}
+    files[canvas_path(2)] = notebook(SOLUTIONS, "login1")
+    found = grade(TINY, *a_class(tmp_path, canvas_export(), files))
+    assert [r.flags for r in found.results[:2]] == [[], []]
+    (flag,) = found.results[2].flags
+    assert "the notebook says STUDENT_ID 'login1', the file's name says 4002" in flag
+
+
 def test_best_of_several_files_is_the_best_after_the_penalty(tmp_path):
     wrong = ["def effective_batch(*_): return 0", *SOLUTIONS[1:]]
     arguments = a_class(tmp_path, "student_id,name\ns1,A\n", {})

@@ -48,6 +48,33 @@ def test_wrong_assignment(tmp_path, count):
     )
 
 
+def test_one_student_with_another_assignments_notebook(tmp_path):
+    """No warning for the class; but one student's 0 is to be looked at."""
+    files = {f"tiny_{own}.ipynb": honest(own) for own in STUDENTS[:4]}
+    files["tiny_s004.ipynb"] = built(SECRET, "s004")
+    found = graded(tmp_path, files)
+    assert found.results[4].flags == [
+        f"the notebook holds no exercise of tiny; its functions are those of {NAME}"
+    ]
+    assert not found.results[0].flags and not any("assignment" in w for w in found.warnings)
+
+
+def test_what_stopped_in_a_notebook_is_to_be_looked_at(tmp_path):
+    """Right functions earn their points beside a cell that fills the memory or never ends."""
+    cells = "x = [0] * 10**11", "while True:\n    pass", "y = 1"
+    files = {
+        f"tiny_{own}.ipynb": notebook([text, *SOLUTIONS], own)
+        for own, text in zip(STUDENTS[:3], cells, strict=True)
+    }
+    memory, endless, usual, *_ = graded(tmp_path, files).results
+    assert [r.score for r in (memory, endless, usual)] == [TINY.points] * 3
+    (flag,) = memory.flags
+    assert flag.startswith("stopped in the notebook: code cell 2, 'x = [0] * 10**11': MemoryError")
+    (flag,) = endless.flags
+    assert "'while True:': took too long or too much, and was left out" in flag
+    assert usual.flags == []
+
+
 def test_wrong_secret(tmp_path):
     """Each notebook holds public numbers of its own, from the secret it was built with."""
     other = {
