@@ -189,13 +189,6 @@ class TrainRecipe:
                 None,
                 "4-bit weights cannot be trained, set lora_rank=16 or base='float32'",
             )
-        if self.base != "float32" and self.amp_dtype == "float16":
-            raise refusal(
-                "base",
-                "be 'float32' when all weights are trained in float16",
-                self.base,
-                "a scaler cannot unscale 16-bit gradients; or set lora_rank=16",
-            )
         if self.embedding == "host":
             raise refusal(
                 "embedding",
@@ -256,8 +249,16 @@ class TrainRecipe:
             gpu: The card that it would run on.
 
         Raises:
-            ValueError: bfloat16 (autocast or base) on a GPU that only emulates it.
+            ValueError: bfloat16 (autocast or base) on a GPU that only emulates it; 16-bit weights
+                that are trained with a scaler, which cannot unscale their gradients.
         """
+        if self.lora_rank is None and self.base != "float32" and self.amp_dtype == "float16":
+            raise refusal(
+                "base",
+                "be 'float32' when all weights are trained in float16",
+                self.base,
+                "a scaler cannot unscale 16-bit gradients; or set lora_rank=16",
+            )
         for field in ("amp_dtype", "base"):
             if getattr(self, field) == "bfloat16" and not gpu.has_bfloat16:
                 raise refusal(

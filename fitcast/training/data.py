@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import importlib
 import os
 import random
 from array import array
@@ -84,7 +85,7 @@ def render_prompt(prompt: str | list[dict], tokenizer: Any) -> str:
 
 
 def _render(messages: list[dict], tokenizer: Any, **options: bool) -> str:
-    from jinja2 import TemplateError
+    TemplateError = importlib.import_module("jinja2").TemplateError  # comes with torch
 
     if not getattr(tokenizer, "chat_template", None):
         raise refusal(
