@@ -1,6 +1,6 @@
 window.FITCAST_DATA = {
  "stamp": {
-  "engine": "64cddd719fa107d82acd38d922817b80dbbbf8bc0ee0bd8f8e73f3c82c4dfd03",
+  "engine": "c0c9c7c5df057233a86081353be12d1d2da528fbd99278b8af8cbab9366e0e78",
   "versions": {
    "torch": "2.13.0+cpu",
    "transformers": "5.23.0",
