@@ -405,10 +405,10 @@ def parts_of(model: Any, parts: tuple[str, ...]) -> Iterator[None]:
     from fitcast.step import compiled, fused, lean
 
     kind = {"loss": fused.HeadLoss, "compiled": compiled.HeadLoss}
-    asked = [kind[name] for name in parts if name in kind] or [lean._HeadLoss]
+    asked = [kind[name] for name in parts if name in kind] or [lean.HeadLoss]
     hook = fused.use_causal_padding(model) if "causal" in parts else None
     try:
-        with mock.patch.object(lean, "_HeadLoss", asked[-1]):
+        with mock.patch.object(lean, "HeadLoss", asked[-1]):
             yield
     finally:
         if hook is not None:

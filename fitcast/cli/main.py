@@ -41,24 +41,24 @@ def code_of(forecast: Forecast) -> int:
 def forecast_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str]:
     """`fitcast forecast`: exit code and what to print."""
     gpu = options.gpu_of(asked)
-    f = _forecast(asked, gpu)
-    data = show.file_data(asked.file, f) if asked.file else show.forecast_data(_recipe(asked), f)
+    recipe = None if asked.file else _recipe(asked)
+    f = _forecast(asked, gpu, recipe)
+    data = show.file_data(asked.file, f) if recipe is None else show.forecast_data(recipe, f)
     answer = show.as_json(data) if asked.json else show.forecast_text(f)
     return code_of(f), answer
 
 
-def _forecast(asked: argparse.Namespace, gpu: Gpu) -> Forecast:
+def _forecast(asked: argparse.Namespace, gpu: Gpu, recipe: TrainRecipe | None) -> Forecast:
     """What was asked for: a step of a file or of a recipe; a training step unless it says so."""
     if asked.step.lower() != "train":
         start.engine()
         return steps.forecast_step_asked(asked, gpu)
     steps.refuse_numbers(asked)
-    if asked.file:
+    if recipe is None:
         start.engine()
         from fitcast.forecasting.files import forecast_file
 
         return forecast_file(asked.file, gpu, **options.beside_file(asked))
-    recipe = _recipe(asked)
     from fitcast.forecasting.forecast import forecast
 
     return forecast(recipe, gpu)

@@ -300,8 +300,8 @@ def _nothing_to_change(field: str, value: str, wanted: str) -> ValueError:
     return refusal(field, f"be 'stock' for a model without {wanted}", value, "nothing would change")
 
 
-class _HeadLoss(torch.autograd.Function):
-    """See `head_loss`."""
+class HeadLoss(torch.autograd.Function):
+    """See `head_loss`; backward is that of the other ways to take the gradient, too."""
 
     @staticmethod
     def forward(
@@ -362,4 +362,4 @@ def head_loss(
             "lean",
             "the lean loss gives the head no gradient",
         )
-    return _HeadLoss.apply(hidden, weight, targets, chunk_tokens)
+    return HeadLoss.apply(hidden, weight, targets, chunk_tokens)

@@ -1,6 +1,6 @@
 window.FITCAST_DATA = {
  "stamp": {
-  "engine": "c0c9c7c5df057233a86081353be12d1d2da528fbd99278b8af8cbab9366e0e78",
+  "engine": "ff3a5df27318d69888169ccc9f5a7d222969a381771cfe6a78d487c520dff2d3",
   "versions": {
    "torch": "2.13.0+cpu",
    "transformers": "5.23.0",

@@ -70,7 +70,7 @@ def test_twenty_steps_have_the_losses_of_stock(kind, which):
     if which == "compiled":
         compiled.use_compiled_mlp(levers.unwrap(model))
         compiled.use_compiled_rotary(levers.unwrap(model))
-    with mock.patch.object(lean, "_HeadLoss", head_loss):
+    with mock.patch.object(lean, "HeadLoss", head_loss):
         ours = losses(model, LEAN)
     assert (ours - stock).abs().max() < 1e-4
     assert stock[0] - stock[16] > 0.01  # the same batch, learnt
@@ -83,7 +83,7 @@ def test_the_compiled_loss_is_used_and_a_wrong_one_is_seen(monkeypatch):
 
     whole = compiled.loss_and_gradient
     monkeypatch.setattr(compiled, "loss_and_gradient", half)
-    with mock.patch.object(lean, "_HeadLoss", compiled.HeadLoss):
+    with mock.patch.object(lean, "HeadLoss", compiled.HeadLoss):
         wrong = losses(build("llama", LEAN), LEAN, count=1)
     assert wrong[0] < 0.6 * losses(build("llama", STOCK), STOCK, count=1)[0]
 
