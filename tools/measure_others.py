@@ -1,4 +1,4 @@
-"""Measure what else a script does on a CUDA GPU: evaluate, generate, merge, resume, pairs, loops.
+"""Measure what else a script does on a GPU: evaluate, generate, merge, resume, DPO, GRPO, loops.
 
     python tools/measure_others.py OUT.json [--minutes 9] [--workers 3]
 
@@ -34,7 +34,8 @@ def row(name: str, kind: str, model: str, length: int, batch: int, **changes: An
     }
 
 
-OWN = {"new_tokens", "compute_metrics", "eval_rows", "autocast", "keep"}
+OWN = {"new_tokens", "compute_metrics", "eval_rows", "autocast", "keep", "generates"}
+FOUR = {"num_generations": 4, "per_device_train_batch_size": 4, "temperature": 1.0}
 HELD = [
     row("Trainer's default batch", "evaluation", ONE, 512, 2, padded=True),
     row("logits kept", "evaluation", ONE, 512, 2, padded=True, compute_metrics=True, eval_rows=24),
@@ -58,6 +59,15 @@ HELD = [
         quantization=None, arguments={"precompute_ref_log_probs": True}),
     row("second model", "pairs", "qwen3-0.6b", 512, 1, trainer="DPOTrainer", **FULL,
         arguments={"optim": "adamw_torch"}),
+    row("adapters", "texts of its own", ONE, 512, 4, trainer="GRPOTrainer", dtype="float32",
+        quantization=None, arguments=FOUR | {"max_completion_length": 256}),
+    row("compared", "texts of its own", THREE, 384, 4, trainer="GRPOTrainer", dtype="float32",
+        quantization=None, peft=ALL,
+        arguments=FOUR | {"max_completion_length": 128, "beta": 0.04}),
+    row("second model", "texts of its own", "qwen3-0.6b", 256, 4, trainer="GRPOTrainer", **FULL,
+        arguments=FOUR | {"max_completion_length": 192, "beta": 0.04, "optim": "adamw_torch"}),
+    row("generated", "texts of its own", QWEN, 384, 4, trainer="GRPOTrainer", dtype="float32",
+        quantization=None, generates=True, arguments=FOUR | {"max_completion_length": 96}),
     row("8B without autocast", "loop", EIGHT, 1024, 1, peft=ALL, autocast=False, keep=True),
     row("3B, autocast", "loop", THREE, 1024, 2, autocast=True, keep=False),
     row("full, output kept", "loop", "qwen3-0.6b", 512, 2, **FULL, autocast=True, keep=True),
@@ -195,13 +205,30 @@ def _trainer(model: Any, spec: dict, held: dict, steps: int, *callbacks: Any, **
         more |= {"processing_class": stage.tokenizer(), "peft_config": held["peft_config"]}
         if spec["trainer"] == "SFTTrainer":
             arguments.dataset_kwargs = {"skip_prepare_dataset": True}
+        elif spec["trainer"] == "GRPOTrainer":
+            prompt = spec["sequence_length"] - arguments.max_completion_length
+            data = Dataset.from_list([{"prompt": "<s> " * prompt}] * 64)
+            more["reward_funcs"] = stage.no_reward
         else:
             length = spec["sequence_length"]
             data = Dataset.from_list([_pair(length, arguments)] * 64)
-    with stage._rows_are_ready(held["trainer"]):  # pairs come as token ids
-        return held["trainer"](
+    second = more.pop("second", None)
+    if second is not None and spec["trainer"] == "DPOTrainer":
+        more["ref_model"] = second
+    with stage._rows_are_ready(held["trainer"], second):  # pairs come as token ids
+        trainer = held["trainer"](
             model=model, args=arguments, train_dataset=data, callbacks=list(callbacks), **more
         )
+    if spec["trainer"] == "GRPOTrainer" and not spec["own"].get("generates"):
+        trainer._generate = lambda prompts: _given_texts(spec, arguments, len(prompts))
+    return trainer
+
+
+def _given_texts(spec: dict, arguments: Any, count: int) -> tuple[Any, ...]:
+    """What GRPO learns from, as long as it may be: the update alone is measured."""
+    completion = arguments.max_completion_length
+    prompt = [7] * (spec["sequence_length"] - completion)
+    return [prompt] * count, [[7] * completion] * count, None, [""] * count, None, {}, None, None
 
 
 def _pair(length: int, arguments: Any) -> dict[str, Any]:
@@ -296,7 +323,10 @@ def _train_and_save(spec: dict, folder: Path) -> None:
 
 def train(model: Any, spec: dict, held: dict, folder: Path) -> None:
     held["arguments"].save_strategy = "no"
-    _trainer(model, spec, held, STEPS, _each_step()).train()
+    more = {}
+    if spec["name"].endswith("second model"):  # TRL would load the checkpoint, which is gone
+        more["second"] = load(spec, folder, held["quantization_config"])
+    _trainer(model, spec, held, STEPS, _each_step(), **more).train()
 
 
 def train_lean(model: Any, spec: dict, held: dict, folder: Path) -> None:
@@ -316,7 +346,7 @@ def loop(model: Any, spec: dict, held: dict, folder: Path) -> None:
 
 
 KINDS = {"evaluation": evaluate, "generation": generate, "merge": merge, "resume": resume,
-         "pairs": train, "levers": train_lean, "loop": loop}  # fmt: skip
+         "pairs": train, "texts of its own": train, "levers": train_lean, "loop": loop}  # fmt: skip
 
 if __name__ == "__main__":
     measure_runs.main({"held": HELD}, measure, __doc__ or "")

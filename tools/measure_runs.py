@@ -202,6 +202,8 @@ def objects(spec: dict, folder: str) -> dict[str, Any]:
         trainer = getattr(trl, spec["trainer"])
         kind = getattr(trl, spec["trainer"].replace("Trainer", "Config"))
         more = {"max_length": spec["sequence_length"], "bf16": False}
+        if spec["trainer"] == "GRPOTrainer":  # its completions have a limit of their own
+            del more["max_length"]
     arguments = kind(output_dir=folder, report_to="none", **(more | spec["arguments"]))
     quantization = spec["quantization"]
     return {
