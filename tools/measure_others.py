@@ -34,7 +34,7 @@ def row(name: str, kind: str, model: str, length: int, batch: int, **changes: An
     }
 
 
-OWN = {"new_tokens", "compute_metrics", "eval_rows", "autocast", "keep", "generates"}
+OWN = {"new_tokens", "compute_metrics", "eval_rows", "autocast", "keep"}
 FOUR = {"num_generations": 4, "per_device_train_batch_size": 4, "temperature": 1.0}
 HELD = [
     row("Trainer's default batch", "evaluation", ONE, 512, 2, padded=True),
@@ -66,8 +66,6 @@ HELD = [
         arguments=FOUR | {"max_completion_length": 128, "beta": 0.04}),
     row("second model", "texts of its own", "qwen3-0.6b", 256, 4, trainer="GRPOTrainer", **FULL,
         arguments=FOUR | {"max_completion_length": 192, "beta": 0.04, "optim": "adamw_torch"}),
-    row("generated", "texts of its own", QWEN, 384, 4, trainer="GRPOTrainer", dtype="float32",
-        quantization=None, generates=True, arguments=FOUR | {"max_completion_length": 96}),
     row("8B without autocast", "loop", EIGHT, 1024, 1, peft=ALL, autocast=False, keep=True),
     row("3B, autocast", "loop", THREE, 1024, 2, autocast=True, keep=False),
     row("full, output kept", "loop", "qwen3-0.6b", 512, 2, **FULL, autocast=True, keep=True),
@@ -219,7 +217,7 @@ def _trainer(model: Any, spec: dict, held: dict, steps: int, *callbacks: Any, **
         trainer = held["trainer"](
             model=model, args=arguments, train_dataset=data, callbacks=list(callbacks), **more
         )
-    if spec["trainer"] == "GRPOTrainer" and not spec["own"].get("generates"):
+    if spec["trainer"] == "GRPOTrainer":
         trainer._generate = lambda prompts: _given_texts(spec, arguments, len(prompts))
     return trainer
 
