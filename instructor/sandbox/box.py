@@ -231,7 +231,7 @@ class Sandbox:
                         continue
                     talks.remove(talk)
                     end = self._close(selector, talk)
-                    if end.by_clock and talk.started < stalled:
+                    if end.by_clock and talk.started < stalled and not talk.said_all:
                         waiting.append(talk.job)  # it may have waited for this process
                         continue
                     waiting += talk.job.ended(end)

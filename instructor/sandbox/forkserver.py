@@ -33,6 +33,7 @@ ORDER = struct.Struct("=ddq")  # CPU seconds, wall seconds, memory bytes
 ENDED = struct.Struct("=iid")  # wait status, who ended it, CPU seconds
 ITSELF, TOLD, TIME, IDLE, HUNG_UP = range(5)  # who: or the reason why its warden did
 TICK_SECONDS, IDLE_TICKS, IDLE_SECONDS = 0.5, 5, 0.001  # so many ticks with no more CPU time
+LEAVING_TICKS, LEAVING_SECONDS = 16, 1.0  # of one that has hung up: ticks of waiting, CPU time
 ALIVE = CHANNEL + 1  # with the channel the child's only descriptors above standard error
 # Loaded once for all: a child then starts with them, and needs no file for them.
 PRELOADED = (
@@ -171,12 +172,9 @@ def _warden(
             os._exit(code)
     os.close(there)
     os.close(channel)
-    who = _watch(child, here, status, wall_seconds)
-    done = (0, 0, None)
-    if who == ITSELF:  # it has closed its end: it exits now, or only pretends
-        deadline = time.monotonic() + 1
-        while not (done := os.wait4(child, os.WNOHANG))[0] and time.monotonic() < deadline:
-            time.sleep(0.0005)
+    deadline = time.monotonic() + wall_seconds
+    who = _watch(child, here, status, deadline)
+    done = _gone(child, deadline) if who == ITSELF else (0, 0, None)
     if not done[0]:
         who = who or HUNG_UP
         os.kill(child, signal.SIGKILL)
@@ -187,9 +185,9 @@ def _warden(
     os._exit(0)
 
 
-def _watch(child: int, here: int, status: int, wall_seconds: float) -> int:
+def _watch(child: int, here: int, status: int, deadline: float) -> int:
     """Wait until the child has ended or has to; returns who or why."""
-    deadline, used, ticks = time.monotonic() + wall_seconds, -1.0, 0
+    used, ticks = -1.0, 0
     while (left := deadline - time.monotonic()) > 0:
         ready, _, _ = select.select([here, status], [], [], min(left, TICK_SECONDS))
         if ready:
@@ -200,6 +198,25 @@ def _watch(child: int, here: int, status: int, wall_seconds: float) -> int:
         if ticks >= IDLE_TICKS:
             return IDLE
     return TIME
+
+
+def _gone(child: int, deadline: float) -> tuple:
+    """How a child ended that has closed its descriptors; (0, 0, None) if it only pretends to end.
+
+    Linux closes them before it takes down a child's temp folder, which a busy machine may take
+    seconds for. So who works on for a second of CPU time pretends, or who waits for very long.
+    """
+    first = used = cage.cpu_seconds(child) or 0.0
+    ticks = 0
+    while ticks < LEAVING_TICKS and used - first < LEAVING_SECONDS and time.monotonic() < deadline:
+        tick = time.monotonic() + TICK_SECONDS
+        while time.monotonic() < tick:
+            if (done := os.wait4(child, os.WNOHANG))[0]:
+                return done
+            time.sleep(0.0005)
+        before, used = used, cage.cpu_seconds(child) or 0.0
+        ticks = ticks + 1 if used - before < IDLE_SECONDS else 0
+    return 0, 0, None
 
 
 @functools.cache

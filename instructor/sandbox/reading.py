@@ -96,6 +96,7 @@ class Rehearsal(Job):
         return number
 
     def begin(self) -> bytes:
+        self._next = self._skip(0)
         numbered = [
             [number, *statement]
             for number, statement in enumerate(self.statements)

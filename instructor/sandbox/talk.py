@@ -47,7 +47,7 @@ class End:
 class Job:
     """What one child is to do; a conversation. Subclasses fill it in.
 
-    It may be begun anew, in another child, as long as it has not ended.
+    It may be begun anew, in another child, as long as something is left to ask.
     """
 
     cpu_seconds = 2.0
@@ -91,6 +91,7 @@ class Talk:
             socket.send_fds(orders, [order], [child.fileno(), warden.fileno()])
         self.channel.setblocking(False)
         self.out, self.into = memoryview(job.begin()), bytearray()
+        self.said_all = False  # nothing is left to ask
 
     def stop(self, end: End | None) -> None:
         """Say no more; with an end, have the child killed."""
@@ -147,6 +148,7 @@ class Talk:
         except ValueError:
             return self.stop(End("garbage"))
         if reply is None:
+            self.said_all = True
             return self.stop(None)
         self.out = memoryview(bytes(self.out) + reply)
 
