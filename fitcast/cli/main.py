@@ -52,7 +52,7 @@ def _forecast(asked: argparse.Namespace, gpu: Gpu, recipe: TrainRecipe | None) -
     """What was asked for: a step of a file or of a recipe; a training step unless it says so."""
     if asked.step.lower() != "train":
         start.engine()
-        return steps.forecast_step_asked(asked, gpu)
+        return steps.forecast_step_asked(asked, gpu, recipe)
     steps.refuse_numbers(asked)
     if recipe is None:
         start.engine()

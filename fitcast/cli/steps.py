@@ -20,6 +20,7 @@ from fitcast.units import refusal
 if TYPE_CHECKING:
     from fitcast.forecasting.files.script import Script
     from fitcast.forecasting.verdict import Forecast
+    from fitcast.recipe import TrainRecipe
 
 STEPS = ("train", "evaluation", "resume", "generation", "merge")
 # Options of the steps: which step they belong to, its name in Python, what it is.
@@ -51,15 +52,17 @@ def add_options(verb: argparse.ArgumentParser) -> None:
         )
 
 
-def forecast_step_asked(asked: argparse.Namespace, gpu: Gpu) -> Forecast:
-    """The forecast of another step than training, of a file or of a recipe.
+def forecast_step_asked(
+    asked: argparse.Namespace, gpu: Gpu, recipe: TrainRecipe | None
+) -> Forecast:
+    """The forecast of another step than training, of a recipe, or of a file where there is none.
 
     Raises:
         ValueError: No such step, an option of another step, a value that cannot be.
     """
     step = options.one_of("step", asked.step, STEPS)
     numbers = _numbers(asked, step)
-    script, more = _script(asked, gpu)
+    script, more = _script(asked, gpu, recipe)
     seen = _seen(step, script, more, numbers, gpu)
     return dataclasses.replace(seen, notes=(*script.notes, *seen.notes))
 
@@ -122,13 +125,14 @@ def _numbers(asked: argparse.Namespace, step: str) -> dict[str, Any]:
     return found
 
 
-def _script(asked: argparse.Namespace, gpu: Gpu) -> tuple[Script, dict[str, Any]]:
+def _script(
+    asked: argparse.Namespace, gpu: Gpu, recipe: TrainRecipe | None
+) -> tuple[Script, dict[str, Any]]:
     """What a script would say, and what was typed beside it."""
     from fitcast.forecasting import files
 
-    if asked.file:
+    if recipe is None:
         return files.read(asked.file, gpu), options.beside_file(asked)
-    recipe = options.recipe_of(asked)
     recipe.check_on(gpu)
     from fitcast.forecasting.by_trainer import levers_of, script_of
 

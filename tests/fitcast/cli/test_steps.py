@@ -88,6 +88,15 @@ def test_merging_is_into_weights_that_are_not_quantized(capsys):
     assert "step must be another one for a run without adapters" in capsys.readouterr().err
 
 
+def test_a_family_with_projections_of_its_own_gets_adapters_on_them(capsys):
+    """Phi-4-mini has one product for query, key and value, and no q_proj."""
+    asked = ("forecast", "--model", "phi-4-mini", "--step", "generation", "--new-tokens", "4")
+    assert cli.main([*asked, "--json"]) == 0
+    by_default = json.loads(capsys.readouterr().out)
+    assert cli.main([*asked, "--lora-targets", "o_proj,qkv_proj", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == by_default
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
