@@ -225,3 +225,121 @@ def test_clipping_is_torchs():
         weight.grad = torch.tensor(gradients, dtype=torch.float64) / scale
         torch.nn.utils.clip_grad_norm_(weight, max_norm)
         assert case.expected == pytest.approx(weight.grad.tolist(), rel=2e-6)  # its epsilon 1e-6
+
+
+def test_loss_in_chunks_is_cross_entropys():
+    for case in cases("loss_in_chunks"):
+        logits, labels, chunk = case.arguments
+        rows = torch.tensor(logits, dtype=torch.float64)[:, :-1].flatten(0, 1)
+        targets = torch.tensor(labels)[:, 1:].flatten()
+        loss = torch.nn.functional.cross_entropy(rows, targets, ignore_index=-100)
+        most = max(part.numel() for part in rows.split(chunk))
+        assert case.expected == [pytest.approx(loss.item(), rel=1e-9), most]
+
+
+@pytest.mark.slow
+def test_three_copies_of_the_logits_stand_at_the_engines_peak():
+    """What the usual loss needs more than a chunked one is three copies more of the logits."""
+    from dataclasses import replace
+
+    from fitcast.forecasting.forecast import forecast
+    from fitcast.gpus import T4
+    from fitcast.recipe import TrainRecipe
+
+    recipe = TrainRecipe(
+        model="llama-3.2-1b",
+        amp_dtype="float16",
+        micro_batch_size=4,
+        sequence_length=2048,
+        checkpointed_layers="all",
+        padded=True,
+    )
+    four, two = (
+        forecast(replace(recipe, micro_batch_size=rows), T4).peak_allocated_bytes for rows in (4, 2)
+    )
+    bytes_of = SOLUTIONS["logits_bytes"].solution
+    logits = bytes_of(4, 2048, 128_256, 1024)[0] - bytes_of(2, 2048, 128_256, 1024)[0]
+    boundaries = 16 * 2 * 2048 * 2048 * 2  # layers, rows, tokens, width, bytes: they grow as well
+    assert four - two == pytest.approx(logits + boundaries, rel=0.02)
+
+
+def test_fewest_levers_is_what_trying_every_choice_finds():
+    """Every choice as bits of a number, and the peak by an array."""
+    numpy = pytest.importorskip("numpy")
+    for case in cases("fewest_levers"):
+        moments, left, budget = case.arguments
+        table = numpy.array(moments, dtype=float)
+        rest = numpy.array([numpy.inf if mib is None else mib for mib in left])
+        found = [
+            bits.bit_count()
+            for bits in range(2 ** len(left))
+            if all(left[p] is not None for p in range(len(left)) if bits >> p & 1)
+            and numpy.where(
+                [bits >> p & 1 for p in range(len(left))], numpy.minimum(table, rest), table
+            )
+            .sum(axis=1)
+            .max()
+            <= budget
+        ]
+        assert case.expected == min(found, default=-1)
+
+
+@pytest.mark.slow
+def test_labels_are_those_that_the_course_trains_with():
+    from course_utils.topics import sources
+    from fitcast.training import data
+
+    tokenizer = sources.choose(None).tokenizer()
+    messages = [
+        {"role": "user", "content": "Where is order 7?"},
+        {"role": "assistant", "content": "On its way."},
+        {"role": "user", "content": "Since?"},
+        {"role": "assistant", "content": "May."},
+    ]
+
+    def ids_of(some, header=False):
+        text = tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=header)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    (row,) = data.encode([{"messages": messages}], tokenizer, 512)
+    turns = []
+    for n, message in enumerate(messages):
+        before, whole = len(ids_of(messages[:n])) if n else 0, len(ids_of(messages[: n + 1]))
+        spoken = len(ids_of(messages[:n], True)) if message["role"] == "assistant" else before
+        ids = row["input_ids"]
+        turns.append([message["role"], ids[before:spoken], ids[spoken:whole], []])
+    assert SOLUTIONS["labels_of"].solution(turns) == list(row["labels"])
+
+
+@pytest.mark.slow
+def test_adapters_are_pefts():
+    from fitcast import models
+    from fitcast.forecasting.load import blueprint
+    from fitcast.recipe import TrainRecipe
+    from fitcast.step import qlora
+
+    short = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+    short |= {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    config = models.config("llama-3.2-1b")
+    kv = config.num_key_value_heads * config.head_dim
+    shape = config.num_hidden_layers, config.hidden_size, kv, config.intermediate_size, 16
+    for targets in (["q", "k", "v", "o"], ["q", "v"], list(short)):
+        recipe = TrainRecipe(
+            model="llama-3.2-1b",
+            base="float32",
+            lora_rank=16,
+            lora_targets=tuple(short[name] for name in targets),
+        )
+        counted = qlora.count_parameters(blueprint(recipe, config))[0]
+        assert SOLUTIONS["adapter_parameters"].solution(*shape, targets) == counted
+
+
+def test_base_is_what_bitsandbytes_stores():
+    """On its CPU kernels: packed weights, 8-bit scales, and the float32 of each 256 of these."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for shape in ((2048, 512), (10, 30), (640, 96)):
+        packed, state = functional.quantize_4bit(
+            torch.randn(shape), quant_type="nf4", compress_statistics=True
+        )
+        stored = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+        assert SOLUTIONS["base_bytes"].solution([list(shape)], 0) == stored

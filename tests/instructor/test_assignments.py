@@ -31,13 +31,15 @@ def said(exercise, function, own=EVERYBODY) -> str:
     return judge(exercise.function, function, public_cases(exercise, own), exercise.mistakes)
 
 
-def test_there_are_five():
+def test_there_are_seven():
     assert set(ASSIGNMENTS) == {
         "effective_batch",
         "activation_memory",
         "checkpointing",
         "mixed_precision",
         "loss_scaling",
+        "chunked_loss",
+        "qlora_labels",
     }
 
 

@@ -10,6 +10,7 @@ from nbformat.v4 import new_code_cell
 from instructor.assignment import load, numbers
 from instructor.build.notebooks import student_notebook
 from instructor.grade.grade import grade
+from tests.instructor import new_forms
 from tests.instructor.classroom import (
     SECRET,
     TINY,
@@ -159,3 +160,41 @@ def test_many_endless_cells_leave_what_a_function_needs(tmp_path):
     arguments = write_class(tmp_path, {"s001": "A"}, {"tiny_s001.ipynb": notebook(cells, "s001")})
     (result,) = grade(TINY, *arguments).results
     assert result.marks[0].earned == 3, lost(result)
+
+
+def filled_in(assignment, own, answers):
+    """The student's notebook of an assignment, with an answer for each function."""
+    handed_out = student_notebook(assignment, numbers(assignment.name, own, SECRET))
+    for cell in handed_out.cells:
+        if "exercise" in cell.metadata.get("tags", []):
+            cell.source = answers[cell.source.split("(")[0].removeprefix("def ")]
+    return nbformat.writes(handed_out).encode()
+
+
+def spoilt(function, number):
+    """A right form with one mistake in it."""
+    _, form, changes = new_forms.WRONG[function][number]
+    text = new_forms.RIGHT[function][form]
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.mark.parametrize("name", ["chunked_loss", "qlora_labels"])
+def test_forms_of_the_newest_assignments(name, tmp_path):
+    """Five right forms of each function get everything, four wrong ones their mistake's name."""
+    assignment = load(name)
+    functions = [exercise.function for exercise in assignment.exercises]
+    answers = {f"r{n}": {f: new_forms.RIGHT[f][n] for f in functions} for n in range(5)}
+    answers |= {f"w{n}": {f: spoilt(f, n) for f in functions} for n in range(4)}
+    files = {f"{name}_{own}.ipynb": filled_in(assignment, own, a) for own, a in answers.items()}
+    arguments = write_class(tmp_path, dict.fromkeys(answers, "A"), files)
+    for result in grade(assignment, *arguments).results:
+        if result.student_id.startswith("r"):
+            assert result.score == assignment.points, (result.student_id, lost(result))
+            continue
+        for mark in result.marks:
+            mistake = new_forms.WRONG[mark.exercise.function][int(result.student_id[1])][0]
+            assert mistake in mark.mistakes, (mark.exercise.function, mark.reason)
+            assert mark.earned < mark.exercise.points
