@@ -136,6 +136,7 @@ def test_set_up_cell_fetches_once(runtime, tmp_path):
     assert {path.name for path in course.iterdir()} >= {"lessons", "course_utils"}
 
 
+@pytest.mark.slow
 def test_moving_to_another_folder_fetches_nothing_more(runtime, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     moved = "import os, sys; cell = open(sys.argv[1]).read(); exec(cell, {})\n"
@@ -144,6 +145,7 @@ def test_moving_to_another_folder_fetches_nothing_more(runtime, tmp_path):
     assert len(asked) == 1 and list((tmp_path / "elsewhere").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_no_network_is_told_by_git_itself(runtime, tmp_path):
     nowhere = f"url.{(tmp_path / 'nowhere').as_uri()}.insteadOf"
     done, _ = runtime(TWICE, GIT_CONFIG_KEY_0=nowhere)
@@ -154,6 +156,7 @@ def test_no_network_is_told_by_git_itself(runtime, tmp_path):
     assert again.returncode == 0 and len(asked) == 2, "the next try starts over"
 
 
+@pytest.mark.slow
 def test_an_old_past_runtime_is_told_what_to_choose(runtime, tmp_path):
     """Colab's "Runtime version" 2026.01 as its packages say it; the sentence comes first."""
     for name, version in (("transformers", "4.57.3"), ("torch", "2.9.0+cu126")):

@@ -259,6 +259,7 @@ def test_memory_is_linear_in_k():
     assert peaks[0] - peaks[1] == pytest.approx((peaks[3] - peaks[4]) / 8, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_two_long_sequences_of_3b_are_safe_on_a_t4_and_three_are_not():
     """What lesson 02 hands to lesson 03, in words."""
     steps = [

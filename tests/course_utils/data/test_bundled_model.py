@@ -103,6 +103,7 @@ def test_pretraining_never_shows_a_ticket_or_an_instruction(pretrain):
         assert f"{field}:" not in joined
 
 
+@pytest.mark.slow
 def test_two_short_pretrainings_write_the_same_bytes(pretrain, tmp_path, capsys):
     import torch
 

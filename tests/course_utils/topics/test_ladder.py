@@ -97,6 +97,7 @@ def test_without_a_gpu_nothing_is_claimed():
     )
 
 
+@pytest.mark.slow
 def test_a_few_steps_are_really_trained(tmp_path, monkeypatch):
     config = models.config("llama-3.2-1b")
     config.update(

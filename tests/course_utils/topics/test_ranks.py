@@ -57,6 +57,7 @@ def test_one_rank_does_what_is_written_out(expected):
     assert relative_error(ranks.update(ONE, uneven()), expected) < 1e-12
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_update(expected):
     found = ranks.launch(TWO, uneven())
     assert relative_error(found["tokens"], expected) < 1e-12

@@ -86,6 +86,7 @@ def test_a_length_beyond_the_models_is_a_note(capsys):
     assert "note: llama-3.2-1b was made for 131072 tokens" in out
 
 
+@pytest.mark.slow
 def test_a_family_that_leaves_float16_is_named(capsys):
     """Gemma 3's activations pass 65 504 (Unsloth's PR 4014)."""
     _, out, _ = asked(capsys, "forecast --model gemma-3-1b --sequence-length 256")

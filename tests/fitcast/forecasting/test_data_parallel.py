@@ -68,7 +68,14 @@ def buckets_of_pytorch(recipe):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"lora_rank": 256, "lora_targets": "all-linear", "checkpointed_layers": 3}]
+    "changes",
+    [
+        {},
+        pytest.param(
+            {"lora_rank": 256, "lora_targets": "all-linear", "checkpointed_layers": 3},
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_buckets_are_pytorchs(tmp_path, alone_in_a_group, changes):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))

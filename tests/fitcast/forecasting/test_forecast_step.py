@@ -44,6 +44,7 @@ def steps(n: int):
     return step
 
 
+@pytest.mark.slow
 def test_two_steps_need_what_the_recipe_needs_and_one_needs_less():
     model = qlora.apply_levers(fake_model(BUNDLED, torch.float32), RECIPE)
     one, two = (forecast_step(model, steps(n)).peak_allocated_bytes for n in (1, 2))
@@ -119,8 +120,15 @@ def with_adapters_inside(model):
     loop(adapted(model))
 
 
-@pytest.mark.parametrize("real", [True, False], ids=["loaded", "fake"])
-@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize(
+    ("inside", "real"),
+    [
+        pytest.param(True, True, id="inside-loaded"),
+        pytest.param(True, False, id="inside-fake", marks=pytest.mark.slow),
+        pytest.param(False, True, id="outside-loaded", marks=pytest.mark.slow),
+        pytest.param(False, False, id="outside-fake"),
+    ],
+)
 def test_a_4_bit_base_with_adapters(real, inside):
     """Loaded or fake, adapters added in the step or before it: as the recipe has it."""
     model = quantized(real)
@@ -134,6 +142,7 @@ def test_a_4_bit_base_with_adapters(real, inside):
         assert {name: id(p) for name, p in model.named_parameters()} == before
 
 
+@pytest.mark.slow
 def test_an_8_bit_base():
     from transformers import BitsAndBytesConfig
 
@@ -187,7 +196,9 @@ def test_an_output_that_is_kept_holds_its_logits():
     assert kept - dropped == pytest.approx(logits, rel=0.2)  # a freed hole may be larger
 
 
-@pytest.mark.parametrize("real", [True, False], ids=["loaded", "fake"])
+@pytest.mark.parametrize(
+    "real", [pytest.param(True, marks=pytest.mark.slow), False], ids=["loaded", "fake"]
+)
 def test_an_optimizer_made_outside_works_on_the_models_parameters(real):
     model = (
         AutoModelForCausalLM.from_pretrained(BUNDLED, dtype="float32")

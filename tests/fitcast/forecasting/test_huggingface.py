@@ -114,6 +114,7 @@ def test_the_two_remedies_for_it_work():
     assert cast.composition["adapters"] == 2 * bfloat16.composition["adapters"] > 0
 
 
+@pytest.mark.slow
 def test_weights_in_float16_cannot_be_trained_with_fp16():
     """Reported as "Attempting to unscale FP16 gradients.", which names no field."""
     arguments = TrainingArguments(output_dir="unused", fp16=True, report_to="none")

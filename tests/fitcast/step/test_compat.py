@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 from fitcast.step import compat
 
 OLD = """
@@ -34,6 +36,7 @@ OLD = """
 """
 
 
+@pytest.mark.slow
 def test_adapters_go_on_a_float32_base_beside_an_old_torchao():
     """And PEFT alone raises there, else this would be no test."""
     done = subprocess.run(

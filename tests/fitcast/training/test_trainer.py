@@ -41,7 +41,7 @@ def train(recipe, output_dir, **options):
 # --- the step ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["full", "chunked"])
+@pytest.mark.parametrize("loss", [pytest.param("full", marks=pytest.mark.slow), "chunked"])
 def test_accumulated_micro_batches_equal_one_large_batch(recipe, tmp_path, loss):
     """Against plain PyTorch: cross entropy over all labelled tokens of the 32 rows at once."""
     one = dataclasses.replace(
@@ -88,7 +88,7 @@ def test_each_step_logs_speed_and_memory(recipe, tmp_path):
     ("optimizer", "kind"),
     [
         ("adamw", torch.optim.AdamW),
-        ("adamw_8bit", bitsandbytes.optim.AdamW8bit),
+        pytest.param("adamw_8bit", bitsandbytes.optim.AdamW8bit, marks=pytest.mark.slow),
         ("paged_adamw_8bit", bitsandbytes.optim.AdamW8bit),  # a CPU has nothing to page to
     ],
 )
@@ -168,8 +168,11 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_the_weights(recipe, tmp
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"optimizer": "paged_adamw_8bit", "loss": "chunked", "checkpointed_layers": 1},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(
+            {"optimizer": "paged_adamw_8bit", "loss": "chunked", "checkpointed_layers": 1},
+            marks=pytest.mark.slow,
+        ),
         {"attention": "explicit_kv", "norm": "native", "lora_targets": "all-linear"},
     ],
     ids=["default", "8-bit", "levers"],
@@ -202,6 +205,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(recipe, tmp_path):
         train(recipe, tmp_path, resume=False)
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_refused_by_name(recipe, tmp_path):
     train(recipe, tmp_path, stop_at=8)
     half = tmp_path / "checkpoint-8"
