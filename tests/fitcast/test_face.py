@@ -99,6 +99,7 @@ def test_what_needs_no_torch_is_quick_and_brings_none(code, seconds):
     assert HEAVY & set(runs[0][1:]) == set()
 
 
+@pytest.mark.slow
 def test_a_module_of_the_same_name_does_not_hide_a_function():
     """`fitcast.forecasting.forecast` is a module, `fitcast.forecast` stays the function."""
     code = (
@@ -124,7 +125,9 @@ def test_readme_shows_each_of_the_questions():
 @pytest.mark.parametrize(
     "example",
     [
-        pytest.param(example, id=name, marks=[pytest.mark.slow] * (name in ("fit", "levers")))
+        pytest.param(
+            example, id=name, marks=[pytest.mark.slow] * (name in ("fit", "levers", "adapters"))
+        )
         for name, example in zip(SHOWN, EXAMPLES, strict=True)
     ],
 )

@@ -38,7 +38,9 @@ def verdicts(model, recipe, rows):
     return {finding.name: finding.fix is None for finding in found.findings}, found
 
 
-@pytest.mark.parametrize("attention", ["stock", "explicit_kv"])
+@pytest.mark.parametrize(
+    "attention", [pytest.param("stock", marks=pytest.mark.slow), "explicit_kv"]
+)
 def test_a_healthy_model_passes_and_stays_as_it_was(recipe, rows, attention):
     recipe = dataclasses.replace(recipe, attention=attention)
     model = trainer.build_model(recipe)
