@@ -126,7 +126,9 @@ def test_readme_shows_each_of_the_questions():
     "example",
     [
         pytest.param(
-            example, id=name, marks=[pytest.mark.slow] * (name in ("fit", "levers", "adapters"))
+            example,
+            id=name,
+            marks=[pytest.mark.slow] * (name not in ("forecast", "ledger", "script")),
         )
         for name, example in zip(SHOWN, EXAMPLES, strict=True)
     ],

@@ -44,7 +44,9 @@ def numbers(hidden, kv, intermediate, heads):
     return 2 * (3 * hidden + 1) + 2 * hidden + 2 * kv + heads + 4 * intermediate
 
 
-@pytest.mark.parametrize("kind", [int, float, torch.tensor])
+@pytest.mark.parametrize(
+    "kind", [int, *(pytest.param(other, marks=pytest.mark.slow) for other in (float, torch.tensor))]
+)
 def test_saved_numbers(kind):
     wrong = {
         "bytes": (lambda *w: 4 * numbers(*w), "count numbers"),

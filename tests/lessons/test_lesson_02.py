@@ -331,6 +331,7 @@ def test_a_layer_forgets_only_in_training_mode():
     assert kept["train"] < 0.3 * kept["eval"]
 
 
+@pytest.mark.slow
 def test_widget_follows_the_forecast():
     explorer = widgets.forgetting_explorer()
     peak = forecast(

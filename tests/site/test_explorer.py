@@ -30,6 +30,7 @@ def test_data_are_of_this_engine(data):
     assert data["stamp"] == now, "python tools/explorer.py --restamp"
 
 
+@pytest.mark.slow
 def test_a_sample_forecast_again_is_the_same(data):
     """Another sample for each engine; of the grid's recipes, whose forecast takes a second."""
     recipes = {key: nodes for key, nodes in data["rows"].items() if "gpt-oss" not in key}

@@ -71,6 +71,7 @@ def test_controls_are_labelled_and_reachable_by_keyboard():
     assert explorer.controls["sequence_length"].value == 1024
 
 
+@pytest.mark.slow
 def test_layers_explorer_draws_every_choice():
     explorer = widgets.layers_explorer()
     assert "usual estimate: 256.00 MiB" in explorer.figure.alt

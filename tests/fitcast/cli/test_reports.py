@@ -14,7 +14,7 @@ from fitcast.cli.main import main
 from fitcast.units import GIB
 
 CONFIGS = Path(__file__).parents[2] / "data" / "configs"
-SOONER = {"gemma-2-2b", "llama-3-8b-8bit", "phi-4-mini"}  # of those that are forecast
+SOONER = {"llama-3-8b-8bit", "phi-4-mini"}  # of those that are forecast
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 

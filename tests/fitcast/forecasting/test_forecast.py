@@ -245,7 +245,7 @@ def test_events_of_a_step_are_those_of_the_gpu(number):
     ("changes", "layers", "checkpointed"),
     [
         ({}, 7, 7),
-        ({}, 6, 0),
+        pytest.param({}, 6, 0, marks=pytest.mark.slow),
         pytest.param({"gradient_accumulation_steps": 2}, 11, 5, marks=pytest.mark.slow),
         ({"lora_rank": None, "base": "float32", "optimizer": "adamw"}, 6, 6),
         ({"loss": "chunked", "attention": "explicit_kv", "kbit_upcast": True}, 6, 1),

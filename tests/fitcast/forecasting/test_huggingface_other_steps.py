@@ -226,6 +226,7 @@ def resumed(tmp_path, optim, **more):
     return (f(config, arguments, **ASKED, **more) for f in (forecast_resume, forecast_run))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_two_numbers_a_weight_before_its_first_step(tmp_path):
     """AdamW's, in float32: as large as two copies of the model; then its step is any other."""
     again, first = resumed(tmp_path, "adamw_torch")

@@ -81,7 +81,7 @@ SLOW = pytest.mark.slow
 # Source: github.com/Anassbzdd/fitcheck, final-t4-20260921-verdicts.json (measured 2026-09-21).
 T4_ROWS = [
     ("qwen2.5-7b", 2, False),
-    ("mistral-7b-v0.3", 7, True),
+    pytest.param("mistral-7b-v0.3", 7, True, marks=SLOW),
     pytest.param("qwen2.5-7b", 1, True, marks=SLOW),
     pytest.param("mistral-7b-v0.3", 6, True, marks=SLOW),
     pytest.param("llama-3.2-3b", 4, True, marks=SLOW),

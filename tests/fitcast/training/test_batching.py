@@ -395,6 +395,7 @@ def test_upper_must_be_positive():
         Trained().search(upper=0)
 
 
+@pytest.mark.slow
 def test_search_works_on_models_that_are_not_there():
     model = fake_model(BUNDLED)
     optimizer = torch.optim.SGD(model.parameters())

@@ -57,6 +57,7 @@ def test_what_changes_no_number_may_change_on_the_way(recipe, whole, tmp_path, f
     assert rest.resumed_from.name == "checkpoint-2" and rest.losses == whole
 
 
+@pytest.mark.slow
 def test_a_resumed_run_saves_when_its_own_recipe_says(recipe, tmp_path):
     train(recipe, tmp_path, stop_at=3)
     train(dataclasses.replace(recipe, save_steps=5), tmp_path)
@@ -66,7 +67,12 @@ def test_a_resumed_run_saves_when_its_own_recipe_says(recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("seed", 1), ("gradient_accumulation_steps", 1), ("lora_dropout", 0.1), ("max_steps", 7)],
+    [
+        ("seed", 1),
+        pytest.param("gradient_accumulation_steps", 1, marks=pytest.mark.slow),
+        pytest.param("lora_dropout", 0.1, marks=pytest.mark.slow),
+        ("max_steps", 7),
+    ],
 )
 def test_what_changes_the_run_may_not(recipe, tmp_path, field, value):
     train(recipe, tmp_path, stop_at=2)
@@ -85,6 +91,7 @@ def test_other_rows_are_another_run(recipe, tmp_path):
     assert train(recipe, tmp_path, as_they_were, stop_at=3).resumed_from.name == "checkpoint-2"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_rows_were_noted_is_resumed(recipe, tmp_path):
     train(recipe, tmp_path, stop_at=2)
     manifest = tmp_path / "checkpoint-2" / checkpoints.MANIFEST
