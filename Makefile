@@ -20,6 +20,8 @@ READY := .venv/ready-$(shell (cat requirements.txt $(LOCK) pyproject.toml; echo 
 
 .PHONY: help lessons test test-all lab site execute stamp lock test-colab test-browser test-site lint bench package tag clean
 lessons test test-all execute stamp lint bench: export HF_HUB_OFFLINE := 1
+# Compiled once, whatever the shell says: each worker and kernel would compile it again.
+lessons test test-all: export PYTHONDONTWRITEBYTECODE :=
 
 help: ## show these verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
