@@ -24,6 +24,7 @@ import torch
 
 from fitcast.cuda import experts
 from fitcast.forecasting import base, layers
+from fitcast.forecasting import images as pictures
 from fitcast.forecasting.stage import (
     MICRO_BATCHES,
     Run,
@@ -71,6 +72,7 @@ def forecast_run(
     attn_implementation: str | None = None,
     sequence_length: int | None = None,
     padded: bool | None = None,
+    images: int = 0,
     expandable_segments: bool = False,
     trainer: type | None = None,
     **trainer_options: Any,
@@ -88,6 +90,7 @@ def forecast_run(
         attn_implementation: As given to `from_pretrained`.
         sequence_length: Tokens in a row; by default `arguments.max_length`.
         padded: Whether rows are padded; by default, unless the batch is one row or is packed.
+        images: In each row, for a model with a vision tower; their tokens are among the row's.
         expandable_segments: As PYTORCH_ALLOC_CONF says it.
         trainer: The class, if it is none of transformers' or TRL's that belongs to `arguments`.
         trainer_options: What else the class takes, such as `compute_loss_func`.
@@ -101,7 +104,7 @@ def forecast_run(
     run = describe_run(
         model, arguments, peft_config=peft_config, quantization_config=quantization_config,
         dtype=dtype, attn_implementation=attn_implementation, sequence_length=sequence_length,
-        padded=padded, trainer=trainer, **trainer_options,
+        padded=padded, images=images, trainer=trainer, **trainer_options,
     )  # fmt: skip
     return forecast_script(
         run, gpu, train_one_step, expandable=expandable_segments,
@@ -157,7 +160,7 @@ def _about_the_model(run: Run, gpu: Gpu) -> list[str]:
             "(max_position_embeddings): memory is as said, quality is another matter"
         )
     if text is not run.config:
-        said.append("batches hold text only: what else the model has is counted by its weights")
+        said.append(_about_images(run))
     in_float16 = run.arguments.fp16 or (run.dtype == torch.float16 and not run.arguments.bf16)
     for kind in dict.fromkeys((run.config.model_type, text.model_type)):
         warning = float16_warning(kind, gpu) if in_float16 else None
@@ -167,6 +170,12 @@ def _about_the_model(run: Run, gpu: Gpu) -> list[str]:
     if getattr(run.quantization_config, "load_in_8bit", False):
         said.append("8-bit layers keep no outlier columns, which depend on the numbers")
     return said
+
+
+def _about_images(run: Run) -> str:
+    if run.images:
+        return f"each row holds {run.images} images, whose tokens are among its own"
+    return "batches hold text only (images=0): the rest of the model is counted by its weights"
 
 
 def run_stream(run: Run, gpu: Gpu, script: Script | None = None) -> Stream:
@@ -243,6 +252,7 @@ def describe_run(
     attn_implementation: str | None = None,
     sequence_length: int | None = None,
     padded: bool | None = None,
+    images: int = 0,
     trainer: type | None = None,
     **trainer_options: Any,
 ) -> Run:
@@ -252,6 +262,7 @@ def describe_run(
         ValueError: No such model, no length, rows longer than learned positions.
     """
     config = base.read_config(model)
+    pictures.check(config, images)
     length = sequence_length or getattr(arguments, "max_length", None)
     if not isinstance(length, int) or length < 2:
         raise refusal(
@@ -272,6 +283,7 @@ def describe_run(
         dtype=kept_dtype,
         sequence_length=length,
         padded=_has_padding(arguments, trainer) if padded is None else padded,
+        images=images,
         peft_config=peft_config,
         quantization_config=base.quantization_of(config, quantization_config),
         attention=attn_implementation,

@@ -23,7 +23,7 @@ from fitcast.cuda import experts
 from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
 from fitcast.cuda.trainers import mixed_precision, padding, pretend_trainer, trl_kernels
-from fitcast.forecasting import base, depth, fake, layers
+from fitcast.forecasting import base, depth, fake, images, layers
 from fitcast.forecasting.answers import Answers, lists
 from fitcast.forecasting.place import place, place_weights
 from fitcast.forecasting.refusals import explained
@@ -53,6 +53,7 @@ class Run:
         dtype: Of the weights that are not quantized, as `from_pretrained(dtype=...)` loads them.
         sequence_length: Tokens in a row of the batch.
         padded: Whether masks hide padding.
+        images: In each row, for a model with a vision tower.
         reference: Config of the second model that DPO compares with, or `None`.
         routing: Of loops over experts: `experts.EVEN` or `experts.WORST`.
         assumed: Sentences about what the script did not say.
@@ -65,6 +66,7 @@ class Run:
     dtype: torch.dtype
     sequence_length: int
     padded: bool
+    images: int = 0
     peft_config: PeftConfig | None = None
     quantization_config: Any = None
     attention: str | None = None
@@ -179,8 +181,11 @@ def staged(
         trainer = make_trainer(run, folder, model, rhythm)
         reference = getattr(trainer, "ref_model", None)
         ledger.layers = _layers(trainer.model, reference, rhythm)
-        collated = _collated(run, trainer)
-        with card(trainer.model, gpu, ledger, padded=run.padded, routing=run.routing):
+        collated = _collated(run, trainer, model)
+        with (
+            images.unchecked(run.images),
+            card(trainer.model, gpu, ledger, padded=run.padded, routing=run.routing),
+        ):
             place(trainer.model, run.dtype, ledger)
             ledger.watch(trainer.model)
             if reference is not None:
@@ -397,7 +402,7 @@ def given_texts(run: Run, count: int) -> tuple[Any, ...]:
     return [[0] * prompt] * count, texts, None, [""] * count, None, {}, None, None
 
 
-def _collated(run: Run, trainer: Any) -> dict[int, Any]:
+def _collated(run: Run, trainer: Any, model: PreTrainedModel) -> dict[int, Any]:
     """A batch of each size that the arguments name."""
     rows, arguments = rows_of(run), run.arguments
     if is_online(run.trainer):
@@ -407,7 +412,8 @@ def _collated(run: Run, trainer: Any) -> dict[int, Any]:
     names = ("per_device_train_batch_size", "per_device_eval_batch_size",
              "precompute_ref_batch_size")  # fmt: skip
     sizes = {size for name in names if (size := getattr(arguments, name, None))}
-    return {size: trainer.data_collator([rows[i % ROWS] for i in range(size)]) for size in sizes}
+    made = {size: trainer.data_collator([rows[i % ROWS] for i in range(size)]) for size in sizes}
+    return {size: {**one, **images.beside(one, model, run.images)} for size, one in made.items()}
 
 
 def tokenizer() -> Any:
