@@ -56,8 +56,9 @@ def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **optio
             `SFTConfig` or `DPOConfig`.
         gpu: The card; a T4 unless one is given.
         options: Of a model, what else its script says: `peft_config`, `quantization_config`,
-            `dtype`, `attn_implementation`, `sequence_length`, `padded`, `images` (in each row, for a
-            vision tower), `trainer`, and what the trainer's class takes. `forecasting.huggingface.forecast_run` explains them. `levers` is
+            `dtype`, `attn_implementation`, `sequence_length`, `padded`, `images` (in each row),
+            `trainer`, and what the trainer's class takes.
+            `forecasting.huggingface.forecast_run` explains them. `levers` is
             True for a script that says `apply_levers(trainer.model)`, or that one's keywords.
             Of a recipe on several cards: `strategy` ("ddp" or "fsdp2"), `world_size`, `offload`,
             as `forecasting.ranks.forecast_ranks` explains them.
