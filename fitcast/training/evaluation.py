@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fitcast import gpus
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
-from fitcast.training.data import render_prompt
+from fitcast.step.levers import chunked_loss, unwrap
+from fitcast.training.data import collate, render_prompt
 from fitcast.training.restoring import evaluating
-from fitcast.units import Said, refusal
+from fitcast.units import IGNORED, Said, refusal
 
 TAIL = 0.025  # of the experiments on each side of a 95 % interval
 
@@ -40,27 +42,45 @@ class Interval:
 def answer_losses(model: torch.nn.Module, rows: Iterable[dict], recipe: TrainRecipe) -> list[float]:
     """Loss of each example's answer, in nats per token.
 
-    One example at a time, so that no result depends on its neighbours' padding.
+    As many examples at a time as the recipe trains at once, so that what could be trained can be
+    evaluated. Padding is masked out; an example's loss is its own, whoever its neighbours are.
 
     Args:
         model: In any mode; each of its modules is back in its own mode afterwards.
         rows: input_ids and labels, lists of `tokens` numbers, of each example, as from
             `data.encode`.
-        recipe: Uses loss, loss_chunk_tokens and amp_dtype.
+        recipe: Uses micro_batch_size, loss, loss_chunk_tokens and amp_dtype.
 
     Returns:
         A number for each row, in order.
     """
-    device = gpus.device()
+    device, examples = gpus.device(), list(rows)
     losses = []
     with evaluating(model):
-        for row in rows:
-            batch = {
-                name: torch.tensor([row[name]], device=device) for name in ("input_ids", "labels")
-            }
+        for start in range(0, len(examples), recipe.micro_batch_size):
+            batch = collate(examples[start : start + recipe.micro_batch_size], pad_token_id=0)
+            batch = {name: column.to(device) for name, column in batch.items()}
             with qlora.autocast(recipe, device):
-                losses.append(qlora.compute_loss(model, batch, recipe))
+                losses += _losses_of_rows(model, batch, recipe)
     return torch.stack(losses).float().tolist()
+
+
+def _losses_of_rows(
+    model: Any, batch: dict[str, torch.Tensor], recipe: TrainRecipe
+) -> list[torch.Tensor]:
+    """Each row's mean loss, from one forward pass; the loss as the recipe builds it."""
+    inputs = {name: column for name, column in batch.items() if name != "labels"}
+    if recipe.loss == "full":
+        logits = model(**inputs).logits.float()  # (batch, tokens, vocabulary)
+        pairs = zip(logits[:, :-1], batch["labels"][:, 1:], strict=True)
+        return [F.cross_entropy(*pair, ignore_index=IGNORED) for pair in pairs]
+    base = unwrap(model)
+    hidden = base.model(**inputs).last_hidden_state  # (batch, tokens, hidden)
+    head, chunk = base.get_output_embeddings(), recipe.loss_chunk_tokens
+    return [
+        chunked_loss(row[None], head, own[None], chunk, skip_unlabelled=True)
+        for row, own in zip(hidden, batch["labels"], strict=True)
+    ]
 
 
 def generate(

@@ -1,5 +1,6 @@
 """Evaluation: losses against plain PyTorch, intervals against theory, answers one by one."""
 
+import dataclasses
 import math
 
 import pytest
@@ -28,12 +29,21 @@ def model():
     return trainer.build_model(RECIPE)
 
 
-def test_loss_of_each_answer_equals_plain_cross_entropy(model, tokenizer):
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+def test_loss_of_each_answer_equals_plain_cross_entropy(model, tokenizer, loss):
+    """Three rows at a time, as they would be trained, and each loss is the row's own."""
     rows = encode(data.load_instructions(split="heldout"), tokenizer, 128)
     rows = rows.select(range(4))
     model.train()
-    found = evaluation.answer_losses(model, rows, RECIPE)
-    assert model.training
+    seen = []
+    hook = model.get_base_model().model.register_forward_hook(
+        lambda module, inputs, output: seen.append(len(output.last_hidden_state))
+    )
+    found = evaluation.answer_losses(
+        model, rows, dataclasses.replace(RECIPE, loss=loss, micro_batch_size=3)
+    )
+    hook.remove()
+    assert model.training and seen == [3, 1]
     model.eval()
     for row, loss in zip(rows, found, strict=True):
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
