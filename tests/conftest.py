@@ -1,5 +1,6 @@
 """What every test shares: no network, no GPU and no progress bars, before torch is imported."""
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -48,6 +49,12 @@ def pytest_ignore_collect(collection_path, config):
     if collection_path == BROWSER_TESTS and not any("browser" in arg for arg in config.args):
         return True
     return None
+
+
+def pytest_collection_finish():
+    """What is imported stays: no search for rubbish, of which there are many, looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from course_utils.data import BUNDLED
@@ -80,6 +81,13 @@ QUESTIONS = SelfCheck(
 )
 
 
+@functools.cache
+def _trainable(model: str, rank: int) -> int:
+    """Numbers that PEFT's adapters of this rank have on a model's q, k, v and o."""
+    recipe = TrainRecipe(model=model, base="float32", lora_rank=rank)
+    return qlora.count_parameters(blueprint(recipe, models.config(model)))[0]
+
+
 @check()
 def check_trainable(answer: Callable) -> Verdict:
     """Exercise 07.2: trainable parameters of rank-r adapters on q, k, v and o."""
@@ -94,8 +102,7 @@ def check_trainable(answer: Callable) -> Verdict:
                 rank,
             )
         )
-        recipe = TrainRecipe(model=model, base="float32", lora_rank=rank)
-        counted.append(qlora.count_parameters(blueprint(recipe, config))[0])
+        counted.append(_trainable(model, rank))
     truth = dict(zip(cases, counted, strict=True))
     return judge_function(
         answer,

@@ -1,5 +1,6 @@
 """Lesson 04: its exercises know right from wrong, its claims hold outside its cells."""
 
+import functools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -126,7 +127,9 @@ EXERCISES = {
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_check_knows_right_from_wrong(name):
+def test_check_knows_right_from_wrong(name, monkeypatch):
+    for slow in ("fake_model", "copies"):  # of the same three models for each answer
+        monkeypatch.setattr(lesson_04, slow, functools.cache(getattr(lesson_04, slow)))
     assert complaints(getattr(lesson_04, name), name, *EXERCISES[name]) == []
 
 
@@ -183,6 +186,7 @@ def test_float16_and_bfloat16_take_the_same_bytes():
         assert half.composition[holder] == full.composition[holder]
 
 
+@pytest.mark.slow
 def test_updates_explorer_draws_every_choice():
     explorer = widgets.updates_explorer({"one": [torch.ones(4)], "small": [torch.full((4,), 1e-3)]})
     assert "float16 0%" in explorer.figure.alt

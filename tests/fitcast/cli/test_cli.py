@@ -165,6 +165,16 @@ def test_a_run_that_is_tight_exits_4(capsys):
     assert capsys.readouterr().out.startswith("tight on a card of 0.17 GiB")
 
 
+def test_a_fit_that_fails_exits_3_with_one_sentence(capsys, monkeypatch):
+    def nothing(*_, **__):
+        raise search.DoesNotFit("recipe must fit 14.56 GiB of a T4, got 16 GiB")
+
+    monkeypatch.setattr(search, "fit", nothing)
+    assert cli.main(["fit", *SMALL, "--json"]) == 3
+    assert capsys.readouterr() == ("", "error: recipe must fit 14.56 GiB of a T4, got 16 GiB\n")
+
+
+@pytest.mark.slow
 def test_fit_that_finds_nothing_exits_3_with_one_sentence(capsys):
     """16-bit weights of 8B alone are more than a T4 holds: nothing that fit may change helps."""
     arguments = ["fit", "--model", "llama-3.1-8b", "--base", "float16", "--sequence-length", "16"]
@@ -175,7 +185,18 @@ def test_fit_that_finds_nothing_exits_3_with_one_sentence(capsys):
     assert "one sequence of 16 tokens" in said
 
 
-def test_levers_says_what_each_change_saves_and_costs(capsys):
+@pytest.fixture
+def few_changes(monkeypatch):
+    """Of what levers weighs, three are enough to be told."""
+    every = search.single_changes
+    monkeypatch.setattr(
+        search,
+        "single_changes",
+        lambda *given: {name: every(*given)[name] for name in ("lean loss", "rank 8", "lean MLP")},
+    )
+
+
+def test_levers_says_what_each_change_saves_and_costs(capsys, few_changes):
     said = told(capsys, "levers", *SMALL)
     base = forecast(RECIPE, T4)
     assert said["peak_allocated_bytes"] == base.peak_allocated_bytes
@@ -228,7 +249,7 @@ def keys_and_values(data):
         yield None, data
 
 
-def test_numbers_in_json_have_their_types(capsys):
+def test_numbers_in_json_have_their_types(capsys, few_changes):
     answers = [
         told(capsys, "forecast", *SMALL),
         told(capsys, "fit", *SMALL),
@@ -260,6 +281,7 @@ def test_progress_is_shown_after_a_second_and_not_before(capsys):
     assert capsys.readouterr().err.splitlines() == ["... forecasting", "... second thing"]
 
 
+@pytest.mark.slow
 def test_the_old_door_answers_and_points_to_the_new_one():
     done = subprocess.run(
         [sys.executable, "-m", "course_utils", "forecast", *SMALL, "--json"],
@@ -282,6 +304,7 @@ def into_a_closed_pipe(*arguments: str) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.slow
 def test_a_reader_who_has_seen_enough_is_no_error():
     done = into_a_closed_pipe("-m", "fitcast", "doctor")
     assert (done.returncode, "BrokenPipe" in done.stderr) == (0, False), done.stderr

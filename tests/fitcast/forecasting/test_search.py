@@ -102,10 +102,12 @@ def test_target_is_kept_and_hours_follow(recipe, small_gpu):
 
 def test_nothing_fits_says_how_much_it_would_take(recipe, small_gpu):
     tiny = dataclasses.replace(small_gpu, total_bytes=900 * MIB)
+    one = dataclasses.replace(recipe, gradient_accumulation_steps=1)
     with pytest.raises(DoesNotFit, match="recipe must fit 900.00 MiB of a small, got at least 1"):
-        fit(recipe, tiny)
+        fit(one, tiny)
 
 
+@pytest.mark.slow
 def test_a_model_with_scaled_logits_keeps_the_full_loss(tmp_path):
     shape = {
         name: getattr(models.config(BUNDLED), name)
@@ -144,7 +146,20 @@ def test_absurd_question_is_refused_before_the_search(
     assert weighed == [] and not isinstance(refusal.value, DoesNotFit)
 
 
-def test_levers_are_single_changes_ranked_by_bytes(recipe):
+@pytest.mark.parametrize(
+    "weighed",
+    [
+        ("rank 8", "explicit K/V attention", "4-bit base"),
+        pytest.param((), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_levers_are_single_changes_ranked_by_bytes(recipe, monkeypatch, weighed):
+    every = search.single_changes
+    monkeypatch.setattr(
+        search,
+        "single_changes",
+        lambda *given: {n: f for n, f in every(*given).items() if not weighed or n in weighed},
+    )
     base = dataclasses.replace(recipe, loss="chunked", sequence_length=4096)
     ranked = levers(base, T4)
     assert [lever.saved_bytes for lever in ranked] == sorted(
@@ -181,6 +196,7 @@ def test_a_lever_reads_as_a_sentence(recipe):
     )
 
 
+@pytest.mark.slow
 def test_speed_of_large_steps_is_the_measured_one(tmp_path):
     """Rows of 8B with 8192 tokens a step, where the GPU and not Python decides."""
     config = models.config("llama-3.1-8b")
