@@ -3,7 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/01_where_does_the_memory_go.ipynb)
 #
-# **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have trained a model before, 60 to 70 if it is new to you; half-way there
+# is a place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # "CUDA out of memory", and the weights alone would have fitted. Who took the rest? In this lesson
 # you guess, then count every byte of a training step, and see which guesses were off, and by how
@@ -13,12 +14,13 @@
 # |---|---|---|
 # | *name* the four holders of memory and *say* when each comes and goes | B1 | section 1 |
 # | *calculate* what one transformer layer keeps for backward, to the byte | B2 | exercise 01.1 |
-# | *predict* how memory grows with batch and length | B1 | section 4 |
+# | *predict* how memory grows with batch and length | B1 | section 3 |
 # | *analyse* a peak: which tensor, which operation, how many copies | B2 | exercise 01.2 |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
-# **Needs:** a PyTorch training loop you can read. No earlier lesson.
+# **Needs:** a PyTorch training loop you can read, and a transformer layer's parts by name: norms,
+# attention with query, key and value, an MLP. No earlier lesson.
 # **New concepts (5):** the four holders · tensors kept for backward · layer boundary · attention
 # kernel · the logits term. Each is in the [glossary](glossary.md).
 
@@ -44,13 +46,11 @@ import warnings
 from dataclasses import replace
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from course_utils import figures
-from course_utils.data import BUNDLED, bundled_model_dir, load_instructions
+from transformers import AutoModelForCausalLM
+from course_utils import data, figures
 from course_utils.exercises import lesson_01 as exercises
 from course_utils.exercises.predictions import show_prediction
-from fitcast import MIB, T4, MemoryLedger, TrainRecipe, count_block, fake_tensors, gpus, models
-from fitcast import show_bytes
+from fitcast import MIB, MemoryLedger, gpus, show_bytes
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
 print(gpus.describe(gpus.detect()))
 
@@ -83,15 +83,19 @@ def two_steps(model, ids, budget_bytes=None):
     return ledger.report()
 
 # %% tags=["setup"]
+from fitcast import fake_tensors, models
 from fitcast.forecasting.fake import meta_model, on_fake_tensors
 from fitcast.step import compat
 compat.look_past()  # Colab's torchao is older than PEFT wants it; nothing here uses it
 def on_a_t4(model):
     with fake_tensors():
         ids = torch.zeros(4, 1024, dtype=torch.long)
-        return two_steps(on_fake_tensors(model), ids, T4.usable_bytes)
+        return two_steps(on_fake_tensors(model), ids, gpus.T4.usable_bytes)
 
 shape = models.config("llama-3.2-3b")  # its sizes, no weights
+
+# %% [markdown]
+# The next cell fails on purpose. Read its last line only.
 
 # %% tags=["raises-exception"]
 model = meta_model(shape, torch.float32)
@@ -107,19 +111,19 @@ model.gradient_checkpointing_enable()                                           
 print("two steps done, peak", show_bytes(on_a_t4(model).peak_bytes))
 
 # %% [markdown]
-# It trains. Weights in 16 bits (1), only small *adapters* beside them trained (2), what layers
-# computed forgotten and computed again (3). Take any one of the three away and it dies again. The
-# same three lines with numbers in the tensors, on the small model that the course carries:
+# It trains. Weights in 16 bits (1), only small *adapters* beside them trained (2; 16 is their inner
+# width), what layers computed forgotten and computed again (3). Take any one of the three away and
+# it dies again. The same three lines with numbers in the tensors, on the small model that the
+# course carries:
 
 # %% tags=["run"]
-small = AutoModelForCausalLM.from_pretrained(bundled_model_dir(), use_safetensors=True,
+small = AutoModelForCausalLM.from_pretrained(data.BUNDLED, use_safetensors=True,
                                              dtype=torch.float16)                          # 1
 small = get_peft_model(small, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))       # 2
 small.config.use_cache = False
 small.gradient_checkpointing_enable()                                                      # 3
-tokenizer = AutoTokenizer.from_pretrained(bundled_model_dir())
-text = "\n".join(load_instructions()["answer"][:3])
-ids = tokenizer(text, return_tensors="pt")["input_ids"].to(gpus.device())
+text = "\n".join(data.load_instructions()["answer"][:3])
+ids = data.tokenizer()(text, return_tensors="pt")["input_ids"].to(gpus.device())
 small = small.to(gpus.device()).train()
 start = small(input_ids=ids, labels=ids).loss.item()
 for _ in range(10):
@@ -127,8 +131,8 @@ for _ in range(10):
 print(f"loss {start:.0f}, 4 lower:", small(input_ids=ids, labels=ids).loss.item() < start - 4)
 
 # %% [markdown]
-# Why do these three help, what does each cost, and which would *your* run need? That is the course.
-# This lesson finds out who had the memory. (Lesson 02 is line 3, 04 is line 1.)
+# Why do these three help, and which would *your* run need? That is the course. This lesson finds out
+# who had the memory. (Lesson 02 is line 3, 04 is line 1.)
 
 # %% [markdown]
 # ## 1 · Four holders, one training step
@@ -138,7 +142,7 @@ print(f"loss {start:.0f}, 4 lower:", small(input_ids=ids, labels=ids).loss.item(
 
 # %% tags=["run"]
 memory_before = gpus.reset_peak()
-model = AutoModelForCausalLM.from_pretrained(bundled_model_dir(), use_safetensors=True,
+model = AutoModelForCausalLM.from_pretrained(data.BUNDLED, use_safetensors=True,
                                              dtype=torch.float32)
 model = model.to(gpus.device()).train()
 ids = torch.randint(0, 1280, (4, 128), device=gpus.device())
@@ -192,7 +196,7 @@ show_prediction(predicted_kept, counted_by_your_hooks=kept, also=share)
 # each storage from its first byte to its last reference. Two whole steps:
 
 # %% tags=["run"]
-del optimizer
+optimizer = None
 model.zero_grad()
 full = two_steps(model, ids)
 measured = gpus.peak_allocated_bytes(above=memory_before)
@@ -204,12 +208,17 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # Read it from left to right. **Forward** climbs: every layer leaves tensors behind. **Backward**
 # descends: it uses them up, last layer first, and leaves gradients. The **optimizer step** creates
 # Adam's two averages, once; they stay. So the second step starts higher than the first, and the
-# peak belongs to the *second* step: whoever probes a batch size without an optimizer step probes
-# too low. *Temporaries*, the thin band on top, live for a few operations.
+# peak belongs to the *second* step: whoever probes a batch size runs two. *Temporaries*, the thin
+# band on top, live for a few operations.
+#
+# *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
 
 # %% [markdown]
 # ## 2 · What does one layer keep?
-# Each layer has its own set of kept tensors, a₁ … aₙ, until backward has passed it.
+# Each layer has its own set of kept tensors, a₁ … aₙ, until backward has passed it. A Llama layer,
+# from its input to its output: norm → query, key, value → query and key rotated by position →
+# attention → a linear layer → added to the input; norm → gate and up (two linear layers) → silu of
+# gate, times up → down → added.
 
 # %% tags=["run"]
 figures.forward_backward(layers=4)
@@ -223,18 +232,25 @@ figures.forward_backward(layers=4)
 predicted_ratio = ...
 
 # %% tags=["setup"]
-recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
+from fitcast import TrainRecipe, count_block
+# a recipe: the settings of one training step; `replace` gives a copy with some changed
+recipe = TrainRecipe(model=data.BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
                      micro_batch_size=4, sequence_length=128, optimizer="adamw",
                      checkpointed_layers=0)  # micro batch: the sequences of one forward pass
+
+# %% tags=["setup"]
+def as_rows(layer, per_token):  # how the list is printed
+    rows = []
+    for tensor in layer.saved:
+        what = tensor.operation.split(".")[0]  # the ledger made up the first one
+        who = f"{tensor.module or 'the layer itself'} · {what}" if rows else "the layer's input"
+        rows.append(f"{tensor.n_bytes // per_token:5}  {who}")
+    return [*rows, f"{layer.saved_activation_bytes // per_token:5}  numbers for each token, in all"]
 
 # %% tags=["run"]
 from fitcast.forecasting.block import boundary_bytes
 layer = count_block(recipe)  # one layer under the ledger
-rows, per_token = [], 4 * recipe.micro_batch_size * recipe.sequence_length  # float32
-for tensor in layer.saved:
-    made_by = f"{tensor.module or 'the layer itself'} · {tensor.operation.split('.')[0]}"
-    rows.append(f"{tensor.n_bytes // per_token:5}  {made_by}")
-rows.append(f"{layer.saved_activation_bytes // per_token:5}  numbers for each token, in all")
+rows = as_rows(layer, per_token=4 * 4 * 128)  # 4 bytes, 4 sequences of 128 tokens
 show_prediction(predicted_ratio, show="{:.2f} x the boundary".format, also="\n".join(rows),
                 counted=layer.saved_activation_bytes / boundary_bytes(recipe))
 
@@ -243,14 +259,14 @@ show_prediction(predicted_ratio, show="{:.2f} x the boundary".format, also="\n".
 # The list has every kept tensor in order, as numbers per token, with its maker. Each is an operand
 # of a product, or the input or output of a function, whichever its derivative needs:
 #
-# - the two norms keep their input, one number (1 / root mean square), the normalised input, and the
-#   result, which is the operand of the linear layers behind them;
-# - attention keeps query and key after rotation, and value (key and value are narrow: two heads
-#   serve six queries), its output, and one number for each head;
+# - the two norms keep their input, one number (1 / root mean square: `rsqrt`), the normalised
+#   input, and the result, which is the operand of the linear layers behind them (two `mul`);
+# - attention keeps query and key after rotation (two `add`), and value (key and value are narrow:
+#   two heads serve six queries), its output, and one number for each head;
 # - the MLP keeps four tensors of its inner width, 384.
 #
-# Additions keep nothing. Weights do not count: they are there anyway.
-# [PyTorch: autograd mechanics, "Saved tensors"]
+# Additions keep nothing. Weights do not count: they are there anyway. (A formula that you will meet
+# counts the boundary, and nothing else: Go further.) [PyTorch: autograd mechanics, "Saved tensors"]
 
 # %% [markdown]
 # ## Exercise 01.1 · Bytes of a given layer
@@ -276,48 +292,22 @@ def numbers_kept(hidden, kv, intermediate, heads):
 exercises.check_saved_numbers(numbers_kept)
 
 # %% [markdown]
-# ## 3 · The usual estimate
-# You will meet this formula for activation memory: layers x batch x sequence x hidden x 2 bytes.
-# For Llama-2-7B (32 layers, hidden 4096) at one sequence of 2048 tokens it gives 512 MiB.
+# ## 3 · Two laws
+# transformers has several **attention kernels**, the code that computes attention. *Eager* is the
+# formula, product by product. SDPA, its default, calls PyTorch's `scaled_dot_product_attention`,
+# one operation for all of it.
 #
 # ### Predict
-# How much do the 32 layers really keep, with the attention that transformers uses today (PyTorch's
-# `scaled_dot_product_attention`, SDPA)? In bytes: 2 GiB would be `2048 * MIB`.
-
-# %% tags=["predict"]
-predicted_layers = ...
-
-# %% tags=["run"]
-seven = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, lora_dropout=0,
-                    sequence_length=2048, checkpointed_layers=0)
-estimate = 32 * boundary_bytes(seven)
-sdpa = 32 * count_block(seven).saved_activation_bytes
-eager = 32 * count_block(replace(seven, attention="eager")).saved_activation_bytes
-rows = {"usual estimate": estimate, "SDPA": sdpa, "eager": eager}
-figure = figures.compare({name: {"activations": kept} for name, kept in rows.items()},
-                         title="Llama-2-7B: what 32 layers keep, 1 x 2048 tokens")
-times = f"of the estimate: SDPA {sdpa / estimate:.1f} x, eager {eager / estimate:.1f} x"
-show_prediction(predicted_layers, counted=sdpa, counted_with_eager=eager, usual_estimate=estimate,
-                also=[times, figure])
-
-# %% [markdown]
-# ### Explain
-# The usual estimate counts one tensor a layer: the boundary. Section 2 counted what lies *between*
-# two boundaries, over twenty times as much. The **attention kernel** decides about the rest:
-# *eager* attention also keeps the scores of every pair of positions, for every head. SDPA picks a
-# kernel, and the one it picks here never writes them to memory, keeps one number for each row and
-# recomputes them [FlashAttention, section 3.1]. (A T4 has no FlashAttention, and may get a kernel
-# that does write them.) Remember the estimate all the same: checkpointing makes it come true.
-
-# %% [markdown]
-# ## 4 · Two laws
-# ### Predict
-# Double the sequence from 2048 to 4096 tokens. What one layer keeps grows by which factor with
-# eager attention? And with SDPA?
+# A layer of Llama-2-7B, and twice the text, 4096 tokens in place of 2048. What the layer keeps
+# grows by which factor with eager attention? And with SDPA?
 
 # %% tags=["predict"]
 predicted_factor_eager = ...
 predicted_factor_sdpa = ...
+
+# %% tags=["setup"]
+seven = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, lora_dropout=0,
+                    sequence_length=2048, checkpointed_layers=0)
 
 # %% tags=["run"]
 lengths = [512, 1024, 2048, 4096]
@@ -332,20 +322,23 @@ show_prediction(predicted_factor_sdpa, show=times, counted_with_SDPA=factors["SD
 
 # %% [markdown]
 # ### Explain
-# **Sequence: it depends on the kernel.** SDPA's line is straight. Eager's is a straight part plus a
-# quadratic one, the scores, so doubling gives a factor between 2 and 4, the closer to 4 the longer
-# the text. **Batch: always linear**, because every kept tensor has the batch as a factor.
+# **Sequence: it depends on the kernel.** Eager attention also keeps the scores of every pair of
+# positions, for every head: a straight part plus a quadratic one, so doubling gives a factor
+# between 2 and 4, the closer to 4 the longer the text. SDPA's line is straight: the kernel that it
+# picks here never writes scores to memory, keeps one number for each row and recomputes them
+# [FlashAttention, section 3.1]. (A T4 has no FlashAttention, and may get a kernel that does write
+# them.) **Batch: always linear**, because every kept tensor has the batch as a factor.
 #
 # Move the controls (with the mouse, or Tab and the arrow keys). **Task:** Llama-2-7B at 1 x 2048
 # tokens, eager. How many sequences can SDPA take before it keeps more than that?
-# <details><summary>Answer</summary>Two keep less, four keep more: eager's 35.38 GiB lie between
-# twice and four times SDPA's 11.38 GiB.</details>
+# <details><summary>Answer</summary>Three: three times SDPA's 11.38 GiB is less than eager's 35.38
+# GiB. Of the control's choices 2 keep less, 4 more.</details>
 
 # %% tags=["run"]
 figures.layers_explorer()
 
 # %% [markdown]
-# ## 5 · The term that few count
+# ## 4 · The term that few count
 # The last thing forward computes are the **logits**: for each token one number for each word of the
 # vocabulary. Llama-3.2-1B has a vocabulary of 128 256. In come 4 sequences of 1024 token ids.
 #
@@ -357,10 +350,10 @@ figures.layers_explorer()
 predicted_logits = ...
 
 # %% tags=["run"]
-model = on_fake_tensors(meta_model(models.config("llama-3.2-1b"), torch.float16))
-with fake_tensors(), MemoryLedger(model) as ledger:
-    ids = torch.zeros(4, 1024, dtype=torch.long)
-    model(input_ids=ids, labels=ids).loss.backward()
+big_model = on_fake_tensors(meta_model(models.config("llama-3.2-1b"), torch.float16))
+with fake_tensors(), MemoryLedger(big_model) as ledger:
+    big_ids = torch.zeros(4, 1024, dtype=torch.long)
+    big_model(input_ids=big_ids, labels=big_ids).loss.backward()
 big = ledger.report()
 rows = "\n".join(f"{show_bytes(t.n_bytes):>11}  {t.dtype}  {t.shape}  {t.operation}"
                  for t in big.largest[:6])
@@ -371,7 +364,8 @@ show_prediction(predicted_logits, counted=big.largest[0].n_bytes,
 # ### Explain
 # 32 KiB went in. The loss turns the 16-bit logits into float32 for safety, its softmax keeps a copy
 # for backward, and backward makes two more before the first can go: three copies, more than all the
-# weights of this model. This is the **logits term**. Whoever counts "layers x something" misses it,
+# weights of this model. (Most of what else stands at the peak is what its 16 layers keep.) This is
+# the **logits term**. Whoever counts "layers x something" misses it,
 # because the head is no layer. [transformers: `ForCausalLMLoss` in loss/loss_utils.py]
 
 # %% tags=["run"]
@@ -433,14 +427,43 @@ exercises.QUESTIONS.score(before, after)
 
 # %% [markdown]
 # ## To lesson 02
-# A layer keeps over twenty times its boundary. What if we kept *only* the boundaries, and computed
-# the rest again when backward asks for it? Then the usual estimate would come true. What would it
-# cost? Lesson 02 asks: what if we forget on purpose?
+# A layer keeps some twenty times its boundary. What if we kept *only* the boundaries, and computed
+# the rest again when backward asks for it? Lesson 02 asks: what if we forget on purpose?
 
 # %% [markdown]
 # ## Go further (optional)
 # Everything from here on is beyond the 45 minutes: take what you like.
+
+# %% [markdown]
+# ### The usual estimate
+# You will meet this formula for activation memory: layers x batch x sequence x hidden x 2 bytes
+# (numbers of 16 bits). For Llama-2-7B (32 layers, hidden 4096) at one sequence of 2048 tokens it
+# gives 512 MiB.
 #
+# ### Predict
+# How much do the 32 layers really keep, with SDPA? In bytes: 2 GiB would be `2048 * MIB`.
+
+# %% tags=["predict"]
+predicted_layers = ...
+
+# %% tags=["run"]
+estimate = 32 * boundary_bytes(seven)
+sdpa = 32 * count_block(seven).saved_activation_bytes
+eager = 32 * count_block(replace(seven, attention="eager")).saved_activation_bytes
+rows = {"usual estimate": estimate, "SDPA": sdpa, "eager": eager}
+figure = figures.compare({name: {"activations": kept} for name, kept in rows.items()},
+                         title="Llama-2-7B: what 32 layers keep, 1 x 2048 tokens")
+times = f"of the estimate: SDPA {sdpa / estimate:.1f} x, eager {eager / estimate:.1f} x"
+show_prediction(predicted_layers, counted=sdpa, counted_with_eager=eager, usual_estimate=estimate,
+                also=[times, figure])
+
+# %% [markdown]
+# ### Explain
+# The usual estimate counts one tensor a layer: the boundary. Section 2 counted what lies *between*
+# two boundaries, here over twenty times as much, and eager attention adds its scores. Remember the
+# estimate all the same: checkpointing, lesson 02, makes it come true.
+
+# %% [markdown]
 # ### LoRA to the rescue?
 # LoRA freezes the weights and trains two thin matrices beside some of them. It is sold as the cure
 # for memory. So:

@@ -48,12 +48,10 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 from course_utils import figures
-from course_utils.data import BUNDLED
 from course_utils.exercises import lesson_02 as exercises
 from course_utils.exercises.predictions import show_prediction
-from course_utils.topics.checkpointing import trace_chain
-from fitcast import GIB, T4, MemoryLedger, TrainRecipe, forecast, gpus, show_bytes
-from fitcast.step import qlora
+from course_utils.topics import checkpointing
+from fitcast import MemoryLedger, TrainRecipe, forecast, gpus
 
 # %% tags=["setup"]
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
@@ -112,8 +110,8 @@ exercises.draw_traces(keep_all, keep_135)
 predicted_steps = ...
 
 # %% tags=["run"]
-traces = {"keep a1 to a6": trace_chain(6, kept=range(1, 7)),
-          "keep a1, a3, a5": trace_chain(6, kept=[1, 3, 5])}
+traces = {"keep a1 to a6": checkpointing.trace_chain(6, kept=range(1, 7)),
+          "keep a1, a3, a5": checkpointing.trace_chain(6, kept=[1, 3, 5])}
 runs = {name: sum("forward" in moment.action for moment in trace) for name, trace in traces.items()}
 show_prediction(predicted_steps, show="{} forward steps".format, counted=runs["keep a1, a3, a5"],
                 also=figures.chains(traces, steps=6))
@@ -127,13 +125,15 @@ show_prediction(predicted_steps, show="{} forward steps".format, counted=runs["k
 
 # %% [markdown]
 # ## 2 · Write one
+# Once written, it is no magic.
+#
 # ## Exercise 02.2 · A checkpoint of your own
 # *Hard, 12 minutes.* `Forget.apply(function, x)` is `function(x)`, but of all that the function
 # computes only `x` waits for backward. Write both methods. What an `autograd.Function` gives you:
-# inside `forward` no graph is built, so nothing else is kept; `ctx.save_for_backward(x)` keeps a
+# inside both methods no graph is built, so nothing else is kept; `ctx.save_for_backward(x)` keeps a
 # tensor, `ctx.saved_tensors` is it again, `ctx.anything = ...` keeps any object. `grad` is the
 # gradient of your output; return one gradient for each argument of `forward`, `None` for those that
-# have none.
+# have none. (Hints are there to be opened.)
 #
 # The check trains three blocks with it. It wants gradients equal **to the bit**, of the input and
 # of all weights, **and** no more bytes waiting for backward than each block's input.
@@ -163,17 +163,20 @@ exercises.check_forget(Forget.apply)
 # %% [markdown]
 # PyTorch's own, `torch.utils.checkpoint.checkpoint`, does more: it replays the random numbers, so
 # that dropout drops the same elements again, and it stops the second run as soon as nothing more is
-# asked for. With `use_reentrant=True` it is your class; `use_reentrant=False` is the one to use.
-# [PyTorch: torch.utils.checkpoint]
+# asked for. With `use_reentrant=True` it is your class; `use_reentrant=False` is the one to use
+# (why: Go further). [PyTorch: torch.utils.checkpoint]
 
 # %% [markdown]
 # ## 3 · On a real model
-# transformers has a switch, `gradient_checkpointing_enable` (5.23 calls it
+# transformers has a switch, `gradient_checkpointing_enable` (transformers 5.23 calls it
 # `activation_checkpointing_enable`, and takes the old name with a warning until version 6). Its
 # default is `use_reentrant=False`. The small Llama of lesson 01, all weights trained, 4 sequences
 # of 128 tokens; what waits for backward after a forward pass?
 
 # %% tags=["setup"]
+from course_utils.data import BUNDLED
+from fitcast import show_bytes
+from fitcast.step import qlora
 recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
                      micro_batch_size=4, sequence_length=128, optimizer="adamw",
                      checkpointed_layers=0)
@@ -258,10 +261,9 @@ predicted_more_full = ...
 predicted_more_lora = ...
 
 # %% tags=["run"]
-from course_utils.topics.checkpointing import WorkCounter
 def work(recipe):
     model = build(recipe)
-    with WorkCounter() as counter:
+    with checkpointing.WorkCounter() as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     return counter.flops
 
@@ -275,30 +277,16 @@ for predicted, name in ((predicted_more_full, "all weights"), (predicted_more_lo
 
 # %% [markdown]
 # ### Explain
-# Not all of forward comes again: the head is no layer, and in each layer the last product is the
-# "last step" of section 1. With LoRA it is compared with a smaller step, so it
-# weighs more. A big model, as **QLoRA** trains it (the frozen base in 4 bits, adapters beside
-# it), by `forecast`: it runs a step on tensors without numbers with a T4's kernels and allocator,
-# and says what the T4 would hold and do.
+# Forward twice would add a third (with LoRA's smaller step, a half). It is less: the head is no
+# layer, and in each layer the last product is the "last step" of section 1. A big model, as
+# **QLoRA** trains it (the frozen base in 4 bits, adapters beside it), by `forecast`, which runs a
+# step on tensors without numbers, as a T4 would:
 
 # %% tags=["run"]
-usual = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16")  # 4 bits, rank 16, 8-bit Adam
-keeps, forgets = (forecast(replace(usual, sequence_length=512, checkpointed_layers=k), T4)
+usual = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16")  # its settings: lesson 07
+keeps, forgets = (forecast(replace(usual, sequence_length=512, checkpointed_layers=k), gpus.T4)
                   for k in (0, "all"))
 print(f"QLoRA of Llama-3.1-8B, every layer forgets: work +{forgets.flops / keeps.flops - 1:.0%}")
-
-# %% [markdown]
-# And the clock, recorded once: Llama-3.2-1B, 4 sequences of 1024 tokens. (A larger card with a T4's
-# kernels: the bytes are a T4's, the clock is an H200's, and nothing held it to a T4's memory.)
-
-# %% tags=["recorded"]
-from course_utils.topics import recorded
-from course_utils.topics.checkpointing import beside_the_first
-recorded.show("checkpointing", beside_the_first())
-
-# %% [markdown]
-# LoRA pays the larger share, as the work said. Both numbers in circulation are somebody's: measure
-# your own step.
 
 # %% [markdown]
 # ## 5 · When is it needed, and how much of it?
@@ -319,10 +307,10 @@ for model in ("llama-3.2-1b", "llama-3.1-8b"):
     for length in (512, 2048):
         for name, k in (("kept", 0), ("forgets", "all")):
             case = replace(usual, model=model, sequence_length=length, checkpointed_layers=k)
-            cases[f"{model[-2:].upper()}, {length}: {name}"] = forecast(case, T4)
+            cases[f"{model[-2:].upper()}, {length}: {name}"] = forecast(case, gpus.T4)
 needs = sum(step.verdict == "does not fit" for name, step in cases.items() if "kept" in name)
 show_prediction(predicted_cases, show="{} of 4".format, forecast=needs,
-                also=figures.compare(cases, T4, "Peak of a QLoRA step by model and tokens"))
+                also=figures.compare(cases, gpus.T4, "Peak of a QLoRA step by model and tokens"))
 
 # %% [markdown]
 # ### Explain
@@ -336,10 +324,10 @@ show_prediction(predicted_cases, show="{} of 4".format, forecast=needs,
 # remember: `layer.gradient_checkpointing = False`.
 
 #
-# Every layer that remembers costs the same. Move the controls (with the mouse, or
-# Tab and the arrow keys). **Task:** Llama-3.2-3B on a T4, micro batch 1. What is the longest
-# sequence that fits when no layer forgets? <details><summary>Answer</summary>1024 tokens: at 2048
-# the upper bar says "does not fit".</details>
+# Every layer that remembers costs the same. Move the controls (with the mouse, or Tab and the arrow
+# keys). **Task:** Llama-3.2-3B on a T4, micro batch 1. Which of the lengths is the longest that
+# fits when no layer forgets? <details><summary>Answer</summary>1024 tokens: at 2048 the upper bar
+# says "does not fit".</details>
 
 # %% tags=["run"]
 figures.forgetting_explorer()
@@ -352,9 +340,9 @@ figures.forgetting_explorer()
 
 # %% tags=["run"]
 eight = replace(usual, sequence_length=1024)
-budget_bytes = 12 * GIB
+budget_bytes = 12 * 2**30
 for k in (32, 24):
-    step = forecast(replace(eight, checkpointed_layers=k), T4)
+    step = forecast(replace(eight, checkpointed_layers=k), gpus.T4)
     print(f"k = {k}: {show_bytes(step.peak_allocated_bytes)}")
 
 # %% [markdown]
@@ -369,13 +357,13 @@ for k in (32, 24):
 smallest_k = ...
 
 # %% tags=["check"]
-exercises.check_smallest_k(smallest_k, eight, T4, budget_bytes)
+exercises.check_smallest_k(smallest_k, eight, gpus.T4, budget_bytes)
 
 # %% [markdown]
 # ## In your script
 # Trainer's own switch, and the line that every loop with adapters should have once: does *each*
 # trained tensor get a gradient? (transformers 5.23 also takes `activation_checkpointing=True`.)
-# On Colab, `!pip uninstall -qy torchao` before.
+# On Colab, `!pip uninstall -qy torchao` before: PEFT refuses the old one there.
 #
 # ```python
 # import torch
@@ -415,7 +403,7 @@ exercises.QUESTIONS.score(before, after)
 # %% tags=["run"]
 three = replace(usual, model="llama-3.2-3b", sequence_length=2048)
 for n in (1, 2, 3):
-    print(f"{n}: {forecast(replace(three, micro_batch_size=n), T4).verdict}")
+    print(f"{n}: {forecast(replace(three, micro_batch_size=n), gpus.T4).verdict}")
 
 # %% [markdown]
 # Two fit; a third is a matter of luck. The recipe that you copied says "batch size 32". Is training
@@ -431,7 +419,7 @@ for n in (1, 2, 3):
 
 # %% tags=["run"]
 for k in (1, 2, 4, 8, 16, 32):
-    trace = trace_chain(64, kept=range(1, 65, k))
+    trace = checkpointing.trace_chain(64, kept=range(1, 65, k))
     again = sum("again" in moment.action for moment in trace)
     print(f"segments of {k:2}: at most {max(len(moment.held) for moment in trace):2} held, "
           f"{again} steps computed again")
@@ -459,13 +447,12 @@ for layers in (16, 32, 64, 80):
 # 80 segments of two already hold less. Counted, not estimated, for stacks of our small layers:
 
 # %% tags=["run"]
-from course_utils.topics.checkpointing import build_stack, step_stack
 narrow, held = replace(recipe, micro_batch_size=1), {}
 for layers in (8, 16, 32):
-    stack = build_stack(narrow, layers)
-    plain_flops = step_stack(stack, narrow, 0).flops
+    stack = checkpointing.build_stack(narrow, layers)
+    plain_flops = checkpointing.step_stack(stack, narrow, 0).flops
     for size in (1, 2, round(layers**0.5)):
-        step = step_stack(stack, narrow, size)
+        step = checkpointing.step_stack(stack, narrow, size)
         held[layers, size] = step.activation_bytes
         print(f"{layers:2} layers, segments of {size}: {show_bytes(step.activation_bytes):>9}, "
               f"work +{step.flops / plain_flops - 1:.0%}")
@@ -509,8 +496,17 @@ with warnings.catch_warnings(action="ignore"):
     by_hand(4, use_reentrant=True)(input_ids=ids, labels=ids).loss.backward()
 
 # %% [markdown]
-# ### The clock, here
-# A model this small mostly moves memory, so this need not be what the work says:
+# ### The clock
+# Recorded once: Llama-3.2-1B, 4 sequences of 1024 tokens. (A larger card with a T4's kernels: the
+# bytes are a T4's, the clock is an H200's, and nothing held it to a T4's memory.)
+
+# %% tags=["recorded"]
+from course_utils.topics import recorded
+recorded.show("checkpointing", checkpointing.beside_the_first())
+
+# %% [markdown]
+# LoRA pays the larger share, as the work said. And here? A model this small mostly moves memory, so
+# this need not be what the work says:
 
 # %% tags=["run", "nbval-ignore-output"]
 # loose: wall-clock times differ from run to run
@@ -532,7 +528,7 @@ for name, rank in (("all weights", None), ("LoRA", 16)):
 # for each line, what is in memory and why.
 
 # %% tags=["run"]
-for moment in trace_chain(6, kept=[1, 4]):
+for moment in checkpointing.trace_chain(6, kept=[1, 4]):
     print(f"{moment.action:15}", " ".join(f"a{number}" for number in moment.held))
 
 # %% [markdown]
@@ -566,7 +562,7 @@ for moment in trace_chain(6, kept=[1, 4]):
 
 # %% tags=["run"]
 for k in (0, 32):
-    step = forecast(replace(eight, checkpointed_layers=k), T4)
+    step = forecast(replace(eight, checkpointed_layers=k), gpus.T4)
     print(f"{k:2} layers forget: peak {show_bytes(step.peak_allocated_bytes)}, "
           f"{step.flops / 1e12:.0f} TFLOP a step, {step.verdict}")
 

@@ -8,6 +8,7 @@ databricks-dolly-15k comes from the hub.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from fitcast.training.data import is_heldout
 from fitcast.units import Said, refusal
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
 
 DATA = Path(__file__).parent
@@ -88,6 +90,39 @@ def load_instructions(source: str = "bundled", split: str = "train") -> Dataset:
     return Dataset.from_list(
         [row for row in rows if is_heldout(row["prompt"]) == (split == "heldout")]
     )
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """The bundled model's tokenizer, with its chat template."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(bundled_model_dir())
+
+
+def encoded(sequence_length: int) -> Dataset:
+    """The bundled training examples as token ids, with labels on the answers alone.
+
+    Args:
+        sequence_length: Tokens of the longest row; longer ones are cut.
+    """
+    from fitcast.training.data import encode
+
+    return encode(load_instructions(), tokenizer(), sequence_length)
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Encoded rows as one batch, each column (batch, tokens), padded on the right."""
+    from fitcast.training.data import collate as pad
+
+    return pad(rows, tokenizer().pad_token_id)
+
+
+def to_batch(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """`collate`, on the device that the lessons train on."""
+    from fitcast import gpus
+
+    return {name: tensor.to(gpus.device()) for name, tensor in collate(rows).items()}
 
 
 def parse_answer(text: str) -> dict[str, str] | None:

@@ -144,7 +144,7 @@ def _judge_trace(
 
 
 def draw_traces(keep_all: Any, keep_135: Any) -> Any:
-    """Exercise 02.1's counts beside those of a chain that was run; folded until both are there."""
+    """Exercise 02.1's counts beside those of a chain that was run; folded until both are right."""
     names, mine = ("keep a1 to a6", "keep a1, a3, a5"), {}
     kept = dict(zip(names, (range(1, STEPS + 1), (1, 3, 5)), strict=True))
     for name, answer in zip(names, (keep_all, keep_135), strict=True):
@@ -153,7 +153,7 @@ def draw_traces(keep_all: Any, keep_135: Any) -> Any:
             mine[name] = counts
     counted = {name: [len(held) for held in _held_in_backward(kept[name])] for name in names}
     figure = held_beside(mine, counted)
-    return figure if len(mine) == len(names) else Folded("In a chain that was run:", [figure])
+    return figure if mine == counted else Folded("In a chain that was run:", [figure])
 
 
 @check(asked=2)
