@@ -14,13 +14,12 @@
 # | *calculate* optimizer steps, warm-up and log lines of any run | B1 | exercise 03.1 |
 # | *write* an accumulation whose gradient equals the full batch's | B2 | exercise 03.2 |
 # | *design* an effective batch of 32 that fits a T4 and loses little time | B2 | exercise 03.3 |
-# | *find* what a search for the largest micro batch must do | B2 | section 4 |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
 # **Needs:** the four holders of memory (lesson 01), k of n layers (lesson 02).
-# **New concepts (4):** effective batch · optimizer step · token weighting · probing for memory.
-# Each is in the [glossary](glossary.md).
+# **New concepts (3):** effective batch · optimizer step · token weighting. Each is in the
+# [glossary](glossary.md).
 
 # %% [markdown]
 # ## Set up
@@ -46,38 +45,25 @@ import math
 import time
 import torch
 from dataclasses import replace
-from transformers import AutoTokenizer, Trainer
+from transformers import Trainer
 from course_utils import data, figures
-from course_utils.data import BUNDLED
 from course_utils.exercises import lesson_03 as exercises
 from course_utils.exercises.predictions import show_prediction
-from course_utils.topics.trainer_log import trainer_log
-from fitcast import MIB, T4, MemoryLedger, TrainRecipe, forecast, gpus, show_bytes
-
-# %% tags=["setup"]
-from fitcast.step import qlora
+from fitcast import TrainRecipe, gpus, show_bytes
 from fitcast.training import batching
-from fitcast.training.data import collate, encode
-from fitcast.training.gradients import gradient, in_float64, relative_error
 print(gpus.describe(gpus.detect()))
 
 # %% [markdown]
-# The recipe of lesson 01, cut into micro batches of 2 (a **micro batch** is what goes forward at
-# once); and 32 examples, customers' messages and their answers. Only the answer's tokens carry
-# labels, only they are learned; every other label is -100, which the loss skips.
+# The model of lesson 01, micro batches of 2 (a **micro batch** is what goes forward at once), and
+# 32 examples, customers' messages and their answers.
 
 # %% tags=["setup"]
-recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
+recipe = TrainRecipe(model=data.BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
                      micro_batch_size=2, gradient_accumulation_steps=16, sequence_length=128,
                      optimizer="adamw", checkpointed_layers=0)
-tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir())
-rows = list(encode(data.load_instructions(), tokenizer, recipe.sequence_length))
-
-def to_batch(rows):
-    batch = collate(rows, tokenizer.pad_token_id)
-    return {name: tensor.to(gpus.device()) for name, tensor in batch.items()}
-
-batch = to_batch(rows[:32])
+tokenizer = data.tokenizer()
+rows = list(data.encoded(recipe.sequence_length))
+batch = data.to_batch(rows[:32])
 print(len(rows), "examples; a batch of 32 has the shape", tuple(batch["input_ids"].shape))
 
 # %% [markdown]
@@ -98,6 +84,8 @@ before = ...  # for example "abcda"
 # updates of 2 x 4 sequences; after each event we measure the length of what lies in `.grad`:
 
 # %% tags=["run"]
+from fitcast.step import qlora
+from fitcast.training.gradients import gradient, in_float64, relative_error
 model, events = qlora.load_base(recipe), []
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 micro_batches = batching.split(batch, 2)
@@ -113,7 +101,7 @@ for four in (micro_batches[:4], micro_batches[4:8]):
 figures.updates(events, "two updates of 2 x 4 sequences")
 
 # %% [markdown]
-# Accumulate, accumulate, accumulate, accumulate, update, clear. Forget *clear*, and the second
+# Accumulate four times, update, clear. Forget *clear*, and the second
 # update contains the first one's gradient again. The sequences behind an update are the
 # **effective batch**: micro batch x accumulation steps x world size, the number of processes that
 # share the work. In `TrainingArguments` the three stand in three places, and their product in none:
@@ -134,6 +122,7 @@ print(arguments.per_device_train_batch_size, "x", arguments.gradient_accumulatio
 predicted_lines = ...
 
 # %% tags=["run"]
+from course_utils.topics.trainer_log import trainer_log
 short = replace(recipe, gradient_accumulation_steps=4, max_steps=8, warmup_fraction=0.5)
 log = trainer_log(short, rows, tokenizer, logging_steps=4)
 table = [f"optimizer step {line['step']}: learning rate {line['learning_rate']:.1e}"
@@ -153,7 +142,8 @@ show_prediction(predicted_lines, show="{:.0f} lines".format, logged=len(log),
 # ## Exercise 03.1 · What a run counts
 # *Easy, 5 minutes.* Complete the function. (`ranks` is the number of processes that share the
 # work.) The check lets Trainer run, four times: with epochs that do not divide evenly, with several
-# of them, and as one of two processes.
+# of them, and as one of two processes. What is left at the end of an *epoch* makes an update, too,
+# a short one; and a share of a warm-up step counts as a whole one.
 #
 # <details><summary>Hint 1</summary>Seven micro batches with accumulation 4: Trainer makes an update
 # of four, and at the end of the epoch one of the three that are left.</details>
@@ -207,22 +197,23 @@ for network, tolerance in ((model, 1e-6), (in_float64(copy.deepcopy(model)), 1e-
     print(f"{network.dtype}: equal, to {tolerance:g}")
 
 # %% [markdown]
-# Equal but for rounding. Accumulation is no approximation. Now a batch as chat data has it: most
-# answers are a word, some are long. Of 28 of the 32 answers only the first token is left.
+# Equal but for rounding. Accumulation is no approximation. Now our 32 examples, where only the
+# answer is learned: every other token's label is -100, which the loss skips. Chat data have short
+# answers and long ones, so of 28 of the 32 answers we leave only the first token.
 
 # %% tags=["run"]
 uneven_rows = [dict(row) for row in rows[:32]]
 for row in uneven_rows[:28]:
     answer = row["labels"].index(next(label for label in row["labels"] if label != -100))
     row["labels"] = [label if at <= answer else -100 for at, label in enumerate(row["labels"])]
-uneven = to_batch(uneven_rows)
+uneven = data.to_batch(uneven_rows)
 micro_batches = batching.split(uneven, 2)
 print("labelled tokens:", [batching.labelled_tokens(one) for one in micro_batches])
 
 # %% [markdown]
 # ### Predict
 # `add_means` again, against the whole batch at once. What is the relative error of its gradient? (0
-# is equal; 1 is as far off as a gradient of zero.)
+# is equal; 1 is as far off as a gradient of zero; there is no upper end.)
 
 # %% tags=["predict"]
 predicted_error = ...
@@ -237,9 +228,10 @@ show_prediction(predicted_error, show="{:.2f}".format, also=figure,
 
 # %% [markdown]
 # ### Explain
-# The error is longer than the gradient itself. The loss of the whole batch is a mean over *tokens*.
-# A mean of micro batches' means gives each *micro batch* the same say, so a token of a short answer
-# counts dozens of times as much as a token of a long one. The model learns first words.
+# The error is longer than the gradient itself: too long, and in another direction. The loss of the
+# whole batch is a mean over *tokens*. A mean of micro batches' means gives each *micro batch* the
+# same say, so a token of a short answer counts dozens of times as much as a token of a long one.
+# The model learns first words.
 #
 # The right way is **token weighting**: sum over a micro batch's tokens, divide by the labelled
 # tokens of *all* micro batches, which must be counted before the first backward. The bug was
@@ -292,9 +284,9 @@ for name, log in logs.items():
     print(f"{name:9} gradient {factor:4.1f} x, loss {log['loss'] / logs['Trainer']['loss']:4.1f} x")
 
 # %% [markdown]
-# Times the accumulation steps. The update hardly shows it: clipping cuts the gradient to length 1
-# anyway, and Adam divides by its size. The log does: if its first loss is not that of an evaluation
-# on the same rows, look here first.
+# Times the accumulation steps. The update hardly shows it: clipping (lesson 05) cuts the gradient
+# to length 1 anyway, and Adam divides by its size. The log does: if its first loss is not that of
+# an evaluation on the same rows, look here first.
 
 # %% [markdown]
 # ## 3 · What does memory see?
@@ -306,6 +298,7 @@ for name, log in logs.items():
 predicted_fraction = ...
 
 # %% tags=["setup"]
+from fitcast import MemoryLedger
 def two_updates(recipe):
     model = qlora.load_base(recipe)
     optimizer = qlora.build_optimizer(model, recipe)
@@ -338,76 +331,15 @@ show_prediction(predicted_fraction, show="{:.3f} of the peak".format,
 # each one's tensors are gone before the next one's come. Only the gradients stay between them.
 
 # %% [markdown]
-# ## 4 · How many fit?
-# Fewer, larger matrix products are faster, so people search for the largest micro batch. From a
-# tutorial, with four faults:
-
-# %% tags=["run"]
-def usual_search(model, tokenizer):
-    size = 1
-    while True:
-        try:
-            texts = tokenizer(["Test " * 100] * size, padding=True, truncation=True,
-                              max_length=512, return_tensors="pt").to(model.device)
-            model(**texts, labels=texts["input_ids"]).loss.backward()
-            model.zero_grad()
-            size *= 2
-        except torch.OutOfMemoryError:
-            gc.collect()  # clean up
-            return size // 2
-
-# %% [markdown]
-# We give it a pretended card of 120 MiB: a ledger with a budget, which refuses what that card would
-# refuse. Then `largest_micro_batch`, whose attempts are whole updates with the longest sequences.
-
-# %% tags=["run"]
-card = 120 * MIB
-model = qlora.load_base(recipe)
-with MemoryLedger(model, budget_bytes=card):
-    print("the usual search says:", usual_search(model, tokenizer))
-
-# %% [markdown]
-# ### Predict
-# We train on sequences of 512 tokens, with accumulation. How many really fit in a micro batch on
-# this card?
-
-# %% tags=["predict"]
-predicted_largest = ...
-
-# %% tags=["run"]
-def backward(size):
-    ids = torch.randint(0, model.config.vocab_size, (size, 512), device=gpus.device())
-    batching.accumulate(model, [{"input_ids": ids, "labels": ids}])
-
-optimizer = qlora.build_optimizer(model, recipe)
-found = batching.largest_micro_batch(backward, model, optimizer, budget_bytes=card)
-show_prediction(predicted_largest, show="{:.0f} sequences".format, found=found.micro_batch_size,
-                also=figures.attempts(found, card, "512 tokens, on a card of 120 MiB"))
-
-# %% [markdown]
-# ### Explain
-# 1. **The text.** `max_length=512` cuts, it does not fill. Probe with your longest sequences.
-# 2. **No optimizer step.** Adam's state appears in the first one; only the step after it shows the
-#    peak. And with accumulation, gradients lie beside every forward pass.
-# 3. **It cleans up inside `except`.** There the exception is still alive, and with it the frames
-#    that it came through, and with them every tensor that was there. Leave `except` first. [PyTorch
-#    FAQ]
-# 4. **It labels the padding.** No question of memory; but copied into training, it teaches the
-#    model to write padding.
-#
-# **Probing for memory** means: whole updates, the worst data, the failure left before the next
-# attempt. (Go further has each fault's price, and a search for you to write.)
-
-# %% [markdown]
-# ## 5 · Thirty-two on a T4
-# Now the real thing: Llama-3.2-3B by QLoRA, 2048 tokens, a T4. Three numbers are yours: micro
-# batch, accumulation steps, and how many of the 28 layers forget. A forecast takes seconds:
+# ## 4 · Thirty-two on a T4
+# Llama-3.2-3B by QLoRA, 2048 tokens, a T4. Three numbers are yours: micro batch, accumulation
+# steps, and how many of the 28 layers forget.
 
 # %% tags=["run"]
 three = TrainRecipe(model="llama-3.2-3b", sequence_length=2048, amp_dtype="float16")
 
 def try_out(micro_batch_size, checkpointed_layers):
-    step = exercises.effective_batch_step(three, micro_batch_size, checkpointed_layers, T4)
+    step = exercises.effective_batch_step(three, micro_batch_size, checkpointed_layers, gpus.T4)
     seconds = exercises.seconds_an_update(step, micro_batch_size)
     print(f"{micro_batch_size} at a time, {checkpointed_layers} layers forget: {step.verdict}, "
           f"peak {show_bytes(step.peak_allocated_bytes)}, at best {seconds:.0f} s an update")
@@ -435,12 +367,13 @@ plan = {"micro_batch_size": ...,
         "checkpointed_layers": ...}
 
 # %% tags=["check"]
-exercises.check_effective_batch(plan, three, T4)
+exercises.check_effective_batch(plan, three, gpus.T4)
 
 # %% [markdown]
-# Move the controls (with the mouse, or Tab and the arrow keys). **Task:** set loss to
-# "full" and attention to "stock", as most scripts have them. Which micro batch still fits?
-# <details><summary>Answer</summary>2; at 4 the upper bar says "does not fit".</details>
+# Move the controls (with the mouse, or Tab and the arrow keys); they begin with the plan above.
+# **Task:** set loss to "chunked" and attention to "explicit_kv", two changes that lesson 06
+# explains. Which micro batch fits now? <details><summary>Answer</summary>8, the largest: with 8 the
+# upper bar still says "fits".</details>
 
 # %% tags=["run"]
 figures.split_explorer()
@@ -489,7 +422,69 @@ exercises.QUESTIONS.score(before, after)
 # %% [markdown]
 # ## Go further (optional)
 # Everything from here on is beyond the 45 minutes: take what you like.
+
+# %% [markdown]
+# ### How many fit?
+# Fewer, larger matrix products are faster, so people search for the largest micro batch. From a
+# tutorial, with four faults:
+
+# %% tags=["run"]
+def usual_search(model, tokenizer):
+    size = 1
+    while True:
+        try:
+            texts = tokenizer(["Test " * 100] * size, padding=True, truncation=True,
+                              max_length=512, return_tensors="pt").to(model.device)
+            model(**texts, labels=texts["input_ids"]).loss.backward()
+            model.zero_grad()
+            size *= 2
+        except torch.OutOfMemoryError:
+            gc.collect()  # clean up
+            return size // 2
+
+# %% [markdown]
+# We give it a pretended card of 120 MiB: a ledger with a budget, which refuses what that card would
+# refuse. Then `largest_micro_batch`, whose attempts are whole updates with the longest sequences.
+
+# %% tags=["run"]
+card = 120 * 2**20
+model = qlora.load_base(recipe)
+with MemoryLedger(model, budget_bytes=card):
+    print("the usual search says:", usual_search(model, tokenizer))
+
+# %% [markdown]
+# ### Predict
+# We train on sequences of 512 tokens, with accumulation. How many really fit in a micro batch on
+# this card?
+
+# %% tags=["predict"]
+predicted_largest = ...
+
+# %% tags=["run"]
+def backward(size):
+    ids = torch.randint(0, model.config.vocab_size, (size, 512), device=gpus.device())
+    batching.accumulate(model, [{"input_ids": ids, "labels": ids}])
+
+optimizer = qlora.build_optimizer(model, recipe)
+found = batching.largest_micro_batch(backward, model, optimizer, budget_bytes=card)
+show_prediction(predicted_largest, show="{:.0f} sequences".format, found=found.micro_batch_size,
+                also=figures.attempts(found, card, "512 tokens, on a card of 120 MiB"))
+
+# %% [markdown]
+# ### Explain
+# 1. **The text.** `max_length=512` cuts, it does not fill. Probe with your longest sequences.
+# 2. **No optimizer step.** Adam's state appears in the first one; only the step after it shows the
+#    peak. And with accumulation, gradients lie beside every forward pass.
+# 3. **It cleans up inside `except`.** There the exception is still alive, and with it the frames
+#    that it came through, and with them every tensor that was there. Leave `except` first. [PyTorch
+#    FAQ]
+# 4. **It labels the padding.** No question of memory; but copied into training, it teaches the
+#    model to write padding.
 #
+# *Probing for memory* means: whole updates, the worst data, the failure left before the next
+# attempt.
+
+# %% [markdown]
 # ### What each fault of the usual search is worth
 
 # %% tags=["run"]
@@ -645,7 +640,7 @@ def work_of(model, rows, tokens, micro_batch_size):
 
 # %% tags=["run"]
 from fitcast import fake_model, fake_tensors
-small = fake_model(BUNDLED)
+small = fake_model(data.BUNDLED)
 work = {size: work_of(small, 8, 128, size) for size in (8, 2)}
 show_prediction(predicted_work, show="{:.2f} x".format, counted=work[2] / work[8])
 
@@ -680,13 +675,14 @@ print(f"[recorded: {recorded.stamp(recorded.rows('menu'))}]")
 # %% [markdown]
 # Larger pieces are faster, and less and less so: once a piece fills the GPU, doubling it buys
 # nothing. So: the largest micro batch that fits *comfortably*, unless the room buys layers that
-# need not forget (section 5); and accumulation for the rest.
+# need not forget (section 4); and accumulation for the rest.
 #
 # Now the two cards. The forecast gives the memory, and the time if every operation ran at the data
 # sheet's peak, in FLOP/s or in bytes/s, whichever takes longer. Long steps reach a
 # part of that (`gpus.T4.sustained`, and `gpus.T4.basis` says where from), so look at the ratio.
 
 # %% tags=["run"]
+from fitcast import forecast
 usual = TrainRecipe(model="llama-3.2-3b", sequence_length=2048)
 levers = replace(usual, loss="chunked", attention="explicit_kv")
 speeds, table = {}, []

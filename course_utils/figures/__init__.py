@@ -24,11 +24,13 @@ if TYPE_CHECKING:  # for editors and type checkers; what runs is `__getattr__`
         scale_window,
         smallest_updates,
     )
-    from course_utils.figures.training import ladder, lengths, progress, two_worlds
+    from course_utils.figures.training import lengths, progress, two_worlds
     from course_utils.figures.widgets import (
+        adapters_explorer,
         forgetting_explorer,
         layers_explorer,
         levers_explorer,
+        ranks_explorer,
         scale_explorer,
         split_explorer,
         updates_explorer,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:  # for editors and type checkers; what runs is `__getattr__`
 __all__ = [
     "Figure",
     "Watcher",
+    "adapters_explorer",
     "attempts",
     "bit_fields",
     "chains",
@@ -45,7 +48,6 @@ __all__ = [
     "forgetting_explorer",
     "forward_backward",
     "held_beside",
-    "ladder",
     "layers_explorer",
     "lengths",
     "levers_explorer",
@@ -54,6 +56,7 @@ __all__ = [
     "magnitudes",
     "memory_over_time",
     "progress",
+    "ranks_explorer",
     "scale_explorer",
     "scale_window",
     "smallest_updates",
@@ -69,9 +72,9 @@ _MODULES = {
     "chain": "chains held_beside",
     "live": "Watcher",
     "numbers": "bit_fields loss_scale magnitudes scale_window smallest_updates",
-    "training": "ladder lengths progress two_worlds",
-    "widgets": "forgetting_explorer layers_explorer levers_explorer scale_explorer split_explorer "
-    "updates_explorer",
+    "training": "lengths progress two_worlds",
+    "widgets": "adapters_explorer forgetting_explorer layers_explorer levers_explorer "
+    "ranks_explorer scale_explorer split_explorer updates_explorer",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 

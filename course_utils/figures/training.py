@@ -109,89 +109,10 @@ def lengths(tokens: Sequence[int], learned: Sequence[int], limit: int) -> Figure
         xlim=(0, limit),
     )
     ax.legend()
-    padding = 1 - sum(tokens) / (limit * len(tokens))
     return finish(
         canvas,
         f"histogram of {len(tokens)} examples: {min(tokens)} to {max(tokens)} "
-        f"tokens are read, {min(learned)} to {max(learned)} of them learned. "
-        f"Padded to {limit}, {padding:.0%} of each batch would be padding",
-    )
-
-
-@styled
-def ladder(
-    rungs: Mapping[str, Mapping[str, int]],
-    speeds: Mapping[str, float | None],
-    gpu: Gpu,
-    title: str = "",
-    measured_on: str = "",
-) -> Figure:
-    """Stacked bytes of each rung against a GPU's memory, and beside it how fast it trains.
-
-    Args:
-        rungs: Name of each, from the first to the last, to bytes by holder at its peak.
-        speeds: Tokens per second of each; `None` was not measured.
-        gpu: Its usable memory is the line that a bar must not cross.
-        title: What is trained.
-        measured_on: The GPU of the speeds.
-    """
-    names, limit = list(rungs), gpu.usable_bytes / GIB
-    canvas = Canvas(figsize=(9.6, 1.8 + 0.46 * len(names)), layout="constrained")
-    left, right = canvas.subplots(1, 2, sharey=True, width_ratios=(5, 2.4))
-    totals = {name: sum(row.values()) for name, row in rungs.items()}
-    ends = dict.fromkeys(names, 0.0)
-    seen = max(totals.values()) / 1000  # less is too thin to see, and not worth a legend
-    for holder in sorted({h for row in rungs.values() for h in row if row[h] > seen}, key=place_of):
-        widths = [row.get(holder, 0) / GIB for row in rungs.values()]
-        left.barh(
-            names,
-            widths,
-            left=list(ends.values()),
-            label=holder,
-            height=0.66,
-            color=COLOURS.get(holder, INK),
-        )
-        ends = {name: end + width for (name, end), width in zip(ends.items(), widths, strict=True)}
-    for name, total in totals.items():
-        fits = total <= gpu.usable_bytes
-        left.annotate(
-            f"{total / GIB:.2f}",
-            (total / GIB, name),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=12,
-            zorder=4,
-            weight="bold" if fits else "normal",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
-    highest = max([*ends.values(), limit])
-    left.axvline(limit, color=INK, linestyle="--", zorder=3)
-    left.axvspan(limit, 1.15 * highest, color="#D55E00", alpha=0.09, linewidth=0, zorder=0)
-    card = with_article(gpu.name)
-    left.text(limit + 0.01 * highest, -0.85, f" {card} ends here", fontsize=12, va="center")
-    left.set(xlabel="GiB at the peak", xlim=(0, 1.15 * highest), ylim=(len(names) - 0.4, -1.25))
-    pace = [speeds[name] or 0 for name in names]
-    right.barh(names, pace, color=SPEED, height=0.66)
-    for name, speed in zip(names, pace, strict=True):
-        said = f"{speed:,.0f}  ({speed / pace[0]:.1f}x)" if speed else "not measured"
-        right.annotate(
-            said, (speed, name), xytext=(5, 0), textcoords="offset points", va="center", fontsize=12
-        )
-    right.set(xlabel=f"tokens a second\n{measured_on}", xlim=(0, 1.75 * max(pace)))
-    right.locator_params(axis="x", nbins=3)
-    canvas.suptitle(title)
-    canvas.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=11
-    )
-    said = "; ".join(
-        f"{name}: {show_bytes(totals[name])}, "
-        f"{'fits' if totals[name] <= gpu.usable_bytes else 'does not fit'}, "
-        f"{f'{speeds[name]:,.0f} tokens a second' if speeds[name] else 'not measured'}"
-        for name in names
-    )
-    return finish(
-        canvas, f"bars against the {show_bytes(gpu.usable_bytes)} of {card}", title, f"{said}."
+        f"tokens are read, {min(learned)} to {max(learned)} of them learned",
     )
 
 

@@ -7,6 +7,7 @@ settings stands there, with its alt text. Not offered: animation, saving what a 
 from __future__ import annotations
 
 import asyncio
+import functools
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ import ipywidgets
 
 from course_utils.figures.base import LINES, Figure, compare
 from course_utils.figures.numbers import magnitudes, smallest_updates
+from course_utils.topics.sources import settings_of
 from fitcast import models
 from fitcast.forecasting.block import boundary_bytes, count_block
 from fitcast.gpus import preset
@@ -24,6 +26,10 @@ from fitcast.units import GIB
 
 # Where an explorer's axis ends, whatever its controls say: a bar that moves is then seen to move.
 LAYERS_AXIS_BYTES = 48 * GIB
+ADAPTERS_AXIS_BYTES = 6 * GIB
+# Bytes that Adam remembers for a trained parameter: two float32 averages; or two of a byte, with a
+# float32 scale for every 256 of them.
+ADAM_BYTES = {"8-bit Adam": 2 * (1 + 4 / 256), "Adam": 8}
 CARDS_IN_AXIS = 2
 CARDS = ("T4", "L4", "A10", "A100-40", "H100", "H200")  # a slider of all presets is too fine
 PAUSE = 0.05  # seconds between two pictures that nobody has asked for yet
@@ -187,7 +193,6 @@ def layers_explorer() -> Explorer:
 
 def levers_explorer() -> Explorer:
     """The usual QLoRA recipe on a GPU and the same with levers pulled, at the forecast's peak."""
-    from course_utils.topics.sources import settings_of
     from fitcast.forecasting.forecast import forecast
 
     def draw(gpu: str, rows: str, layers_that_forget: str, **settings: Any) -> Figure:
@@ -222,6 +227,40 @@ def levers_explorer() -> Explorer:
         layers_that_forget=("100 %", "75 %", "50 %", "25 %", "0 %"),
         gpu=CARDS,
     )
+
+
+def adapters_explorer() -> Explorer:
+    """What adapters need for themselves: weights, gradients and the optimizer's averages."""
+
+    def draw(model: str, rank: int, optimizer: str) -> Figure:
+        attention = settings_of(model)["lora_targets"]
+        rows = {}
+        for name, targets in {"attention": attention, "every linear layer": "all-linear"}.items():
+            trained = rank * _adapters_of_rank_1(model, targets)
+            rows[f"on {name}"] = {
+                "adapters": 4 * trained,
+                "gradients": 4 * trained,
+                "optimizer state": round(ADAM_BYTES[optimizer] * trained),
+            }
+        title = f"{model}: float32 adapters of rank {rank}, {optimizer}"
+        return compare(rows, None, title, ADAPTERS_AXIS_BYTES)
+
+    return Explorer(
+        draw,
+        model=("llama-3.1-8b", "phi-4-mini", "llama-3.2-1b"),
+        rank=(16, 4, 8, 32, 64, 128),
+        optimizer=tuple(ADAM_BYTES),
+    )
+
+
+@functools.cache
+def _adapters_of_rank_1(model: str, targets: str | tuple[str, ...]) -> int:
+    """Parameters that PEFT trains in a model of that name; a rank of r has r times as many."""
+    from fitcast.forecasting.load import blueprint
+    from fitcast.step import qlora
+
+    recipe = TrainRecipe(model=model, lora_rank=1, lora_targets=targets)
+    return qlora.count_parameters(blueprint(recipe, models.config(model)))[0]
 
 
 def updates_explorer(weights: dict[str, Sequence]) -> Explorer:
@@ -301,9 +340,50 @@ def split_explorer() -> Explorer:
         effective_batch=(32, 8, 16, 64),
         micro_batch=(2, 1, 4, 8),
         sequence_length=(2048, 256, 512, 1024),
-        loss=("chunked", "full"),
-        attention=("explicit_kv", "stock"),
+        loss=("full", "chunked"),
+        attention=("stock", "explicit_kv"),
         gpu=CARDS,
+    )
+
+
+def ranks_explorer() -> Explorer:
+    """What each of several ranks holds at the peak of a QLoRA step, by forecast: DDP and FSDP2."""
+    from fitcast.forecasting.forecast import forecast
+    from fitcast.forecasting.ranks import forecast_ranks
+
+    def draw(ranks: int, gpu: str, **settings: Any) -> Figure:
+        recipe = TrainRecipe(
+            amp_dtype="float16",
+            lora_dropout=0.0,
+            loss="lean",
+            attention="explicit_kv",
+            norm="native",
+            adapters="lean",
+            optimizer="adamw",
+            **settings,
+        )
+        card = preset(gpu)
+        return compare(
+            {
+                "one card": forecast(recipe, card),
+                f"DDP on {ranks}": forecast_ranks(recipe, card, strategy="ddp", world_size=ranks),
+                f"FSDP2 on {ranks}": forecast_ranks(
+                    recipe, card, strategy="fsdp2", world_size=ranks
+                ),
+            },
+            card,
+            f"{recipe.model}, QLoRA: {recipe.micro_batch_size} x "
+            f"{recipe.sequence_length:,} tokens on each of {ranks}",
+            card.usable_bytes,
+        )
+
+    return Explorer(
+        draw,
+        model=("llama-3.2-1b", "llama-3.1-8b", "phi-4-mini"),
+        ranks=(2, 4, 8),
+        micro_batch_size=(2, 1, 4),
+        sequence_length=(2048, 512, 1024),
+        gpu=("T4", "L4", "A10"),
     )
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from course_utils.data import BUNDLED
 from course_utils.figures import live, training
-from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
 from fitcast.units import GIB
 
@@ -95,16 +94,6 @@ def test_progress_says_what_was_not_measured():
     assert "forecast 4.00 GiB" in training.progress([row(1)], 10, 4 * GIB).alt
 
 
-def test_ladder_judges_each_rung_against_the_card():
-    rungs = {"first": {"weights": 5 * GIB, "temporaries": 10 * GIB}, "then": {"weights": 5 * GIB}}
-    figure = training.ladder(rungs, {"first": 100.0, "then": 250.0}, T4, "two")
-    assert "first: 15.00 GiB, does not fit, 100 tokens a second" in figure.alt
-    assert "then: 5.00 GiB, fits, 250 tokens a second" in figure.alt
-    unmeasured = training.ladder(rungs, {"first": 100.0, "then": None}, T4)
-    assert "then: 5.00 GiB, fits, not measured" in unmeasured.alt
-
-
-def test_lengths_count_padding():
+def test_lengths_say_what_is_read_and_learned():
     figure = training.lengths([4, 6], [1, 2], 10)
     assert "2 examples: 4 to 6 tokens are read, 1 to 2 of them learned" in figure.alt
-    assert "50% of each batch would be padding" in figure.alt

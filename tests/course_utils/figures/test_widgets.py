@@ -10,6 +10,8 @@ import pytest
 
 from course_utils.figures import widgets
 from course_utils.figures.base import Figure
+from course_utils.topics import recorded
+from fitcast.units import show_bytes
 
 
 def drawn(size: int = 1, name: str = "a", dark: bool = False) -> Figure:
@@ -193,3 +195,17 @@ def test_nothing_is_drawn_ahead_in_a_script():
 
     widgets.Explorer(draw, n=(2, 1, 4, 8)).controls["n"].value = 4
     assert drawn == [2, 4]
+
+
+@pytest.mark.slow
+def test_adapters_explorer_shows_what_was_measured_on_a_gpu():
+    """The holders of the recorded 8B step, rank 16 on attention: lesson 07's budget."""
+    (row,) = [row for row in recorded.rows("budgets") if row["name"] == "llama-3.1-8b"]
+    explorer = widgets.adapters_explorer()
+    for holder in ("adapters", "optimizer state"):
+        assert f"{holder} {show_bytes(row['composition'][holder])}" in explorer.figure.alt
+    explorer.controls["rank"].value = 64
+    assert "on every linear layer: 1.57 GiB" in explorer.picture.value  # the lesson's answer
+    explorer.controls["optimizer"].value = "Adam"
+    explorer.controls["rank"].value = 128
+    assert "on every linear layer: 5.00 GiB" in explorer.picture.value, "the axis holds it"
