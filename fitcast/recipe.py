@@ -79,24 +79,33 @@ class TrainRecipe:
         gradient_accumulation_steps: Micro batches summed before the optimizer steps.
         world_size: Data-parallel processes.
         sequence_length: Tokens in each sequence; where lengths differ, in the longest.
-        padded: Whether batches carry an attention mask, as padded ones do.
+        padded: Whether batches carry an attention mask, as padded ones do; see `has_mask`.
         checkpointed_layers: How many layers recompute their activations in backward, or "all".
         offload_checkpoints: Whether what checkpointing keeps waits in host memory; a number from 2
             on for that of so many layers, the first ones, fetched a layer ahead of time.
         attention: Who computes attention: "stock" as transformers does, "explicit_kv" with the
             key/value heads repeated first, "eager" with the scores written out.
-        keep_attention: Whether checkpointed layers keep attention's output.
+        keep_attention: Whether checkpointed layers keep attention's output; a number from 2 on for
+            that of so many, the last ones.
+        causal_padding: Whether training forgets the mask of padded batches, where all padding is
+            behind, which no token of a causal model sees (`fused.use_causal_padding`).
         loss: "full" builds all logits, "chunked" `loss_chunk_tokens` rows of them at a time,
-            "lean" likewise and with its gradient, so that backward recomputes none.
+            "lean" likewise and with its gradient, so that backward recomputes none; "fused" is lean
+            in fewer operations, "compiled" in one kernel of torch.compile a chunk.
         norm: "stock" RMSNorm as in transformers, "native" as PyTorch's one fused operation.
-        mlp: "stock", or "lean" to keep one tensor less (`lean.SwiGLU`).
+        mlp: "stock", "lean" to keep one tensor less (`lean.SwiGLU`), or "compiled" to keep as
+            little and compute what stands between its products in one kernel (`compiled.SwiGLU`).
         mlp_tile_tokens: Tokens that an MLP computes at a time, each tile again in backward
             (`tiles.Tiled`); `None` is all at once.
         embedding: "stock" on the GPU, "host" with its weights in host memory, where rows are looked
             up and sent; for a frozen one that is not the head's weight, too.
-        adapters: "stock" as PEFT adds them, "lean" in one product (`lean.use_lean_lora`).
-        rotary: "stock" position embedding, or "lean" with half the memory traffic (`lean.Rotary`).
+        adapters: "stock" as PEFT adds them, "lean" in one product (`lean.use_lean_lora`), or
+            "in_place" likewise, into the base's output (`fused.use_adapters_in_place`).
+        rotary: "stock" position embedding, "lean" with half the memory traffic (`lean.Rotary`), or
+            "compiled" in one kernel (`compiled.Rotary`).
         optimizer: Name in `CHOICES["optimizer"]`.
+        flat_optimizer: Whether it steps all adapters as one parameter (`fused.Flat`), in a few
+            operations rather than a few for each.
         expandable_segments: Whether CUDA's allocator grows one segment rather than cutting many
             (PYTORCH_ALLOC_CONF), which leaves fewer holes.
         learning_rate: The highest, after the warm-up; then it falls linearly to 0.
@@ -135,16 +144,18 @@ class TrainRecipe:
     checkpointed_layers: int | Literal["all"] = "all"
     offload_checkpoints: bool | int = False
     attention: Literal["stock", "explicit_kv", "eager"] = "stock"
-    keep_attention: bool = False
-    loss: Literal["full", "chunked", "lean"] = "full"
+    keep_attention: bool | int = False
+    causal_padding: bool = False
+    loss: Literal["full", "chunked", "lean", "fused", "compiled"] = "full"
     loss_chunk_tokens: int = 512
     norm: Literal["stock", "native"] = "stock"
-    mlp: Literal["stock", "lean"] = "stock"
+    mlp: Literal["stock", "lean", "compiled"] = "stock"
     mlp_tile_tokens: int | None = None
     embedding: Literal["stock", "host"] = "stock"
-    adapters: Literal["stock", "lean"] = "stock"
-    rotary: Literal["stock", "lean"] = "stock"
+    adapters: Literal["stock", "lean", "in_place"] = "stock"
+    rotary: Literal["stock", "lean", "compiled"] = "stock"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "paged_adamw_8bit"
+    flat_optimizer: bool = False
     expandable_segments: bool = False
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
@@ -177,6 +188,7 @@ class TrainRecipe:
         _check_targets(self.lora_targets)
         self._check_full_fine_tune()
         self._check_checkpoints()
+        self._check_host_pace()
 
     def _check_full_fine_tune(self) -> None:
         """What cannot be when the weights themselves are trained."""
@@ -196,24 +208,32 @@ class TrainRecipe:
                 "host",
                 "it is trained, where the rest is",
             )
-        if self.loss == "lean":
+        if self.loss not in ("full", "chunked"):
             raise refusal(
                 "loss",
                 "be 'full' or 'chunked' when lora_rank is None",
-                "lean",
-                "the lean loss gives the head no gradient",
+                self.loss,
+                f"the {self.loss} loss gives the head no gradient",
+            )
+        if self.flat_optimizer:
+            raise refusal(
+                "flat_optimizer",
+                "be False when lora_rank is None",
+                True,
+                "all weights would be copied into one; it is for adapters",
             )
 
     def _check_checkpoints(self) -> None:
         """What checkpoints are for has to be there: a layer that forgets, an output to keep."""
-        if not isinstance(self.offload_checkpoints, bool):
-            _check_whole("offload_checkpoints", self.offload_checkpoints, 2, 1000)
+        for field in ("offload_checkpoints", "keep_attention"):
+            if not isinstance(getattr(self, field), bool):
+                _check_whole(field, getattr(self, field), 2, 1000)
         for field in ("offload_checkpoints", "keep_attention"):
             if getattr(self, field) and self.checkpointed_layers == 0:
                 raise refusal(
                     field,
                     "be False when checkpointed_layers is 0",
-                    True,
+                    getattr(self, field),
                     "no layer forgets, set checkpointed_layers='all'",
                 )
         k, m = self.checkpointed_layers, self.offload_checkpoints
@@ -224,12 +244,36 @@ class TrainRecipe:
                 m,
                 "the last one's checkpoint is needed at once",
             )
+        if self.keep_attention is not True and k != "all" and 0 < k < self.keep_attention:
+            raise refusal(
+                "keep_attention",
+                "be True or at most checkpointed_layers",
+                self.keep_attention,
+                "the other layers keep everything",
+            )
         if self.keep_attention and self.attention == "eager":
             raise refusal(
                 "keep_attention",
                 "be False when attention is 'eager'",
                 True,
                 "no kernel's output is there to keep, set attention='explicit_kv'",
+            )
+
+    def _check_host_pace(self) -> None:
+        """What spares operations has to have some to spare."""
+        if self.causal_padding and not self.padded:
+            raise refusal(
+                "causal_padding",
+                "be False when padded is False",
+                True,
+                "there is no mask to forget, set padded=True",
+            )
+        if self.flat_optimizer and self.world_size > 1:
+            raise refusal(
+                "flat_optimizer",
+                "be False when world_size is above 1",
+                True,
+                "processes average gradients in pieces of their own",
             )
 
     @property
@@ -241,6 +285,14 @@ class TrainRecipe:
     def tokens_per_step(self) -> int:
         """Tokens (padding counted) behind one optimizer step."""
         return self.effective_batch_size * self.sequence_length
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether attention sees a mask. A row alone is as long as its batch, padded or not.
+
+        transformers drops a mask that hides nothing (masking_utils, `_ignore_causal_mask_sdpa`).
+        """
+        return self.padded and self.micro_batch_size > 1
 
     def check_on(self, gpu: gpus.Gpu) -> None:
         """Refuse a recipe whose precision `gpu` does not compute in.

@@ -87,13 +87,18 @@ ROWS = [
 ]  # fmt: skip
 
 
-def build(recipe: TrainRecipe) -> Any:
-    """The recipe's model with random weights, each quantized where it will stay."""
+def build(recipe: TrainRecipe, layers: int | None = None) -> Any:
+    """The recipe's model with random weights, each quantized where it will stay.
+
+    Args:
+        recipe: What is to be trained.
+        layers: How many, if not all.
+    """
     import torch
 
     from fitcast.step import qlora
 
-    model = on_meta(recipe)
+    model = on_meta(recipe, layers)
     device, made, noise = gpus.device(), {}, {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -110,14 +115,16 @@ def build(recipe: TrainRecipe) -> Any:
     return qlora.apply_levers(model, recipe).train()
 
 
-def on_meta(recipe: TrainRecipe) -> Any:
+def on_meta(recipe: TrainRecipe, layers: int | None = None) -> Any:
     """The base's modules on the meta device, with bitsandbytes' linear layers."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     from fitcast.forecasting import fake
     from fitcast.step import qlora
 
-    model: Any = fake.meta_model(models.config(recipe.model), qlora.storage_dtype(recipe))
+    config = models.config(recipe.model)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    model: Any = fake.meta_model(config, qlora.storage_dtype(recipe))
     quantization: Any = qlora.quantization(recipe)
     quantizer = AutoHfQuantizer.from_config(quantization)
     quantizer.pre_quantized = False

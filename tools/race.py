@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import functools
 import gc
 import itertools
 import json
@@ -46,6 +45,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 
 GIB = 2**30
+RECORDED = ROOT / "course_utils" / "data" / "recorded_runs.json"
 T4_BYTES = int(14.42 * GIB)  # 14.56 that a program sees, less 141 MiB of CUDA's context
 MODEL = "llama-3.1-8b"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -60,23 +60,22 @@ ROWS: dict[str, dict[str, Any]] = {
     "1x40960": {"size": 1, "length": 40960, "limited": True, "unseen": 1, "timed": 1},
     "2x2048": {"size": 2, "length": 2048, "unseen": 2, "timed": 4},
 }
+START: dict[str, Any] = {"model": MODEL, "amp_dtype": "float16", "lora_dropout": 0.0}
 PICKED = {"micro_batch_size": 2, "gradient_accumulation_steps": 2}  # the same sequences a step
 LEVERS = {"attention": "explicit_kv", "loss": "lean", "norm": "native", "adapters": "lean",
           "rotary": "lean", "expandable_segments": True}  # fmt: skip
 LEAN = LEVERS | {"mlp": "lean", "offload_checkpoints": 31}
 # setting: changes of the recipe. Those that come first matter most; later ones are tried once.
-# "parts" are those that a recipe does not know (yet): fitcast.step.fused and compiled.
-PLAIN = ("in place", "loss", "flat", "causal")
-COMPILED = ("in place", "flat", "causal", "compiled")
-HOST = LEAN | {"parts": COMPILED, "embedding": "host"}
-LATER = HOST | {"parts": (*COMPILED, "keep 18")}  # attention kept by the last 18 layers
+PLAIN = {"adapters": "in_place", "loss": "fused", "flat_optimizer": True}
+COMPILED = PLAIN | {"loss": "compiled", "mlp": "compiled", "rotary": "compiled"}
+HOST = LEAN | COMPILED | {"embedding": "host"}
 OURS: dict[str, dict[str, Any]] = {
-    "lean, compiled": LEAN | {"parts": COMPILED},
+    "lean, compiled": LEAN | COMPILED,
     "embedding on host": HOST,
-    "embedding on host, 18 kept": LATER,
+    "embedding on host, 18 kept": HOST | {"keep_attention": 18},
     "embedding on host, kept": HOST | {"keep_attention": True},
-    "compiled, on card": LEAN | {"parts": COMPILED, "offload_checkpoints": False},
-    "lean, plain parts": LEAN | {"parts": PLAIN},
+    "compiled, on card": LEAN | COMPILED | {"offload_checkpoints": False},
+    "lean, plain parts": LEAN | PLAIN,
     "levers": LEVERS,
     "lean": LEAN,
     "picked": LEAN
@@ -85,19 +84,46 @@ OURS: dict[str, dict[str, Any]] = {
     | {"checkpointed_layers": 17},
 }
 FEW = ("lean, compiled", "embedding on host, 18 kept")
-TILED = HOST | {"mlp_tile_tokens": 8192, "parts": ("in place", "flat", "loss")}
-LONG = {"tiled": TILED}
-SLOW = ("1x32768", "1x40960")
+TILED = LEAN | PLAIN | {"embedding": "host", "mlp_tile_tokens": 8192}
+LONG = {
+    "tiled": TILED,
+    "tiled, compiled": HOST | {"mlp_tile_tokens": 8192},
+    "tiled, compiled, 10 kept": HOST | {"mlp_tile_tokens": 8192, "keep_attention": 10},
+}
+BY_ROW = {"1x8192": {name: OURS[name] for name in ("lean, compiled", "compiled, on card", "lean")},
+          "4x2048": OURS, "1x32768": LONG, "1x40960": LONG}  # fmt: skip
 REPEATED = ("4x2048", "2x2048")  # for the other rows, name them several times
+FIT = "fit's pick"
+picks: dict[str, dict[str, Any]] = {}  # row -> what `fit` picks for it, from --picks
 
 
 def settings(contender: str, row: str) -> dict[str, dict[str, Any]]:
     """What a contender runs in a row: name -> changes of its recipe."""
     if contender != "ours":
         return {"": {}}
-    if row in SLOW:
-        return LONG
-    return OURS if row == "4x2048" else {name: OURS[name] for name in FEW}
+    own = BY_ROW.get(row, {name: OURS[name] for name in FEW})
+    return {FIT: picks[row]} | own if row in picks else own
+
+
+def recipe_fields(row: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ours' recipe in a row; a padded one's padding is all behind."""
+    padded = bool(row.get("padded"))
+    own = {"sequence_length": row["length"], "micro_batch_size": row["size"], "padded": padded}
+    return START | own | {"causal_padding": padded} | changes
+
+
+def pick(row: str) -> dict[str, Any]:
+    """What `fit` changes of a row's recipe for a T4."""
+    import dataclasses
+
+    from fitcast import gpus
+    from fitcast.forecasting.search import fit
+    from fitcast.recipe import TrainRecipe
+
+    start = TrainRecipe(**recipe_fields(ROWS[row], {}))
+    best = fit(start, gpus.T4)
+    before, after = dataclasses.asdict(start), dataclasses.asdict(best.recipe)
+    return {name: value for name, value in after.items() if value != before[name]}
 
 
 def batches(row: dict[str, Any], vocab_size: int, count: int = 4) -> list[dict[str, Any]]:
@@ -331,45 +357,45 @@ class Ours(Contender):
         from fitcast.recipe import TrainRecipe
         from fitcast.step import qlora
 
-        self.recipe = TrainRecipe(model=MODEL, amp_dtype="float16", lora_dropout=0.0)
+        self.recipe = TrainRecipe(**START)
         self.model = qlora.add_adapters(
             qlora.prepare_base(quantized(checkpoint), self.recipe), self.recipe
         )
         self.kept = own_forwards(self.model)
 
     def turn(self, row, changes, data, clock):
-        import dataclasses
-
         import torch
 
         from fitcast import gpus
+        from fitcast.recipe import TrainRecipe
         from fitcast.step import qlora
 
-        changes, parts = dict(changes), changes.get("parts", ())
-        changes.pop("parts", None)
-        own = {"sequence_length": row["length"], "micro_batch_size": row["size"],
-               "padded": bool(row.get("padded"))}  # fmt: skip
-        if (most := len(self.model.base_model.model.model.layers) - 1) < 31:  # a model cut short
-            changes = {k: min(v, most) if type(v) is int and v > 16 else v
-                       for k, v in changes.items()}  # fmt: skip
-        recipe = dataclasses.replace(self.recipe, **own | changes)
+        most = len(self.model.base_model.model.model.layers)
+        recipe = TrainRecipe(**fewer_layers(recipe_fields(row, changes), most))
         micro = recipe.micro_batch_size
         gpus.use_expandable_segments(recipe.expandable_segments)
         try:
-            qlora.apply_levers(self.model, recipe)
-            use_parts(self.model, parts)
-            self.model.train()
+            qlora.apply_levers(self.model, recipe).train()
             with on_device(data) as ready:
                 cut = [
                     [{k: v[i : i + micro] for k, v in batch.items()} for i in starts(batch, micro)]
                     for batch in ready
                 ]
-                with parts_of(self.model, parts):
-                    steps(self.model, recipe, cut, clock, qlora, torch, flat="flat" in parts)
+                steps(self.model, recipe, cut, clock, qlora, torch)
         finally:
             restore_forwards(self.model, self.kept)
             embedding_back(self.model.get_input_embeddings())
-        return {"recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if k in changes}}
+            mask_back(self.model.base_model.model.model)
+        return {"recipe": changes}
+
+
+def fewer_layers(fields: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The same for a model cut short, to try the race itself: no lever has more than its layers."""
+    if layers > 31:
+        return fields
+    most = {"checkpointed_layers": layers, "offload_checkpoints": layers - 1,
+            "keep_attention": layers}  # fmt: skip
+    return {k: min(v, most[k]) if k in most and type(v) is int else v for k, v in fields.items()}
 
 
 def starts(batch: dict[str, Any], micro: int) -> range:
@@ -381,86 +407,11 @@ def on_device(data: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     yield [{name: t.cuda() for name, t in batch.items()} for batch in data]
 
 
-def use_parts(model: Any, parts: tuple[str, ...]) -> None:
-    """What is fused beside the recipe's levers."""
-    from fitcast.step import compiled, fused
-    from fitcast.step.levers import decoder_layers, unwrap
-
-    if "in place" in parts:
-        fused.use_adapters_in_place(unwrap(model))
-    if "compiled" in parts:
-        compiled.use_compiled_mlp(unwrap(model))
-        compiled.use_compiled_rotary(unwrap(model))
-    if "keep 18" in parts:
-        for layer in decoder_layers(model)[-18:]:
-            keeps = layer._gradient_checkpointing_func
-            layer._gradient_checkpointing_func = functools.partial(keeps.func, keeps.args[0], True)
-
-
-@contextlib.contextmanager
-def parts_of(model: Any, parts: tuple[str, ...]) -> Iterator[None]:
-    """Inside, the lean loss is that of `fused` or `compiled`, and padding is causal, if asked."""
-    from unittest import mock
-
-    from fitcast.step import compiled, fused, lean
-
-    kind = {"loss": fused.HeadLoss, "compiled": compiled.HeadLoss}
-    asked = [kind[name] for name in parts if name in kind] or [lean.HeadLoss]
-    hook = fused.use_causal_padding(model) if "causal" in parts else None
-    try:
-        with mock.patch.object(lean, "HeadLoss", asked[-1]):
-            yield
-    finally:
-        if hook is not None:
-            hook.remove()
-
-
-class FlatScaler:
-    """A gradient scaler that gathers the gradients of `fused.Flat` first."""
-
-    def __init__(self, scaler: Any, flat: Any):
-        self._scaler, self._flat = scaler, flat
-
-    def unscale_(self, optimizer: Any) -> None:
-        self._flat.gather()
-        self._scaler.unscale_(optimizer)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._scaler, name)
-
-
-class OneParameter:
-    """What `qlora` asks of a model when it builds an optimizer and clips."""
-
-    def __init__(self, model: Any, parameter: Any):
-        self._model, self._parameter = model, parameter
-
-    def parameters(self) -> list[Any]:
-        return [self._parameter]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model(*args, **kwargs)
-
-
 def steps(
-    model: Any,
-    recipe: Any,
-    data: list[list[dict]],
-    clock: Clock,
-    qlora: Any,
-    torch: Any,
-    flat: bool = False,
+    model: Any, recipe: Any, data: list[list[dict]], clock: Clock, qlora: Any, torch: Any
 ) -> None:
     """Optimizer steps over batches, each a list of micro batches."""
-    from fitcast.step.fused import Flat
-
     scaler: Any = torch.amp.GradScaler("cuda", init_scale=256.0)
-    if flat:
-        one = Flat([p for p in model.parameters() if p.requires_grad])
-        model, scaler = OneParameter(model, one.parameter), FlatScaler(scaler, one)
     optimizer = qlora.build_optimizer(model, recipe)
     for i in range(clock.wanted):
         clock.begin()
@@ -491,6 +442,12 @@ def embedding_back(embedding: Any) -> None:
     if (device := vars(embedding).pop("device_of_rows", None)) is not None:
         vars(embedding).pop("_apply")
         embedding.weight = torch.nn.Parameter(embedding.weight.to(device), requires_grad=False)
+
+
+def mask_back(trunk: Any) -> None:
+    """Read again, after a setting that forgets it."""
+    if hasattr(trunk, "_causal_padding"):
+        trunk._causal_padding.remove()
 
 
 KINDS: dict[str, type[Contender]] = {"unsloth": Unsloth, "ours": Ours, "usual": Usual, "trl": Sft}
@@ -841,6 +798,27 @@ def rows_to_record(record: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+# What earlier races called their settings' parts, which were no fields of a recipe then.
+OLD_PARTS = {"in place": {"adapters": "in_place"}, "loss": {"loss": "fused"},
+             "flat": {"flat_optimizer": True}, "keep 18": {"keep_attention": 18}, "causal": {},
+             "compiled": {"loss": "compiled", "mlp": "compiled", "rotary": "compiled"}}  # fmt: skip
+
+
+def recipe_on_record(line: dict[str, Any]) -> Any:
+    """The recipe of a recorded row of ours; a padded one is as long as its longest timed batch."""
+    from fitcast.recipe import TrainRecipe
+
+    name = line["name"].split(",")[0]
+    row, changes = ROWS[name], dict(line["settings"])
+    for part in changes.pop("parts", ()):
+        changes |= OLD_PARTS[part]
+    if row.get("padded"):
+        timed = range(row["unseen"], row["unseen"] + row["timed"])
+        made = batches(row, 1000)
+        row = row | {"length": max(made[i % len(made)]["input_ids"].shape[1] for i in timed)}
+    return TrainRecipe(**recipe_fields(row, changes))
+
+
 def _versions_of(record: dict[str, Any], kind: str) -> dict[str, str]:
     """Of a contender, or of any other one where it did not come so far."""
     said = [record["contenders"].get(kind, {}), *record["contenders"].values()]
@@ -848,10 +826,12 @@ def _versions_of(record: dict[str, Any], kind: str) -> dict[str, str]:
 
 
 def put_on_record(record: dict[str, Any], path: Path) -> None:
-    """Write a race's rows in the place of those of an earlier race."""
-    recorded = json.loads(path.read_text("utf-8"))
-    kept = [row for row in recorded["rows"] if row["group"] != "race"]
-    recorded["rows"] = kept + rows_to_record(record)
+    """Write a race's rows in the place of those that earlier races have of the same kind."""
+    recorded, found = json.loads(path.read_text("utf-8")), rows_to_record(record)
+    raced = {row["name"].split(",")[0] for row in found}
+    kept = [row for row in recorded["rows"]
+            if row["group"] != "race" or row["name"].split(",")[0] not in raced]  # fmt: skip
+    recorded["rows"] = kept + found
     path.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
 
 
@@ -864,10 +844,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, help="fewer layers than 32, to try the race itself")
     parser.add_argument("--peer-site", help="folder of packages for Unsloth alone")
+    parser.add_argument("--picks", type=Path, help="what fit picks for rows: ours runs that, too")
+    parser.add_argument("--write-picks", action="store_true", help="ask fit, no GPU; into OUT")
     parser.add_argument("--smoke", action="store_true", help="4 layers, one step of each")
     parser.add_argument("--show", action="store_true", help="print the table of OUT and stop")
     parser.add_argument("--record", type=Path, help="put OUT into this recorded_runs.json and stop")
     options = parser.parse_args()
+    if options.write_picks:
+        found = {row: pick(row) for row in options.rows}
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return
+    if options.picks:
+        picks.update(json.loads(options.picks.read_text("utf-8")))
     if options.show or options.record:
         record = json.loads(options.out.read_text("utf-8"))
         print(show(record))

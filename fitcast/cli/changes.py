@@ -14,7 +14,7 @@ ARGUMENTS = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
 }
 # Fields that `apply_levers` takes under these names, beside those that it pulls by itself.
-BY_NAME = ("mlp_tile_tokens", "embedding")
+BY_NAME = ("mlp_tile_tokens", "embedding", "causal_padding")
 CHECKPOINTS = ("checkpointed_layers", "offload_checkpoints", "keep_attention")
 
 

@@ -91,7 +91,14 @@ def fit_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str
     from fitcast.forecasting.search import fit
 
     best = fit(
-        recipe, gpu, target, utilisation=utilisation, progress=progress, processes=start.processes()
+        recipe,
+        gpu,
+        target,
+        utilisation=utilisation,
+        pinned_host_bytes=options.pinned_host_of(asked),
+        compiled=asked.compiled,
+        progress=progress,
+        processes=start.processes(),
     )
     data = show.fit_data(recipe, best)
     return FITS, show.as_json(data) if asked.json else show.fit_text(recipe, best)

@@ -75,6 +75,7 @@ GROUPS = {
         "offload_checkpoints",
         "keep_attention",
         "attention",
+        "causal_padding",
         "loss",
         "loss_chunk_tokens",
         "norm",
@@ -84,6 +85,7 @@ GROUPS = {
         "adapters",
         "rotary",
         "optimizer",
+        "flat_optimizer",
         "expandable_segments",
     ),
 }
@@ -110,12 +112,14 @@ MODELS = f"{', '.join(models.NAMES)}, a folder with a config.json, or a hub id"
 IN_OTHER_WORDS = {
     "lora_targets": "Names of the linear layers with adapters, with commas between, or all-linear.",
     "amp_dtype": "Autocast's dtype; none computes in the dtype of the weights.",
-    "loss_chunk_tokens": "Rows of logits at a time, of the chunked and the lean loss.",
+    "loss_chunk_tokens": "Rows of logits at a time, of all losses but the full one.",
+    "causal_padding": "Whether training forgets the mask of padded batches, all padding behind.",
     "mlp_tile_tokens": "Tokens that an MLP computes at a time; none computes all at once.",
     "embedding": "host keeps a frozen one's weights in host memory and sends rows.",
-    "mlp": "lean keeps one tensor less.",
-    "adapters": "stock as PEFT adds them, lean in one product.",
-    "rotary": "Position embedding; lean has half the memory traffic.",
+    "mlp": "lean keeps one tensor less, compiled as little in one kernel of torch.compile.",
+    "adapters": "stock as PEFT adds them, lean in one product, in_place into the base's output.",
+    "rotary": "Position embedding; lean has half the memory traffic, compiled one kernel.",
+    "flat_optimizer": "Whether it steps all adapters as one parameter.",
     "optimizer": "Who updates; 8-bit state, paged to the host when the GPU is full.",
 }
 DEFAULTS = {"model": "required", "amp_dtype": "default: as suits the GPU"}
@@ -176,7 +180,7 @@ def _add_recipe(verb: argparse.ArgumentParser) -> None:
             names = [f"--{name}" for name in _names(field)]
             text = f"{about.get(field, '')} ({DEFAULTS.get(field) or _default(field)})"
             options: dict[str, typing.Any] = {"default": argparse.SUPPRESS, "help": text}
-            if field == "offload_checkpoints":
+            if field in ("offload_checkpoints", "keep_attention"):
                 options |= {"nargs": "?", "const": True, "metavar": "N"}
                 group.add_argument(
                     f"--no-{names[0][2:]}",
@@ -222,6 +226,18 @@ def _add_card(verb: argparse.ArgumentParser, name: str) -> None:
             metavar="X",
             help="Part of the GPU's peaks that is reached, for times only. (default: what it "
             "sustains, a range)",
+        )
+        host = verb.add_argument_group("host (the machine around it)")
+        host.add_argument(
+            "--pinned-host",
+            metavar="GIB",
+            help="Most of its memory that checkpoints may lock. (default: 10, of Colab's 12.7)",
+        )
+        host.add_argument(
+            "--compiled",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="Whether torch.compile may be used, which needs a C compiler there.",
         )
 
 
@@ -406,6 +422,23 @@ def gpu_of(options: argparse.Namespace) -> gpus.Gpu:
             raise refusal("capability", "be two numbers such as 8.6", options.capability, where)
         capability = (int(found[1]), int(found[2]))
     return gpus.custom(total, capability)
+
+
+def pinned_host_of(options: argparse.Namespace) -> int:
+    """Bytes of the host's memory that may be locked, as they were asked for.
+
+    Raises:
+        ValueError: They are no number of GiB from 0 to 1023.
+    """
+    from fitcast.forecasting.search import PINNED_HOST_BYTES
+
+    if options.pinned_host is None:
+        return PINNED_HOST_BYTES
+    wanted = number("pinned_host", options.pinned_host, float, "10")
+    if not 0 <= wanted < 1024:
+        remedy = "it is in GiB; 0 leaves checkpoints on the GPU"
+        raise refusal("pinned_host", "be from 0 to 1023", options.pinned_host, remedy)
+    return int(wanted * GIB)
 
 
 def _card_words(gpu: gpus.Gpu) -> list[str]:

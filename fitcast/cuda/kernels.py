@@ -26,7 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from fitcast.cuda import bitsandbytes, experts
 from fitcast.cuda.attention import (
@@ -152,6 +156,33 @@ class _FusedRmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def one_kernel(
+    function: Callable, compiled: Callable, tensors: tuple[torch.Tensor, ...]
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """A function that torch.compile fuses takes what it gives back, and reads its inputs once.
+
+    Nothing in between is a tensor; a reduction's scratch is a few KiB. Stands in for
+    `compiled.launch`.
+
+    Args:
+        function: Asked for what it gives back, out of sight.
+        compiled: The same for a GPU, not called.
+        tensors: Its inputs, fake.
+
+    Source: torch/_inductor/scheduler.py, `fuse_nodes`; tools/race.py's rows hold it.
+    """
+    kernels = [mode for mode in _get_current_dispatch_mode_stack() if hasattr(mode, "on_work")]
+    with _disable_current_modes(), tensors[0].fake_mode:  # pyright: ignore[reportAttributeAccessIssue]
+        results = function(*tensors)
+    alone = isinstance(results, torch.Tensor)
+    layouts = [(r.shape, r.stride(), r.dtype) for r in ((results,) if alone else results)]
+    made = tuple(torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in layouts)
+    for mode in kernels:
+        if mode.on_work is not None:
+            mode.on_work(0, tensors, made)
+    return made[0] if alone else made
 
 
 class CudaKernels(TorchDispatchMode):

@@ -16,9 +16,9 @@ import torch
 from fitcast import gpus
 from fitcast.cuda import bitsandbytes
 from fitcast.cuda.autocast import cuda_autocast
-from fitcast.cuda.kernels import cuda_functions
+from fitcast.cuda.kernels import cuda_functions, one_kernel
 from fitcast.gpus import Gpu
-from fitcast.step import embedding, host
+from fitcast.step import compiled, embedding, fused, host
 
 
 @contextlib.contextmanager
@@ -36,6 +36,8 @@ def pretend_cuda(gpu: Gpu) -> Iterator[None]:
             (embedding, "on_host", lambda weight: torch.empty_like(weight, device="meta")),
             (embedding, "look_up", rows_sent),
             (host, "copy", lambda *_: None),
+            (compiled, "launch", one_kernel),
+            (fused, "is_padded_behind", lambda _: True),
             (adam, "_default_to_fused_or_foreach", foreach_by_default),
             (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
             (torch.amp.GradScaler, "_maybe_opt_step", step_without_looking),

@@ -126,7 +126,7 @@ def _not_followed(recipe: TrainRecipe) -> list[str]:
     said = []
     if recipe.checkpointed_layers not in (0, "all"):
         said.append(f"checkpointed_layers: {recipe.checkpointed_layers} is taken as all here")
-    for name in ("offload_checkpoints", "keep_attention", "kbit_upcast"):
+    for name in ("offload_checkpoints", "keep_attention", "kbit_upcast", "flat_optimizer"):
         if getattr(recipe, name):
             said.append(f"{name} is not followed in this step")
     return said

@@ -15,6 +15,7 @@ Where kinds alternate, a unit of several layers is repeated: `stream.layers` say
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -45,10 +46,10 @@ class Segment:
     marks: tuple[str, ...] = ()  # moments just before
 
 
-def kinds(num_layers: int, checkpointed: int, offloaded: int = 0) -> list[int]:
-    """How many layers of each kind: checkpointed ones come first, of them the offloaded ones."""
-    counts = (offloaded, checkpointed - offloaded, num_layers - checkpointed)
-    return [n for n in counts if n]
+def kinds(num_layers: int, *ends: int) -> list[int]:
+    """How many layers of each kind, given where kinds end: first m, then k, then all the others."""
+    edges = sorted({0, *ends, num_layers})
+    return [high - low for low, high in itertools.pairwise(edges)]
 
 
 def run_layers(counts: list[int]) -> list[int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -112,32 +113,48 @@ def run_stream(recipe: TrainRecipe, gpu: Gpu, *, whole: bool = False) -> Stream:
             k,
             "use 'all' for every layer",
         )
-    m = recipe.offload_checkpoints
-    m = 0 if isinstance(m, bool) else m  # all of them are of one kind
-    counts = depth.kinds(total, k, m)
+    counts = depth.kinds(total, *_ends(recipe, k).values())
     alike = len(set(getattr(config, "layer_types", None) or ["one"])) == 1
     if not whole and alike:
         few = depth.run_layers(counts)
-        shallow = _of_few_layers(recipe, few, k, m)
+        deep_to_few = dict(zip(_edges(counts), _edges(few), strict=True))
+        shallow = _of_few_layers(recipe, k, deep_to_few)
         try:
             content = cache.content(recipe.model)
             run = _shallow_run(shallow, content, gpu, sum(few))
-            return _with_pinned(depth.deepen(run, counts), run.pinned_host_bytes, counts[0], few[0])
+            m = _ends(recipe, k).get("offload_checkpoints", k)  # all layers' are alike
+            pinned = run.pinned_host_bytes // max(1, deep_to_few[m]) * m
+            return dataclasses.replace(depth.deepen(run, counts), pinned_host_bytes=pinned)
         except depth.NotRepeating:
             pass  # then the whole model is run
     return fake_run(recipe, gpu, config)
 
 
-def _of_few_layers(recipe: TrainRecipe, few: list[int], k: int, m: int) -> TrainRecipe:
-    """The recipe of a model with `few` layers of each kind, where k and m are those of the deep."""
-    if not m:
-        return dataclasses.replace(recipe, checkpointed_layers=few[0] if k else 0)
-    return dataclasses.replace(recipe, checkpointed_layers=sum(few[:2]), offload_checkpoints=few[0])
+def _ends(recipe: TrainRecipe, k: int) -> dict[str, int]:
+    """Where kinds of layers end: those that forget, those whose checkpoint is on the host, ...
+
+    A switch is for all that forget, which then are of one kind.
+    """
+    m, kept = recipe.offload_checkpoints, recipe.keep_attention
+    ends = {"checkpointed_layers": k}
+    if not isinstance(m, bool):
+        ends["offload_checkpoints"] = m
+    if not isinstance(kept, bool):
+        ends["keep_attention"] = k - kept  # the last ones keep
+    return ends
 
 
-def _with_pinned(stream: Stream, n_bytes: int, deep: int, few: int) -> Stream:
-    """The host's memory, too: of the first kind's layers, which are all alike."""
-    return dataclasses.replace(stream, pinned_host_bytes=n_bytes // few * deep)
+def _edges(counts: list[int]) -> list[int]:
+    """The first layer of each kind, and the number of all."""
+    return list(itertools.accumulate(counts, initial=0))
+
+
+def _of_few_layers(recipe: TrainRecipe, k: int, few: dict[int, int]) -> TrainRecipe:
+    """The recipe of a model with few layers of each kind: where they end deep -> there."""
+    ends = {field: few[end] for field, end in _ends(recipe, k).items()}
+    if "keep_attention" in ends:
+        ends["keep_attention"] = ends["checkpointed_layers"] - ends["keep_attention"]
+    return dataclasses.replace(recipe, **ends)
 
 
 @functools.lru_cache(maxsize=32)

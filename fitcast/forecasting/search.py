@@ -36,8 +36,12 @@ from fitcast.step.apply import BEST
 from fitcast.step.levers import odd_head
 from fitcast.units import GIB, show_bytes, with_article
 
-# Levers that change no result and are tried when nothing fits without them, by field.
+# Levers that change no result and take fewer bytes and operations, by field: written out, and where
+# torch.compile writes kernels.
 LEAN = {name: value for name, (value, _) in BEST.items() if name != "attention"}
+PLAIN = LEAN | {"adapters": "in_place", "flat_optimizer": True, "loss": "fused"}
+COMPILED = PLAIN | {"mlp": "compiled", "rotary": "compiled", "loss": "compiled"}
+TRITON = (7, 0)  # compute capability; source: torch/utils/_triton.py, `has_triton`
 TILE_TOKENS = 4096  # of a tiled MLP: a few tiles of a long sequence, each still a large product
 # Of host memory, for checkpoints: Colab's machine with a T4 has 12.7 GB in all, Python some of it.
 PINNED_HOST_BYTES = 10 * GIB
@@ -137,9 +141,12 @@ def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
         "chunked loss": {"loss": "chunked"},
         "native RMSNorm": {"norm": "native"},
         "lean MLP": {"mlp": "lean"},
+        "compiled MLP": {"mlp": "compiled"},
         "tiled MLP": {"mlp_tile_tokens": _tile(recipe)},
         "embedding in host memory": {"embedding": "host"},
         "lean rotary embedding": {"rotary": "lean"},
+        "compiled rotary embedding": {"rotary": "compiled"},
+        "causal padding": {"causal_padding": True},
         "no dropout in adapters": {"lora_dropout": 0.0},
         "4-bit base": {"base": "nf4"},
         "double quantization": {"double_quant": True},
@@ -151,7 +158,11 @@ def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
     }
     if recipe.lora_rank is not None:
         changes["lean adapters"] = {"adapters": "lean"}
+        changes["adapters in place"] = {"adapters": "in_place"}
         changes["lean loss"] = {"loss": "lean"}
+        changes["fused loss"] = {"loss": "fused"}
+        changes["compiled loss"] = {"loss": "compiled"}
+        changes["adapters stepped as one"] = {"flat_optimizer": True}
         rank = max(1, recipe.lora_rank // 2)
         changes[f"rank {rank}"] = {"lora_rank": rank}
     if k:
@@ -160,6 +171,8 @@ def single_changes(recipe: TrainRecipe, num_layers: int) -> dict[str, dict]:
             half = f"{k // 2} of {k} checkpoints in host memory"
             changes[half] = {"offload_checkpoints": k // 2}
         changes["keep attention's output"] = {"keep_attention": True}
+        if k > 3:
+            changes[f"keep attention's output in {k // 2} of {k}"] = {"keep_attention": k // 2}
     for wanted in (num_layers, num_layers // 2, 0):
         changes[f"{wanted} of {num_layers} layers checkpointed"] = {
             "checkpointed_layers": "all" if wanted == num_layers else wanted
@@ -224,24 +237,26 @@ def fit(
     *,
     utilisation: float | None = None,
     pinned_host_bytes: int = PINNED_HOST_BYTES,
+    compiled: bool = True,
     progress: Callable[[str], None] = lambda text: None,
     processes: int = 1,
 ) -> Fit:
     """The fastest micro batch, accumulation, k, loss, attention, kept attention that fit.
 
     They fit even at the forecast's upper bound (`margin_bytes` is not negative). Only micro batches
-    of 1, 2, 4, ... are tried. Segments are always expandable, and under LoRA the lean loss replaces
-    the recipe's own, unless the model scales or caps its logits. If nothing fits, so do the lean
-    norm, MLP, adapters and rotary embedding, as far as the model takes them; then the MLP is tiled;
-    then checkpoints wait in host memory, those of a quarter of the layers, or two, three, all but
-    one; at last the embedding does. Model, adapters, sequence length, precision and gradients stay:
-    none of these settings changes what is learnt.
+    of 1, 2, 4, ... are tried. Segments are always expandable; norm, MLP, adapters, rotary embedding
+    and, under LoRA, loss and optimizer are those of few operations, as far as the model takes them:
+    compiled ones where Triton runs. If nothing fits, the MLP is tiled; then checkpoints wait in
+    host memory, those of a quarter of the layers, or two, three, all but one; at last the embedding
+    does. Model, adapters, sequence length, precision and gradients stay: none of these settings
+    changes what is learnt.
 
     Args:
         target_effective_batch: Sequences behind one optimizer step; by default the recipe's own.
         utilisation: Part of the GPU's peaks that is reached, for times only; by default the range
             that the card sustains.
         pinned_host_bytes: Most that checkpoints may take of the host's memory.
+        compiled: Whether torch.compile may be used, which needs a C compiler where the run will be.
         progress: Told what is being weighed.
         processes: That weigh at the same time. They are forks, so one does it all where PyTorch
             has threads or a GPU, which a fork does not survive.
@@ -258,11 +273,13 @@ def fit(
         processes = 1
     heard = progress if processes < 2 else _unheard
     weigh = _Weigher(recipe, gpu, per_gpu, num_layers, heard, pinned_host_bytes)
-    losses = _losses(recipe)
+    parts = COMPILED if compiled and gpu.capability >= TRITON else PLAIN
+    losses = _losses(recipe, parts["loss"])
     with _workers(processes) as each:
         tried: list[Tried] = _kernels(weigh, each)
         quickest = min(tried, key=lambda pair: pair[1].ideal_seconds)[0]
-        for stage in _stages(weigh, {"attention": quickest.attention}):
+        first = {"attention": quickest.attention} | _taken(weigh, parts, quickest.attention)
+        for stage in _stages(weigh, first):
             kept = (False, True) if stage["attention"] != "eager" else (False,)  # has no output
             families = [
                 stage | {"loss": loss, "keep_attention": keep}
@@ -302,11 +319,24 @@ def _sequences_per_gpu(recipe: TrainRecipe, target: int | None) -> int:
     return target // world
 
 
-def _losses(recipe: TrainRecipe) -> tuple[str, ...]:
-    """Losses worth weighing: under a frozen head the lean one costs nothing beside the full one."""
+def _losses(recipe: TrainRecipe, lean: str) -> tuple[str, ...]:
+    """Losses worth weighing: under a frozen head a lean one costs nothing beside the full one."""
     if odd_head(meta_model(checked_config(recipe))):
         return ("full",)
-    return ("full", "chunked") if recipe.lora_rank is None else ("lean",)
+    return ("full", "chunked") if recipe.lora_rank is None else (lean,)
+
+
+def _taken(weigh: _Weigher, parts: dict[str, Any], attention: str) -> dict[str, Any]:
+    """Those of the parts that the model takes; the loss is for another place."""
+    start = LEAST | {"attention": attention}
+    wanted = {name: value for name, value in parts.items() if name != "loss"}
+    if weigh.if_taken(1, start | wanted):
+        return wanted
+    taken: dict[str, Any] = {}
+    for name, value in wanted.items():
+        if weigh.if_taken(1, start | taken | {name: value}):
+            taken[name] = value
+    return taken
 
 
 @dataclass(frozen=True)
@@ -368,15 +398,8 @@ def _kernels(weigh: _Weigher, each: Callable[..., list[Any]]) -> list[Tried]:
 def _stages(weigh: _Weigher, first: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Settings to search below, the next ones for when nothing fits, costlier each time."""
     yield first | {"offload_checkpoints": False}
-    recipe, lean = weigh.recipe, dict(first)
-    for name, value in LEAN.items():
-        if name == "adapters" and recipe.lora_rank is None:
-            continue
-        if weigh.if_taken(1, LEAST | lean | {name: value}):
-            lean[name] = value
-    if any(getattr(recipe, name) != lean[name] for name in LEAN if name in lean):
-        yield lean | {"offload_checkpoints": False}
-    tiles = {"mlp_tile_tokens": recipe.mlp_tile_tokens or _tile(recipe)}
+    lean = dict(first)
+    tiles = {"mlp_tile_tokens": weigh.recipe.mlp_tile_tokens or _tile(weigh.recipe)}
     if weigh.if_taken(1, LEAST | lean | tiles):
         lean |= tiles
         yield lean | {"offload_checkpoints": False}
@@ -429,6 +452,8 @@ def _family(weigh: _Weigher, fields: dict[str, Any]) -> list[Tried]:
     while micro <= largest and weigh.per_gpu % micro == 0:
         one = _Family(weigh, micro, fields, tried)
         if one.margin(weigh.num_layers) < 0:
+            if fields["keep_attention"]:
+                one.keep_in_most()
             break
         k = one.fewest(lowest, guess=weigh.num_layers - kept)
         micro, kept = micro * 2, (weigh.num_layers - k) // 2  # twice the tokens in half the layers
@@ -480,3 +505,20 @@ class _Family:
         if span == 0 or yes == no:
             return yes - 1
         return yes - math.floor(self._margins[yes] * (yes - no) / span)
+
+    def keep_in_most(self) -> None:
+        """Weigh attention's output kept by as many of all layers as fit, given that all do not."""
+        none, every = self._margin_kept(False), self.margin(self._weigh.num_layers)
+        if none < 0:
+            return
+        each = (none - every) / self._weigh.num_layers
+        n = min(int(none / each), self._weigh.num_layers - 1)
+        while n > 1 and self._margin_kept(n) < 0:
+            n -= 1
+
+    def _margin_kept(self, n: int | bool) -> int:
+        """What attention's output kept by the last n layers leaves, all layers forgetting."""
+        fields = {"checkpointed_layers": "all", "keep_attention": n}
+        pair = self._weigh(self._micro, self._fields | fields)
+        self._tried.append(pair)
+        return self._weigh.room(pair[1])

@@ -20,6 +20,8 @@ from fitcast.memory.ledger import MemoryLedger
 from fitcast.memory.report import Block, Event, tensors_in
 from fitcast.units import Said, refusal
 
+OPTIMIZER_BLOCK = 256  # numbers behind a scale of 8-bit state; source: bitsandbytes, optim
+
 
 class Work(NamedTuple):
     """What one or some operations do.
@@ -87,14 +89,15 @@ class DeviceLedger(MemoryLedger):
         self.growing: dict[int, int] = {}
         self.layers = Layers()
         self._on_host: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
-        self._trained: list[str] = []
+        self._trained: dict[str, int] = {}  # name of a parameter -> its numbers
+        self._flat = False  # whether one vector of them all has been seen
         self._owner = ""
         self._inputs: Iterator = iter(())
 
     def watch(self, model: torch.nn.Module) -> None:
         """Recognise this model's parameters, gradients and modules from now on."""
         super().watch(model)
-        self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
 
     def watch_too(self, model: torch.nn.Module, prefix: str) -> None:
         """Recognise a second model's weights and modules, which train nothing, as well.
@@ -187,6 +190,7 @@ class DeviceLedger(MemoryLedger):
 
     def _allocated(self, tensor: torch.Tensor, operation: str) -> None:
         joined = operation in ("stack.default", "empty.memory_format")  # one of all parameters
+        joined = joined or self._joins_all(tensor, operation)
         self._owner = "" if joined else self._module_of(next(self._inputs, None))
         super()._allocated(tensor, operation)
         if (
@@ -199,6 +203,25 @@ class DeviceLedger(MemoryLedger):
                 self.layers.repeats(name) for name in self._trained
             )
         self._owner = ""
+        self._grow_if_flat(tensor, operation)
+
+    def _grow_if_flat(self, tensor: torch.Tensor, operation: str) -> None:
+        """A vector of all trained numbers, and its 8-bit state's scales, grow with each layer."""
+        block = self._block_of(tensor) if tensor.dim() == 1 else None
+        if block is None or self._module_now() or self.phase_now() == "backward":
+            return
+        if self._joins_all(tensor, operation):
+            self._blocks[block].category = "gradients" if self._flat else "adapters"
+            self._flat = True
+        for numbers in (1, OPTIMIZER_BLOCK):
+            if self._flat and len(tensor) == -(-sum(self._trained.values()) // numbers):
+                sizes = (n for name, n in self._trained.items() if self.layers.repeats(name))
+                self.growing[block] = sum(sizes) // numbers * tensor.itemsize
+
+    def _joins_all(self, tensor: torch.Tensor, operation: str) -> bool:
+        """Whether this is one vector of all trained numbers, or of their gradients."""
+        n_numbers = sum(self._trained.values())
+        return operation == "cat.default" and n_numbers > 0 and tensor.shape == (n_numbers,)
 
     def _module_of(self, tensor: object) -> str:
         """Path of the module to which the block of a fake tensor belongs, "" where it has none."""

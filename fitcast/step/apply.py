@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 
 from fitcast.recipe import CHOICES
+from fitcast.step import fused
 from fitcast.step.embedding import use_host_embedding
 from fitcast.step.lean import use_lean_lora, use_lean_mlp, use_lean_rotary
 from fitcast.step.levers import (
@@ -36,6 +37,7 @@ from fitcast.step.levers import (
     use_explicit_kv_attention,
     use_native_norm,
 )
+from fitcast.step.qlora import HEAD_LOSSES, USES
 from fitcast.step.tiles import use_tiled_mlp
 from fitcast.units import refusal
 
@@ -82,9 +84,10 @@ def apply_levers(
     loss_chunk_tokens: int = 512,
     mlp_tile_tokens: int | None = None,
     embedding: Literal["stock", "host"] = "stock",
+    causal_padding: bool = False,
     checkpointed_layers: int | Literal["all"] | None = None,
     offload_checkpoints: bool | int = False,
-    keep_attention: bool = False,
+    keep_attention: bool | int = False,
 ) -> Levers:
     """Make a model lean in place, adapters or not; by default with all that it can take.
 
@@ -95,19 +98,22 @@ def apply_levers(
         attention: "explicit_kv" repeats key and value heads, so that a card without FlashAttention
             writes no scores out; "eager"; "stock" leaves it.
         norm: "native" is PyTorch's own RMSNorm; "stock".
-        mlp: "lean" keeps one tensor less; "stock".
-        adapters: "lean" adds LoRA's share in one product; "stock".
-        rotary: "lean" has half the memory traffic; "stock".
+        mlp: "lean" keeps one tensor less, "compiled" as little in one kernel; "stock".
+        adapters: "lean" adds LoRA's share in one product, "in_place" into the base's output;
+            "stock".
+        rotary: "lean" has half the memory traffic, "compiled" one kernel; "stock".
         loss: "chunked" builds `loss_chunk_tokens` rows of logits at a time, "lean" likewise with
-            their gradient, for a head that is frozen; "full". By default lean where the head is
-            frozen, else chunked.
+            their gradient, for a head that is frozen, "fused" and "compiled" in fewer operations;
+            "full". By default lean where the head is frozen, else chunked. What is compiled is so
+            by torch.compile, in the first step.
         loss_chunk_tokens: Rows of logits alive at once.
         mlp_tile_tokens: Tokens that an MLP computes at a time; `None` is all at once.
         embedding: "host" keeps a frozen one's weights in host memory and sends rows; "stock".
+        causal_padding: Forget the mask of batches whose padding is all behind.
         checkpointed_layers: The first k layers, or "all", forget their activations; `None` leaves
             that to the trainer. Whoever switches gradient checkpointing on later gets this one.
         offload_checkpoints: Keep what they need in host memory; a number: of so many layers.
-        keep_attention: Keep attention's output, too.
+        keep_attention: Keep attention's output, too; a number: the last so many of them.
 
     Returns:
         What was changed and what was left.
@@ -122,6 +128,9 @@ def apply_levers(
         _pull(base, name, value, found)
     _use_loss(base, loss, loss_chunk_tokens, found)
     _use_where_asked(base, mlp_tile_tokens, embedding, found)
+    if causal_padding:
+        fused.use_causal_padding(base)
+        found.applied["causal_padding"] = "True"
     if checkpointed_layers is not None:
         _use_checkpoints(base, checkpointed_layers, offload_checkpoints, keep_attention)
         found.applied["checkpointed_layers"] = str(checkpointed_layers)
@@ -143,6 +152,8 @@ def _pull(base: Any, name: str, value: str | None, found: Levers) -> None:
         return
     if value == "eager":
         use = functools.partial(set_attention, name="eager")
+    elif name in USES and value is not None:
+        use = USES[name][value]
     try:
         use(base)
     except ValueError as error:
@@ -165,7 +176,9 @@ def _use_where_asked(base: Any, tile: int | None, embedding: str, found: Levers)
         found.applied["embedding"] = embedding
 
 
-def _use_checkpoints(base: Any, k: int | Literal["all"], offload: bool | int, keep: bool) -> None:
+def _use_checkpoints(
+    base: Any, k: int | Literal["all"], offload: bool | int, keep: bool | int
+) -> None:
     """Now, and whenever a trainer switches its own gradient checkpointing on."""
     if keep and attention_of(base) == "eager":
         raise refusal(
@@ -236,7 +249,7 @@ def _forward_with_loss(
         labels,
         self._loss_chunk_tokens,
         num_items_in_batch,
-        lean=self._loss == "lean" or self._loss == "auto" and _is_frozen(head),
+        lean=HEAD_LOSSES.get(self._loss, self._loss == "auto" and _is_frozen(head)),
     )
     return CausalLMOutputWithPast(loss=loss)  # pyright: ignore[reportArgumentType]
 

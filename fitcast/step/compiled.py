@@ -2,9 +2,10 @@
 
 A product is bound by arithmetic, what stands between two of them by memory traffic: each operation
 of PyTorch reads and writes its tensors whole. `torch.compile` writes one kernel for several;
-products stay with cuBLAS. Optional: the first step compiles, and a card needs Triton's elementwise
-kernels. Elsewhere (a CPU, a forecast) the same functions run as they are written here. Not
-modelled: models whose MLP or rotary embedding the lean levers refuse.
+products stay with cuBLAS. Optional: the first step compiles, which takes seconds and a C compiler,
+and a card needs Triton's elementwise kernels. On a CPU the same functions run as they are written
+here; in a forecast a function takes what it gives back, and nothing in between. Not modelled:
+models whose MLP or rotary embedding the lean levers refuse.
 Shapes: B batch, S sequence, I intermediate, V vocabulary, t tokens of a chunk.
 """
 
@@ -18,28 +19,33 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fitcast.step import lean, levers
+from fitcast.step import fused, lean
 from fitcast.units import IGNORED
 
 
-def fused(function: Callable) -> Callable:
+def one_kernel(function: Callable) -> Callable:
     """The function, compiled for tensors on a GPU; compiling waits for the first of them."""
     compiled = torch.compile(function, fullgraph=True)
 
     @functools.wraps(function)
-    def call(first: torch.Tensor, *rest: Any) -> Any:
-        return (compiled if first.is_cuda else function)(first, *rest)
+    def call(*tensors: torch.Tensor) -> Any:
+        return launch(function, compiled, tensors)
 
     return call
 
 
-@fused
+def launch(function: Callable, compiled: Callable, tensors: tuple[torch.Tensor, ...]) -> Any:
+    """Run a function of tensors where they are."""
+    return (compiled if tensors[0].is_cuda else function)(*tensors)
+
+
+@one_kernel
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) x up, (B, S, I): two tensors read and one written."""
     return F.silu(gate) * up
 
 
-@fused
+@one_kernel
 def swiglu_gradients(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,47 +68,35 @@ class SwiGLU(torch.autograd.Function):
         return swiglu_gradients(grad, *ctx.saved_tensors)
 
 
-@fused
+@one_kernel
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x, (B, heads, S, head_dim), turned by the angles of (B, 1, S, head_dim / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-@fused
+@one_kernel
 def loss_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross entropy of a chunk and its gradient by the logits, (t, V), in their dtype."""
-    labelled = (targets != IGNORED)[:, None]
-    wanted = targets.clamp(min=0)[:, None]
+    """Summed cross entropy of a chunk and its gradient by the logits, (t, V), in their dtype.
+
+    The logits are read twice and the gradient written once. That of rows without a target is not
+    used.
+    """
+    labelled, wanted = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
     loss = -(log_probabilities.gather(1, wanted) * labelled).sum()
     at_target = torch.arange(logits.shape[1], device=logits.device)[None] == wanted
-    grad = torch.where(labelled, log_probabilities.exp() - at_target.float(), 0.0)
-    return loss, grad.to(logits.dtype)
+    return loss, (log_probabilities.exp() - at_target.float()).to(logits.dtype)
 
 
-class HeadLoss(lean.HeadLoss):
-    """`lean.head_loss`, whose chunks of logits are read twice and written once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        chunk_tokens: int,
-    ) -> torch.Tensor:
-        grad_hidden = torch.empty_like(hidden)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunks = (tensor.split(chunk_tokens) for tensor in (hidden, targets, grad_hidden))
-        for rows, wanted, grad in zip(*chunks, strict=True):
-            loss, by_logits = loss_and_gradient(F.linear(rows, weight), wanted)
-            total += loss
-            grad.copy_(by_logits @ weight)
-        ctx.save_for_backward(grad_hidden)
-        return total
+def head_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int = 512
+) -> torch.Tensor:
+    """`lean.head_loss` with a kernel or two between a chunk's products; the rest is its own."""
+    lean.check_frozen(weight)
+    return fused.HeadLoss.apply(hidden, weight, targets, chunk_tokens, loss_and_gradient)
 
 
 def _separate_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -133,15 +127,11 @@ def use_compiled_rotary(model: torch.nn.Module) -> None:
     Raises:
         ValueError: A model that the lean rotary embedding refuses, too.
     """
-    lean.use_lean_rotary(model)
-    for layer in levers.decoder_layers(model):
-        attention = layer.self_attn
-        names = attention.forward.__func__.__globals__
-        names[lean.ROTARY] = apply_rotary
+    lean.use_lean_rotary(model, apply_rotary)
 
 
 class Rotary(torch.autograd.Function):
-    """`lean.Rotary` in one kernel."""
+    """`lean.Rotary` in one kernel, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

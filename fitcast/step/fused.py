@@ -1,14 +1,15 @@
 """Fewer and larger operations in plain PyTorch: adapters, loss, optimizer, no mask to read.
 
 A step of many small operations waits for Python, which takes 5 to 50 microseconds to launch each,
-and every operation more is a trip through memory more. Not modelled: trainers' own optimizers.
+and every operation more is a trip through memory more. Not modelled: optimizers that treat
+parameters unlike (no decay for some of them).
 
 Shapes: B batch, S sequence, r rank, V vocabulary, T tokens (B x S).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
@@ -47,11 +48,15 @@ def _added_in_place(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
     return base.view(*x.shape[:-1], -1)
 
 
-class HeadLoss(lean.HeadLoss):
-    """`lean.head_loss` with five trips of a chunk's logits through memory instead of thirteen.
+# Summed loss of a chunk of logits, (t, V), and its gradient by them, given their targets, (t,).
+# What it says of rows without a target is not used.
+OfChunk = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-    PyTorch's `log_softmax` casts, subtracts, exponentiates and sums in one kernel, and `exp` writes
-    the probabilities where the logits were.
+
+class HeadLoss(torch.autograd.Function):
+    """`lean.head_loss`, whose way from a chunk's logits to their gradient is a function of its own.
+
+    Saves what the lean one does, and one chunk of logits more: none outlives its turn.
     """
 
     @staticmethod
@@ -61,20 +66,48 @@ class HeadLoss(lean.HeadLoss):
         weight: torch.Tensor,
         targets: torch.Tensor,
         chunk_tokens: int,
+        of_chunk: OfChunk,
     ) -> torch.Tensor:
         grad_hidden = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunks = (tensor.split(chunk_tokens) for tensor in (hidden, targets, grad_hidden))
         for rows, wanted, grad in zip(*chunks, strict=True):
-            wanted, labelled = wanted.clamp(min=0)[:, None], (wanted != IGNORED)[:, None]
-            logits = F.linear(rows, weight)  # (chunk, vocab)
-            log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            total -= (log_probabilities.gather(1, wanted) * labelled).sum()
-            torch.exp(log_probabilities, out=logits)
-            logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1))
-            torch.mul(logits @ weight, labelled, out=grad)
+            loss, by_logits = of_chunk(F.linear(rows, weight), wanted)
+            total += loss
+            torch.mul(by_logits @ weight, (wanted != IGNORED)[:, None], out=grad)
+            del by_logits  # (chunk, vocab)
         ctx.save_for_backward(grad_hidden)
         return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad_total, None, None, None, None
+
+
+def loss_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross entropy of a chunk and its gradient by the logits, (t, V), in their dtype.
+
+    Five trips of (t, V) through memory instead of thirteen: PyTorch's `log_softmax` casts,
+    subtracts, exponentiates and sums in one kernel, and `exp` writes the probabilities where the
+    logits were.
+    """
+    wanted, labelled = targets.clamp(min=0)[:, None], (targets != IGNORED)[:, None]
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    loss = -(log_probabilities.gather(1, wanted) * labelled).sum()
+    torch.exp(log_probabilities, out=logits)
+    logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1))
+    return loss, logits
+
+
+def head_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int = 512
+) -> torch.Tensor:
+    """`lean.head_loss` in fewer operations; arguments, result and refusal are its own."""
+    lean.check_frozen(weight)
+    return HeadLoss.apply(hidden, weight, targets, chunk_tokens, loss_and_gradient)
 
 
 class Flat:
@@ -85,7 +118,7 @@ class Flat:
     parameter has a multiple of 256.
 
     Attributes:
-        parameter: All of them, one float32 vector; give it to the optimizer.
+        parameter: All of them, one vector; give it to the optimizer.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]):
@@ -96,10 +129,19 @@ class Flat:
             piece.data = part.view_as(piece)
 
     def gather(self) -> None:
-        """Put the pieces' gradients into the one's, before unscaling, clipping and the step."""
+        """Put the pieces' gradients into the one's, before unscaling, clipping and the step.
+
+        They become pieces of it, so that whoever scales them scales it.
+        """
         self.parameter.grad = torch.cat([piece.grad.flatten() for piece in self._pieces])  # pyright: ignore[reportOptionalMemberAccess]
-        for piece in self._pieces:
-            piece.grad = None
+        parts = self.parameter.grad.split([piece.numel() for piece in self._pieces])
+        for piece, part in zip(self._pieces, parts, strict=True):
+            piece.grad = part.view_as(piece)
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for parameter in (self.parameter, *self._pieces):
+            parameter.grad = None
 
 
 def use_causal_padding(model: Any) -> Any:
@@ -116,16 +158,19 @@ def use_causal_padding(model: Any) -> Any:
         A handle whose `remove()` takes it back.
     """
     trunk = levers.unwrap(model).model
-    return trunk.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    if hasattr(trunk, "_causal_padding"):  # used before
+        trunk._causal_padding.remove()
+    trunk._causal_padding = trunk.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    return trunk._causal_padding
 
 
 def _without_mask(trunk: Any, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     mask = inputs.get("attention_mask")
-    if trunk.training and mask is not None and mask.dim() == 2 and _is_padded_behind(mask):
+    if trunk.training and mask is not None and mask.dim() == 2 and is_padded_behind(mask):
         inputs = inputs | {"attention_mask": None}
     return args, inputs
 
 
-def _is_padded_behind(mask: torch.Tensor) -> bool:
+def is_padded_behind(mask: torch.Tensor) -> bool:
     """Whether no row of a mask, (B, S) of zeros and ones, has a one behind a zero."""
     return bool((mask[:, 1:] <= mask[:, :-1]).all())

@@ -244,11 +244,15 @@ def apply_rotary(
 ROTARY = "apply_rotary_pos_emb"  # transformers' name for it, in each model's own file
 
 
-def use_lean_rotary(model: torch.nn.Module) -> None:
+def use_lean_rotary(model: torch.nn.Module, rotary: Callable = apply_rotary) -> None:
     """Let every attention layer of the model turn its query and key with `apply_rotary`.
 
     transformers calls a function of the model's file; each layer gets its forward method again,
     with that one name looked up elsewhere.
+
+    Args:
+        model: Whose layers.
+        rotary: Who turns in the place of `apply_rotary`, and as it does.
 
     Raises:
         ValueError: The model pairs its numbers in another way (neighbours, as GLM and Cohere), or
@@ -270,14 +274,14 @@ def use_lean_rotary(model: torch.nn.Module) -> None:
                 "the lean one pairs number i with i + half, this model does not",
             )
     for module, forward in turning:
-        module.forward = MethodType(_with_lean_rotary(forward), module)
+        module.forward = MethodType(_with_rotary(forward, rotary), module)
 
 
-def _with_lean_rotary(forward: Any) -> FunctionType:
-    """The same function, in whose eyes `apply_rotary_pos_emb` is `apply_rotary`."""
+def _with_rotary(forward: Any, rotary: Callable) -> FunctionType:
+    """The same function, in whose eyes `apply_rotary_pos_emb` is another one."""
     ours = FunctionType(
         forward.__code__,
-        forward.__globals__ | {ROTARY: apply_rotary},
+        forward.__globals__ | {ROTARY: rotary},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
@@ -301,7 +305,7 @@ def _nothing_to_change(field: str, value: str, wanted: str) -> ValueError:
 
 
 class HeadLoss(torch.autograd.Function):
-    """See `head_loss`; backward is that of the other ways to take the gradient, too."""
+    """See `head_loss`."""
 
     @staticmethod
     def forward(
@@ -355,6 +359,12 @@ def head_loss(
     Raises:
         ValueError: The head is trained: it would get no gradient.
     """
+    check_frozen(weight)
+    return HeadLoss.apply(hidden, weight, targets, chunk_tokens)
+
+
+def check_frozen(weight: torch.Tensor) -> None:
+    """Refuse a head that is trained: a loss that forgets its logits gives it no gradient."""
     if weight.requires_grad and torch.is_grad_enabled():  # an evaluation asks for no gradient
         raise refusal(
             "loss",
@@ -362,4 +372,3 @@ def head_loss(
             "lean",
             "the lean loss gives the head no gradient",
         )
-    return HeadLoss.apply(hidden, weight, targets, chunk_tokens)

@@ -251,7 +251,7 @@ def checkpoint_layers(
     k: int | Literal["all"] = "all",
     *,
     offload: bool | int = False,
-    keep_attention: bool = False,
+    keep_attention: bool | int = False,
 ) -> None:
     """Let the first `k` layers forget their activations and recompute them in backward.
 
@@ -266,7 +266,8 @@ def checkpoint_layers(
             k layers; a number below k those of the first ones, each fetched a layer ahead of time.
             Later ones are needed sooner, and bound to be on the GPU at the peak.
         keep_attention: Keep attention's output too, (batch, seq, hidden) a layer, and recompute
-            only the rest.
+            only the rest: True in all k layers; a number up to k in the last ones of them, whose
+            backward comes first and frees them first.
 
     Raises:
         ValueError: k is larger than the number of layers, or the layers cannot forget.
@@ -297,12 +298,20 @@ def checkpoint_layers(
             offload,
             "the last one's checkpoint is needed at once",
         )
+    kept = k if keep_attention is True else int(keep_attention)
+    if kept > k:
+        raise refusal(
+            "keep_attention",
+            f"be True or at most {k}, the layers that are checkpointed",
+            keep_attention,
+            "the other layers keep everything",
+        )
     host = HostCheckpoints(ahead=offload is not True)
     unwrap(model).host_checkpoints = host if m else None
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < k
         layer._gradient_checkpointing_func = partial(
-            _checkpoint, _where(host, index, m), keep_attention
+            _checkpoint, _where(host, index, m), index >= k - kept
         )
 
 
@@ -334,7 +343,7 @@ def chunked_loss(
     chunk_tokens: int = 512,
     num_items_in_batch: torch.Tensor | int | None = None,
     *,
-    lean: bool = False,
+    lean: bool | Callable[..., torch.Tensor] = False,
     skip_unlabelled: bool = False,
 ) -> torch.Tensor:
     """Cross entropy from hidden states, `chunk_tokens` rows of logits at a time.
@@ -352,7 +361,8 @@ def chunked_loss(
         labels: (batch, seq); each position's target is the next one's label.
         chunk_tokens: Rows of logits alive at once.
         num_items_in_batch: What to divide the sum by; `None` means this batch's labelled tokens.
-        lean: Take the gradient together with the logits (`lean.head_loss`; needs a frozen head).
+        lean: Take the gradient together with the logits (`lean.head_loss`; needs a frozen head);
+            or who does, in its place: `fused.head_loss`, `compiled.head_loss`.
         skip_unlabelled: Compute no logits for prompts and padding. Finding them makes the CPU wait
             for the GPU, so it is worth it for padded batches and not for packed ones.
 
@@ -369,7 +379,8 @@ def chunked_loss(
         rows, targets = _labelled(rows, targets)
     if lean:
         _check_plain(head)
-        return head_loss(rows, head.weight, targets, chunk_tokens) / num_items_in_batch
+        summed = head_loss if lean is True else lean
+        return summed(rows, head.weight, targets, chunk_tokens) / num_items_in_batch
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for chunk, wanted in zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
         total = total + checkpoint(_summed_loss, chunk, head, wanted, use_reentrant=False)

@@ -7,14 +7,14 @@ that make a run fit are in `levers` and `lean`. Not modelled: mixtures of expert
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fitcast import gpus, models
 from fitcast.recipe import TrainRecipe
-from fitcast.step import compat, ranks
+from fitcast.step import compat, compiled, fused, ranks
 from fitcast.step.embedding import use_host_embedding
 from fitcast.step.lean import use_lean_lora, use_lean_mlp, use_lean_rotary
 from fitcast.step.levers import (
@@ -171,6 +171,17 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
+# Field of a recipe: its value: who changes the model. "stock" leaves it.
+USES: dict[str, dict[str, Callable[[Any], None]]] = {
+    "norm": {"native": use_native_norm},
+    "mlp": {"lean": use_lean_mlp, "compiled": compiled.use_compiled_mlp},
+    "adapters": {"lean": use_lean_lora, "in_place": fused.use_adapters_in_place},
+    "rotary": {"lean": use_lean_rotary, "compiled": compiled.use_compiled_rotary},
+}
+# Losses that take their gradient together with the logits.
+HEAD_LOSSES = {"lean": True, "fused": fused.head_loss, "compiled": compiled.head_loss}
+
+
 def apply_levers(model: Any, recipe: TrainRecipe) -> Any:
     """Set attention, norm, MLP, adapters, rotary and checkpointing as the recipe says.
 
@@ -187,14 +198,12 @@ def apply_levers(model: Any, recipe: TrainRecipe) -> Any:
             "chunks of logits would leave that out",
         )
     _set_attention(base, recipe)
-    for value, use in (
-        (recipe.norm, use_native_norm),
-        (recipe.mlp, use_lean_mlp),
-        (recipe.adapters, use_lean_lora),
-        (recipe.rotary, use_lean_rotary),
-    ):
+    for field, uses in USES.items():
+        value = getattr(recipe, field)
         if value != "stock":
-            use(base)
+            uses[value](base)
+    if recipe.causal_padding:
+        fused.use_causal_padding(base)
     if recipe.embedding == "host":
         use_host_embedding(base)
     if recipe.mlp_tile_tokens is not None:
@@ -278,7 +287,7 @@ def loss_within(
         batch["labels"],
         recipe.loss_chunk_tokens,
         num_items_in_batch,
-        lean=recipe.loss == "lean",
+        lean=HEAD_LOSSES.get(recipe.loss, False),
         skip_unlabelled="attention_mask" in batch,
     )
 
@@ -288,16 +297,29 @@ def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.
 
     State per parameter: AdamW 8 bytes; 8-bit Adam 2.03 (8 for tensors below 4096 elements). The
     paged variant keeps it in memory that CUDA moves to the host when the GPU is full.
+
+    With `flat_optimizer` its `flat` is the `fused.Flat` of them: `gather` goes before unscaling.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    if recipe.optimizer == "adamw":
-        kind = torch.optim.AdamW
-    else:
-        from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+    flat = fused.Flat(trainable) if recipe.flat_optimizer else None
+    made: Any = _optimizer_of(recipe)(
+        [flat.parameter] if flat else trainable,
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+    )
+    if flat is not None:
+        made.flat = flat
+        made.register_step_post_hook(lambda *_: flat.clear())
+    return made
 
-        paged = recipe.optimizer == "paged_adamw_8bit" and gpus.device() == "cuda"
-        kind = PagedAdamW8bit if paged else AdamW8bit  # no paging on a CPU
-    return kind(trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+
+def _optimizer_of(recipe: TrainRecipe) -> type[torch.optim.Optimizer]:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+
+    paged = recipe.optimizer == "paged_adamw_8bit" and gpus.device() == "cuda"
+    return PagedAdamW8bit if paged else AdamW8bit  # no paging on a CPU
 
 
 def training_step(
@@ -328,6 +350,9 @@ def training_step(
             scaler.scale(loss).backward()
         losses.append(loss.detach())
         del loss  # its graph would keep the embeddings and their gradient through the next forward
+    flat: fused.Flat | None = getattr(optimizer, "flat", None)
+    if flat is not None:
+        flat.gather()
     scaler.unscale_(optimizer)
     if recipe.max_grad_norm:  # 0 is "do not clip", as for Trainer
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -335,4 +360,6 @@ def training_step(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    if flat is not None:  # a step that overflowed was none, and has cleared nothing
+        flat.clear()
     return torch.stack(losses).sum()

@@ -245,6 +245,7 @@ def load_merged(recipe: TrainRecipe, folder: str | Path) -> torch.nn.Module:
         recipe,
         base=recipe.amp_dtype or "float32",
         lora_rank=None,
-        loss="chunked" if recipe.loss == "lean" else recipe.loss,
+        loss="full" if recipe.loss == "full" else "chunked",
+        flat_optimizer=False,
     )
     return qlora.load_base(plain, source=str(folder)).to(gpus.device()).eval()

@@ -27,6 +27,7 @@ FREE_TO_CHANGE = frozenset(
         "checkpointed_layers",
         "offload_checkpoints",
         "keep_attention",
+        "causal_padding",
         "expandable_segments",
         "logging_steps",
         "save_steps",

@@ -244,10 +244,18 @@ class QLoRATrainer(Trainer):
         self._tokens += inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
+            self._gather_gradients()
             so_far = (self._tr_loss + loss).item()
             if not math.isfinite(so_far):
                 self._refuse_to_step(so_far, num_items_in_batch)
         return loss
+
+    def _gather_gradients(self) -> None:
+        """Into one, for an optimizer of one flat parameter, before they are unscaled."""
+        wrapped: Any = self.optimizer
+        flat = getattr(getattr(wrapped, "optimizer", wrapped), "flat", None)
+        if flat is not None:
+            flat.gather()
 
     def _refuse_to_step(self, loss: float, num_items_in_batch: Any) -> None:
         step = self.state.global_step + 1

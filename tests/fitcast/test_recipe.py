@@ -56,6 +56,8 @@ WRONG += [
         "kbit_upcast",
         "padded",
         "keep_attention",
+        "causal_padding",
+        "flat_optimizer",
         "expandable_segments",
     )
 ]
@@ -99,7 +101,8 @@ def test_a_recipe_comes_back_from_json(targets):
 
 def test_choices_are_those_of_the_type_hints():
     assert recipe.CHOICES["amp_dtype"] == (None, "float16", "bfloat16")
-    assert recipe.CHOICES["loss"] == ("full", "chunked", "lean") and len(recipe.CHOICES) == 10
+    assert recipe.CHOICES["loss"] == ("full", "chunked", "lean", "fused", "compiled")
+    assert len(recipe.CHOICES) == 10
 
 
 def test_the_last_checkpoint_is_not_offloaded():

@@ -80,8 +80,7 @@ def test_padding_is_behind_unlabelled_and_no_token():
 @pytest.mark.parametrize("row", race.ROWS)
 def test_every_setting_of_ours_is_a_recipe(row):
     for fields in race.settings("ours", row).values():
-        known = {name: value for name, value in fields.items() if name != "parts"}
-        TrainRecipe(model=race.MODEL, **known)
+        TrainRecipe(**race.recipe_fields(race.ROWS[row], fields))
 
 
 def dies(pipe):
@@ -112,15 +111,15 @@ def test_without_time_left_no_turn_is_taken():
     assert raced.record["turns"] == []
 
 
-def test_a_race_on_record_replaces_the_one_before(tmp_path):
+def test_a_race_on_record_replaces_rows_of_the_same_kind(tmp_path):
     path = tmp_path / "recorded_runs.json"
-    other = {"group": "ladder", "name": "kept"}
-    path.write_text(json.dumps({"rows": [{"group": "race", "name": "old"}, other]}))
+    others = [{"group": "ladder", "name": "kept"}, {"group": "race", "name": "packed, ours"}]
+    path.write_text(json.dumps({"rows": [{"group": "race", "name": "4x2048, old"}, *others]}))
     turns = [{**found, "at": 10 * i} for i, found in enumerate(RECORD["turns"])]
     contenders = {name: {"versions": {"torch": "2.11.0"}} for name in ("unsloth", "usual", "ours")}
     race.put_on_record(RECORD | {"turns": turns, "contenders": contenders}, path)
-    first, unsloth, *rest = json.loads(path.read_text())["rows"]
-    assert first == other and {row["group"] for row in rest} == {"race"}
+    first, second, unsloth, *rest = json.loads(path.read_text())["rows"]
+    assert [first, second] == others and {row["group"] for row in rest} == {"race"}
     assert unsloth["name"] == "4x2048, unsloth" and unsloth["tokens_per_second"] == [
         900,
         1000,

@@ -63,8 +63,8 @@ def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
         (["forecast", "llama-3.1-8b"], "write --model llama-3.1-8b"),
         (["forecast", *SMALL, "T4"], "an option begins with --"),
         (["doctor", "--jsn"], "did you mean --json?"),
-        (["forecast", *SMALL, "--loss", "chunkd"], "loss must be one of full, chunked, lean, got "
-         "'chunkd'; did you mean 'chunked'?"),
+        (["forecast", *SMALL, "--loss", "chunkd"], "loss must be one of full, chunked, lean, "
+         "fused, compiled, got 'chunkd'; did you mean 'chunked'?"),
         (["forecast", *SMALL, "--optimizer", "adam"], "did you mean 'adamw'?"),
         (["forecast", *SMALL, "--amp-dtype", "bf16"], "did you mean 'bfloat16'?"),
         (["forecast", *SMALL, "--gpu", "A100"], "say A100-40 or A100-80"),
@@ -74,6 +74,9 @@ def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
         (["forecast", *SMALL, "--padded=yes"], "see `fitcast forecast --help`"),
         (["fit", *SMALL, "--utilisation", "most"], "utilisation must be a number, got 'most'"),
         (["fit", *SMALL, "--utilisation", "7"], "utilisation must be above 0"),
+        (["fit", *SMALL, "--pinned-host", "much"], "pinned_host must be a number, got 'much'"),
+        (["fit", *SMALL, "--pinned-host", "-1"], "pinned_host must be from 0 to 1023, got '-1'; "
+         "it is in GiB"),
         (["fit", *SMALL, "--target-effective-batch", "100003"], "target_effective_batch must be a"),
         (["fit", *SMALL, "--target-effective-batch", "8.5"], "must be a whole number, got '8.5'"),
     ],

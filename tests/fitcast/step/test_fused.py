@@ -1,14 +1,19 @@
 """Fewer, larger operations: 20 steps have the losses of PyTorch's and PEFT's own code."""
 
 import dataclasses
-from unittest import mock
+import json
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fitcast.forecasting import forecast as forecasting
+from fitcast.gpus import H200, T4
 from fitcast.recipe import TrainRecipe
-from fitcast.step import compiled, fused, lean, levers, qlora
+from fitcast.step import apply, compiled, fused, levers, qlora
+from fitcast.training import trainer
+from tests.tiny import ROWS, TOKENIZER, tiny_recipe
+from tools import race
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -21,7 +26,12 @@ STOCK = TrainRecipe(
     model="llama-3.1-8b", base="float32", lora_targets="all-linear", lora_dropout=0.0,
     learning_rate=2e-3, optimizer="adamw", attention="explicit_kv",
 )  # fmt: skip
-LEAN = dataclasses.replace(STOCK, loss="lean", loss_chunk_tokens=20)
+FUSED = {"adapters": "in_place", "loss": "fused", "loss_chunk_tokens": 20,
+         "flat_optimizer": True, "padded": True, "causal_padding": True}  # fmt: skip
+WAYS = {
+    "fused": FUSED,
+    "compiled": FUSED | {"loss": "compiled", "mlp": "compiled", "rotary": "compiled"},
+}
 
 
 def build(kind, recipe):
@@ -63,17 +73,26 @@ def losses(model, recipe, count=20):
 )
 def test_twenty_steps_have_the_losses_of_stock(kind, which):
     stock = losses(build(kind, STOCK), STOCK)
-    model = build(kind, LEAN)
-    fused.use_adapters_in_place(levers.unwrap(model))
-    fused.use_causal_padding(model)
-    head_loss = {"fused": fused.HeadLoss, "compiled": compiled.HeadLoss}[which]
-    if which == "compiled":
-        compiled.use_compiled_mlp(levers.unwrap(model))
-        compiled.use_compiled_rotary(levers.unwrap(model))
-    with mock.patch.object(lean, "HeadLoss", head_loss):
-        ours = losses(model, LEAN)
+    recipe = dataclasses.replace(STOCK, **WAYS[which])
+    ours = losses(build(kind, recipe), recipe)
     assert (ours - stock).abs().max() < 1e-4
     assert stock[0] - stock[16] > 0.01  # the same batch, learnt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_stock(kind, which):
+    def gradients(recipe):
+        model = build(kind, recipe)
+        qlora.compute_loss(model, data(1)[0], recipe).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    stock = gradients(STOCK)
+    ours = gradients(dataclasses.replace(STOCK, **WAYS[which]))
+    assert stock.keys() == ours.keys()
+    for name, grad in stock.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_compiled_loss_is_used_and_a_wrong_one_is_seen(monkeypatch):
@@ -81,10 +100,9 @@ def test_the_compiled_loss_is_used_and_a_wrong_one_is_seen(monkeypatch):
         loss, grad = whole(logits, targets)
         return loss / 2, grad
 
-    whole = compiled.loss_and_gradient
+    whole, recipe = compiled.loss_and_gradient, dataclasses.replace(STOCK, loss="compiled")
     monkeypatch.setattr(compiled, "loss_and_gradient", half)
-    with mock.patch.object(lean, "HeadLoss", compiled.HeadLoss):
-        wrong = losses(build("llama", LEAN), LEAN, count=1)
+    wrong = losses(build("llama", recipe), recipe, count=1)
     assert wrong[0] < 0.6 * losses(build("llama", STOCK), STOCK, count=1)[0]
 
 
@@ -99,7 +117,7 @@ def test_gradients_of_swiglu_and_the_turn_are_autograds():
 
 def test_an_adapter_in_place_holds_no_second_output():
     """At the end of an adapted layer's forward one output is alive, not the base's and its copy."""
-    model = build("llama", LEAN)
+    model = build("llama", STOCK)
     layer = levers.decoder_layers(model)[0].mlp.down_proj
     fused.use_adapters_in_place(layer)
     bases = []
@@ -118,9 +136,11 @@ def test_one_flat_parameter_steps_as_its_pieces_do():
         for found in (pieces, alone):
             sum((p**2).sum() * (step + 1) for p in found).backward()
         flat.gather()
+        for found in (pieces, alone):  # as Trainer clips: the model's own parameters
+            torch.nn.utils.clip_grad_norm_(found, 0.1)
         one.step()
         many.step()
-        one.zero_grad()
+        flat.clear()
         many.zero_grad()
     for piece, other in zip(pieces, alone, strict=True):
         torch.testing.assert_close(piece, other)
@@ -131,9 +151,10 @@ def test_one_flat_parameter_steps_as_its_pieces_do():
     [([1, 1, 0], True), ([1, 1, 1], True), ([0, 1, 1], False), ([1, 0, 1], False)],
 )
 def test_only_padding_behind_is_forgotten(row, behind):
-    model = build("llama", LEAN)
+    model = build("llama", STOCK)
     seen = []
-    fused.use_causal_padding(model)
+    for _ in range(2):  # twice is once
+        fused.use_causal_padding(model)
     trunk = levers.unwrap(model).model
     trunk.register_forward_pre_hook(
         lambda _, args, inputs: seen.append(inputs["attention_mask"] is None), with_kwargs=True
@@ -143,3 +164,129 @@ def test_only_padding_behind_is_forgotten(row, behind):
     model.eval()
     trunk(input_ids=torch.ones_like(mask), attention_mask=mask)
     assert seen == [behind, False]
+
+
+def test_a_step_that_overflows_leaves_no_gradient_behind():
+    """Pieces would add the next step's gradients to what is infinite."""
+    recipe = dataclasses.replace(STOCK, flat_optimizer=True)
+    model = build("llama", recipe)
+    optimizer = qlora.build_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)  # the scaled loss is beyond float32
+    before = [p.clone() for p in model.parameters() if p.requires_grad]
+    qlora.training_step(model, optimizer, data(1), recipe, scaler)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(trained, before, strict=True))
+    assert all(p.grad is None for p in [*trained, optimizer.flat.parameter])
+
+
+def test_levers_by_name_take_the_compiled_parts():
+    model = build("llama", STOCK)
+    said = apply.apply_levers(
+        model, mlp="compiled", rotary="compiled", loss="compiled", adapters="in_place",
+        causal_padding=True,
+    )  # fmt: skip
+    assert said.applied["mlp"] == said.applied["loss"] == "compiled"
+    batch = data(1)[0]
+    ours = model(**batch).loss
+    torch.testing.assert_close(ours, build("llama", STOCK)(**batch).loss, rtol=1e-4, atol=1e-4)
+    mlp, attention = levers.decoder_layers(model)[0].mlp, levers.decoder_layers(model)[0].self_attn
+    assert mlp.forward.__module__ == compiled.__name__
+    assert attention.forward.__func__.__globals__["apply_rotary_pos_emb"] is compiled.apply_rotary
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"causal_padding": True}, "causal_padding must be False when padded is False, got True"),
+        ({"flat_optimizer": True, "world_size": 2}, "flat_optimizer must be False when wo"),
+        ({"flat_optimizer": True, "base": "float32", "lora_rank": None}, "flat_optimizer must"),
+        ({"loss": "compiled", "base": "float32", "lora_rank": None}, "loss must be"),
+        ({"keep_attention": 4, "checkpointed_layers": 3}, "keep_attention must be True or at most"),
+        ({"keep_attention": 1}, "keep_attention must be a whole number from 2 to 1000, got 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_go_together_is_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        TrainRecipe(model="llama-3.1-8b", **fields)
+
+
+def test_attention_is_kept_by_the_last_layers_alone():
+    model = build("llama", dataclasses.replace(STOCK, checkpointed_layers=2, keep_attention=False))
+    levers.checkpoint_layers(model, 2, keep_attention=1)
+    kept = [layer._gradient_checkpointing_func.args[1] for layer in levers.decoder_layers(model)]
+    assert kept == [False, True]
+    with pytest.raises(ValueError, match="keep_attention must be True or at most 2"):
+        levers.checkpoint_layers(model, 2, keep_attention=3)
+
+
+# --- forecasts ---------------------------------------------------------------------------------
+
+SHORT = dict(model="llama-3.1-8b", amp_dtype="float16", lora_dropout=0.0, sequence_length=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [
+        race.LEAN | race.COMPILED | {"keep_attention": 18},
+        race.LEVERS | {"keep_attention": 8, "checkpointed_layers": 20, "flat_optimizer": True},
+    ],
+)
+def test_few_layers_stand_for_all_of_them(fields):
+    recipe = TrainRecipe(**SHORT | fields)
+    few, whole = (forecasting.run_stream(recipe, T4, whole=whole) for whole in (False, True))
+    said, counted = (forecasting.report(stream, T4) for stream in (few, whole))
+    assert said.peak_allocated_bytes == counted.peak_allocated_bytes
+    assert said.phase_peaks == counted.phase_peaks and said.composition == counted.composition
+    assert few.pinned_host_bytes == whole.pinned_host_bytes
+    assert said.operations == counted.operations
+
+
+def test_a_compiled_part_is_one_operation_and_makes_nothing_in_between():
+    """Forward and backward: stock takes silu, product and their gradients one by one."""
+    plain = dict(SHORT, model="llama-3.2-1b", checkpointed_layers=0, loss="lean")
+    lean, compiled_ = (
+        forecasting.forecast(TrainRecipe(**plain, mlp=mlp), T4) for mlp in ("lean", "compiled")
+    )
+    assert lean.operations - compiled_.operations == 16 * (2 + 4 - 2)
+    assert lean.ideal_seconds > compiled_.ideal_seconds
+    assert lean.peak_allocated_bytes >= compiled_.peak_allocated_bytes
+
+
+RACED = [row for row in json.loads(race.RECORDED.read_text("utf-8"))["rows"]
+         if row["group"] == "race" and row["contender"] == "ours" and row["settings"]]  # fmt: skip
+GUARD = "4x2048, ours, lean, compiled"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(r, id=r["name"], marks=[] if r["name"] == GUARD else pytest.mark.slow)
+     for r in RACED],
+)  # fmt: skip
+def test_a_raced_peak_is_forecast(row):
+    said = forecasting.forecast(
+        race.recipe_on_record(row), dataclasses.replace(H200, flash_attention=False)
+    )
+    assert said.peak_allocated_bytes == pytest.approx(row["peak_allocated_bytes"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_trainer_trains_them_saves_them_and_goes_on(tmp_path):
+    """Losses and gradient norms of Trainer with PEFT's own code; resumed halfway likewise."""
+    start = dataclasses.replace(
+        tiny_recipe(tmp_path / "model"), lora_dropout=0.0, base="float32", padded=True, max_steps=6,
+        save_steps=3, max_grad_norm=0.05, optimizer="adamw",
+    )  # fmt: skip
+    ours = dataclasses.replace(start, **WAYS["compiled"])
+
+    def run(recipe, name, **options):
+        model = trainer.build_model(recipe)
+        return trainer.train(recipe, model, ROWS, TOKENIZER, tmp_path / name, **options).steps
+
+    stock, whole = run(start, "stock"), run(ours, "whole")
+    run(ours, "halves", stop_at=3)
+    halves = run(ours, "halves")
+    for name in ("loss", "grad_norm"):
+        wanted = [step[name] for step in stock]
+        assert [step[name] for step in whole] == pytest.approx(wanted, rel=1e-4)
+        assert [step[name] for step in halves] == pytest.approx(wanted, rel=1e-4)
