@@ -101,8 +101,8 @@ def within_a_t4(group, model=""):
     ]
 
 
-def test_what_fit_picks_uses_the_memory_of_today_and_is_among_the_fastest():
 @pytest.mark.slow
+def test_what_fit_picks_uses_the_memory_of_today_and_is_among_the_fastest():
     row = named("fit", "what fit picks")
     recipe = TrainRecipe(**row["recipe"])
     # It was picked when the interval was narrower: today's is at most one layer further on.
