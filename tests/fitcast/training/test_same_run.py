@@ -147,11 +147,16 @@ def test_checkpointing_is_the_recipes(recipe, tmp_path):
     ("name", "value"),
     [
         ("learning_rate", 0.5),
-        ("per_device_train_batch_size", 8),
-        ("optim", "sgd"),
-        ("max_steps", 3),
-        ("seed", 7),
-        ("bf16", True),
+        *(
+            pytest.param(name, value, marks=pytest.mark.slow)
+            for name, value in [
+                ("per_device_train_batch_size", 8),
+                ("optim", "sgd"),
+                ("max_steps", 3),
+                ("seed", 7),
+                ("bf16", True),
+            ]
+        ),
     ],
 )
 def test_an_override_of_what_the_recipe_decides_is_refused(recipe, tmp_path, name, value):
