@@ -63,7 +63,7 @@ def count_block(recipe: TrainRecipe) -> MemoryReport:
     dtype = storage_dtype(recipe)
     with fake_tensors():
         mask = None
-        if recipe.padded or recipe.attention == "eager":
+        if recipe.has_mask or recipe.attention == "eager":
             mask = torch.zeros(batch, 1, seq, seq, dtype=dtype)
         rotary_emb = unwrap(model).model.rotary_emb
         rotary = rotary_emb(torch.empty(1, dtype=dtype), torch.arange(seq)[None])

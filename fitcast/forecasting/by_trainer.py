@@ -116,7 +116,7 @@ def script_of(recipe: TrainRecipe) -> Script:
         dtype=str(qlora.storage_dtype(recipe)).removeprefix("torch."),
         attention="eager" if recipe.attention == "eager" else None,
         sequence_length=recipe.sequence_length,
-        padded=recipe.padded,
+        padded=recipe.has_mask,
         notes=_not_followed(recipe),
     )
 

@@ -45,5 +45,5 @@ def fake_run(recipe: TrainRecipe, gpu: Gpu, config) -> Stream:
 def fake_batch(recipe: TrainRecipe) -> dict[str, torch.Tensor]:
     """A micro batch, (micro batch, sequence) token ids; padded ones carry a mask."""
     ids = torch.zeros(recipe.micro_batch_size, recipe.sequence_length, dtype=torch.long)
-    mask = {"attention_mask": torch.ones_like(ids)} if recipe.padded else {}
+    mask = {"attention_mask": torch.ones_like(ids)} if recipe.has_mask else {}
     return {"input_ids": ids, "labels": torch.zeros_like(ids)} | mask

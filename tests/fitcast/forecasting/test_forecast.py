@@ -8,9 +8,11 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from course_utils.data import BUNDLED
 from course_utils.topics import recorded
@@ -451,3 +453,23 @@ def test_libraries_are_left_as_they_were():
     forecast(dataclasses.replace(SMALL, sequence_length=48))
     assert (dict(bnb.name2qmap), torch.nn.functional.dropout, torch.is_autocast_enabled) == before
     assert gpus.device() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(("rows", "seen"), [(1, False), (2, True)])
+def test_a_row_alone_has_nothing_to_hide(rows, seen):
+    """What transformers hands to SDPA for a padded batch, and what the forecast says of it."""
+    from torch.nn import functional
+
+    config = models.config(BUNDLED)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    mask = torch.ones(rows, 16, dtype=torch.long)
+    mask[1:, 12:] = 0  # the longest row of a batch, here the first, hides nothing
+    with mock.patch.object(
+        functional, "scaled_dot_product_attention", wraps=functional.scaled_dot_product_attention
+    ) as attends:
+        model(input_ids=torch.zeros(rows, 16, dtype=torch.long), attention_mask=mask)
+    assert {call.kwargs["attn_mask"] is not None for call in attends.call_args_list} == {seen}
+    padded = TrainRecipe(model=BUNDLED, micro_batch_size=rows, sequence_length=64, padded=True)
+    full = dataclasses.replace(padded, padded=False)
+    peaks = [forecast(recipe, T4).peak_allocated_bytes for recipe in (padded, full)]
+    assert padded.has_mask is seen and (peaks[0] != peaks[1]) is seen
