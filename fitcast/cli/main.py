@@ -145,9 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    words = sys.argv[1:] if arguments is None else arguments
-    if arguments is None:
-        start.quickly()
+    if arguments is not None:
+        return _run(arguments)
+    start.quickly()
+    return start.leave(_run(sys.argv[1:]))
+
+
+def _run(words: Sequence[str]) -> int:
+    """Answer what was typed: the exit code."""
     if not words:
         options.parser().print_help(sys.stderr)
         return BAD_INPUT
