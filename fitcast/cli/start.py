@@ -41,7 +41,9 @@ def engine() -> None:
     if _alone:
         import torch
 
-        vars(torch)["compile"] = _as_it_is
+        library: Any = torch
+        library.compile = _as_it_is
+        import bitsandbytes  # noqa: F401
 
 
 def _as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Any:
