@@ -59,7 +59,6 @@ stamp: $(READY) ## author's verb: badges, set-up cells, numbers outside the less
 	@echo "Stamping"
 	@$(BIN)/python -m tools.stamp
 	@$(BIN)/python -m tools.cheat_sheet
-	@$(BIN)/python -m tools.beyond_one_gpu
 
 lock: $(READY) ## author's verb: write requirements.lock for what pyproject.toml asks (UPGRADE=torch raises one)
 	@echo "Resolving $(LOCK)"

@@ -579,7 +579,7 @@ print("dequantized closer than original:", shifts["dequantized"] < shifts["origi
 # ### Open questions
 # Train once more with `replace(recipe, lora_targets=("q_proj", "v_proj"))`, the choice of the first
 # LoRA paper, and compare by the interval. Then try `base="float32"`: what did 4 bits cost? On two
-# T4s (Kaggle gives them) [beyond one GPU](beyond_one_gpu.md) runs this recipe under `torchrun`.
+# T4s (Kaggle gives them) [lesson 08](08_beyond_one_gpu.ipynb) runs this recipe under `torchrun`.
 #
 # ### Try with AI
 # Ask an assistant:
@@ -603,7 +603,7 @@ for name in ("llama-3.2-1b", "llama-3.1-8b"):
 
 # %% [markdown]
 # ## What this lesson left out
-# Sharded models (a recipe for them is in [beyond one GPU](beyond_one_gpu.md)), sampling instead of
+# Sharded models ([lesson 08](08_beyond_one_gpu.ipynb) has them), sampling instead of
 # greedy answers, judging free text by more than its words, a mask between packed examples.
 #
 # ## Sources

@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -124,44 +125,62 @@ def launch(recipe: TrainRecipe, batch: Batch, timeout_s: float = 120) -> dict[st
             },
             job,
         )
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",  # what `torchrun` runs
-            "--nproc-per-node",
-            str(recipe.world_size),
-            "--local-addr",
-            LOOPBACK,
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            f"{LOOPBACK}:0",  # any free port
-            "-m",
-            __name__,
-            str(job),
-            str(result),
-        ]
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=_environment(on_gpus),
-            start_new_session=True,
-        ) as agent:
-            try:
-                _, errors = agent.communicate(timeout=timeout_s)
-            except BaseException as reason:  # an interrupted cell must not leave ranks behind
-                _end(agent)
-                if not isinstance(reason, subprocess.TimeoutExpired):
-                    raise
-                raise TimeoutError(
-                    f"{recipe.world_size} ranks did not finish in {timeout_s:g} s "
-                    "and were ended; give a larger timeout_s"
-                ) from None
-        if agent.returncode:
-            raise RuntimeError(f"a rank failed: {_last_word(errors)}")
+        torchrun(
+            ("-m", __name__, str(job), str(result)), recipe.world_size, timeout_s, on_gpus=on_gpus
+        )
         return torch.load(result)
+
+
+def torchrun(
+    script: Sequence[str], processes: int, timeout_s: float = 120, *, on_gpus: bool = False
+) -> str:
+    """What the ranks of a script print, started by torchrun on this machine.
+
+    Args:
+        script: Its path, or `-m` and a module's name; then its arguments.
+        processes: How many ranks.
+        timeout_s: After so many seconds every process is ended.
+        on_gpus: Whether they see the GPUs.
+
+    Raises:
+        TimeoutError: It took too long.
+        RuntimeError: A process failed; the message is its last word.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",  # what `torchrun` runs
+        "--nproc-per-node",
+        str(processes),
+        "--local-addr",
+        LOOPBACK,
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"{LOOPBACK}:0",  # any free port
+        *script,
+    ]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environment(on_gpus),
+        start_new_session=True,
+    ) as agent:
+        try:
+            said, errors = agent.communicate(timeout=timeout_s)
+        except BaseException as reason:  # an interrupted cell must not leave ranks behind
+            _end(agent)
+            if not isinstance(reason, subprocess.TimeoutExpired):
+                raise
+            raise TimeoutError(
+                f"{processes} ranks did not finish in {timeout_s:g} s "
+                "and were ended; give a larger timeout_s"
+            ) from None
+    if agent.returncode:
+        raise RuntimeError(f"a rank failed: {_last_word(errors)}")
+    return said
 
 
 def place(batch: Batch, world_size: int) -> Batch:

@@ -66,4 +66,10 @@ ANSWERS = {
             labels[start:end] = ids[start:end]
     return labels""",
     },
+    "08": {
+        "def loss_of_rank": """def loss_of_rank(loss_sum, my_tokens, all_reduce, ranks):
+    tokens = torch.tensor(float(my_tokens))
+    all_reduce(tokens)
+    return loss_sum * ranks / tokens""",
+    },
 }  # fmt: skip

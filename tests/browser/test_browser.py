@@ -47,6 +47,13 @@ EXERCISES = {
     "07": ("lora_parameters", {"return ...": "return layers * r * 8 * hidden"},
            {"return ...": "return layers * r * (4 * hidden + 2 * (hidden + kv))"},
            "key and value come out kv wide"),
+    "08": ("sent_bytes", {"        return ...\n    return ...":
+                          "        return (ranks - 1) / ranks * trained\n    return 0"},
+           {"        return ...\n    return ...":
+            "        return 2 * (ranks - 1) / ranks * trained\n"
+            "    layers = 2 * micro_batches * (frozen + trained)\n"
+            "    return (ranks - 1) / ranks * (layers + trained)"},
+           "ddp: an all-reduce is two rounds"),
 }  # fmt: skip
 THEMES = ("JupyterLab Dark", "JupyterLab Light")
 

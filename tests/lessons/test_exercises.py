@@ -9,7 +9,7 @@ from tests.lessons.exercises import complaints, exercise_cells
 
 CHECKS = {
     name: getattr(module, name)
-    for number in range(1, 8)
+    for number in range(1, 9)
     for module in [importlib.import_module(f"course_utils.exercises.lesson_0{number}")]
     for name in vars(module)
     if name.startswith("check_")

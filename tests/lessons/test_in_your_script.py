@@ -16,7 +16,7 @@ from course_utils.data import bundled_model_dir
 from tools.minutes import code_lines
 from tools.notebooks import lesson_scripts
 
-LESSONS = ("01", "02", "03", "04", "05", "06", "07")
+LESSONS = ("01", "02", "03", "04", "05", "06", "07", "08")
 OURS = {"06": {"fitcast"}}  # what a lesson takes home of this repository
 BLOCK = re.compile(r"^# ## In your script\n(?:#.*\n)*?# ```python\n((?:#.*\n)*?)# ```$", re.M)
 HUB = re.compile(r'"[\w-]+/[\w.-]+"')  # a model's name there

@@ -42,7 +42,7 @@ def test_questions_give_no_answer_away():
         assert one.why not in ASKED._repr_html_() + repr(ASKED)
 
 
-LESSONS = ("01", "02", "03", "04", "05")
+LESSONS = ("01", "02", "03", "04", "05", "08")
 
 
 @pytest.mark.parametrize("number", LESSONS)

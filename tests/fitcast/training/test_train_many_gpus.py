@@ -1,4 +1,4 @@
-"""Several processes train what one does; the page about it has today's numbers."""
+"""Several processes train what one does."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ from course_utils.topics import sources
 from course_utils.topics.ranks import LOOPBACK, _environment
 from fitcast import gpus
 from fitcast.recipe import TrainRecipe
-from tools import beyond_one_gpu, train_many_gpus
+from tools import train_many_gpus
 from tools.notebooks import LESSONS, ROOT
 
 
@@ -79,21 +79,3 @@ def test_two_processes_train_the_adapters_of_one(tmp_path):
     moved = max(t.abs().max() for name, t in one["adapter"].items() if "lora_B" in name)
     apart = max((t - two["adapter"][name]).abs().max() for name, t in one["adapter"].items())
     assert moved > 1e-3 and apart < 1e-4 * moved
-
-
-@pytest.mark.slow
-def test_the_pages_numbers_are_todays():
-    page = beyond_one_gpu.PAGE.read_text("utf-8")
-    assert beyond_one_gpu.with_numbers(page) == page, "run python -m tools.beyond_one_gpu"
-
-
-def test_sharding_divides_what_lies_still():
-    from course_utils.topics.ladder import usual
-
-    rung = usual("llama-3.1-8b")
-    alone, shared = (beyond_one_gpu.per_gpu(rung, n) for n in (1, 4))
-    assert shared["weights"] == alone["weights"] // 4
-    assert shared["activations"] == alone["activations"]
-    layer, outside = beyond_one_gpu.layer_bytes(rung)
-    weights = layer * 32 + outside
-    assert weights == pytest.approx(alone["weights"], rel=0.01)
