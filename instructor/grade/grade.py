@@ -179,8 +179,7 @@ def _write(assignment: Assignment, found: ClassResult, roster: Table, out: Path)
             continue
         text = feedback(assignment, result, found.out_of)
         write(page, text)
-        platform = of_path(result.file, roster.platform)
-        sent = name if platform is PLAIN else platform.feedback(result.file, result.row)
+        sent = _sent(result, roster, name)
         # Two files' names may lead to one, and no page may take the place of another's.
         pages[sent if sent not in pages else name] = text
     write_zip(out.parent / "feedback.zip", pages)
@@ -190,6 +189,19 @@ def _write(assignment: Assignment, found: ClassResult, roster: Table, out: Path)
     book = roster.platform.gradebook(roster, grades, assignment.title, found.out_of)
     if book:
         write(out.parent / "gradebook.csv", book)
+
+
+def _sent(result: Result, roster: Table, name: str) -> str:
+    """Where a page belongs in the zip: `name`, where the file's path leads to nobody or another.
+
+    A group has one file, which leads to who handed it in; that one is not sent the others' pages.
+    """
+    platform = of_path(result.file, roster.platform)
+    keys = [roster.platform.key(row) for row in roster.students]
+    owner, own = platform.owner(result.file, keys), roster.platform.key(result.row)
+    if platform is PLAIN or (own and owner not in (None, own)):
+        return name
+    return platform.feedback(result.file, result.row)
 
 
 def _told(result: Result) -> tuple[float | None, str, str]:

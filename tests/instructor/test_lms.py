@@ -443,6 +443,22 @@ def test_a_group_hands_in_once(tmp_path):
         changed(tmp_path, "student_id,group_of\ns3,s9\n")
 
 
+def test_a_groups_file_brings_its_owner_the_owners_page(tmp_path):
+    """The others' pages have names of their own, and nobody is sent another one's."""
+    better = canvas_path(1).replace("88001", "89001")
+    files = {canvas_path(1): notebook(["x = 1"], "4001"), better: honest("4001")}
+    arguments = a_class(tmp_path, canvas_export(), files)
+    (tmp_path / "changes.csv").write_text("student_id,group_of\n4000,4001\n4002,4001\n", "utf-8")
+    grade(TINY, *arguments, changes=tmp_path / "changes.csv")
+    with zipfile.ZipFile(tmp_path / "out/feedback.zip") as pages:
+        sent = {name: pages.read(name).decode() for name in pages.namelist()}
+    (owners,) = [text for name, text in sent.items() if "_4001_" in name]
+    assert "(4001)" in owners
+    assert {"tiny_4000.html", "tiny_4002.html"} < set(sent)
+    for own in ("4000", "4002"):
+        assert f"({own})" in sent[f"tiny_{own}.html"]
+
+
 def test_what_came_by_mail_beside_a_platforms_zip(tmp_path):
     archive, *rest = a_class(tmp_path, canvas_export(), {canvas_path(0): honest("4000")})
     (tmp_path / "mailed").mkdir()
