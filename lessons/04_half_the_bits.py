@@ -8,18 +8,19 @@
 # Checkpointing shrank what layers keep (lesson 02), small micro batches shrank it again (03), and
 # neither changed a single gradient. One factor is still untouched: every number has 4 bytes. Mixed
 # precision gives most of them 2. It is sold with three promises, half the memory, twice the speed,
-# the same quality. You will measure quality in section 2, memory in 3; speed waits in "Go further".
+# the same quality. You will measure quality in section 2, memory in 3; speed, which large products
+# gain and small models do not, in "Go further".
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *explain* what a format's bits buy, and *calculate* its spacing anywhere | B1 | exercise 04.1 |
+# | *explain* what a format's bits buy: range, and spacing | B1 | section 1 |
 # | *predict* what autocast runs in 16 bits, and *find* the copies it makes | B2 | sections 2, 3 |
 # | *explain* why trained weights stay in float32 | B1 | section 4 |
 # | *choose* formats for a GPU, and *find* the mistake in a published recipe | B2 | exercise 04.2 |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
-# **Needs:** the four holders of memory and the ledger (lesson 01).
+# **Needs:** the four holders of memory and the ledger (lesson 01), checkpointing (02).
 # **New concepts (5):** range and spacing · autocast · mixed precision's copies · vanishing update ·
 # compute dtype. Each is in the [glossary](glossary.md).
 
@@ -47,11 +48,10 @@ import tempfile
 from dataclasses import replace
 import torch
 from course_utils import data, figures
-from course_utils.data import BUNDLED
 from course_utils.exercises import lesson_04 as exercises
 from course_utils.exercises.predictions import show_prediction
-from fitcast import MemoryLedger, TrainRecipe, gpus
-from fitcast.training.data import collate, encode
+from course_utils.topics import precision
+from fitcast import TrainRecipe, gpus, show_bytes
 gpu = gpus.detect()
 print(gpus.describe(gpu))
 
@@ -60,13 +60,9 @@ print(gpus.describe(gpu))
 # tokens; and four examples to train on.
 
 # %% tags=["setup"]
-from transformers import AutoTokenizer
-recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, optimizer="adamw",
+recipe = TrainRecipe(model=data.BUNDLED, base="float32", lora_rank=None, optimizer="adamw",
                      micro_batch_size=4, sequence_length=128, checkpointed_layers=0, lora_dropout=0)
-tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir())
-rows = encode(data.load_instructions(), tokenizer, recipe.sequence_length)
-batch = collate(list(rows)[:4], tokenizer.pad_token_id)
-batch = {name: tensor.to(gpus.device()) for name, tensor in batch.items()}
+batch = data.to_batch(list(data.encoded(recipe.sequence_length))[:4])
 sixteen = gpus.mixed_precision(gpu).dtype or "bfloat16"  # 16 bits, as this machine likes them
 print("16-bit format used here:", sixteen)
 
@@ -83,7 +79,8 @@ before = ...  # for example "abcda"
 # %% [markdown]
 # ## 1 · Two ways to spend 16 bits
 # A floating-point number is a sign, an exponent (which power of two?) and a fraction (where between
-# this power and the next?). Here is 0.1 in three formats.
+# this power and the next?). Here is 0.1 in three formats. (The exponent is stored plus 127, in
+# float16 plus 15; you need not read the bits.)
 
 # %% tags=["run"]
 figures.bit_fields()
@@ -93,7 +90,7 @@ figures.bit_fields()
 # off; float16 trades three exponent bits for three more of fraction. In numbers:
 
 # %% tags=["run"]
-from course_utils.topics.precision import FORMATS
+FORMATS = precision.FORMATS
 for name, dtype in FORMATS.items():
     info = torch.finfo(dtype)
     print(f"{name:9} largest {info.max:8.3g}   smallest normal {info.tiny:8.3g}   "
@@ -108,7 +105,6 @@ for name, dtype in FORMATS.items():
 # step, float32: the weights, what the linear layers put out, and the gradients of these outputs.
 
 # %% tags=["run"]
-from course_utils.topics import precision
 from fitcast.step import qlora
 from fitcast.training import trainer as training
 model = training.build_model(recipe)
@@ -123,9 +119,7 @@ figures.magnitudes({"weights": list(model.parameters()), "activations": watched.
 # thousand to a million times smaller, and float16's normal numbers end in the middle of them.
 #
 # ### Predict
-# Rounding an activation's gradient to bfloat16 changes it by up to 0.4 %; to float16, by 0.05 %,
-# *if* it is in range. Which share of the gradients above becomes exactly zero in float16? (0.1 for
-# 10 %.)
+# Which share of the gradients above becomes exactly zero in float16? (0.1 for 10 %.)
 
 # %% tags=["predict"]
 predicted_lost = ...
@@ -136,35 +130,41 @@ show_prediction(predicted_lost, show="{:.2f}".format, **lost)
 
 # %% [markdown]
 # ### Explain
-# A coarse step is noise: up here, down there, and a weight's gradient is a sum over hundreds of
-# tokens, in which it averages out. A number out of range is not noise. Below, it is *always* zero;
-# above, it is infinite, and one infinity soon makes every weight NaN. That is why **range matters
-# more than precision**, and why float16 needs the trick of lesson 05, and bfloat16 does not.
-# [Micikevicius et al., section 3.2]
-
-# %% [markdown]
-# ## Exercise 04.1 · How far to the next number?
-# *Medium, 6 minutes.* Complete `spacing`: the distance from a positive normal number to the next
-# larger one. `torch.finfo(dtype).eps` is the distance at 1; `math` has what else you need. The
-# check compares with the next pattern of bits, in all three formats.
-#
-# <details><summary>Hint 1</summary>The distance is the same for all numbers from one power of two
-# up to the next, and doubles there.</details>
-# <details><summary>Hint 2</summary>At 1 it is eps. At 4? And at 5?</details>
-# <details><summary>Hint 3</summary><code>power = math.floor(math.log2(x))</code></details>
-
-# %% tags=["exercise"]
-def spacing(x, dtype):
-    power = ...
-    return 2.0**power * torch.finfo(dtype).eps
-
-# %% tags=["check"]
-exercises.check_spacing(spacing)
+# Rounding a gradient to bfloat16 changes it by up to 0.4 %; to float16, by 0.05 %, *if* it is in
+# range. A coarse step is noise: up here, down there, and a weight's gradient is a sum over hundreds
+# of tokens, in which it averages out. A number out of range is not noise. Below, it is *always*
+# zero; above, it is infinite, and one infinity soon makes every weight NaN. That is why **range
+# matters more than precision**, and why float16 needs the trick of lesson 05, and bfloat16 does
+# not. [Micikevicius et al., section 3.2]
 
 # %% [markdown]
 # ## 2 · Who decides? Autocast
 # `torch.autocast` changes no weight and no line of the model. It looks at each *operation*, and
-# casts what goes in. `fp16=True` in Trainer is this, plus a scale for the loss (lesson 05).
+# casts what goes in. Here is one of our own: PyTorch shows a `TorchFunctionMode` each call before
+# it runs, and this one casts the operands of products.
+
+# %% tags=["run"]
+import torch.nn.functional as F
+class MyAutocast(torch.overrides.TorchFunctionMode):
+    products = {F.linear, F.scaled_dot_product_attention}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def cast(x):
+            is_float = torch.is_tensor(x) and x.is_floating_point()
+            return x.to(FORMATS[sixteen]) if is_float else x
+        if function in self.products:
+            args = [cast(x) for x in args]
+        return function(*args, **kwargs or {})
+
+losses = []
+for ours_or_theirs in (MyAutocast(), torch.autocast(gpus.device(), FORMATS[sixteen])):
+    with ours_or_theirs:
+        losses.append(qlora.compute_loss(model, batch, recipe).item())
+print("the same loss under torch.autocast:", losses[0] == losses[1])
+
+# %% [markdown]
+# Theirs knows more operations, and what `fp16=True` in Trainer means is this, plus a scale for the
+# loss (lesson 05). Which operations?
 #
 # ### Predict
 # Twelve operations are each given a float32 matrix under float16 autocast: linear, matmul, softmax,
@@ -186,8 +186,7 @@ show_prediction(predicted_count, show="{:.0f} of 12".format, counted=count, also
 
 # %% [markdown]
 # ### Explain
-# This table was run, not copied from a manual (and it works without a GPU: fake tensors take the
-# same path through PyTorch). Three kinds of operations:
+# Three kinds of operations:
 #
 # - **products** go down to 16 bits: a GPU's *tensor cores*, built for nothing but products of small
 #   matrices, are fast there, and add up in float32 inside;
@@ -208,7 +207,7 @@ print("additions:            ", additions)
 
 # %% [markdown]
 # All products with weights in 16 bits; the boundaries between layers, sums of float32 embeddings
-# and what layers add, still in float32. Keep that in mind for section 3.
+# and what layers add, still in float32.
 #
 # Does it learn the same? Fifteen steps on the four examples, in float32 and under autocast, and the
 # difference of the losses after them. (The argument `stored` waits for section 4.)
@@ -242,6 +241,7 @@ figures.losses(curves, "all weights trained, learning rate 5e-4")
 # which fraction?
 
 # %% tags=["setup"]
+from fitcast import MemoryLedger, forecast
 def two_steps(recipe):
     model = training.build_model(recipe)
     optimizer = qlora.build_optimizer(model, recipe)
@@ -261,11 +261,10 @@ def two_steps(recipe):
 predicted_fraction = ...
 
 # %% tags=["run"]
-from fitcast import show_bytes
 full = two_steps(recipe)
-before = gpus.reset_peak()
+memory_before = gpus.reset_peak()
 half = two_steps(mixed)
-measured = gpus.peak_allocated_bytes(above=before)
+measured = gpus.peak_allocated_bytes(above=memory_before)
 show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
                 counted=half.peak_bytes / full.peak_bytes, also=[
     f"autocast, counted: {show_bytes(half.peak_bytes)}, measured: {show_bytes(measured)}",
@@ -273,9 +272,8 @@ show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
 
 # %% [markdown]
 # ### Explain
-# Weights: float32 as before, because the optimizer needs them so (section 4). Optimizer state:
-# float32 as before. Gradients too. Only activations can shrink, and they have lost far less than
-# half. See what is kept for backward, by format:
+# Weights, gradients, optimizer state: float32 as before (section 4 says why). Only activations can
+# shrink, and they have lost far less than half. See what is kept for backward, by format:
 
 # %% tags=["run"]
 weights = {block.shape for block in full.largest if block.category == "weights"}
@@ -291,20 +289,16 @@ for name, report in {"float32": full, f"autocast {sixteen}": half}.items():
 # Norms, loss and boundaries stay in float32. The rest is in 16 bits, but some tensors are now kept
 # twice, before and after a cast. And there is a new kind: to multiply in 16 bits, each float32
 # weight needs a **16-bit copy**, alive until backward has used it. That is 2 bytes *more* for a
-# weight, not 2 instead of 4. (ZeRO's 2 + 2 + 12 bytes a parameter count another scheme, with 16-bit
-# weights and gradients beside a float32 master copy. [ZeRO, section 3.1])
-#
-# It can be worse. Freeze a float32 Llama-3.2-1B, add adapters, train on 512 tokens without
-# checkpointing, on a T4.
+# weight, not 2 instead of 4. It can be worse.
 #
 # ### Predict
+# Llama-3.2-1B in float32, frozen, adapters beside it, 512 tokens without checkpointing, on a T4.
 # Now switch on autocast. The peak becomes how many times the peak without?
 
 # %% tags=["predict"]
 predicted_times = ...
 
 # %% tags=["run"]
-from fitcast import forecast
 one_b = TrainRecipe(model="llama-3.2-1b", base="float32", lora_dropout=0, checkpointed_layers=0)
 variants = {"float32 base": one_b, "the same, autocast": replace(one_b, amp_dtype="float16"),
             "float16 base, autocast": replace(one_b, base="float16", amp_dtype="float16")}
@@ -334,20 +328,20 @@ show_prediction(predicted_times, show="{:.2f} x".format, forecast=with_autocast 
 predicted_weight = ...
 
 # %% tags=["run"]
-after = {}
+ended = {}
 for name, dtype in FORMATS.items():
     weight = torch.tensor(1.0, dtype=dtype)
     for _ in range(1000):
         weight += 0.0001
-    after[name] = weight.item()
-show_prediction(predicted_weight, show="{:.4f}".format, computed=after["float16"],
-                also=str({name: round(weight, 4) for name, weight in after.items()}))
+    ended[name] = weight.item()
+show_prediction(predicted_weight, show="{:.4f}".format, computed=ended["float16"],
+                also=str({name: round(weight, 4) for name, weight in ended.items()}))
 
 # %% [markdown]
 # ### Explain
 # The next number after 1 is 0.00098 away in float16, and an update of less than half of that rounds
 # back. Not "a little less is learned": *nothing* is, a thousand times. Whether a weight moves
-# depends on its own size (exercise 04.1), and Adam's update is about the learning rate, whatever
+# depends on its own size, and Adam's update is about the learning rate, whatever
 # the gradient. So compare the two. Here, for the weights of our model, a learning rate that people
 # use to train all weights:
 
@@ -364,43 +358,10 @@ stored = {f"stored in {name}": fifteen_steps(recipe, stored=name, learning_rate=
 figures.losses(stored, "all weights trained, learning rate 2e-5")
 
 # %% [markdown]
-# That is the run that hardly learns. No error, no NaN, a loss that looks a little tired. Now the
-# case of this course, adapters: fresh, and after some training. ("Some" is short and steep here:
-# fifteen steps at 1e-2, fifty times the usual rate.)
-
-# %% tags=["run"]
-lora = replace(recipe, lora_rank=16)
-fresh, trained = training.build_model(lora), training.build_model(lora)
-print(f"loss after 15 steps: {fifteen_steps(lora, trained, learning_rate=1e-2)[-1]:.1f}")
-adapters = {name: [p for p in model.parameters() if p.requires_grad]
-            for name, model in {"fresh": fresh, "trained": trained}.items()}
-for rate in (2e-4, 1e-5):
-    shares = {n: precision.moved_share(a, rate, "bfloat16") for n, a in adapters.items()}
-    print(f"rate {rate:g} moves, in bfloat16:", {n: f"{share:.0%}" for n, share in shares.items()})
-
-# %% [markdown]
-# At 2e-4, the usual rate, fresh adapters do well in 16 bits, because one of the two matrices (B)
-# starts at zero, where floats are dense. It fails later, when the weights have grown and the
-# schedule has brought the rate down. Go on from there, at 1e-5:
-
-# %% tags=["run"]
-for name in FORMATS:
-    losses = fifteen_steps(lora, copy.deepcopy(trained), stored=name, learning_rate=1e-5)
-    print(f"adapters stored in {name:9} the loss falls by {losses[0] - losses[-1]:.2f}")
-
-# %% [markdown]
-# In bfloat16 that is the run that stops learning. Adapters are a small part of a large model (in
-# section 3, 13.00 MiB beside 4.60 GiB of weights), so keeping them in float32 costs next to
-# nothing; and float16 ones cannot use loss scaling at all (lesson 05). So: **what is frozen, in 16
-# bits or fewer; what is trained, in float32.** [Micikevicius et al., section 3.1] That is what PEFT
-# does by default.
-#
-# Move the rate. Where does each format stop?
-
-# %% tags=["run"]
-figures.updates_explorer({"base weights": list(training.build_model(recipe).parameters()),
-                          "fresh adapters": adapters["fresh"],
-                          "trained adapters": adapters["trained"]})
+# That is the run that hardly learns. No error, no NaN, a loss that looks a little tired. So: **what
+# is frozen, in 16 bits or fewer; what is trained, in float32.** [Micikevicius et al., section 3.1]
+# With adapters, which are small (in section 3, 13.00 MiB beside 4.60 GiB of weights), that costs
+# next to nothing, and PEFT does it by default.
 
 # %% [markdown]
 # ## 5 · Which 16 bits, on which card?
@@ -425,9 +386,9 @@ for name in ("T4", "L4", "A10", "A100-40", "H100", "H200"):
 # A T4 does not. Below 8.0 the function makes one tensor, as you just did, and says True if that
 # works; it works on a CPU, too. That is *emulation*: the numbers are stored, but a T4's tensor
 # cores know no bfloat16, so no product of such a run uses them. Trainer asks this function, and so
-# accepts `bf16=True` on a T4. [T4 data sheet; transformers, `is_torch_bf16_gpu_available`] (If you
-# emulate a T4 on a larger card, the answer is the larger card's.) So ask for the compute
-# capability, or say `including_emulation=False`, which asks for it. The recipe asks, too:
+# accepts `bf16=True` on a T4. [T4 data sheet; transformers, `is_torch_bf16_gpu_available`] So ask
+# for the compute capability, or say `including_emulation=False`, which asks for it. The recipe
+# asks, too:
 
 # %% tags=["raises-exception"]
 replace(recipe, amp_dtype="bfloat16").check_on(gpus.T4)
@@ -529,10 +490,67 @@ print(f"{smallest:.2e}")
 # Everything from here on is beyond the 45 minutes: take what you like.
 
 # %% [markdown]
+# ## Exercise 04.1 · How far to the next number?
+# *Medium, 6 minutes.* Complete `spacing`: the distance from a positive normal number to the next
+# larger one. `torch.finfo(dtype).eps` is the distance at 1; `math` has what else you need. The
+# check compares with the next pattern of bits, in all three formats.
+#
+# <details><summary>Hint 1</summary>The distance is the same for all numbers from one power of two
+# up to the next, and doubles there.</details>
+# <details><summary>Hint 2</summary>At 1 it is eps. At 4? And at 5?</details>
+# <details><summary>Hint 3</summary><code>power = math.floor(math.log2(x))</code></details>
+
+# %% tags=["exercise"]
+def spacing(x, dtype):
+    power = ...
+    return 2.0**power * torch.finfo(dtype).eps
+
+# %% tags=["check"]
+exercises.check_spacing(spacing)
+
+# %% [markdown]
+# ### Adapters in 16 bits
+# The case of this course, adapters: fresh, and after some training. ("Some" is short and steep
+# here: fifteen steps at 1e-2, fifty times the usual rate.)
+
+# %% tags=["run"]
+lora = replace(recipe, lora_rank=16)
+fresh, trained = training.build_model(lora), training.build_model(lora)
+print(f"loss after 15 steps: {fifteen_steps(lora, trained, learning_rate=1e-2)[-1]:.1f}")
+adapters = {name: [p for p in model.parameters() if p.requires_grad]
+            for name, model in {"fresh": fresh, "trained": trained}.items()}
+for rate in (2e-4, 1e-5):
+    shares = {n: precision.moved_share(a, rate, "bfloat16") for n, a in adapters.items()}
+    print(f"rate {rate:g} moves, in bfloat16:", {n: f"{share:.0%}" for n, share in shares.items()})
+
+# %% [markdown]
+# At 2e-4, the usual rate, fresh adapters do well in 16 bits, because one of the two matrices (B)
+# starts at zero, where floats are dense. It fails later, when the weights have grown and the
+# schedule has brought the rate down. Go on from there, at 1e-5:
+
+# %% tags=["run"]
+for name in FORMATS:
+    losses = fifteen_steps(lora, copy.deepcopy(trained), stored=name, learning_rate=1e-5)
+    print(f"adapters stored in {name:9} the loss falls by {losses[0] - losses[-1]:.2f}")
+
+# %% [markdown]
+# In bfloat16 that is the run that stops learning; and float16 adapters cannot use loss scaling at
+# all (lesson 05).
+#
+# Move the rate. Where does each format stop?
+
+# %% tags=["run"]
+figures.updates_explorer({"base weights": list(training.build_model(recipe).parameters()),
+                          "fresh adapters": adapters["fresh"],
+                          "trained adapters": adapters["trained"]})
+
+# %% [markdown]
 # ## Exercise 04.3 · Count the copies
 # *Medium, 8 minutes.* Given a float32 model, how many bytes of 16-bit copies does autocast make in
-# one forward pass? Write the function; the check asks the ledger, for our model and for the shapes
-# of Llama-3.2-1B and Llama-2-7B, and wants every byte.
+# one forward pass? (The 2 + 2 + 12 bytes a parameter that you may have read count another scheme,
+# 16-bit weights and gradients beside a float32 copy. [ZeRO, section 3.1]) Write the function; the
+# check asks the ledger, for our model and for the shapes of Llama-3.2-1B and Llama-2-7B, and wants
+# every byte.
 #
 # <details><summary>Hint 1</summary>Which operations went down to 16 bits in section 2? Whose
 # weights do they read?</details>

@@ -5,15 +5,16 @@
 #
 # **45 min** · runs anywhere; a GPU runs the same cells faster.
 #
-# A part of a step's gradients is below 5.96e-08, float16's smallest number (lesson 04). In this
-# lesson you find out how many vanish, get them back with one multiplication, and write the machine
-# that does it in every fp16 run. Then you break it in the four ways in which people break it.
+# A part of a step's gradients is below half of float16's smallest number, 5.96e-08 (lesson 04), and
+# becomes zero. In this lesson you find out how many vanish, get them back with one multiplication,
+# and write the machine that does it in every fp16 run. Then you break it in the four ways in which
+# people break it.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
 # | *recognise* gradients that flush to zero, *predict* the best scale | B1 | exercise 05.1 |
 # | *implement* a dynamic loss scaler, equal to PyTorch's | B2 | exercise 05.2 |
-# | *order* the parts of a scaled step, *recognise* a mistake by a number | B2 | exercise 05.3 |
+# | *order* the parts of a scaled step, *recognise* a mistake by a number | B2 | section 4 |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
@@ -40,53 +41,35 @@ print(welcome())
 
 # %% tags=["setup"]
 import copy
-import functools
 import math
 import tempfile
 import warnings
 from dataclasses import replace
 import torch
-
-# %% tags=["setup"]
 from course_utils import data, figures
-from course_utils.data import BUNDLED
 from course_utils.exercises import lesson_05 as exercises
 from course_utils.exercises.predictions import show_prediction
-from course_utils.topics import precision
-from course_utils.topics.precision import land
-from fitcast import gpus
+from fitcast import TrainRecipe, build_model, gpus
 from fitcast.step import qlora
-from fitcast.training import trainer as training
-from fitcast.training.data import collate, encode
 print(gpus.describe(gpus.detect()))
 
 # %% [markdown]
-# A usual recipe for a T4: LoRA, 2 sequences in a micro batch, 16 micro batches in a step. The
-# loss of a micro batch is its share of the whole step (lesson 03). So we divide it as if the other
-# 15 micro batches had as many labelled tokens as this one. We need a model in two states: fresh,
-# and after some training.
+# A usual recipe for a T4: LoRA, 2 sequences in a micro batch, 16 micro batches in a step; and a
+# model in two states, fresh, and after some training.
 
 # %% tags=["setup"]
-from fitcast import TrainRecipe
-from transformers import AutoTokenizer
-recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=16, lora_dropout=0,
+recipe = TrainRecipe(model=data.BUNDLED, base="float32", lora_rank=16, lora_dropout=0,
                      micro_batch_size=2, gradient_accumulation_steps=16, sequence_length=128,
                      checkpointed_layers=0, optimizer="adamw", learning_rate=3e-3)
-tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir())
-rows = encode(data.load_instructions(), tokenizer, recipe.sequence_length)
-collate = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
-
-def batch_of(some_rows):
-    return {name: tensor.to(gpus.device()) for name, tensor in collate(some_rows).items()}
-
-batch = batch_of(list(rows)[:recipe.micro_batch_size])
+rows = data.encoded(recipe.sequence_length)
+batch = data.to_batch(list(rows)[:recipe.micro_batch_size])
 num_items = recipe.gradient_accumulation_steps * int((batch["labels"][:, 1:] != -100).sum())
 
 # %% tags=["setup"]
-fresh, trained = training.build_model(recipe), training.build_model(recipe)
+fresh, trained = build_model(recipe), build_model(recipe)
 optimizer = qlora.build_optimizer(trained, recipe)
 losses = [qlora.training_step(trained, optimizer, [batch], recipe).item() for _ in range(20)]
-print(f"loss {losses[0]:.0f}, after 20 steps on this micro batch {losses[-1]:.1f} nats")
+print(f"loss {losses[0]:.0f}, after 20 steps on this micro batch {losses[-1]:.1f}")
 
 # %% [markdown]
 # ## Five questions, before and after
@@ -100,10 +83,15 @@ before = ...  # for example "abcda"
 
 # %% [markdown]
 # ## 1 · Where are the gradients?
-# Float32 first, so that nothing is lost yet. `watch_linears` collects the gradient that arrives at
-# each linear layer's output: under fp16 autocast, these travel through the model as float16.
+# Float32 first, so that nothing is lost yet. The loss of a micro batch is its share of the whole
+# step (lesson 03), so all gradients here are about 16 times smaller than this micro batch's alone.
+# `watch_linears` collects the gradient that arrives at each linear layer's output: under fp16
+# autocast these travel through the model as float16. The adapters' own are products as well:
+# computed in float16, and cast to float32 only at the end.
 
 # %% tags=["setup"]
+from course_utils.topics import precision
+from course_utils.topics.precision import land
 def gradients_of(model):
     model.zero_grad()
     with precision.watch_linears(model) as watched:
@@ -132,7 +120,7 @@ figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 predicted_power = ...
 
 # %% tags=["run"]
-from fitcast.training.gradients import gradient
+from fitcast.training.gradients import gradient, relative_error
 states = {name: [gradient for group in gradients_of(model).values() for gradient in group]
           for name, model in {"fresh": fresh, "trained": trained}.items()}
 for name, state in states.items():
@@ -144,11 +132,12 @@ for name, state in states.items():
 # %% [markdown]
 # ### Explain
 # The small ones come back long before the large ones overflow. And the right scale *moves*: as the
-# loss falls, the largest gradients get smaller, leaving room for more: see both states at 2²¹. Your
-# own number waits until you have calculated it:
+# loss falls, the largest gradients get smaller, leaving room for more: see both states at 2²¹. (The
+# layers' and the adapters' gradients are counted together here.) Your own number waits until you
+# have calculated it:
 #
 # ## Exercise 05.1 · The best scale
-# *Easy, 6 minutes.* `trained_gradients` below has all of them, after training. Which is the largest
+# *Easy, 5 minutes.* `trained_gradients` below has all of them, after training. Which is the largest
 # power of two under which none overflows? `land(trained_gradients, scale=...)` says what a scale
 # does.
 #
@@ -179,6 +168,8 @@ if best_scale is not ...:
     best_power = max(power for power in range(40)
                      if land(states["trained"], scale=2.0**power).infinite == 0)
     show_prediction(predicted_power, show="scale 2**{:.0f}".format, computed=best_power)
+else:
+    print("after exercise 05.1")
 
 # %% [markdown]
 # ## 2 · Scale the loss, by hand
@@ -192,17 +183,15 @@ if best_scale is not ...:
 predicted_error = ...
 
 # %% tags=["run"]
-from course_utils.topics.precision import FORMATS
 def scaled_gradient(scale=1.0, amp=None, model=trained):
     model.zero_grad()
-    dtype = FORMATS[amp or "float16"]
+    dtype = precision.FORMATS[amp or "float16"]
     with torch.autocast(gpus.device(), dtype, enabled=amp is not None):
         loss = qlora.compute_loss(model, batch, recipe, num_items)
     (loss * scale).backward()      # scale, backward
     return gradient(model) / scale  # unscale
 
 # %% tags=["run"]
-from fitcast.training.gradients import relative_error
 exact = scaled_gradient()
 errors = {power: relative_error(scaled_gradient(2.0**power, "float16"), exact)
           for power in range(-8, 25, 4)}
@@ -239,15 +228,34 @@ print(f"{nan:.0%} of the adapters' weights are NaN")
 # One infinity makes the norm infinite; clipping divides by it; infinity times zero is NaN. Clipping
 # is no protection: it is how the damage travels.
 #
-# So a scaler looks before the step. `torch.amp.GradScaler` does four things:
+# So a scaler looks before the step. It does four things:
 #
 # 1. multiply the loss by the scale;
 # 2. after backward, divide the gradients by it, and look whether one is not finite;
 # 3. if so, **skip** the optimizer's step, and halve the scale;
 # 4. after 2000 good steps in a row, double it.
 #
-# One at work on a single layer, with a gradient of 0.25: it grows after 10 good steps instead of
-# 2000, and in step 25 we inject an overflow.
+# The first three, written out, beside `torch.amp.GradScaler`: both train a single layer whose
+# gradient is 0.25, from a scale that is far too high.
+
+# %% tags=["run"]
+class MyScaler:
+    def __init__(self, scale):
+        self.number = scale
+
+    def scale(self, loss):
+        return loss * self.number                                        # 1
+
+    def step(self, optimizer):
+        weights = optimizer.param_groups[0]["params"]
+        for weight in weights:
+            weight.grad /= self.number                                   # 2
+        self.finite = all(weight.grad.isfinite().all() for weight in weights)
+        if self.finite:                                                  # 3
+            optimizer.step()
+
+    def update(self):
+        self.number /= 1 if self.finite else 2
 
 # %% tags=["setup"]
 def run(scaler, steps=60, injected=()):
@@ -261,17 +269,25 @@ def run(scaler, steps=60, injected=()):
         scaler.update()
         optimizer.zero_grad()
 
+# %% tags=["run"]
+mine, theirs = MyScaler(2.0**24), torch.amp.GradScaler(gpus.device(), init_scale=2.0**24)
+run(mine)
+run(theirs)
+print(f"after 60 steps: 2**{math.log2(mine.number):.0f}, 2**{math.log2(theirs.get_scale()):.0f}")
+
 # %% [markdown]
+# Both stop where the scaled gradient is no longer too large for float16. With number 4 the scale
+# never stops moving.
+#
 # ### Predict
-# The scale starts at 65 536 = 2¹⁶; 0.25 x 2¹⁸ is too large for float16. How many of the 60 steps
-# are skipped?
+# PyTorch's scaler starts at 2¹⁶ and, so that we see it, grows after 10 good steps instead of 2000;
+# in step 25 we inject an overflow. 0.25 x 2¹⁸ is too large. How many of the 60 steps are skipped?
 
 # %% tags=["predict"]
 predicted_skipped = ...
 
 # %% tags=["run"]
-from course_utils.topics.precision import TracedScaler
-scaler = TracedScaler(gpus.device(), init_scale=2.0**16, growth_interval=10)
+scaler = precision.TracedScaler(gpus.device(), init_scale=2.0**16, growth_interval=10)
 run(scaler, injected=[25])
 skipped = sum(step.skipped for step in scaler.trace)
 figure = figures.loss_scale(scaler.trace, "grows after 10 good steps; overflow injected in step 25")
@@ -306,8 +322,8 @@ exercises.check_scaler(next_state)
 
 # %% [markdown]
 # ## 4 · Four ways to get it wrong
-# A step now has seven parts: scale, backward, unscale, look, clip, step, adjust the scale. Loops go
-# wrong in four ways, and none raises an error.
+# A step now has nine parts: scale, backward, unscale, look, clip, step, schedule, clear, adjust the
+# scale. Loops go wrong in four ways, and none raises an error.
 #
 # ### (a) Clip before unscale
 # ### Predict
@@ -338,30 +354,7 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # the same steps again. `scaler.state_dict()` is five numbers: save them.
 #
 # (d) **The schedule moves on in skipped steps.** The warm-up may be over before training has begun.
-# (Numbers: Go further.)
-#
-# ## Exercise 05.3 · The right order
-# *Hard, 10 minutes.* Complete the step. Return whether it stepped. The check compares weights and
-# learning rate with PyTorch's scaler over twelve steps, four of which overflow. (The scale comes
-# in.)
-#
-# <details><summary>Hint 1</summary>After backward: unscale, look, clip, step, schedule, clear.
-# Which of them happen in a step that overflowed?</details>
-# <details><summary>Hint 2</summary>Unscale: <code>for weight in weights: weight.grad /=
-# scale</code>. Look: <code>all(weight.grad.isfinite().all() for weight in weights)</code></details>
-# <details><summary>Hint 3</summary>Clip, <code>optimizer.step()</code> and
-# <code>scheduler.step()</code> stand below <code>if finite:</code>;
-# <code>optimizer.zero_grad()</code> does not.</details>
-
-# %% tags=["exercise"]
-def careful_step(loss, weights, optimizer, scheduler, scale, max_norm):
-    (loss * scale).backward()
-    ...
-    finite = ...
-    return finite
-
-# %% tags=["check"]
-exercises.check_step(careful_step)
+# (Numbers, and a step for you to put in order: Go further.)
 
 # %% [markdown]
 # ## In your script
@@ -398,14 +391,38 @@ after = ...
 exercises.QUESTIONS.score(before, after)
 
 # %% [markdown]
-# ## To lesson 07
-# Four bits in the base, 16 in the products, a scale that moves, a session that may end at any
-# moment: can such a run be trusted? Lesson 07 puts everything together.
+# ## To lesson 06
+# Every part works now, on a model that fits anywhere. Lesson 06 takes one of 8 billion weights, the
+# recipe that everybody copies, and asks: what does it waste?
 
 # %% [markdown]
 # ## Go further (optional)
 # Everything from here on is beyond the 45 minutes: take what you like.
 #
+# ## Exercise 05.3 · The right order
+# *Medium, 8 minutes.* Complete the step. Return whether it stepped. The check compares weights and
+# learning rate with PyTorch's scaler over twelve steps, four of which overflow. (`scale` is given;
+# adjusting it was exercise 05.2.)
+#
+# <details><summary>Hint 1</summary>After backward: unscale, look, clip, step, schedule, clear.
+# Which of them happen in a step that overflowed?</details>
+# <details><summary>Hint 2</summary>Unscale: <code>for weight in weights: weight.grad /=
+# scale</code>. Look: <code>all(weight.grad.isfinite().all() for weight in weights)</code></details>
+# <details><summary>Hint 3</summary>Clip, <code>optimizer.step()</code> and
+# <code>scheduler.step()</code> stand below <code>if finite:</code>;
+# <code>optimizer.zero_grad()</code> does not.</details>
+
+# %% tags=["exercise"]
+def careful_step(loss, weights, optimizer, scheduler, scale, max_norm):
+    (loss * scale).backward()
+    ...
+    finite = ...
+    return finite
+
+# %% tags=["check"]
+exercises.check_step(careful_step)
+
+# %% [markdown]
 # ### What Adam makes of a clipped gradient
 # And Adam? In its first step an update is rate x g / (|g| + 1e-08):
 
@@ -426,7 +443,7 @@ for name, weight in {"clip first": wrong, "unscale first": right}.items():
 predicted_lost_again = ...
 
 # %% tags=["run"]
-first, new, restored = (TracedScaler(gpus.device(), init_scale=2.0**24) for _ in range(3))
+first, new, restored = (precision.TracedScaler(gpus.device(), init_scale=2.0**24) for _ in range(3))
 run(first, steps=30)
 restored.load_state_dict(first.state_dict())
 run(new, steps=30)
@@ -438,7 +455,7 @@ show_prediction(predicted_lost_again, show="{:.0f} steps".format, new_scaler=los
 # %% [markdown]
 # ### Explain
 # Skipped steps are lost data, and the resumed run is no longer the run that was interrupted: it
-# skips steps that the other would have taken. `scaler.state_dict()` is five numbers. Save them.
+# skips steps that the other would have taken.
 #
 # ### (d) The schedule moves on in skipped steps
 # The same start at 2²⁴, with a warm-up: the rate rises over 10 steps from a tenth to the full rate.
@@ -461,7 +478,7 @@ def first_rate(scaler, waits, warm_up=10):
 
 # %% tags=["run"]
 for always in (False, True):
-    scaler = TracedScaler(gpus.device(), init_scale=2.0**24)
+    scaler = precision.TracedScaler(gpus.device(), init_scale=2.0**24)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rate = first_rate(scaler, waits=not always)
@@ -519,7 +536,7 @@ short = replace(recipe, amp_dtype="float16", micro_batch_size=1, gradient_accumu
                 max_steps=10, save_steps=5, logging_steps=1, warmup_fraction=0.5)
 folder = tempfile.mkdtemp()
 arguments = short.to_training_arguments(folder, disable_tqdm=True, dataloader_pin_memory=False)
-trainer = Trainer(copy.deepcopy(fresh), arguments, train_dataset=rows, data_collator=collate)
+trainer = Trainer(copy.deepcopy(fresh), arguments, train_dataset=rows, data_collator=data.collate)
 trainer.remove_callback(PrinterCallback)
 
 # %% [markdown]
@@ -561,7 +578,7 @@ show_prediction(predicted_steps, show="{:.0f} steps".format, measured=let_throug
 
 # %% tags=["run"]
 arguments.logging_nan_inf_filter = True  # Trainer's default; the recipe switches it off
-ruined = Trainer(victim, arguments, train_dataset=rows, data_collator=collate)
+ruined = Trainer(victim, arguments, train_dataset=rows, data_collator=data.collate)
 ruined.remove_callback(PrinterCallback)
 _ = ruined.train()
 print("loss of the model:", qlora.compute_loss(victim, batch, recipe).item())

@@ -1,5 +1,7 @@
-"""What every lesson has: predictions, exercises with three hints each, one control, five words."""
+"""What every lesson has: predictions, exercises with three hints each, one control, five words,
+and a set-up of eight names at most."""
 
+import ast
 import re
 
 import pytest
@@ -15,6 +17,29 @@ COUNTS = {
     "controls": (r"^figures\.\w+_explorer\(", 1, 1),
 }
 HINT = "<details><summary>Hint {}</summary>"
+# A lesson's set-up: what stands between the cell that every lesson has and the five questions.
+SET_UP = re.compile(r"^print\(welcome\(\)\)\n(.*?)^# ## Five questions", re.DOTALL | re.MULTILINE)
+OURS, MOST_NAMES = {"course_utils", "fitcast"}, 8
+
+
+def imported(source: str) -> list[str]:
+    """Names that a source imports from this repository's two packages."""
+    return [
+        name.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS
+        for name in node.names
+    ]
+
+
+def taken_from_the_questions(lesson: str) -> list[str]:
+    """Names of the reader's five answers that another cell assigns: they would be lost."""
+    asked = r'^# %% tags=\["self-check"\]\n.*\n'
+    cells = re.split(r"^# %%.*\n", re.sub(asked, "", lesson, flags=re.M), flags=re.M)
+    return [
+        name for name in ("before", "after") for cell in cells
+        if re.search(rf"^{name}\b[^(\n]*=[^=]", cell, re.M)
+    ]  # fmt: skip
 
 
 def faults(lesson: str) -> list[str]:
@@ -30,6 +55,10 @@ def faults(lesson: str) -> list[str]:
     hints = [lesson.count(HINT.format(number)) for number in (1, 2, 3, 4)]
     if hints != [found["exercises"]] * 3 + [0]:
         wrong.append(f"hints {hints}: three for each exercise")
+    wrong += [f"a cell takes the name {name!r} away" for name in taken_from_the_questions(lesson)]
+    names = imported(SET_UP.search(lesson)[1])
+    if len(names) > MOST_NAMES:
+        wrong.append(f"{len(names)} names from this repository in the set-up: {names}")
     prose = " ".join(re.findall(r"^# (.*)", lesson, re.M))
     said, words = re.search(r"New concepts \((\d)\):\*\* (.*?)\. Each", prose).groups()
     if not int(said) == len(words.split(" · ")) <= 5:
@@ -56,6 +85,8 @@ def test_lesson_has_the_form(path):
         ("figures.updates_explorer(", "print(", "0 controls"),
         ("range and spacing · ", "range · spacing · ", "6 new concepts, 5 announced"),
         ("**45 min**", "**50 min**", "50 minutes"),
+        ("import TrainRecipe, gpus,", "import GIB, TrainRecipe, gpus,", "9 names from this"),
+        ("memory_before = gpus", "before = gpus", "takes the name 'before' away"),
         (", 8 minutes.*", ", 40 minutes.*", "45 minutes, 52 of them"),
     ],
 )
