@@ -79,7 +79,7 @@ padded = replace(no_mask, padded=True)
 
 # %% [markdown]
 # ### Predict
-# The 4-bit weights take 5.32 GiB. Where is the peak of a training step, in GiB?
+# The 4-bit weights take 5.32 GiB. How high is the peak of a training step, in GiB?
 
 # %% tags=["predict"]
 predicted_gib = ...
@@ -96,10 +96,10 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also=[where, logits, fi
 # %% [markdown]
 # ### Explain
 # A quarter of the peak is weights; adapters, gradients and optimizer are dust. The peak stands
-# where the loss goes backward, and three float32 copies of the **logits** stand there with it: more
-# than twice the weights. (One waits for backward, so the figure books it with the activations.) The
-# rest of the activations are what forgetting layers keep, 32 boundaries. So there is one large
-# thing to take away. First the slow one.
+# where the loss goes backward, and three float32 copies of the **logits**, of 3.91 GiB each, stand
+# there with it: more than twice the weights. (One waits for backward, so the figure books it with
+# the activations.) The rest of the activations are what forgetting layers keep, 32 boundaries. So
+# there is one large thing to take away. First the slow one.
 
 # %% [markdown]
 # ## 2 · Attention: which kernel?
@@ -139,9 +139,10 @@ for predicted, world in ((predicted_speedup, "no_mask"), (predicted_speedup_padd
 
 # %% [markdown]
 # ### Explain
-# Without a mask about twice as fast, padded not at all: there transformers had repeated already. So
-# when somebody promises you twice the speed, ask for their batches. (And not a byte is saved, in
-# either world: this peak is the logits'.)
+# Without a mask about twice as fast, padded not at all: there transformers had repeated already. (A
+# row *alone* is the first world, whatever the script says: its mask would hide nothing, and
+# transformers drops it.) So when somebody promises you twice the speed, ask for their batches. (And
+# not a byte is saved, in either world: this peak is the logits'.)
 
 # %% [markdown]
 # ## 3 · The logits: never all at once
@@ -183,7 +184,7 @@ exercises.check_chunked(my_loss)
 # TRL (from 1.16 on) has a chunked loss of its own.
 #
 # ### Predict
-# Now *only* the loss is chunked, attention stays as it was. Where is the peak, in GiB, without a
+# Now *only* the loss is chunked, attention stays as it was. How high is the peak, in GiB, without a
 # mask? And padded?
 
 # %% tags=["predict"]
@@ -237,10 +238,9 @@ show_prediction(predicted_all_levers, show="{:.1f} times".format, forecast=faste
 # ## 5 · Memory that is left
 # Nine GiB of fourteen: is that better than fourteen? Memory that is left over is speed that was not
 # bought. Spend it on layers that need not forget (k of n, lesson 02), smaller micro batches if need
-# be. `fitcast fit` tries what counts, one forecast each, and names the fastest that fits. Recorded
-# within a T4's memory, 4 sequences of 2048 behind each step, without a mask (its pick of that day
-# is
-# *tight* by today's bounds, and ran):
+# be. `fitcast fit` tries what counts, one forecast each, and names what should be the fastest.
+# Recorded within a T4's memory, 4 sequences of 2048 behind each step, without a mask. Its pick of
+# that day is *tight* by today's bounds; it ran, and by the clock it was second:
 
 # %% tags=["run"]
 print(ladder.table(ladder.fastest("fit", 4)))
