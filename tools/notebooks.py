@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
+from tools import preloaded as preloading
 from tools.surroundings import ENVIRONMENT, ROOT
 
 LESSONS = ROOT / "lessons"
@@ -69,6 +70,7 @@ def execute(
     folder: Path,
     kernel: str = "python3",
     environment: Mapping[str, str] | None = None,
+    preloaded: bool = False,
 ) -> None:
     """Run all cells in place, in a fresh kernel that starts in `folder`, as a learner's does.
 
@@ -78,6 +80,8 @@ def execute(
         kernel: Which of Jupyter's kernels.
         environment: The kernel's environment variables; if not given, this process's and those
             of `ENVIRONMENT`.
+        preloaded: Start from a process that has imported the libraries (tools/preloaded.py), where
+            that is possible.
 
     Raises:
         LessonError: A cell raised without the tag `raises-exception`, ran too long, or took the
@@ -99,8 +103,10 @@ def execute(
         extra_arguments=["--log-level=ERROR"],  # no notice that the kernel listens on localhost
         on_cell_execute=started,
     )
+    surroundings = {**os.environ, **ENVIRONMENT} if environment is None else dict(environment)
+    if preloaded and preloading.possible(surroundings):
+        client.kernel_manager_class = preloading.ForkedKernelManager
     try:
-        surroundings = {**os.environ, **ENVIRONMENT} if environment is None else dict(environment)
         asyncio.run(client.async_execute(env=surroundings))  # in any thread
     except CellExecutionError as error:
         raised = [out for out in running["cell"].outputs if out.output_type == "error"]

@@ -56,7 +56,10 @@ def fingerprint(script: Path) -> str:
     """Checksum of everything that can change what the lesson shows."""
     found = hashlib.sha256()
     packages = (path for name in ("fitcast", "course_utils") for path in (ROOT / name).rglob("*"))
-    tools = (ROOT / "tools" / name for name in ("notebooks.py", "surroundings.py", "reproduce.py"))
+    tools = (
+        ROOT / "tools" / name
+        for name in ("notebooks.py", "preloaded.py", "surroundings.py", "reproduce.py")
+    )
     ours = [script, *tools, *sorted(packages)]
     for path in ours:
         if path.is_file() and "__pycache__" not in path.parts:
@@ -83,7 +86,7 @@ def executed(script: Path) -> Execution:
             return Execution(nbformat.from_dict(record["notebook"]), record["seconds"])
     notebook, failure, start = from_script(script), "", time.perf_counter()
     try:
-        execute(notebook, script.parent)
+        execute(notebook, script.parent, preloaded=True)
     except LessonError as error:
         failure = str(error)
     clean(notebook)

@@ -11,7 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from course_utils.exercises import checks
 from tools import execute, notebooks, report, reproduce, stamp
-from tools.surroundings import ROOT
+from tools.surroundings import ENVIRONMENT, ROOT
 
 LESSON = """# %% [markdown]
 # # 01 · Does it run?
@@ -86,6 +86,24 @@ def test_dead_kernel_and_endless_cell_are_named(lessons, capfd, monkeypatch):
         (lessons / "01_try.py").write_text(LESSON + f"\n# %%\n{cell}\n", "utf-8")
         assert execute.main([]) == 1
         assert message in capfd.readouterr().out
+
+
+def test_a_preloaded_kernel_is_as_fresh_as_any_and_its_death_is_named(tmp_path):
+    """It finds the libraries, nothing of this repository, and nothing that another one left."""
+    seen = """
+import os, sys
+ours = {name.partition(".")[0] for name in sys.modules} & {"fitcast", "course_utils", "tools"}
+print("torch" in sys.modules, ours, os.getcwd(), os.environ["SAID"], hasattr(sys, "left"))
+sys.left = True
+"""
+    for kernel in ("first", "second"):
+        surroundings = {**os.environ, **ENVIRONMENT, "SAID": kernel}
+        notebook = new_notebook(cells=[new_code_cell(seen)])
+        notebooks.execute(notebook, tmp_path, environment=surroundings, preloaded=True)
+        assert notebook.cells[0].outputs[0].text == f"True set() {tmp_path} {kernel} False\n"
+    notebook = new_notebook(cells=[new_code_cell("import os; os._exit(1)")])
+    with pytest.raises(notebooks.LessonError, match="the kernel died in this cell"):
+        notebooks.execute(notebook, tmp_path, preloaded=True)
 
 
 def test_report_writes_pages_and_a_table(lessons, tmp_path, capfd):
