@@ -9,6 +9,7 @@ What it does not show: speed on a T4, and that Inductor would choose the same ti
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import sys
@@ -51,6 +52,14 @@ def for_sm_75(cache: Path) -> dict[str, Any]:
     return found
 
 
+def versions() -> dict[str, str]:
+    """Of who writes the kernels and who compiles them."""
+    import torch
+    import triton
+
+    return {"torch": torch.__version__, "triton": triton.__version__}
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
@@ -58,7 +67,11 @@ def main() -> None:
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in this process, into this cache
         run_each()
         found = for_sm_75(Path(folder))
-    Path(sys.argv[1]).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    import torch  # after the folders of its compilers are set
+
+    record = {"protocol": __doc__, "gpu": torch.cuda.get_device_name(0), "versions": versions(),
+              "date": datetime.date.today().isoformat(), "kernels": found}  # fmt: skip
+    Path(sys.argv[1]).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, what in found.items():
         print(name, what)
 

@@ -75,6 +75,9 @@ OURS: dict[str, dict[str, Any]] = {
     "embedding on host, 18 kept": HOST | {"keep_attention": 18},
     "embedding on host, kept": HOST | {"keep_attention": True},
     "compiled, on card": LEAN | COMPILED | {"offload_checkpoints": False},
+    "compiled, 28 forget, kept": LEAN
+    | COMPILED
+    | {"checkpointed_layers": 28, "keep_attention": True, "offload_checkpoints": False},
     "lean, plain parts": LEAN | PLAIN,
     "levers": LEVERS,
     "lean": LEAN,
@@ -112,16 +115,28 @@ def recipe_fields(row: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
     return START | own | {"causal_padding": padded} | changes
 
 
-def pick(row: str) -> dict[str, Any]:
-    """What `fit` changes of a row's recipe for a T4."""
+def pick(row: str, launch_seconds: float | None = None) -> dict[str, Any]:
+    """What `fit` changes of a row's recipe for the race's own card: an H200 with a T4's memory.
+
+    Args:
+        row: Of `ROWS`.
+        launch_seconds: What an operation costs the race's host; by default what `fit` knows.
+    """
     import dataclasses
+    from unittest import mock
 
     from fitcast import gpus
+    from fitcast.forecasting import launches
     from fitcast.forecasting.search import fit
     from fitcast.recipe import TrainRecipe
 
+    memory = {"total_bytes": gpus.T4.total_bytes, "context_bytes": gpus.T4.context_bytes}
+    card = dataclasses.replace(gpus.H200, flash_attention=False, **memory)
     start = TrainRecipe(**recipe_fields(ROWS[row], {}))
-    best = fit(start, gpus.T4)
+    seconds = launch_seconds or launches.RECORDED_SECONDS
+    with mock.patch.object(launches, "RECORDED_SECONDS", seconds):
+        best = fit(start, card)
+        print(f"{row}: {best.launch_basis}, {best.tokens_per_second} tokens/s", flush=True)
     before, after = dataclasses.asdict(start), dataclasses.asdict(best.recipe)
     return {name: value for name, value in after.items() if value != before[name]}
 
@@ -846,12 +861,14 @@ def main() -> None:
     parser.add_argument("--peer-site", help="folder of packages for Unsloth alone")
     parser.add_argument("--picks", type=Path, help="what fit picks for rows: ours runs that, too")
     parser.add_argument("--write-picks", action="store_true", help="ask fit, no GPU; into OUT")
+    parser.add_argument("--launch-microseconds", type=float, help="of the race's host, for fit")
     parser.add_argument("--smoke", action="store_true", help="4 layers, one step of each")
     parser.add_argument("--show", action="store_true", help="print the table of OUT and stop")
     parser.add_argument("--record", type=Path, help="put OUT into this recorded_runs.json and stop")
     options = parser.parse_args()
     if options.write_picks:
-        found = {row: pick(row) for row in options.rows}
+        seconds = options.launch_microseconds and options.launch_microseconds / 1e6
+        found = {row: pick(row, seconds) for row in options.rows}
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return
     if options.picks:

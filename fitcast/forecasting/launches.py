@@ -72,7 +72,6 @@ def _tiny() -> tuple[Any, TrainRecipe, dict[str, torch.Tensor]]:
     on_gpu = gpus.device() == "cuda"
     recipe = TrainRecipe(
         model="llama-3.1-8b",  # a name that there is; the config below is what is built
-        base="float16" if on_gpu else "float32",
         amp_dtype="float16" if on_gpu else None,
         lora_dropout=0.0,
         attention="explicit_kv",
@@ -86,10 +85,26 @@ def _tiny() -> tuple[Any, TrainRecipe, dict[str, torch.Tensor]]:
     with torch.random.fork_rng():
         base: Any = LlamaForCausalLM(config)
         base = base.to(gpus.device(), qlora.storage_dtype(recipe))
+        _hold_in_4_bits(base)
         model = qlora.add_adapters(qlora.prepare_base(base, recipe), recipe)
     ids = torch.zeros(1, 32, dtype=torch.long, device=gpus.device())
     model = qlora.apply_levers(model, recipe).train()
     return model, recipe, {"input_ids": ids, "labels": ids}
+
+
+def _hold_in_4_bits(model: Any) -> None:
+    """Linear layers as QLoRA has them: bitsandbytes' Python is a good part of a launch."""
+    import bitsandbytes
+
+    nn: Any = bitsandbytes.nn
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            made = nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=False, quant_type="nf4",
+                compute_dtype=layer.weight.dtype,
+            )  # fmt: skip
+            made.weight = nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            model.set_submodule(name, made.to(layer.weight.device))
 
 
 class _Count(TorchDispatchMode):

@@ -246,10 +246,10 @@ def fit(
     They fit even at the forecast's upper bound (`margin_bytes` is not negative). Only micro batches
     of 1, 2, 4, ... are tried. Segments are always expandable; norm, MLP, adapters, rotary embedding
     and, under LoRA, loss and optimizer are those of few operations, as far as the model takes them:
-    compiled ones where Triton runs. If nothing fits, the MLP is tiled; then checkpoints wait in
-    host memory, those of a quarter of the layers, or two, three, all but one; at last the embedding
-    does. Model, adapters, sequence length, precision and gradients stay: none of these settings
-    changes what is learnt.
+    compiled where Triton runs and the host has time for their calls. If nothing fits, the MLP is
+    tiled; then checkpoints wait in host memory, those of a quarter of the layers, or two, three,
+    all but one; at last the embedding does. Model, adapters, sequence length, precision and
+    gradients stay: none of these settings changes what is learnt.
 
     Args:
         target_effective_batch: Sequences behind one optimizer step; by default the recipe's own.
@@ -290,6 +290,8 @@ def fit(
             fitting: list[Tried] = [pair for pair in tried if weigh.room(pair[1]) >= 0]
             if fitting:
                 best = max(fitting, key=lambda pair: tokens_per_second(*pair, utilisation))
+                written = _written_out(weigh, best[0])
+                best = max([best, *written], key=lambda pair: tokens_per_second(*pair, utilisation))
                 return _found(best, utilisation)
     on_host = [f for _, f in tried if f.pinned_host_bytes <= pinned_host_bytes]
     lowest = min(f.gpu.context_bytes + f.unlimited_reserved_bytes[1] for f in on_host)
@@ -298,6 +300,14 @@ def fit(
         f"got at least {show_bytes(lowest)} with one sequence of "
         f"{recipe.sequence_length} tokens; shorten it, or take a smaller model"
     )
+
+
+def _written_out(weigh: _Weigher, best: TrainRecipe) -> list[Tried]:
+    """The same in plain PyTorch, if it fits: a compiled call takes the host longer."""
+    parts = {name: PLAIN[name] for name in COMPILED if getattr(best, name) == "compiled"}
+    fields = {name: getattr(best, name) for name in SEARCHED} | parts
+    pair = weigh(best.micro_batch_size, fields) if parts else None
+    return [pair] if pair is not None and weigh.room(pair[1]) >= 0 else []
 
 
 def _found(best: Tried, utilisation: float | None) -> Fit:
@@ -385,6 +395,9 @@ class _Weigher:
             return None
 
 
+# What a search sets beside batch and segments.
+SEARCHED = ("attention", "checkpointed_layers", "keep_attention", "offload_checkpoints",
+            "mlp_tile_tokens", "embedding", *COMPILED)  # fmt: skip
 LEAST = {"checkpointed_layers": "all", "keep_attention": False, "offload_checkpoints": False}
 
 

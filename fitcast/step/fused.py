@@ -95,7 +95,7 @@ def loss_and_gradient(
     logits were.
     """
     wanted, labelled = targets.clamp(min=0)[:, None], (targets != IGNORED)[:, None]
-    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     loss = -(log_probabilities.gather(1, wanted) * labelled).sum()
     torch.exp(log_probabilities, out=logits)
     logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1))

@@ -83,6 +83,24 @@ def test_every_setting_of_ours_is_a_recipe(row):
         TrainRecipe(**race.recipe_fields(race.ROWS[row], fields))
 
 
+def test_what_fit_picks_is_raced_first_in_its_row(monkeypatch):
+    monkeypatch.setattr(race, "picks", {"1x8192": {"keep_attention": True}})
+    assert next(iter(race.settings("ours", "1x8192").items())) == (
+        race.FIT,
+        {"keep_attention": True},
+    )
+    assert race.FIT not in race.settings("ours", "4x2048")
+    assert race.settings("unsloth", "1x8192") == {"": {}}
+
+
+def test_a_model_cut_short_takes_every_setting():
+    for fields in (race.OURS["embedding on host, 18 kept"], race.OURS["picked"]):
+        cut = race.fewer_layers(race.recipe_fields(race.ROWS["4x2048"], fields), 4)
+        assert cut["offload_checkpoints"] in (3, False)
+        assert cut["keep_attention"] in (4, True)
+        assert cut.get("checkpointed_layers", 4) == 4
+
+
 def dies(pipe):
     os._exit(3)
 

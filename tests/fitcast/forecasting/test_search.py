@@ -53,13 +53,13 @@ def test_fit_finds_what_exhaustive_search_finds(recipe, small_gpu):
     best = fit(recipe, small_gpu)
     assert best.forecast.fits and best.forecast.margin_bytes >= 0
     assert best.recipe.effective_batch_size == 4
-    fastest = 0.0
+    fastest, faster = 0.0, dataclasses.replace(recipe, **search.COMPILED)
     for micro, k, loss, attention, keep in itertools.product(
-        (1, 2, 4), (0, 1, 2), ("full", "lean"), ("stock", "explicit_kv"), (False, True)
+        (1, 2, 4), (0, 1, 2), ("full", "compiled"), ("stock", "explicit_kv"), (False, True)
     ):
         if k or not keep:
             candidate = dataclasses.replace(
-                recipe,
+                faster,
                 micro_batch_size=micro,
                 gradient_accumulation_steps=4 // micro,
                 loss=loss,
@@ -90,6 +90,47 @@ def test_micro_batches_end_where_recipes_do(monkeypatch):
     for target, micro, accumulated in ((8192, 4096, 2), (24, 8, 3), (65536, 4096, 16)):
         best = fit(recipe, H200, target).recipe
         assert (best.micro_batch_size, best.gradient_accumulation_steps) == (micro, accumulated)
+
+
+@pytest.mark.parametrize(
+    ("options", "capability", "mlp", "loss"),
+    [
+        ({}, (7, 5), "compiled", "compiled"),
+        ({"compiled": False}, (7, 5), "lean", "fused"),
+        ({}, (6, 1), "lean", "fused"),  # Triton's kernels want 7.0
+    ],
+)
+def test_compiled_parts_are_picked_where_they_may_be(monkeypatch, options, capability, mlp, loss):
+    def roomy(recipe, gpu):
+        return SimpleNamespace(
+            margin_bytes=1,
+            pinned_host_bytes=0,
+            operations=0,
+            gpu=gpu,
+            ideal_seconds=1 + (recipe.mlp == "stock"),
+        )
+
+    monkeypatch.setattr(search, "forecast", roomy)
+    recipe = TrainRecipe(model=BUNDLED, amp_dtype="float16", sequence_length=2)
+    found = fit(recipe, dataclasses.replace(T4, capability=capability), **options).recipe
+    assert (found.mlp, found.loss) == (mlp, loss)
+    assert found.adapters == "in_place" and found.flat_optimizer
+
+
+def test_attention_is_kept_by_as_many_layers_as_fit(monkeypatch):
+    """A card with room for the output of five layers of 16: they are found."""
+
+    def five(recipe, gpu):
+        forgetting = recipe.checkpointed_layers == "all" or recipe.checkpointed_layers == 16
+        kept = 16 if recipe.keep_attention is True else int(recipe.keep_attention)
+        return SimpleNamespace(
+            margin_bytes=5 - kept if forgetting else -1, pinned_host_bytes=0,
+            ideal_seconds=20 - kept, operations=0, gpu=gpu,
+        )  # fmt: skip
+
+    monkeypatch.setattr(search, "forecast", five)
+    recipe = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=2)
+    assert fit(recipe, T4).recipe.keep_attention == 5
 
 
 def test_target_is_kept_and_hours_follow(recipe, small_gpu):

@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fitcast.cuda.kernels import CHECKS_OF_A_CALL
 from fitcast.forecasting import forecast as forecasting
 from fitcast.gpus import H200, T4
 from fitcast.recipe import TrainRecipe
 from fitcast.step import apply, compiled, fused, levers, qlora
 from fitcast.training import trainer
 from tests.tiny import ROWS, TOKENIZER, tiny_recipe
-from tools import race
+from tools import profile_step, race
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -248,11 +250,13 @@ def test_a_compiled_part_is_one_operation_and_makes_nothing_in_between():
     lean, compiled_ = (
         forecasting.forecast(TrainRecipe(**plain, mlp=mlp), T4) for mlp in ("lean", "compiled")
     )
-    assert lean.operations - compiled_.operations == 16 * (2 + 4 - 2)
+    calls = 1 + CHECKS_OF_A_CALL
+    assert lean.operations - compiled_.operations == 16 * (2 + 4 - 2 * calls)
     assert lean.ideal_seconds > compiled_.ideal_seconds
     assert lean.peak_allocated_bytes >= compiled_.peak_allocated_bytes
 
 
+DATA = Path(__file__).resolve().parents[2] / "data"
 RACED = [row for row in json.loads(race.RECORDED.read_text("utf-8"))["rows"]
          if row["group"] == "race" and row["contender"] == "ours" and row["settings"]]  # fmt: skip
 GUARD = "4x2048, ours, lean, compiled"
@@ -290,3 +294,57 @@ def test_a_trainer_trains_them_saves_them_and_goes_on(tmp_path):
         wanted = [step[name] for step in stock]
         assert [step[name] for step in whole] == pytest.approx(wanted, rel=1e-4)
         assert [step[name] for step in halves] == pytest.approx(wanted, rel=1e-4)
+
+
+PROFILED = json.loads((DATA / "h200_profile.json").read_text("utf-8"))["rows"]
+AS_A_T4 = dataclasses.replace(H200, flash_attention=False)
+L2_BYTES = 60 * 2**20  # of an H200: Inductor's buffer while it times kernels, in the first step
+STEPS = {name: row for name, row in PROFILED.items() if name.startswith("step")}
+
+
+def profiled(name):
+    return forecasting.forecast(profile_step.recipe_of(profile_step.ROWS[name][2], False), AS_A_T4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_a_profiled_peak_is_forecast(name):
+    """From the first step on, in which a large compiled part is timed beside its tensors."""
+    said, peak = profiled(name).peak_allocated_bytes, STEPS[name]["peak_allocated_bytes"]
+    timed = L2_BYTES if name == "step, 4 x 2048, compiled" else 0
+    assert said + timed == pytest.approx(peak, rel=1e-4)
+
+
+def test_a_short_steps_time_is_the_hosts_and_follows_the_operations():
+    """Fewer operations, and compiled calls at their price: all within an eighth of one rate."""
+    short = {name: row for name, row in STEPS.items() if "1 x 512" in name}
+    assert all(row["gpu_busy_seconds"] < row["step_seconds"] / 3 for row in short.values())
+    rates = [row["step_seconds"] / profiled(name).operations for name, row in short.items()]
+    assert max(rates) / min(rates) < 1 + 1 / 8
+    compiled_, plain = (profiled(f"step, 1 x 512, {way}") for way in ("compiled", "plain parts"))
+    assert compiled_.operations > plain.operations  # the host is quicker without
+
+
+@pytest.mark.parametrize(
+    ("part", "operations"),
+    [
+        ("swiglu", ("silu", "mul")),
+        ("swiglu_gradients", ("sigmoid", "rsub", "mul")),
+        ("turn", ("cat", "sub", "add")),
+        ("loss_and_gradient", ("red", "log_softmax", "exp")),
+        ("loss_and_gradient", ("per", "gather", "sum")),
+    ],
+)
+def test_a_kernel_of_each_part_compiles_for_a_t4(part, operations):
+    """On record from tools/compiled_for_t4.py; an error would stand in the place of the bytes."""
+    assert callable(getattr(compiled, part))
+    kernels = json.loads((DATA / "sm_75.json").read_text("utf-8"))["kernels"]
+    found = [what for name, what in kernels.items() if set(operations) <= words(name)]
+    assert len(found) == 1 and found[0]["cubin_bytes"] > 1000
+
+
+def words(name):
+    """What a kernel's name says that it does; operations of two words are one."""
+    return {*name.replace("log_softmax", "logsoftmax").split("_")} | (
+        {"log_softmax"} if "log_softmax" in name else set()
+    )
