@@ -117,6 +117,21 @@ def test_compiled_parts_are_picked_where_they_may_be(monkeypatch, options, capab
     assert found.adapters == "in_place" and found.flat_optimizer
 
 
+def test_where_the_host_is_slow_parts_are_written_out(monkeypatch):
+    """A card that waits for Python: compiled calls take longer than what they spare."""
+
+    def waiting(recipe, gpu):
+        operations = {"stock": 3000, "lean": 1000, "compiled": 1100}[recipe.mlp]
+        return SimpleNamespace(
+            margin_bytes=1, pinned_host_bytes=0, ideal_seconds=1e-9, operations=operations, gpu=gpu
+        )
+
+    monkeypatch.setattr(search, "forecast", waiting)
+    recipe = TrainRecipe(model=BUNDLED, amp_dtype="float16", sequence_length=2)
+    found = fit(recipe, T4).recipe
+    assert (found.mlp, found.rotary, found.loss) == ("lean", "lean", "fused")
+
+
 def test_attention_is_kept_by_as_many_layers_as_fit(monkeypatch):
     """A card with room for the output of five layers of 16: they are found."""
 
