@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitcast import gpus
-from fitcast.training import host
+from fitcast.training import host, several
 from fitcast.training.versions import FLOORS, Finding, below, drifted, installed, record
 from fitcast.units import GIB, show_bytes
 
@@ -32,7 +32,7 @@ class Space(Finding):
 
 def doctor() -> list[Finding]:
     """Everything looked at, in the order in which a run would meet it."""
-    cards = [*_gpus(), *_together(), _precision(), *_float16()] if installed("torch") else []
+    cards = [*_gpus(), *several.together(), _precision(), *_float16()] if installed("torch") else []
     hub = [_hub()] if installed("huggingface_hub") else []
     room = [_disk(), _host()]
     return [_python(), *map(_package, FLOORS), _torchao(), _drift(), *cards, *room, *hub]
@@ -126,21 +126,6 @@ def _no_card() -> Finding:
 def _precision() -> Finding:
     choice = gpus.mixed_precision(gpus.detect())
     return Finding("precision", f"{choice.dtype or 'float32'} ({choice.reason})")
-
-
-def _together() -> list[Finding]:
-    """What a Trainer does with several cards, which is seldom what its reader means."""
-    seen = gpus.cards()
-    if len(seen) < 2:
-        return []
-    return [
-        Finding(
-            "several GPUs",
-            f"{len(seen)}: one process of Trainer runs all of them (DataParallel, each step copies "
-            f"the weights), `torchrun --nproc_per_node {len(seen)}` one process a card, "
-            "CUDA_VISIBLE_DEVICES=0 only the first",
-        )
-    ]
 
 
 def _float16() -> list[Finding]:

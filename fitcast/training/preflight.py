@@ -18,7 +18,7 @@ from fitcast.forecasting.fake import meta_model
 from fitcast.recipe import TrainRecipe
 from fitcast.step.overflow import float16_warning
 from fitcast.step.qlora import add_adapters, count_parameters
-from fitcast.training import host
+from fitcast.training import host, several
 from fitcast.training.versions import Finding, too_old
 from fitcast.units import Said, refusal, show_bytes
 
@@ -76,6 +76,8 @@ def preflight(
     return Preflight(
         [
             _gpu(gpu, model),
+            *several.together(),
+            *_copies(recipe, model),
             _precision(recipe, gpu, model),
             _memory(gpu, planned),
             *_merge(recipe, Path(output_dir), model),  # before adapters are added for the next
@@ -108,6 +110,13 @@ def _gpu(gpu: gpus.Gpu | None, model: torch.nn.Module | None) -> Finding:
     return Finding(
         "GPU", "none", "switch Runtime > Change runtime type to T4, or take a small model"
     )
+
+
+def _copies(recipe: TrainRecipe, model: torch.nn.Module | None) -> list[Finding]:
+    """Room for what several ranks load: the whole model in 16 bits each, or once."""
+    if model is None:
+        return []
+    return several.copies(2 * count_parameters(model)[1], recipe.world_size)
 
 
 def _precision(recipe: TrainRecipe, gpu: gpus.Gpu | None, model: torch.nn.Module | None) -> Finding:

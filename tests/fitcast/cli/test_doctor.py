@@ -19,7 +19,7 @@ ASK = "from fitcast.cli.doctor import _hub; print(_hub().found)"
 TODAY = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
 
-def machine(monkeypatch, compiled, *cards):
+def machine(monkeypatch, compiled, *cards, nccl=True):
     """A machine with these (name, (major, minor), total GiB, free GiB); `None` does not answer."""
 
     def properties(index):
@@ -38,6 +38,7 @@ def machine(monkeypatch, compiled, *cards):
             raise RuntimeError("CUDA error: out of memory")
         return free * GIB, total * GIB
 
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
@@ -216,16 +217,33 @@ def test_two_t4s_are_both_named_and_what_runs_on_them(monkeypatch):
     """As on Kaggle: one process of Trainer takes both, and neither has bfloat16."""
     found = machine(monkeypatch, TODAY, *T4X2)
     assert [found[name].found.split(",")[0] for name in ("GPU 0", "GPU 1")] == ["Tesla T4"] * 2
-    assert "2: one process of Trainer runs all" in found["several GPUs"].found
+    assert "): one process of Trainer runs all" in found["several GPUs"].found
     assert "torchrun --nproc_per_node 2" in found["several GPUs"].found
     assert all(finding.fix is None for finding in found.values())
     overflowing = found["float16"].found
     assert overflowing.count("Gemma 3,") == 1 and "gpt-oss" in overflowing
 
 
+@pytest.mark.parametrize("nccl", [True, False])
+def test_two_cards_are_named_with_nccl_and_the_trap(monkeypatch, nccl):
+    cards = ("Tesla T4", (7, 5), 15, 14), ("Tesla P4", (7, 5), 8, 7)
+    found = machine(monkeypatch, TODAY, *cards, nccl=nccl)
+    said = found["several GPUs"].found
+    assert said.startswith("2 (Tesla T4, Tesla P4)") and "2 times the batch" in said
+    assert "4-bit ones fail" in said
+    assert (found["NCCL"].fix is None) == nccl
+
+
+def test_a_launcher_springs_the_trap(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    card = ("Tesla T4", (7, 5), 15, 14)
+    said = machine(monkeypatch, TODAY, card, card)["several GPUs"].found
+    assert "as it was launched" in said and "DataParallel" not in said
+
+
 def test_one_card_with_bfloat16_has_neither_remark(monkeypatch):
     found = machine(monkeypatch, TODAY, ("NVIDIA H200", (9, 0), 140, 139))
-    assert not {"several GPUs", "float16"} & set(found)
+    assert not {"several GPUs", "float16", "NCCL"} & set(found)
 
 
 def test_host_memory_is_said_as_what_can_be_merged(monkeypatch):

@@ -280,3 +280,18 @@ def test_host_memory_is_what_the_system_says():
     total, free = host.memory()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < free <= total <= pages
+
+
+@pytest.mark.parametrize(
+    "free_gib, words",
+    [(6, "GiB free"), (3, "cpu_ram_efficient_loading rank 0 alone"), (1, "one tensor at a time")],
+)
+def test_two_ranks_that_load_need_two_copies(monkeypatch, free_gib, words):
+    """llama-3.2-1b in 16 bits is 2.30 GiB on the hub, so two copies are 4.60."""
+    monkeypatch.setattr(host, "memory", lambda: (16 * GIB, free_gib * GIB))
+    many = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", world_size=2)
+    copies = found(many, gpus.T4, "host copies")
+    assert copies.found.startswith("2 ranks that each load the model take 4.60 GiB")
+    assert words in copies.found and copies.fix is None
+    alone = preflight.preflight(ONE_B, gpus.T4).findings
+    assert "host copies" not in [finding.name for finding in alone]
