@@ -1,12 +1,15 @@
 """Measure training steps on two CUDA GPUs, each held to a T4's memory and kernels.
 
-    python tools/measure_ranks.py OUT.json [--smoke] [--minutes 5] [--only NAME]
+    python tools/measure_ranks.py OUT.json [--smoke] [--minutes 5] [--only NAME] [--one-card]
 
 A row is a `TrainRecipe`, a strategy and a number of processes: DDP, FSDP2 or a device map, run by
 `step.ranks` and `step.qlora`, which the forecast runs, too. Random weights at the real shapes are
 made and quantized tensor by tensor, and each rank keeps its part. Rows with `alone` have the GPUs
 for themselves and tell a speed; the others share them, four at a time. A row that fails says why;
 the file is written after every row. `--smoke` runs tiny shapes, through gloo where no GPU is.
+`--one-card` lets all ranks of DDP share the first GPU, through gloo, since NCCL refuses a GPU that
+it has already: each rank's tensors are its process's own, so its memory is that of two GPUs, its
+speed is not. FSDP2 and device maps need two and are left out.
 
 Protocol: FlashAttention and cuDNN attention off, `set_per_process_memory_fraction` at 14.42 GiB;
 peaks of the fifth step, after `reset_peak_memory_stats`; the loss scale starts at 256, so that no
@@ -134,6 +137,9 @@ class Rank:
         self.cards = [self.rank]
         if spec["strategy"] in ("auto", "balanced"):
             self.cards = [0, 1]
+        one_card = bool(os.environ.get("ONE_CARD"))
+        if one_card:
+            self.cards = [0]
         self.device: Any = self.cards[0] if self.cuda else "cpu"
         if self.cuda:
             torch.cuda.set_device(self.device)
@@ -143,7 +149,7 @@ class Rank:
                 total = torch.cuda.get_device_properties(card).total_memory
                 torch.cuda.set_per_process_memory_fraction(T4_BYTES / total, card)
         if self.ranks > 1:
-            backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if self.cuda and not one_card else "gloo"
             dist.init_process_group(backend, rank=self.rank, world_size=self.ranks)
 
     def read(self) -> dict[str, Any]:
@@ -347,7 +353,8 @@ def write(path: Path, rows: list[dict]) -> None:
                 ("torch", "transformers", "peft", "bitsandbytes", "accelerate")}  # fmt: skip
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
     date = datetime.date.today().isoformat()
-    about = {"gpu": gpu, "versions": versions, "protocol": __doc__, "date": date}
+    about = {"gpu": gpu, "versions": versions, "protocol": __doc__, "date": date,
+             "one_card": bool(os.environ.get("ONE_CARD"))}  # fmt: skip
     path.write_text(json.dumps(about | {"rows": rows}))
 
 
@@ -358,6 +365,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--only", help="rows whose name has this in it")
     parser.add_argument("--lanes", type=int, default=LANES)
+    parser.add_argument("--one-card", action="store_true", help="DDP's ranks share a GPU")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -367,6 +375,9 @@ def main() -> None:
     os.environ["TRACES"] = str(options.out.resolve().parent)
     end = time.monotonic() + 60 * options.minutes
     waiting = [r for r in ROWS if not options.only or options.only in r["name"]]
+    if options.one_card:
+        os.environ["ONE_CARD"] = "1"
+        waiting = [r for r in waiting if r["strategy"] == "ddp" and not r["alone"]]
     running: list[Running] = []
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as name:
