@@ -59,7 +59,9 @@ def test_data_that_teach_nothing_are_refused_with_their_place(shown):
 
 def test_a_t4_is_told_minutes_as_a_range(shown):
     said = printed_by(shown, "predicted_gib, show=")
-    low, high = map(float, re.search(r"60 steps: ([\d.]+) to ([\d.]+) minutes", said).groups())
+    low, high = map(
+        float, re.search(r"60 steps on a T4: ([\d.]+) to ([\d.]+) minutes", said).groups()
+    )
     assert 1.3 * low < high < 3 * low
 
 
@@ -85,10 +87,16 @@ def test_the_lesson_states_each_promise_as_kept(shown):
     for code, promises in (
         ("below the control beyond chance", 4),
         ("adapter exact", 2),
-        ("the merged file answers", 1),
     ):
         kept = printed_by(shown, code)
         assert len(re.findall(r": +True$", kept, re.MULTILINE)) == promises and "False" not in kept
+
+
+def test_the_folders_answer_as_the_model_did_and_a_bare_adapter_less_so(shown):
+    said = printed_by(shown, "ways = {")
+    same = dict(re.findall(r"^(.+?) +(\d) of 8 answers", said, re.MULTILINE))
+    assert int(same["merged"]) == int(same["adapter, base in NF4"]) == 8
+    assert int(same["adapter, base unquantized"]) <= 8
 
 
 def test_both_folders_have_a_tokenizer_with_its_template(shown):
