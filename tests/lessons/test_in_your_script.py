@@ -11,6 +11,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 from course_utils.data import bundled_model_dir
 from tools.minutes import code_lines
@@ -63,5 +64,8 @@ def test_it_runs(number, tmp_path, monkeypatch, capsys):
     file.write_text(source, "utf-8")
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(action="ignore"):  # names that version 6 will drop, to both sides
-        runpy.run_path(str(file), run_name="__main__")
+        made = runpy.run_path(str(file), run_name="__main__")
     assert capsys.readouterr().out.strip(), "it says what it found"
+    if "trainer" in made:  # fp16's scaler takes no other gradients, and TRL casts adapters
+        weights = made["trainer"].model.parameters()
+        assert {weight.dtype for weight in weights if weight.requires_grad} == {torch.float32}
