@@ -32,7 +32,9 @@ from .talk import End, Job, Talk
 
 YOUNG_SECONDS = 1.0  # older children are likely to wait, so others may run beside them
 MOST_WAITING = 3  # times as many children as without any that wait
-STALL_SECONDS = 2.0  # of this process, stopped or starved; children then waited in vain
+# Of this process, stopped or starved. A child's message waits for two passes of the loop at most,
+# so no child is ended as idle (2.5 s, `forkserver`) while both are shorter.
+STALL_SECONDS = 1.25
 START = """import os, sys
 os.dup2(int("{descriptor:05}"), {channel}, inheritable=False)
 sys.path.insert(0, {root!r})
@@ -231,8 +233,9 @@ class Sandbox:
                         continue
                     talks.remove(talk)
                     end = self._close(selector, talk)
-                    if end.by_clock and talk.started < stalled and not talk.said_all:
-                        waiting.append(talk.job)  # it may have waited for this process
+                    if end.by_clock and talk.started < stalled and talk.in_vain:
+                        talk.job.stalls += 1  # it may have waited for this process
+                        waiting.append(talk.job)
                         continue
                     waiting += talk.job.ended(end)
                     yield talk.job

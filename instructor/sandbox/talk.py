@@ -22,6 +22,7 @@ from typing import Any
 from .forkserver import ENDED, HUNG_UP, IDLE, ORDER, TIME
 
 LONGEST_MESSAGE = 1 << 16  # bytes that a child may send at once
+MOST_STALLS = 5  # more of them, and who sleeps would hold up a starved class for ever
 DEEPEST = 50  # lists in lists, or dictionaries; what is deeper crashes what writes it down
 
 
@@ -53,6 +54,7 @@ class Job:
     cpu_seconds = 2.0
     memory_bytes = 512 * 1024 * 1024
     longest = LONGEST_MESSAGE
+    stalls = 0  # of the grader, after which it was begun anew
 
     @property
     def wall_seconds(self) -> float:
@@ -92,6 +94,11 @@ class Talk:
         self.channel.setblocking(False)
         self.out, self.into = memoryview(job.begin()), bytearray()
         self.said_all = False  # nothing is left to ask
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether the job may be begun anew after a stall: something is left to ask."""
+        return not self.said_all and self.job.stalls < MOST_STALLS
 
     def stop(self, end: End | None) -> None:
         """Say no more; with an end, have the child killed."""

@@ -7,7 +7,7 @@ import pytest
 
 from instructor.assignment import numbers
 from instructor.grade.exam import Exam, Paper, Round
-from instructor.sandbox import box
+from instructor.sandbox import box, talk
 from instructor.sandbox.reading import Reading, Rehearsal
 from tests.instructor.classroom import SECRET, TINY, honest
 
@@ -55,7 +55,7 @@ class Begun(Rehearsal):
     def begin(self):
         self.times += 1
         if self.times == 2:
-            self.statements[1][1] = "y = 2"
+            self.statements = [self.statements[0], [1, "y = 2"], self.statements[2]]
         return super().begin()
 
 
@@ -75,5 +75,15 @@ def test_reading_that_has_come_is_not_begun_anew(sandbox, always_stalled, monkey
     monkeypatch.setattr(Reading, "begin", lambda job: begun.append(job) or real(job))
     job = Reading(honest("s1"), ["effective_batch"])
     assert list(sandbox.run([job])) == [job]
-    assert "effective_batch" in job.about["functions"]
+    assert job.about and "effective_batch" in job.about["functions"]
     assert begun == [job]
+
+
+def test_a_child_that_sleeps_holds_up_a_starved_class_only_so_long(
+    sandbox, always_stalled, monkeypatch
+):
+    monkeypatch.setattr(talk, "MOST_STALLS", 1)
+    job = Rehearsal([[1, "import time; time.sleep(1000)"]])
+    done = list(sandbox.run([job]))
+    assert done[0] is job
+    assert (job.stalls, job.left_out) == (1, [0])
