@@ -3,9 +3,11 @@
 Reserved memory is what `nvidia-smi` shows and what runs out. It exceeds the live bytes because the
 allocator takes memory from the driver in segments, cuts them into blocks and keeps what is freed.
 
-Not modelled: several streams, memory pools of CUDA graphs, expandable segments after the driver
-refused more, and the addresses that the driver hands out, which break ties between free blocks of
-one size.
+Each stream has free blocks of its own, which no other one is given.
+
+Not modelled: waiting for a stream's work (`record_stream`), memory pools of CUDA graphs, expandable
+segments after the driver refused more, and the addresses that the driver hands out, which break
+ties between free blocks of one size.
 
 Source: c10/cuda/CUDACachingAllocator.cpp; the comments name its functions and constants.
 """
@@ -48,6 +50,7 @@ class Chunk:
     address: int
     n_bytes: int
     small: bool
+    stream: int = 0
     free: bool = False
     before: Chunk | None = field(default=None, repr=False)
     after: Chunk | None = field(default=None, repr=False)
@@ -59,15 +62,16 @@ class Chunk:
 
 
 class FreeChunks:
-    """The free chunks of small segments, or those of large ones: `BlockPool`.
+    """A stream's free chunks of small segments, or those of large ones: `BlockPool`.
 
     Attributes:
         small: Whether of small segments.
+        stream: Whose they are.
         end: The last chunk, free or not, of the segment that can grow; `None` without such a one.
     """
 
-    def __init__(self, small: bool):
-        self.small = small
+    def __init__(self, small: bool, stream: int = 0):
+        self.small, self.stream = small, stream
         self.end: Chunk | None = None
         self._by_size: list[tuple[int, int, Chunk]] = []  # (bytes, address, chunk), ascending
 
@@ -124,16 +128,20 @@ class CachingAllocator:
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self.retries = 0
         self._edge = 0  # where the next segment goes
-        self._small, self._large = FreeChunks(small=True), FreeChunks(small=False)
+        self._pools: dict[tuple[int, bool], FreeChunks] = {}
 
-    def allocate(self, n_bytes: int) -> Chunk:
+    def allocate(self, n_bytes: int, stream: int = 0) -> Chunk:
         """A chunk for `n_bytes`: its own `n_bytes` are more where a rest was not split off.
+
+        Args:
+            n_bytes: Asked for.
+            stream: Whose free chunks may be taken.
 
         Raises:
             MemoryError: It does not fit `limit_bytes`, even with all cached segments given back.
         """
         wanted = round_up(n_bytes, MIN_BLOCK)
-        pool = self._small if wanted <= SMALL else self._large
+        pool = self._pool(stream, wanted <= SMALL)
         chunk = pool.take(wanted)
         if chunk is None and self.expandable:
             chunk = self._grow(pool, wanted)
@@ -150,7 +158,7 @@ class CachingAllocator:
     def free(self, chunk: Chunk) -> None:
         """Give a chunk back to its pool, merged with free neighbours: `free_block`."""
         self.allocated_bytes -= chunk.n_bytes
-        pool = self._small if chunk.small else self._large
+        pool = self._pool(chunk.stream, chunk.small)
         after, before = chunk.after, chunk.before
         if after is not None and after.free:
             pool.remove(after)
@@ -165,12 +173,19 @@ class CachingAllocator:
         """Give segments without a live chunk back to the driver: `torch.cuda.empty_cache()`."""
         if self.expandable:
             return  # its free pages could go; not modelled
-        for pool in (self._small, self._large):
+        for pool in self._pools.values():
             self.reserved_bytes -= pool.remove_whole_segments()
 
     def layout(self) -> list[tuple[int, int]]:
         """(bytes, address) of every free chunk: alike twice, the same requests get the same."""
-        return self._small.layout() + self._large.layout()
+        return [free for pool in self._pools.values() for free in pool.layout()]
+
+    def _pool(self, stream: int, small: bool) -> FreeChunks:
+        """A stream's free chunks, small or large ones; `BlockComparator` sorts by stream first."""
+        pool = self._pools.get((stream, small))
+        if pool is None:
+            pool = self._pools[stream, small] = FreeChunks(small, stream)
+        return pool
 
     def _is_worth_splitting(self, rest: int, pool: FreeChunks) -> bool:
         """`should_split`: what is left of a large segment must be of use to large requests."""
@@ -178,7 +193,7 @@ class CachingAllocator:
 
     def _split(self, chunk: Chunk, wanted: int, pool: FreeChunks) -> None:
         """Keep `wanted` bytes of a chunk; the rest becomes a free chunk behind it."""
-        rest = Chunk(chunk.address + wanted, chunk.n_bytes - wanted, chunk.small)
+        rest = Chunk(chunk.address + wanted, chunk.n_bytes - wanted, chunk.small, chunk.stream)
         rest.before, rest.after = chunk, chunk.after
         if chunk.after is not None:
             chunk.after.before = rest
@@ -202,7 +217,7 @@ class CachingAllocator:
         self._reserve(n_bytes)
         self._edge += n_bytes + 64 * KIB
         address = -self._edge if self.descending else self._edge - n_bytes
-        return Chunk(address, n_bytes, pool.small)
+        return Chunk(address, n_bytes, pool.small, pool.stream)
 
     def _grow(self, pool: FreeChunks, wanted: int) -> Chunk:
         """Map pages behind the last chunk, which is part of the new one when free: `map_block`."""
@@ -214,9 +229,10 @@ class CachingAllocator:
             pool.remove(end)
             end.n_bytes += n_bytes
             return end
-        # small chunks lie far above all large ones
-        address = (pool.small << 60) if end is None else end.address + end.n_bytes
-        pool.end = Chunk(address, n_bytes, pool.small, before=end)
+        # small chunks lie far above all large ones, and each stream's above another's
+        start = (pool.small << 60) + (pool.stream << 50)
+        address = start if end is None else end.address + end.n_bytes
+        pool.end = Chunk(address, n_bytes, pool.small, pool.stream, before=end)
         if end is not None:
             end.after = pool.end
         return pool.end
@@ -266,7 +282,8 @@ class Playback:
             if sign < 0:
                 allocator.free(chunks.pop(block))
                 continue
-            chunks[block] = chunk = allocator.allocate(self.blocks[block].n_bytes)
+            asked = self.blocks[block]
+            chunks[block] = chunk = allocator.allocate(asked.n_bytes, asked.stream)
             sizes[block] = chunk.n_bytes
             if allocator.allocated_bytes > peaks.get(phase, 0):
                 peaks[phase] = allocator.allocated_bytes

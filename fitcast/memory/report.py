@@ -27,7 +27,10 @@ Event = tuple[int, int, str]  # +1 allocated or -1 freed, index of the block, ph
 
 @dataclass(slots=True)
 class Block:
-    """One storage: `n_bytes` bytes, what it is for, and the operation and module that made it."""
+    """One storage: `n_bytes` bytes, what it is for, and the operation and module that made it.
+
+    `stream` is the CUDA stream on which it was made, 0 the one where a step computes.
+    """
 
     n_bytes: int
     category: str
@@ -38,6 +41,7 @@ class Block:
     dtype: torch.dtype
     saved: bool = False  # autograd packed it for backward
     alive: weakref.ref | None = field(default=None, repr=False)  # its callback reports the end
+    stream: int = 0
 
     def resized(self, n_bytes: int) -> Block:
         """The same block with another size."""
@@ -50,6 +54,7 @@ class Block:
             self.shape,
             self.dtype,
             self.saved,
+            stream=self.stream,
         )
 
 

@@ -18,8 +18,8 @@ from fitcast.units import refusal
 
 
 def on_host(weight: torch.Tensor) -> torch.Tensor:
-    """The weights' copy in host memory."""
-    return weight.detach().to("cpu")
+    """The weights' copy in host memory; of a model on meta its loader has to put them there."""
+    return weight.detach() if weight.is_meta else weight.detach().to("cpu")
 
 
 def look_up(ids: torch.Tensor, weight: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -85,6 +85,8 @@ def place(
         full = _whole(name, module, old, weights, dtype, device_of(name))
         if hasattr(old, "device_mesh"):  # sharded; what is not stays whole on each rank
             full = _part(full, old, offload)
+        elif hasattr(module, "device_of_rows"):  # `embedding="host"`
+            full, module.device_of_rows = to_host(full, locked=False), torch.device(device_of(name))
         new = torch.nn.Parameter(full, requires_grad=old.requires_grad)
         for holder, place_name in holders:
             holder._parameters[place_name] = new
@@ -138,11 +140,15 @@ def _part(full: torch.Tensor, old: Any, offload: bool) -> Any:
     chunks = torch.chunk(full, mesh.size(), dim=0)
     rank = mesh.get_local_rank()
     local = chunks[rank].clone() if rank < len(chunks) else full.new_empty(0, *full.shape[1:])
-    if offload:
-        local = local.to("cpu")
-        local = local.pin_memory() if gpus.device() == "cuda" else local
+    local = to_host(local) if offload else local
     make: Any = DTensor  # `from_local` would move a host's part to the mesh's device
     return make(local, old._spec, requires_grad=False)
+
+
+def to_host(tensor: torch.Tensor, locked: bool = True) -> torch.Tensor:
+    """A tensor in host memory, locked where a GPU will copy it back layer by layer."""
+    tensor = tensor.to("cpu")
+    return tensor.pin_memory() if locked and gpus.device() == "cuda" else tensor
 
 
 def _fill_buffers(model: torch.nn.Module, device_of: Callable[[str], Any]) -> None:
@@ -228,7 +234,8 @@ def shard(model: Any, mesh: Any, *, offload: bool = False) -> None:
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, offload_policy=policy)
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
+    alone = head is None or head.weight is not embedding.weight
+    if alone and not hasattr(embedding, "device_of_rows"):
         fully_shard(embedding, mesh=mesh, offload_policy=policy)
     whole = {p for p in model.parameters() if not (p.requires_grad or hasattr(p, "device_mesh"))}
     fully_shard(model, mesh=mesh, offload_policy=policy, ignored_params=whole)
