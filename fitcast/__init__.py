@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # for editors and type checkers; what runs is `__getattr__`
     from fitcast.forecasting.generation import forecast_generation
     from fitcast.forecasting.merging import forecast_merge
     from fitcast.forecasting.other_steps import forecast_evaluation, forecast_resume
-    from fitcast.forecasting.search import DoesNotFit, fit, levers
+    from fitcast.forecasting.search import DoesNotFit, levers
+    from fitcast.forecasting.strategies import fit
     from fitcast.gpus import T4, Gpu, describe, detect, device, emulate, preset
     from fitcast.memory.ledger import MemoryLedger
     from fitcast.memory.report import MemoryReport
@@ -90,7 +91,8 @@ _MODULES = {
     "memory.report": "MemoryReport",
     "forecasting.ask": "forecast",
     "forecasting.forecast": "Forecast forecast_step",
-    "forecasting.search": "DoesNotFit fit levers",
+    "forecasting.search": "DoesNotFit levers",
+    "forecasting.strategies": "fit",
     "forecasting.generation": "forecast_generation",
     "forecasting.merging": "forecast_merge",
     "forecasting.other_steps": "forecast_evaluation forecast_resume",

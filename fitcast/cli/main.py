@@ -3,6 +3,7 @@
     fitcast forecast --model llama-3.1-8b --gpu T4 --sequence-length 2048
     fitcast forecast run.yaml --gpu A100-40
     fitcast forecast --model llama-3.1-8b --step generation --new-tokens 256
+    fitcast forecast --model llama-3.1-8b --world-size 2 --strategy fsdp2
     fitcast fit --model llama-3.1-8b --target-effective-batch 32
     fitcast levers --model llama-3.1-8b --micro-batch-size 4
     fitcast doctor
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fitcast.cli import options, show, start, steps
+from fitcast.cli import options, ranks, show, start, steps
 from fitcast.cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def forecast_command(asked: argparse.Namespace, progress: Progress) -> tuple[int
 
 def _forecast(asked: argparse.Namespace, gpu: Gpu, recipe: TrainRecipe | None) -> Forecast:
     """What was asked for: a step of a file or of a recipe; a training step unless it says so."""
+    if ranks.asked_for(asked) and recipe is not None:
+        return ranks.forecast_asked(asked, gpu, recipe)
     if asked.step.lower() != "train":
         start.engine()
         return steps.forecast_step_asked(asked, gpu, recipe)
@@ -88,7 +91,7 @@ def fit_command(asked: argparse.Namespace, progress: Progress) -> tuple[int, str
     utilisation = asked.utilisation
     if utilisation is not None:
         utilisation = options.number("utilisation", utilisation, float, "0.3")
-    from fitcast.forecasting.search import fit
+    from fitcast.forecasting.strategies import fit
 
     best = fit(
         recipe,

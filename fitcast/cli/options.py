@@ -164,9 +164,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
             _add_recipe(verbs[name])
             _add_card(verbs[name], name)
         if name == "forecast":
-            from fitcast.cli.steps import add_options
+            from fitcast.cli import ranks, steps
 
-            add_options(verbs[name])
+            steps.add_options(verbs[name])
+            ranks.add_options(verbs[name])
         output = verbs[name].add_argument_group("output")
         output.add_argument("--json", action="store_true", help="For programs; bytes are integers.")
     return top, verbs

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fitcast.cli import changes
+from fitcast.cli import changes, ranks
 from fitcast.cli.options import as_options, command_line
 from fitcast.recipe import TrainRecipe
 from fitcast.units import show_bytes
@@ -81,6 +81,7 @@ def fit_data(recipe: TrainRecipe, best: Fit) -> dict[str, Any]:
         "basis": best.forecast.gpu.basis,
         "launch_basis": best.launch_basis,
         "command": command_line("forecast", best.recipe, best.forecast.gpu),
+        **ranks.fit_data(best),
     }
 
 
@@ -91,7 +92,7 @@ def fit_text(recipe: TrainRecipe, best: Fit) -> str:
         f"micro batch {r.micro_batch_size} x {r.gradient_accumulation_steps} accumulated x "
         f"{r.world_size} GPUs"
     )
-    lines = [str(best.forecast), f"  {sizes}", f"  {_speed(best)}"]
+    lines = [str(best.forecast), f"  {sizes}", f"  {_speed(best)}", *ranks.fit_lines(best)]
     if ours := changes.in_our_names(recipe, r):
         lines += ["changed:", *(f"  {line}" for line in ours)]
         lines += ["in a script with a stock trainer:"]

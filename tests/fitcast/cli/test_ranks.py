@@ -1,0 +1,114 @@
+"""Several cards on the command line: what a rank needs, which strategy is taken, and why."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fitcast.cli import main as cli
+from fitcast.forecasting import search, strategies
+from fitcast.forecasting.forecast import forecast
+from fitcast.forecasting.search import DoesNotFit, Fit
+from fitcast.gpus import T4
+from fitcast.recipe import TrainRecipe
+
+ONE_B = ("--model", "llama-3.2-1b", "--sequence-length", "64")
+
+
+def test_a_ranks_forecast_is_asked_for_by_its_strategy(capsys):
+    assert cli.main(["forecast", *ONE_B, "--json"]) == cli.FITS
+    alone = json.loads(capsys.readouterr().out)
+    assert cli.main(["forecast", *ONE_B, "--strategy", "fsdp2", "--json"]) == cli.FITS
+    part = json.loads(capsys.readouterr().out)
+    assert part["loaded_bytes"] < 0.8 * alone["loaded_bytes"]
+    assert cli.main(["forecast", *ONE_B, "--strategy", "ddp", "--json"]) == cli.FITS
+    assert json.loads(capsys.readouterr().out)["loaded_bytes"] == alone["loaded_bytes"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--offload",), "--offload must be given with --strategy fsdp2"),
+        (("--strategy", "fsdp"), "did you mean 'fsdp2'?"),
+        (("--strategy", "ddp", "--world-size", "1"), "world_size must be 2 or more"),
+        (("--strategy", "ddp", "--step", "evaluation"), "--strategy must be given for a training"),
+        (("--strategy", "fsdp2", "--optimizer", "paged_adamw_8bit"), "optimizer must be 'adamw'"),
+    ],
+)
+def test_what_makes_no_sense_is_said(capsys, words, said):
+    assert cli.main(["forecast", *ONE_B, *words]) == cli.BAD_INPUT
+    assert said in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def seen():
+    recipe = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=64)
+    return forecast(recipe, T4)
+
+
+def faked(monkeypatch, seen, fitting: str):
+    """A world in which only one way fits; each rank's forecast is one of a small model."""
+
+    def alone(recipe, gpu, target=None, **_):
+        if fitting != "ddp":
+            raise DoesNotFit("recipe must fit a T4, got more")
+        return Fit(recipe=recipe, forecast=seen, tokens_per_second=(1, 2), utilisation=(0.5, 0.6))
+
+    def rank(recipe, gpu, *, strategy, world_size, offload=False):
+        name = "fsdp2 --offload" if offload else "fsdp2"
+        fits = name == fitting and recipe.micro_batch_size < 4
+        much = gpu.total_bytes * (0 if fits else 2)
+        return type(seen)(**vars(seen) | {"unlimited_reserved_bytes": (much, much)})
+
+    monkeypatch.setattr(search, "fit", alone)
+    monkeypatch.setattr(strategies, "forecast_ranks", rank)
+
+
+FIT = ("fit", *ONE_B, "--world-size", "2", "--target-effective-batch", "32")
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2 --offload"])
+def test_fit_takes_the_fastest_way_that_fits(monkeypatch, capsys, seen, way):
+    faked(monkeypatch, seen, way)
+    assert cli.main([*FIT, "--json"]) == cli.FITS
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["strategy"], answer["offload"]) == (way.split()[0], "offload" in way)
+    assert [w["strategy"] for w in answer["weighed"]][: len(way)] == [
+        "ddp", "fsdp2", "fsdp2 --offload",
+    ]  # fmt: skip
+    taken = [w for w in answer["weighed"] if w["why"].startswith("taken")]
+    assert [w["strategy"] for w in taken] == [way]
+    if way != "ddp":
+        recipe = answer["recipe"]
+        assert recipe["micro_batch_size"] * recipe["gradient_accumulation_steps"] == 16
+        assert recipe["micro_batch_size"] == 2, "four do not fit"
+    assert cli.main(FIT) == cli.FITS
+    said = capsys.readouterr().out
+    assert "rank 0: fits" in said and "rank 1: fits" in said
+
+
+def test_where_nothing_fits_every_way_says_why(monkeypatch, capsys, seen):
+    faked(monkeypatch, seen, "none")
+    assert cli.main(FIT) == cli.DOES_NOT_FIT
+    said = capsys.readouterr().err
+    for words in ("ddp: does not fit", "fsdp2: does not fit", "parts on the host: does not fit"):
+        assert words in said
+
+
+def test_what_each_way_keeps_is_what_was_measured():
+    from tests.fitcast.forecasting.test_forecast_ranks import MEASURED
+
+    rows = {row["name"]: row for row in json.loads(MEASURED.read_text("utf-8"))["rows"]}
+    one = rows["8b one process"]["ranks"][0]["tokens_per_second"]
+    for name, kept in strategies.KEPT.items():
+        both = rows[f"8b {name}"]["ranks"][0]["tokens_per_second"]
+        assert both / (2 * one) == pytest.approx(kept, abs=0.005)
+
+
+@pytest.mark.slow
+def test_a_model_of_14_billion_is_trained_in_parts():
+    folder = str(Path(__file__).parents[2] / "data" / "configs" / "qwen3-14b")
+    recipe = TrainRecipe(model=folder, amp_dtype="float16", sequence_length=8192)
+    found = strategies.fit(recipe, T4, 2, world_size=2)
+    assert (found.strategy, found.offload) == ("fsdp2", False)
+    assert found.forecast.fits and found.recipe.optimizer == "adamw"
