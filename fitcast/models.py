@@ -150,6 +150,10 @@ def hub_id(model: str) -> str:
     """
     if model in SHAPES:
         return SHAPES[model]["hub_id"]
+    if model.startswith((".", "/", "~")) and not os.path.exists(model):  # no owner is called so
+        raise refusal(
+            "model", "be a folder that exists", model, "check the path, and where it starts from"
+        )
     if os.path.exists(model) or model.count("/") == 1:
         return model
     close = difflib.get_close_matches(model.lower(), NAMES, n=1, cutoff=0.8)

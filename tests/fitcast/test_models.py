@@ -58,6 +58,13 @@ def test_folder_without_config(tmp_path):
         models.config(str(tmp_path))
 
 
+@pytest.mark.parametrize("path", ["./qwen99", "../qwen99", "/nowhere/qwen99", "~/qwen99"])
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(path):
+    """Reported: "Repo id must use alphanumeric chars"."""
+    with pytest.raises(ValueError, match="^model must be a folder that exists, got .*qwen99'; che"):
+        models.config(path)
+
+
 def test_hub_id_without_network_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="model must be reachable on the hub, got 'nobody/"):
