@@ -39,7 +39,11 @@ if "course_utils" not in sys.modules:
 from course_utils.topics.welcome import welcome
 print(welcome())"""
 COLAB = "https://colab.research.google.com"
-BADGE = rf"\[!\[Open in Colab\]\([^)]*\)\]\({re.escape(COLAB)}[^)]*\)"
+KAGGLE = "https://kaggle.com"
+BADGE = (
+    rf"\[!\[Open in Colab\]\([^)]*\)\]\({re.escape(COLAB)}[^)]*\)"
+    rf"(?:(?P<gap>\s(?:# )?)\[!\[Open in Kaggle\]\([^)]*\)\]\({re.escape(KAGGLE)}[^)]*\))?"
+)
 TABLE = re.compile(r"(?<=<!-- lessons: make stamp -->\n).*?(?=<!-- end of lessons -->)", re.DOTALL)
 CONSOLE = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)$", re.MULTILINE)  # a backslash continues it
@@ -76,6 +80,14 @@ class Facts:
         picture = f"![Open in Colab]({COLAB}/assets/colab-badge.svg)"
         return f"[{picture}]({COLAB}/github/{path})"
 
+    def badges(self, lesson: str, gap: str | None) -> str:
+        """The same; behind a gap, one for Kaggle, of a lesson that wants its two T4s."""
+        if gap is None:
+            return self.badge(lesson)
+        picture = f"![Open in Kaggle]({KAGGLE}/static/images/open-in-kaggle.svg)"
+        page = self.page(f"lessons/{lesson}.ipynb")
+        return f"{self.badge(lesson)}{gap}[{picture}]({KAGGLE}/kernels/welcome?src={page})"
+
 
 def facts(root: Path = ROOT) -> Facts:
     """The facts as they stand in pyproject.toml and requirements.lock."""
@@ -96,7 +108,7 @@ def lesson_source(text: str, lesson: str, now: Facts) -> str:
     """
     prose = "\n".join(f"# {line}".rstrip() for line in SETUP_PROSE.splitlines())
     section = f'# %% [markdown]\n{prose}\n\n# %% tags=["setup"]\n{now.setup}\n\n'
-    text, badges = re.subn(BADGE, lambda _: now.badge(lesson), text, count=1)
+    text, badges = re.subn(BADGE, lambda found: now.badges(lesson, found["gap"]), text, count=1)
     text, sections = re.subn(
         r'# %% \[markdown\]\n# ## Set up\n(?:#.*\n)*\n# %% tags=\["setup"\]\n(?:.+\n)+\n',
         lambda _: section,
@@ -114,7 +126,10 @@ def lesson_source(text: str, lesson: str, now: Facts) -> str:
 def lesson_notebook(notebook: NotebookNode, lesson: str, now: Facts) -> None:
     """The same in place for the notebook, and the line that the set-up cell prints."""
     notebook.cells[0].source = re.sub(
-        BADGE, lambda _: now.badge(lesson), notebook.cells[0].source, count=1
+        BADGE,
+        lambda found: now.badges(lesson, found["gap"]),
+        notebook.cells[0].source,
+        count=1,
     )
     headings = [cell.source.startswith("## Set up") for cell in notebook.cells]
     where = headings.index(True)
