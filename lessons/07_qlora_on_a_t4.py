@@ -83,8 +83,8 @@ print(gpus.describe(gpu))
 print(source)
 
 # %% [markdown]
-# A row that cannot be learned from is refused, with its place and what to change. Say that
-# somebody forgot an answer:
+# A row that cannot be learned from is refused, with its place and what to change, in the last line
+# of the error. Say that somebody forgot an answer:
 
 # %% tags=["raises-exception"]
 sources.choose(None, data=[{"messages": [{"role": "user", "content": "Where is order 7?"}]}])
