@@ -79,6 +79,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--drive", type=Path, help="a mounted folder for copies of checkpoints")
     parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp")
     parser.add_argument("--offload", action="store_true", help="fsdp2: parts wait on the host")
+    parser.add_argument(
+        "--embedding", choices=("stock", "host"), default="stock", help="host: not on the GPU"
+    )
     parser.add_argument("--save-steps", type=int, help="optimizer steps between checkpoints")
     parser.add_argument("--steps", type=int, help="end after this optimizer step")
     return parser.parse_args()
@@ -94,6 +97,7 @@ def built(recipe: TrainRecipe, options: argparse.Namespace) -> torch.nn.Module:
 def asked(recipe: TrainRecipe, options: argparse.Namespace) -> TrainRecipe:
     """The lesson's recipe with what the command line changes."""
     changes: dict = {"optimizer": "adamw"} if options.strategy == "fsdp2" else {}
+    changes["embedding"] = options.embedding
     if options.save_steps:
         changes["save_steps"] = options.save_steps
     return dataclasses.replace(recipe, **changes)

@@ -1,5 +1,6 @@
 """FSDP2 on two processes: what one trains, what is killed, what `accelerate launch` starts."""
 
+import json
 import os
 import random
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -57,6 +59,7 @@ def test_a_parameters_name_in_the_checkpoint():
 def test_accelerate_launches_it(config, tmp_path):
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config))
     kind = ("--strategy", "fsdp2") if "fsdp" in config.stem else ()
+    kind += ("--offload",) if "offload" in config.stem else ()
     launcher = (*launcher, "--cpu") if not kind else launcher
     AROUND["ACCELERATE_USE_CPU"] = "true"
     run = started(tmp_path, "--steps", "1", *kind, launcher=launcher)
@@ -95,6 +98,18 @@ def test_a_rank_that_is_killed_costs_no_step_beyond_the_last_save(tmp_path):
         assert min(got, default=7) == saved + 1
         assert got == pytest.approx({s: wanted[s] for s in got}, abs=2e-3)
         shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_an_overflow_on_one_rank_skips_the_step_on_both(strategy):
+    """Else one rank would train on where the other one has stayed."""
+    worker = str(Path(__file__).parent / "scaler_worker.py")
+    command = [*TORCHRUN, "--nproc-per-node", "2", worker, strategy]
+    done = subprocess.run(command, env=AROUND, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = json.loads(done.stdout.splitlines()[-1])
+    assert ranks == [[[True, 256.0], [False, 128.0], [True, 128.0]]] * 2
 
 
 def kill_a_rank(run, moments: random.Random) -> None:
