@@ -131,8 +131,8 @@ for _ in range(10):
 print(f"loss {start:.0f}, 4 lower:", small(input_ids=ids, labels=ids).loss.item() < start - 4)
 
 # %% [markdown]
-# Why do these three help, and which would *your* run need? That is the course. This lesson finds out
-# who had the memory. (Lesson 02 is line 3, 04 is line 1.)
+# Why do these three help, and which would *your* run need? That is the course. This lesson finds
+# out who had the memory. (Lesson 02 is line 3, 04 is line 1.)
 
 # %% [markdown]
 # ## 1 · Four holders, one training step

@@ -96,7 +96,8 @@ def estimated(bytes_each=2, layer_count=True, batch_counts=True):
 
 MODEL_MISTAKES = ("counts numbers", "forgets the layers", "forgets the batch", "adds")
 EXERCISES += [exercise(
-    estimate_and_truth, title="The usual estimate", minutes=4, reread="lesson 01, section 3",
+    estimate_and_truth, title="The usual estimate", minutes=4,
+    reread='lesson 01, "The usual estimate"',
     ideas=[
         Idea("7B, one sequence", (32, 1, 2048, 4096, 23), 0.5),
         Idea("your model", a_model, 0.5, tells=MODEL_MISTAKES),
@@ -149,7 +150,7 @@ def scores(per_pair=6, per_row=4, heads_count=True, batch_counts=True):
 
 
 EXERCISES += [exercise(
-    kept_scores, title="Linear or quadratic", minutes=5, reread="lesson 01, sections 3 and 4",
+    kept_scores, title="Linear or quadratic", minutes=5, reread="lesson 01, section 3",
     ideas=[
         Idea("32 heads, 2048 positions", (1, 32, 2048, "eager"), 0.5),
         Idea("the same with SDPA", (1, 32, 2048, "sdpa"), 0.5),
@@ -273,7 +274,7 @@ def larger(copies=3, logit_bytes=4, boundary_bytes=2, names=("logits", "layers")
 
 
 EXERCISES += [exercise(
-    logits_or_layers, title="The term nobody mentions", minutes=5, reread="lesson 01, section 5",
+    logits_or_layers, title="The term nobody mentions", minutes=5, reread="lesson 01, section 4",
     ideas=[
         Idea("Llama-3.2-1B, 4 x 1024", (4, 1024, 128_256, 2048, 16), 0.5),
         Idea("a small vocabulary", (2, 512, 1280, 4096, 64), 0.5),
