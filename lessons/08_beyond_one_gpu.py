@@ -73,7 +73,7 @@ before = ...  # for example "abcda"
 #
 # [NVIDIA, nccl-tests: ring algorithms] **DDP**, distributed data parallel, puts the whole model on
 # each rank, gives each its own rows, and averages gradients. By hand that is a loop. It stands in a
-# file: `torchrun` starts processes from files, and a process that is forked off a notebook hangs.
+# file: `torchrun` starts processes from files, and one that is forked off a notebook may hang.
 
 # %% tags=["run"]
 with open("three_ways.py", "w") as file:
@@ -297,7 +297,7 @@ exercises.check_loss(loss_of_rank)
 # %% [markdown]
 # **The trap: `DataParallel`.** Start a script with plain `python` where two GPUs are visible, as in
 # a Kaggle notebook, and Trainer takes both in *one* process: each batch is split between threads,
-# the model is copied at every step, and your batch is another one:
+# the model is copied for each of them, and your batch is another one:
 
 # %% tags=["run"]
 from transformers import TrainingArguments
@@ -377,12 +377,12 @@ exercises.QUESTIONS.score(before, after)
 # Everything from here on is beyond the 30 minutes: take what you like.
 #
 # ### More ranks, other models
-# Move the controls. **Task:** Llama-3.2-1B, and four ranks instead of two. What keeps the peak from
-# halving? <details><summary>Answer</summary>The activations, which follow each card's own rows, and
-# the embedding, which is the head as well and is gathered whole.</details>
+# Move the controls. **Task:** four ranks instead of two. What does not shrink?
+# <details><summary>Answer</summary>Activations follow each card's own rows; the head stays whole;
+# and of the layers two are gathered, however many ranks there are (temporaries).</details>
 
 # %% tags=["run"]
-figures.ranks_explorer()
+figures.ranks_explorer(recipe, steps)
 
 # %% [markdown]
 # ### Cut in two: a device map

@@ -78,6 +78,8 @@ the rank saves almost nothing. For your run: `fitcast levers --model llama-3.1-8
 - Divide the loss by `num_items_in_batch`, not by micro batches (lesson 03).
 - Checkpointing forgets activations, not gradients; k of n layers spends what is left (lesson 02).
 - Save to a temporary name, then rename; copy to Drive; resume from the last whole checkpoint.
+- Two of them: DDP for speed, FSDP2 where weights are what is large; a process each (`torchrun`,
+  `accelerate launch`), since plain `python` is DataParallel and another batch (lesson 08).
 
 ## What it bought
 

@@ -68,7 +68,7 @@ QUESTIONS = SelfCheck(
         "DDP prepares its exchange in its own forward; who passes it by exchanges nothing.",
     ),
     Question(
-        "Two GPUs are visible, and a script with Trainer is started with plain `python`",
+        "Two GPUs are visible, and a script with Trainer is started with plain python",
         (
             "it uses the first GPU",
             "it splits each batch between both, in one process, and the batch doubles",

@@ -14,6 +14,7 @@ import torch
 from course_utils.exercises import lesson_08 as exercises
 from course_utils.figures import widgets
 from course_utils.topics import bus
+from fitcast import GIB, T4, TrainRecipe, forecast, show_bytes
 from tests.lessons.exercises import complaints
 from tools import minutes, stamp, train_many_gpus
 from tools.notebooks import LESSONS, ROOT
@@ -129,12 +130,16 @@ def test_exercise_2_weighs_by_all_ranks_tokens():
 
 @pytest.mark.slow
 def test_ranks_explorer_moves_as_the_task_says():
-    explorer = widgets.ranks_explorer()
-    assert "FSDP2 on 2: " in explorer.figure.alt and "one card: " in explorer.figure.alt
-    held = [float(re.search(r"FSDP2 on \d: ([\d.]+) GiB", explorer.figure.alt)[1])]
+    recipe = TrainRecipe(
+        model="llama-3.1-8b", amp_dtype="float16", lora_dropout=0.0, loss="lean", norm="native",
+        attention="explicit_kv", optimizer="adamw", micro_batch_size=2, sequence_length=2048,
+    )  # fmt: skip
+    two = forecast(recipe, T4, strategy="fsdp2", world_size=2)
+    explorer = widgets.ranks_explorer(recipe, {"fsdp2 on 2": two})
+    assert f"fsdp2 on 2: {show_bytes(two.peak_allocated_bytes)}" in explorer.figure.alt
     explorer.controls["ranks"].value = 4
-    held.append(float(re.search(r"FSDP2 on 4: ([\d.]+) GiB", explorer.picture.value)[1]))
-    assert 0.5 < held[1] / held[0] < 1
+    held = float(re.search(r"fsdp2 on 4: ([\d.]+) GiB", explorer.picture.value)[1])
+    assert 0.5 < held / (two.peak_allocated_bytes / GIB) < 1
 
 
 def test_the_check_plays_ranks_that_agree():
