@@ -47,6 +47,9 @@ ONE = {"micro_batch_size": 1, "sequence_length": 512}
 ROWS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "step, 4 x 2048, lean": ("step", 40, MANY),
     "step, 4 x 2048, compiled": ("step", 60, MANY | FAST),
+    "step, 2 x 2048 twice, 15 forget": (
+        "step", 60, FAST | {"micro_batch_size": 2, "sequence_length": 2048,
+                            "gradient_accumulation_steps": 2, "checkpointed_layers": 15}),
     "step, 1 x 512, lean": ("step", 40, ONE),
     "step, 1 x 512, plain parts": (
         "step", 40, ONE | {"adapters": "in_place", "loss": "fused", "flat_optimizer": True}),

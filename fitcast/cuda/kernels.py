@@ -178,7 +178,7 @@ CHECKS_OF_A_CALL = 4
 
 
 def one_kernel(
-    function: Callable, compiled: Callable, tensors: tuple[torch.Tensor, ...]
+    function: Callable, tensors: tuple[torch.Tensor, ...]
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """A function that torch.compile fuses takes what it gives back, and reads its inputs once.
 
@@ -187,12 +187,13 @@ def one_kernel(
 
     Args:
         function: Asked for what it gives back, out of sight.
-        compiled: The same for a GPU, not called.
         tensors: Its inputs, fake.
 
     Source: torch/_inductor/scheduler.py, `fuse_nodes`; tools/race.py's rows hold it.
     """
-    kernels = [mode for mode in _get_current_dispatch_mode_stack() if hasattr(mode, "on_work")]
+    kernels: list[Any] = [
+        mode for mode in _get_current_dispatch_mode_stack() if hasattr(mode, "on_work")
+    ]
     with _disable_current_modes(), tensors[0].fake_mode:  # pyright: ignore[reportAttributeAccessIssue]
         results = function(*tensors)
     alone = isinstance(results, torch.Tensor)

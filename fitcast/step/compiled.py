@@ -23,21 +23,34 @@ import torch.nn.functional as F
 from fitcast.step import fused, lean
 from fitcast.units import IGNORED
 
+SHAPES = 64  # of a part, in one process
+
 
 def one_kernel(function: Callable) -> Callable:
     """The function, compiled for tensors on a GPU; compiling waits for the first of them."""
-    compiled = torch.compile(function, fullgraph=True)
 
     @functools.wraps(function)
     def call(*tensors: torch.Tensor) -> Any:
-        return launch(function, compiled, tensors)
+        return launch(function, tensors)
 
     return call
 
 
-def launch(function: Callable, compiled: Callable, tensors: tuple[torch.Tensor, ...]) -> Any:
+def launch(function: Callable, tensors: tuple[torch.Tensor, ...]) -> Any:
     """Run a function of tensors where they are."""
-    return (compiled if tensors[0].is_cuda else function)(*tensors)
+    return (_compiled(function) if tensors[0].is_cuda else function)(*tensors)
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    """By torch.compile, as often as shapes and strides ask for it: tiles, batches, query and key.
+
+    PyTorch's own limit, 8, is that of a function which changes by mistake, and ends the run.
+    """
+    from torch._dynamo import config  # brings the compiler
+
+    config.recompile_limit = max(config.recompile_limit, SHAPES)
+    return torch.compile(function, fullgraph=True)
 
 
 @one_kernel

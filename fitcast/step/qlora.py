@@ -313,7 +313,7 @@ def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.
     return made
 
 
-def _optimizer_of(recipe: TrainRecipe) -> type[torch.optim.Optimizer]:
+def _optimizer_of(recipe: TrainRecipe) -> Callable[..., torch.optim.Optimizer]:
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
