@@ -359,7 +359,19 @@ def _no_such_option(
     if not word.startswith("-"):
         lacks = _lacks_model(options)
         remedy = f"write --model {word}" if lacks else "an option begins with --"
+        remedy = _where_it_goes(word) or remedy
     return refusal("option", f"be one that `{verb.prog}` has", word, remedy)
+
+
+def _where_it_goes(word: str) -> str | None:
+    """Advice for a file typed where no file is read; `None` for another word."""
+    from fitcast.forecasting.files import names_one
+
+    if word.endswith(".py"):
+        return "a script's run is forecast in Python: fitcast.forecast(model, arguments, gpu=...)"
+    if names_one(word):
+        return f"a file goes to `fitcast forecast {word}`; here give its settings as options"
+    return None
 
 
 def nearest(word: str, names: Iterable[str], alike: float = 0.6) -> str | None:

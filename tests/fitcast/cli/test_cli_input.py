@@ -51,6 +51,9 @@ def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
         (["forcast"], "verb must be one of forecast, fit, levers, doctor, got 'forcast'; did you "
          "mean 'forecast'?"),
         (["lever", "--help"], "did you mean 'levers'?"),
+        (["fit", "my.yaml"], "a file goes to `fitcast forecast my.yaml`; here give its"),
+        (["levers", *SMALL, "my.yaml"], "a file goes to `fitcast forecast my.yaml`"),
+        (["forecast", "my_sft.py"], "in Python: fitcast.forecast(model, arguments, gpu=...)"),
         (["predict"], "verb must be one of forecast, fit, levers, doctor, got 'predict'"),
         (["--json", "doctor"], "got '--json'; write the verb first"),
         (["--model", "llama-3.1-8b", "fit"], "got '--model'; write the verb first"),
