@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import torch
 
 from fitcast.forecasting import base, layers
 from fitcast.forecasting.plain_model import model_stream
+from fitcast.forecasting.refusals import refuse_unknown
 from fitcast.forecasting.verdict import Forecast, report
 from fitcast.gpus import T4, Gpu
 from fitcast.memory.stream import DeviceLedger, Stream
@@ -90,6 +92,7 @@ def forecast_generation(
     for field, (value, least) in numbers.items():
         if type(value) is not int or value < least:
             raise refusal(field, f"be a whole number from {least}", value, "count tokens and rows")
+    _check_keywords(generate_options)
     config = base.read_config(model)
     kind = base.kind_of(model)
     text = Text(
@@ -111,6 +114,14 @@ def forecast_generation(
     )
     seen = report(stream, gpu, expandable=expandable_segments)
     return dataclasses.replace(seen, notes=said)
+
+
+def _check_keywords(given: dict[str, Any]) -> None:
+    """GenerationConfig takes any word, and says nothing of one that nobody reads."""
+    from transformers import GenerationConfig
+
+    known = vars(GenerationConfig()).keys() | inspect.signature(forecast_generation).parameters
+    refuse_unknown(given, known, "the forecast or GenerationConfig")
 
 
 def generation_stream(text: Text, gpu: Gpu) -> Stream:

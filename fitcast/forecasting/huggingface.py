@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,12 @@ import torch
 from fitcast.cuda import experts
 from fitcast.forecasting import base, layers
 from fitcast.forecasting import images as pictures
+from fitcast.forecasting.refusals import keywords_of, refuse_unknown
 from fitcast.forecasting.stage import (
     MICRO_BATCHES,
     Run,
     Stage,
+    about_text,
     bare,
     few_layers,
     is_online,
@@ -56,6 +59,7 @@ NOT_MODELLED = {
     "use_liger_kernel": "Liger's Triton kernels replace the model's own",
     "auto_find_batch_size": "the batch size that is asked for is forecast",
     "torch_empty_cache_steps": "the cache is not emptied in between",
+    "activation_offloading": "activations that wait in the host's memory are counted on the card",
     "use_vllm": "vLLM's engine has memory of its own on the same card",
     "parallelism_config": "other parallelism than data parallel is not run",
 }
@@ -146,9 +150,19 @@ def notes(run: Run, gpu: Gpu) -> tuple[str, ...]:
         for name, why in NOT_MODELLED.items()
         if getattr(run.arguments, name, None) not in (None, False, "", [], {})
     ]
+    said += _about_texts(run.arguments)
     rows = "padded to" if run.padded else "without padding,"
     said.append(f"rows are {rows} {run.sequence_length} tokens, and every token has a label")
     return (*said, *_about_the_model(run, gpu))
+
+
+def _about_texts(arguments: TrainingArguments) -> list[str]:
+    """What the script says of texts that no forecast reads."""
+    names = about_text(arguments)
+    said = [f"{', '.join(names)}: about texts only, and rows here are token ids"] if names else []
+    if "chat_template_path" in names:
+        said.append("tokens that chat_template_path adds to the vocabulary are not counted")
+    return said
 
 
 def _about_the_model(run: Run, gpu: Gpu) -> list[str]:
@@ -259,8 +273,10 @@ def describe_run(
     """What is to be run, from what a script holds: the arguments of `forecast_run`.
 
     Raises:
-        ValueError: No such model, no length, rows longer than learned positions.
+        ValueError: No such model or keyword, no length, rows longer than learned positions.
     """
+    trainer = trainer or trainer_of(arguments)
+    _check_keywords(trainer, trainer_options)
     config = base.read_config(model)
     pictures.check(config, images)
     length = sequence_length or getattr(arguments, "max_length", None)
@@ -274,7 +290,6 @@ def describe_run(
     empty = base.meta_base(config, kept_dtype, attn_implementation, kind)
     _check_length(length, empty)
     peft_config, assumed = with_targets(peft_config, empty)
-    trainer = trainer or trainer_of(arguments)
     return Run(
         config=config,
         kind=kind,
@@ -291,6 +306,13 @@ def describe_run(
         trainer_options=trainer_options,
         assumed=assumed,
     )
+
+
+def _check_keywords(trainer: type, given: dict[str, Any]) -> None:
+    """What is neither `forecast_run`'s nor the trainer's is a slip."""
+    theirs, others = keywords_of(trainer)
+    known = theirs | {"ref_model"} | set(inspect.signature(forecast_run).parameters)
+    refuse_unknown(given, known, f"the forecast or {trainer.__name__}", others=others)
 
 
 def _has_padding(arguments: TrainingArguments, trainer: type) -> bool:

@@ -8,6 +8,7 @@ Not modelled: writing the files; adapters that are not in float32.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from fitcast.forecasting import base
 from fitcast.forecasting.huggingface import with_targets
 from fitcast.forecasting.plain_model import model_stream
+from fitcast.forecasting.refusals import refuse_unknown
 from fitcast.forecasting.verdict import Forecast, report
 from fitcast.gpus import T4, Gpu
 from fitcast.memory.report import replay
@@ -34,6 +36,7 @@ def forecast_merge(
     dtype: str | torch.dtype | None = None,
     quantization_config: Any = None,
     expandable_segments: bool = False,
+    **unknown: Any,
 ) -> Forecast:
     """What PEFT's `merge_and_unload()` will need on `gpu`, or in the host's memory.
 
@@ -44,10 +47,12 @@ def forecast_merge(
         dtype: Of the weights that the adapters are merged into.
         quantization_config: Must be left out.
         expandable_segments: As PYTORCH_ALLOC_CONF says it.
+        unknown: Must be none: a slip is answered with the keyword that was meant.
 
     Raises:
         ValueError: Weights in 4 or 8 bits; what the libraries refuse.
     """
+    refuse_unknown(unknown, inspect.signature(forecast_merge).parameters, "forecast_merge")
     config = base.read_config(model)
     if base.quantization_of(config, quantization_config) is not None:
         raise refusal(

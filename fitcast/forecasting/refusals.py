@@ -6,8 +6,11 @@ real GPU would raise them, too); others say that a step cannot be run without nu
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import re
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch._subclasses import fake_tensor
@@ -89,6 +92,36 @@ KNOWN: tuple[tuple[str, tuple[str, str, str]], ...] = (
 )  # fmt: skip
 
 
+def refuse_unknown(
+    given: Iterable[str], known: Iterable[str], whose: str, *, others: bool = False
+) -> None:
+    """Refuse a keyword that nobody takes, before a library does so in words of its own.
+
+    Args:
+        given: Keywords of a call.
+        known: All that are taken.
+        whose: Who takes them, for the sentence.
+        others: Whether there may be more than are known: then only a slip is refused.
+
+    Raises:
+        ValueError: A keyword is unknown; the nearest one is named.
+    """
+    known = set(known)
+    for name in given:
+        close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
+        if name in known or (others and not close):
+            continue
+        remedy = f"did you mean {close[0]}?" if close else "leave it out, or check its spelling"
+        raise refusal("keyword", f"be one that {whose} takes", name, remedy)
+
+
+def keywords_of(kind: type) -> tuple[set[str], bool]:
+    """What the making of a class takes, with all it is built on; and whether any word goes."""
+    made = [vars(one)["__init__"] for one in kind.__mro__[:-1] if "__init__" in vars(one)]
+    taken = [one for init in made for one in inspect.signature(init).parameters.values()]
+    return {one.name for one in taken}, any(one.kind is one.VAR_KEYWORD for one in taken)
+
+
 def first_line(error: BaseException, most: int = 200) -> str:
     """The first sentence of an error's text, on one line, or the name of its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -118,16 +151,24 @@ def explained(error: Exception, model_type: str) -> ValueError:
             Said(f"{model_type}, which asks for some in {where}"),
             "measure it on the card with fitcast.measure_step",
         )  # fmt: skip
+    ours = "if the same run works on a card, this is ours to mend: please report it"
     return refusal(
         "model", "train with these arguments",
         Said(f"{model_type}: {type(error).__name__} in {where} ({first_line(error)})"),
-        "if the same run works on a card, this is ours to mend: please report it",
+        f"change the argument that it names; {ours}" if _is_refusal(error) else ours,
     )  # fmt: skip
 
 
 def _is_ours(error: ValueError) -> bool:
     """Whether this package raised it, which says already what to change."""
     return "fitcast" in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a trainer's library raised it by itself, as it does for a value it does not take."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+    libraries = {"trl", "transformers", "peft", "accelerate"}
+    return isinstance(error, ValueError) and bool(libraries & set(raised_in))
 
 
 def _where(error: Exception) -> str:

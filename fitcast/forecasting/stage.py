@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import sys
 import tempfile
@@ -39,6 +40,17 @@ if TYPE_CHECKING:
 MICRO_BATCHES = 2  # of a step; the third does to memory what the second did
 ROWS = 64  # of the data set that stands for the reader's; one step takes at most two batches
 REFERENCE = "reference."  # before the names of modules of a second model
+# Arguments of TRL's configs about texts and their tokenizer: rows here are token ids already.
+ABOUT_TEXT = (
+    "assistant_only_loss",
+    "chat_template_kwargs",
+    "chat_template_path",
+    "completion_only_loss",
+    "dataset_kwargs",
+    "dataset_text_field",
+    "eos_token",
+    "pad_token",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,10 +325,22 @@ def quiet(arguments: TrainingArguments, folder: str) -> TrainingArguments:
     quiet.disable_tqdm, quiet.torch_compile = True, False
     quiet.gradient_accumulation_steps = min(MICRO_BATCHES, arguments.gradient_accumulation_steps)
     quiet.max_steps = 1
-    if getattr(quiet, "use_vllm", False):
-        quiet.use_vllm = False  # its engine has memory of its own, which `notes` says
+    for name, default in about_text(arguments).items():
+        setattr(quiet, name, default)
+    for name in ("use_vllm", "activation_offloading", "log_completions"):
+        if getattr(quiet, name, False):
+            setattr(quiet, name, False)  # `notes` says what is not modelled of them
     assert quiet.device.type == "cpu"  # asked for now, because asking resets accelerate's state
     return quiet
+
+
+def about_text(arguments: TrainingArguments) -> dict[str, Any]:
+    """Arguments about texts that the script has set, and what each is by default."""
+    return {
+        one.name: one.default
+        for one in dataclasses.fields(arguments)
+        if one.name in ABOUT_TEXT and getattr(arguments, one.name) != one.default
+    }
 
 
 def is_trl(trainer: type) -> bool:

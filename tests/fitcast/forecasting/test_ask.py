@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+from peft import LoraConfig
+from transformers import LlamaConfig, Trainer, TrainingArguments
 
 import fitcast
 from fitcast import T4, TrainRecipe
@@ -52,3 +54,50 @@ def test_half_a_question_says_what_is_missing(asked, question, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         question()
     assert asked == []
+
+
+CONFIG = LlamaConfig(
+    vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+    num_attention_heads=4, num_key_value_heads=2,
+)  # fmt: skip
+
+
+def slip(ask, *given, **said):
+    return lambda: ask(CONFIG, *given, quantisation_config=None, **said)
+
+
+ARGUMENTS = TrainingArguments(output_dir="unused", report_to="none", use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        slip(fitcast.forecast, ARGUMENTS, sequence_length=8),
+        slip(fitcast.forecast_evaluation, ARGUMENTS, sequence_length=8),
+        slip(fitcast.forecast_resume, ARGUMENTS, sequence_length=8),
+        slip(fitcast.forecast_generation, prompt_tokens=8, new_tokens=8),
+        slip(fitcast.forecast_merge, LoraConfig()),
+    ],
+    ids=["training", "evaluation", "resume", "generation", "merge"],
+)
+def test_a_slip_in_a_keyword_is_no_bug_of_ours(question):
+    """Reported: "got an unexpected keyword argument ...; please report it"."""
+    with pytest.raises(ValueError, match="^keyword must .* did you mean quantization_config\\?$"):
+        question()
+
+
+class Weighted(Trainer):
+    def __init__(self, *args, weights=None, **others):
+        super().__init__(*args, **others)
+
+
+def test_a_keyword_of_the_readers_own_trainer_is_known():
+    given = dict(weights=[1.0], optimizers=(None, None))
+    run = huggingface.describe_run(CONFIG, ARGUMENTS, sequence_length=8, trainer=Weighted, **given)
+    assert run.trainer_options == given
+    with pytest.raises(ValueError, match="did you mean weights"):
+        huggingface.describe_run(
+            CONFIG, ARGUMENTS, sequence_length=8, trainer=Weighted, weigths=[1.0]
+        )
+    with pytest.raises(ValueError, match="^keyword must be one that .* Trainer takes, got 'bogus'"):
+        huggingface.describe_run(CONFIG, ARGUMENTS, sequence_length=8, bogus=1)
