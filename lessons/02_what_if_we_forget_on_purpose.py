@@ -3,19 +3,19 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/02_what_if_we_forget_on_purpose.ipynb)
 #
-# **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have trained a model before, 60 to 70 if it is new to you; half-way there
+# is a place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # Lesson 01 found who had the memory: each layer keeps some twenty times its boundary, the tensor
 # that it hands to the next layer, until backward comes by. **Gradient checkpointing** keeps the
-# boundary, forgets the rest, and computes it again. What does that save, what does it cost, and how
-# much of it does a run need?
+# boundary, forgets the rest, and computes it again. What does that save, and what does it cost?
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
 # | *trace* by hand what a checkpointed chain holds and computes twice | B1 | exercise 02.1 |
 # | *write* a checkpoint function: equal gradients, fewer bytes | B2 | exercise 02.2 |
 # | *test* "30-40 % of the memory, +25-35 % time" against a count | B2 | sections 3, 4 |
-# | *choose* how many layers forget, for a T4 and a length | B2 | exercise 02.3 |
+# | *choose* how many layers forget, for a T4 and a length | B2 | section 5, exercise 03.3 |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
@@ -70,11 +70,9 @@ before = ...  # for example "abcda"
 # %% [markdown]
 # ## 1 · A chain of six, by hand
 # Six steps, one after the other. Step *i* turns its input aᵢ into the next one, and its backward
-# needs aᵢ again. The usual way: keep all six.
-#
-# The other way: keep a₁, a₃ and a₅, drop the rest. When backward wants to pass step 6, a₆ is gone;
-# a₅ is not, so run step 5 once more. a₃ leads to a₄ in the same way, a₁ to a₂. Either way, an
-# input is freed as soon as its own backward step is through.
+# needs aᵢ again. The usual way: keep all six. The other way: keep a₁, a₃ and a₅. When backward
+# wants to pass step 6, a₆ is gone; a₅ is not, so run step 5 once more. a₃ leads to a₄ in the same
+# way, a₁ to a₂. Either way, an input is freed as soon as its own backward step is through.
 #
 # ## Exercise 02.1 · Two traces
 # *Easy, 5 minutes.* Take a pencil. How many inputs are in memory *while* backward runs step 6,
@@ -118,10 +116,9 @@ show_prediction(predicted_steps, show="{} forward steps".format, counted=runs["k
 
 # %% [markdown]
 # ### Explain
-# Not twice: what was kept needs no second run, and the last step of a **segment** (here: two steps
-# that share one kept input) is not repeated either, because nobody asks for its output. What is
-# kept is called a **checkpoint**; running a stretch again is **recomputation**. A checkpoint is an
-# *activation*, the input of a segment, and no gradient. [Chen et al. 2016, section 3]
+# Not twice: the last step of a **segment** (here: two steps that share one kept input) is not
+# repeated, because nobody asks for its output. What is kept is a **checkpoint**, an *activation*
+# and no gradient; running a stretch again is **recomputation**. [Chen et al. 2016, section 3]
 
 # %% [markdown]
 # ## 2 · Write one
@@ -133,10 +130,8 @@ show_prediction(predicted_steps, show="{} forward steps".format, counted=runs["k
 # inside both methods no graph is built, so nothing else is kept; `ctx.save_for_backward(x)` keeps a
 # tensor, `ctx.saved_tensors` is it again, `ctx.anything = ...` keeps any object. `grad` is the
 # gradient of your output; return one gradient for each argument of `forward`, `None` for those that
-# have none. (Hints are there to be opened.)
-#
-# The check trains three blocks with it. It wants gradients equal **to the bit**, of the input and
-# of all weights, **and** no more bytes waiting for backward than each block's input.
+# have none. (Hints are there to be opened.) The check wants gradients equal **to the bit**, **and**
+# no more bytes waiting for backward than `x`.
 #
 # <details><summary>Hint 1</summary>Forward keeps the function and <code>x</code>. Backward runs the
 # function once more, this time with a graph, and then backward through that graph.</details>
@@ -161,25 +156,22 @@ class Forget(torch.autograd.Function):
 exercises.check_forget(Forget.apply)
 
 # %% [markdown]
-# PyTorch's own, `torch.utils.checkpoint.checkpoint`, does more: it replays the random numbers, so
-# that dropout drops the same elements again, and it stops the second run as soon as nothing more is
-# asked for. With `use_reentrant=True` it is your class; `use_reentrant=False` is the one to use
-# (why: Go further). [PyTorch: torch.utils.checkpoint]
+# PyTorch's own, `torch.utils.checkpoint.checkpoint`, also replays the random numbers, so that
+# dropout drops the same elements again. With `use_reentrant=True` it is your class;
+# `use_reentrant=False` is the one to use (why: Go further). [PyTorch: torch.utils.checkpoint]
+#
+# *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
 
 # %% [markdown]
 # ## 3 · On a real model
-# transformers has a switch, `gradient_checkpointing_enable` (transformers 5.23 calls it
-# `activation_checkpointing_enable`, and takes the old name with a warning until version 6). Its
-# default is `use_reentrant=False`. The small Llama of lesson 01, all weights trained, 4 sequences
+# transformers has a switch, `gradient_checkpointing_enable` (transformers 5.23 also calls it
+# `activation_checkpointing_enable`). The small Llama of lesson 01, all weights trained, 4 sequences
 # of 128 tokens; what waits for backward after a forward pass?
 
 # %% tags=["setup"]
-from course_utils.data import BUNDLED
+from course_utils.exercises.lesson_01 import FULL as recipe  # all weights, Adam, float32
 from fitcast import show_bytes
 from fitcast.step import qlora
-recipe = TrainRecipe(model=BUNDLED, base="float32", lora_rank=None, lora_dropout=0,
-                     micro_batch_size=4, sequence_length=128, optimizer="adamw",
-                     checkpointed_layers=0)
 ids = torch.arange(4 * 128, device=gpus.device()).view(4, 128)
 
 # %% tags=["run"]
@@ -197,9 +189,7 @@ print(f"after model.train(): {kept_for_backward(model) / everything:.2f} of befo
 
 # %% [markdown]
 # At first nothing happened! `from_pretrained` returns a model in evaluation mode, and a layer
-# forgets only in training mode. (Trainer calls `model.train()` for you; your own loop does not.)
-# And a layer that runs twice would write twice into the cache of keys and values, so it gets none,
-# with a warning: say `model.config.use_cache = False` when you train.
+# forgets only in training mode. (Trainer calls `model.train()`; your own loop must.)
 #
 # ### Predict
 # Whole training steps, as in lesson 01: two, with the optimizer. The activations' own highest point
@@ -230,27 +220,24 @@ build(recipe)(input_ids=ids, labels=ids).loss.backward()  # first, a GPU takes i
 plain, plain_measured = two_steps(recipe)
 forgetful, measured = two_steps(replace(recipe, checkpointed_layers="all"))
 ours, theirs = (max(report.timeline["activations"]) for report in (forgetful, plain))
-peaks = (f"the whole step's peak: {show_bytes(plain.peak_bytes)} -> "
-         f"{show_bytes(forgetful.peak_bytes)} = {forgetful.peak_bytes / plain.peak_bytes:.0%}; "
-         f"measured: {show_bytes(plain_measured)} -> {show_bytes(measured)}")
-pictures = [figures.memory_over_time(plain, "two training steps, everything kept"),
-            figures.memory_over_time(forgetful, "two training steps, every layer forgets")]
-show_prediction(predicted_fraction, show="{:.0%}".format, counted=ours / theirs,
-                also=[peaks, *pictures])
+measured = (f"the whole step's peak: {forgetful.peak_bytes / plain.peak_bytes:.0%}; "
+            f"measured: {show_bytes(plain_measured)} -> {show_bytes(measured)}")
+show_prediction(predicted_fraction, show="{:.0%}".format, counted=ours / theirs, also=[
+    measured, figures.memory_over_time(plain, "two training steps, everything kept"),
+    figures.memory_over_time(forgetful, "two training steps, every layer forgets")])
 
 # %% [markdown]
 # ### Explain
 # Forward hardly climbs: only boundaries stay, and the logits at its end. In backward each layer
-# comes back for a moment (one tooth of the saw), last layer first, and is gone again. What is left
-# is *all boundaries plus one whole layer*, plus the logits, which no layer owns. Both shares belong
-# to *four layers*: the more layers, the smaller. (And the gradients? Equal to the last bit, as
-# yours were: the same operations on the same numbers.)
+# comes back for a moment (one tooth of the saw), and is gone again. What is left is *all boundaries
+# plus one whole layer*, plus the logits, which no layer owns. Both shares belong to *four layers*:
+# the more layers, the smaller.
 
 # %% [markdown]
 # ## 4 · What does it cost?
-# "Forward runs twice, so +25-35 % time." Time depends on the machine; work does not. Backward is
-# about twice forward's work: one product for the inputs' gradients, one for the weights'. With LoRA
-# the weights are frozen, and the second product falls away.
+# "Forward runs twice, so +25-35 % time." Work is the same on every machine. Backward is about twice
+# forward's: one product for the inputs' gradients, one for the weights'. With LoRA the weights are
+# frozen, and the second product falls away.
 #
 # ### Predict
 # How much *more* work is a step in which every layer forgets, in percent of the step that keeps
@@ -267,47 +254,40 @@ def work(recipe):
         model(input_ids=ids, labels=ids).loss.backward()
     return counter.flops
 
-more = {}
-for name, rank in (("all weights", None), ("LoRA", 16)):
+for predicted, rank in ((predicted_more_full, None), (predicted_more_lora, 16)):
     keeps, forgets = (work(replace(recipe, lora_rank=rank, checkpointed_layers=k))
                       for k in (0, "all"))
-    more[name] = 100 * (forgets - keeps) / keeps
-for predicted, name in ((predicted_more_full, "all weights"), (predicted_more_lora, "LoRA")):
-    show_prediction(predicted, show="+{:.0f} %".format, **{name: more[name]})
+    show_prediction(predicted, show="+{:.0f} %".format, counted=100 * (forgets / keeps - 1))
 
 # %% [markdown]
 # ### Explain
-# Forward twice would add a third (with LoRA's smaller step, a half). It is less: the head is no
-# layer, and in each layer the last product is the "last step" of section 1. A big model, as
-# **QLoRA** trains it (the frozen base in 4 bits, adapters beside it), by `forecast`, which runs a
-# step on tensors without numbers, as a T4 would:
-
-# %% tags=["run"]
-usual = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16")  # its settings: lesson 07
-keeps, forgets = (forecast(replace(usual, sequence_length=512, checkpointed_layers=k), gpus.T4)
-                  for k in (0, "all"))
-print(f"QLoRA of Llama-3.1-8B, every layer forgets: work +{forgets.flops / keeps.flops - 1:.0%}")
+# All of forward again would be a third more (with LoRA's smaller step, a half). But a third of this
+# forward nobody asks for again: the head is no layer (a seventh), and the last product of each
+# layer is the "last step" of section 1 (a sixth). So: two thirds of a third, two thirds of a half.
+# A big model has a smaller head, and pays more: a LoRA step of an 8B model a third.
 
 # %% [markdown]
 # ## 5 · When is it needed, and how much of it?
-# "On a T4, models over 3B need it" is a rule of thumb with a size in it and no length. The course
-# has three verdicts. **Fits**: the upper bound of the forecast lies within the card. **Tight**: it
-# runs if the allocator is lucky with the gaps between its pieces. **Does not fit.**
+# "On a T4, models over 3B need it": a rule of thumb with a size in it and no length. Three
+# verdicts: **fits**, the forecast's upper bound lies within the card; **tight**, it runs if the
+# allocator is lucky with the gaps between its pieces; **does not fit**.
 #
 # ### Predict
-# One sequence of 2048 tokens, and one of 512. Llama-3.2-1B and Llama-3.1-8B, by QLoRA. In how many
-# of the four cases does a T4 *not* do it without checkpointing?
+# One sequence of 2048 tokens, and one of 512. Llama-3.2-1B and Llama-3.1-8B, by **QLoRA**: the
+# frozen base in 4 bits, adapters beside it (its settings: lesson 07). In how many of the four cases
+# does a T4 *not* do it without checkpointing? `forecast` runs the step on tensors without numbers,
+# as a T4 would.
 
 # %% tags=["predict"]
 predicted_cases = ...
 
 # %% tags=["run"]
-cases = {}
-for model in ("llama-3.2-1b", "llama-3.1-8b"):
-    for length in (512, 2048):
-        for name, k in (("kept", 0), ("forgets", "all")):
-            case = replace(usual, model=model, sequence_length=length, checkpointed_layers=k)
-            cases[f"{model[-2:].upper()}, {length}: {name}"] = forecast(case, gpus.T4)
+usual = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16")
+sizes = {"1B": "llama-3.2-1b", "8B": "llama-3.1-8b"}
+cases = {f"{size}, {length}: {name}": forecast(replace(
+             usual, model=sizes[size], sequence_length=length, checkpointed_layers=k), gpus.T4)
+         for size in sizes for length in (512, 2048)
+         for name, k in (("kept", 0), ("forgets", "all"))}
 needs = sum(step.verdict == "does not fit" for name, step in cases.items() if "kept" in name)
 show_prediction(predicted_cases, show="{} of 4".format, forecast=needs,
                 also=figures.compare(cases, gpus.T4, "Peak of a QLoRA step by model and tokens"))
@@ -318,52 +298,24 @@ show_prediction(predicted_cases, show="{} of 4".format, forecast=needs,
 # are activations, and they follow the *tokens* and the layers' width.
 #
 # If a T4 has room to spare with every layer forgetting, that room is speed not bought. Let only the
-# first *k* of *n* layers forget (**k of n layers**): each of the others costs memory and saves its
-# second forward. The *first* ones, because backward frees what the last ones had kept before it
-# comes to them. In your script it is one attribute of the layers that
-# remember: `layer.gradient_checkpointing = False`.
-
+# first *k* of *n* layers forget (**k of n layers**): each of the others costs the same memory and
+# saves its second forward. The *first* ones, because backward frees what the last ones had kept
+# before it comes to them. In your script it is one attribute of the layers that remember:
+# `layer.gradient_checkpointing = False`.
 #
-# Every layer that remembers costs the same. Move the controls (with the mouse, or Tab and the arrow
-# keys). **Task:** Llama-3.2-3B on a T4, micro batch 1. Which of the lengths is the longest that
-# fits when no layer forgets? <details><summary>Answer</summary>1024 tokens: at 2048 the upper bar
-# says "does not fit".</details>
+# Move the controls (with the mouse, or Tab and the arrow keys). **Task:** Llama-3.2-3B on a T4,
+# micro batch 1. Which of the control's lengths is the longest that fits when no layer forgets?
+# <details><summary>Answer</summary>1024 tokens: at 2048 the upper bar says "does not
+# fit".</details>
 
 # %% tags=["run"]
 figures.forgetting_explorer()
 
 # %% [markdown]
-# ## Exercise 02.3 · The smallest k
-# *Medium, 6 minutes.* Llama-3.1-8B, one sequence of 1024 tokens, on a T4. Leave two and a half GiB
-# to the allocator's gaps: 12 GiB for tensors. What is the smallest number of layers, of 32, that
-# must forget? Two forecasts are enough to know. The check forecasts your answer, and one less.
-
-# %% tags=["run"]
-eight = replace(usual, sequence_length=1024)
-budget_bytes = 12 * 2**30
-for k in (32, 24):
-    step = forecast(replace(eight, checkpointed_layers=k), gpus.T4)
-    print(f"k = {k}: {show_bytes(step.peak_allocated_bytes)}")
-
-# %% [markdown]
-# <details><summary>Hint 1</summary>The line is straight. What does each layer cost that
-# remembers?</details>
-# <details><summary>Hint 2</summary>The difference of the two forecasts, divided by 8. How many of
-# these fit between the forecast for k = 32 and 12 GiB?</details>
-# <details><summary>Hint 3</summary>That many layers can remember, rounded down; the other ones, 32
-# minus that, must forget.</details>
-
-# %% tags=["exercise"]
-smallest_k = ...
-
-# %% tags=["check"]
-exercises.check_smallest_k(smallest_k, eight, gpus.T4, budget_bytes)
-
-# %% [markdown]
 # ## In your script
 # Trainer's own switch, and the line that every loop with adapters should have once: does *each*
-# trained tensor get a gradient? (transformers 5.23 also takes `activation_checkpointing=True`.)
-# On Colab, `!pip uninstall -qy torchao` before: PEFT refuses the old one there.
+# trained tensor get a gradient? (`use_cache = False`, since a layer that runs twice would fill the
+# cache twice.) On Colab, `!pip uninstall -qy torchao` before: PEFT refuses the old one there.
 #
 # ```python
 # import torch
@@ -397,22 +349,43 @@ exercises.QUESTIONS.score(before, after)
 
 # %% [markdown]
 # ## To lesson 03
-# With every layer forgetting, how many sequences of 2048 tokens does a T4 take in one forward pass
-# of Llama-3.2-3B?
-
-# %% tags=["run"]
-three = replace(usual, model="llama-3.2-3b", sequence_length=2048)
-for n in (1, 2, 3):
-    print(f"{n}: {forecast(replace(three, micro_batch_size=n), gpus.T4).verdict}")
-
-# %% [markdown]
-# Two fit; a third is a matter of luck. The recipe that you copied says "batch size 32". Is training
-# on two at a time, often enough, the same? Lesson 03 asks: how big is my batch, really?
+# With every layer forgetting, a T4 takes two sequences of 2048 tokens at a time of Llama-3.2-3B; a
+# third is a matter of luck. The recipe that you copied says "batch size 32". Is training on two at
+# a time, often enough, the same? Lesson 03 asks: how big is my batch, really?
 
 # %% [markdown]
 # ## Go further (optional)
 # Everything from here on is beyond the 45 minutes: take what you like.
-#
+
+# %% [markdown]
+# ## Exercise 02.3 · The smallest k
+# *Medium, 6 minutes.* Llama-3.1-8B, one sequence of 1024 tokens, on a T4. Leave two and a half GiB
+# to the gaps between the allocator's pieces: 12 GiB for tensors. What is the smallest number of
+# layers, of 32, that must forget? Two forecasts are enough to know. The check forecasts your
+# answer, and one less.
+
+# %% tags=["run"]
+eight = replace(usual, sequence_length=1024)
+budget_bytes = 12 * 2**30
+for k in (32, 24):
+    step = forecast(replace(eight, checkpointed_layers=k), gpus.T4)
+    print(f"k = {k}: {show_bytes(step.peak_allocated_bytes)}")
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>The line is straight. What does each layer cost that
+# remembers?</details>
+# <details><summary>Hint 2</summary>The difference of the two forecasts, divided by 8. How many of
+# these fit between the forecast for k = 32 and 12 GiB?</details>
+# <details><summary>Hint 3</summary>That many layers can remember, rounded down; the other ones, 32
+# minus that, must forget.</details>
+
+# %% tags=["exercise"]
+smallest_k = ...
+
+# %% tags=["check"]
+exercises.check_smallest_k(smallest_k, eight, gpus.T4, budget_bytes)
+
+# %% [markdown]
 # ### "Memory grows like √N"
 # Here is where that is from: a chain of 64, cut into segments of *k* steps. The most that it holds
 # at once:
