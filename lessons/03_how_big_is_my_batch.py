@@ -3,7 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/03_how_big_is_my_batch.ipynb)
 #
-# **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have trained a model before, 60 to 70 if it is new to you; half-way there
+# is a place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # So you train a 3B model on two sequences at a time, sixteen times over: a T4 takes two if every
 # layer forgets, a third is a matter of luck (lesson 02). You hope that it is the same as 32 at
@@ -11,7 +12,7 @@
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *calculate* optimizer steps, warm-up and log lines of any run | B1 | exercise 03.1 |
+# | *calculate* optimizer steps, warm-up and log lines of a run | B1 | section 1 |
 # | *write* an accumulation whose gradient equals the full batch's | B2 | exercise 03.2 |
 # | *design* an effective batch of 32 that fits a T4 and loses little time | B2 | exercise 03.3 |
 #
@@ -101,22 +102,15 @@ for four in (micro_batches[:4], micro_batches[4:8]):
 figures.updates(events, "two updates of 2 x 4 sequences")
 
 # %% [markdown]
-# Accumulate four times, update, clear. Forget *clear*, and the second
-# update contains the first one's gradient again. The sequences behind an update are the
-# **effective batch**: micro batch x accumulation steps x world size, the number of processes that
-# share the work. In `TrainingArguments` the three stand in three places, and their product in none:
-
-# %% tags=["run"]
-arguments = recipe.to_training_arguments("unused")
-product = (arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-           * arguments.world_size)
-print(arguments.per_device_train_batch_size, "x", arguments.gradient_accumulation_steps, "x",
-      arguments.world_size, "=", product, "sequences behind an update")
-
-# %% [markdown]
+# Accumulate four times, update, clear. Forget *clear*, and the second update contains the first
+# one's gradient again. The sequences behind an update are the **effective batch**: micro batch
+# (`per_device_train_batch_size`) x accumulation steps (`gradient_accumulation_steps`) x world size,
+# the number of processes that share the work. Trainer has the three in three places, and their
+# product in none.
+#
 # ### Predict
-# 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`. How many lines does
-# Trainer log?
+# 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`: every four of what?
+# How many lines does Trainer log?
 
 # %% tags=["predict"]
 predicted_lines = ...
@@ -136,33 +130,8 @@ show_prediction(predicted_lines, show="{:.0f} lines".format, logged=len(log),
 # `save_steps`, `eval_steps`, `warmup_steps` and `max_steps` alike. Only
 # `gradient_accumulation_steps` counts micro batches. The schedule moves once an update, too: half
 # of 8 is 4 steps of warm-up, and linear warm-up starts at **zero**, so the first update changes
-# nothing at all. [transformers: `get_linear_schedule_with_warmup`]
-
-# %% [markdown]
-# ## Exercise 03.1 · What a run counts
-# *Easy, 5 minutes.* Complete the function. (`ranks` is the number of processes that share the
-# work.) The check lets Trainer run, four times: with epochs that do not divide evenly, with several
-# of them, and as one of two processes. What is left at the end of an *epoch* makes an update, too,
-# a short one; and a share of a warm-up step counts as a whole one.
-#
-# <details><summary>Hint 1</summary>Seven micro batches with accumulation 4: Trainer makes an update
-# of four, and at the end of the epoch one of the three that are left.</details>
-# <details><summary>Hint 2</summary><code>math.ceil</code> for each epoch; then times the
-# epochs.</details>
-# <details><summary>Hint 3</summary><code>steps = epochs * math.ceil(... / accumulation)</code>. A
-# share of a warm-up step rounds up as well; a line comes each time <code>logging_steps</code> goes
-# into the step's number.</details>
-
-# %% tags=["exercise"]
-def what_it_counts(examples, micro_batch_size, accumulation, ranks, epochs, warmup, logging_steps):
-    micro_batches = math.ceil(examples / (micro_batch_size * ranks))  # an epoch's, per process
-    steps = ...         # optimizer steps of all epochs
-    warmup_steps = ...  # warmup is a share of the steps, for example 0.03
-    log_lines = ...
-    return steps, warmup_steps, log_lines
-
-# %% tags=["check"]
-exercises.check_schedule(what_it_counts)
+# nothing at all. (Go further has the rest: what is left at the end of an epoch.) [transformers:
+# `get_linear_schedule_with_warmup`]
 
 # %% [markdown]
 # ## 2 · The same gradient?
@@ -184,17 +153,15 @@ def all_at_once(model, batch):
 
 # %% [markdown]
 # First with 32 rows that carry equally many labels. All at once, or 2 x 16? The *relative error* is
-# the length of the difference of the two gradients by the length of the right one. In float64, no
-# rounding can hide a mistake.
+# the length of the difference of the two gradients by the length of the right one. (In float64, no
+# rounding can hide a mistake.)
 
 # %% tags=["run"]
 ids = batch["input_ids"][:, :64]
-even = {"input_ids": ids, "labels": ids}
-for network, tolerance in ((model, 1e-6), (in_float64(copy.deepcopy(model)), 1e-12)):
-    whole = gradient_of(network, all_at_once, even)
-    in_parts = gradient_of(network, add_means, batching.split(even, 2))
-    assert relative_error(in_parts, whole) < tolerance
-    print(f"{network.dtype}: equal, to {tolerance:g}")
+even, exact = {"input_ids": ids, "labels": ids}, in_float64(copy.deepcopy(model))
+in_parts = gradient_of(exact, add_means, batching.split(even, 2))
+error = relative_error(in_parts, gradient_of(exact, all_at_once, even))
+print("equal, to 1e-12:", error < 1e-12)
 
 # %% [markdown]
 # Equal but for rounding. Accumulation is no approximation. Now our 32 examples, where only the
@@ -202,11 +169,7 @@ for network, tolerance in ((model, 1e-6), (in_float64(copy.deepcopy(model)), 1e-
 # answers and long ones, so of 28 of the 32 answers we leave only the first token.
 
 # %% tags=["run"]
-uneven_rows = [dict(row) for row in rows[:32]]
-for row in uneven_rows[:28]:
-    answer = row["labels"].index(next(label for label in row["labels"] if label != -100))
-    row["labels"] = [label if at <= answer else -100 for at, label in enumerate(row["labels"])]
-uneven = data.to_batch(uneven_rows)
+uneven = data.to_batch(exercises.keep_first_token(rows[:32], of_answers=28))
 micro_batches = batching.split(uneven, 2)
 print("labelled tokens:", [batching.labelled_tokens(one) for one in micro_batches])
 
@@ -236,7 +199,10 @@ show_prediction(predicted_error, show="{:.2f}".format, also=figure,
 # The right way is **token weighting**: sum over a micro batch's tokens, divide by the labelled
 # tokens of *all* micro batches, which must be counted before the first backward. The bug was
 # reported in 2023 and sat in transformers' Trainer until October 2024 [transformers issue 24725;
-# "Fixing Gradient Accumulation"]. Write the repair:
+# "Fixing Gradient Accumulation"].
+#
+# *Half-way, and a good place to stop. When you come back: run all cells above, and write the
+# repair.*
 
 # %% [markdown]
 # ## Exercise 03.2 · Gradients that add up
@@ -316,13 +282,12 @@ def two_updates(recipe):
 at_once = two_updates(replace(recipe, micro_batch_size=32, gradient_accumulation_steps=1))
 start = gpus.reset_peak()
 in_parts = two_updates(recipe)
-said = (f"2 x 16, counted: {show_bytes(in_parts.peak_bytes)}, measured: "
-        f"{show_bytes(gpus.peak_allocated_bytes(above=start))}")
+measured = f"2 x 16, measured: {show_bytes(gpus.peak_allocated_bytes(above=start))}"
 bars = figures.compare({"32 x 1": at_once, "2 x 16": in_parts}, title="peak of two updates")
 few = two_updates(replace(recipe, gradient_accumulation_steps=4))
-show_prediction(predicted_fraction, show="{:.3f} of the peak".format,
-                counted=in_parts.peak_bytes / at_once.peak_bytes,
-                also=[said, bars, figures.memory_over_time(few, "two updates of 2 x 4 sequences")])
+line = figures.memory_over_time(few, "two updates of 2 x 4 sequences")
+show_prediction(predicted_fraction, show="{:.3f} of the peak".format, also=[measured, bars, line],
+                counted=in_parts.peak_bytes / at_once.peak_bytes)
 
 # %% [markdown]
 # ### Explain
@@ -424,6 +389,32 @@ exercises.QUESTIONS.score(before, after)
 # Everything from here on is beyond the 45 minutes: take what you like.
 
 # %% [markdown]
+# ## Exercise 03.1 · What a run counts
+# *Easy, 5 minutes.* Complete the function. (`ranks` is the number of processes that share the
+# work.) The check lets Trainer run, four times: with epochs that do not divide evenly, with several
+# of them, and as one of two processes. What is left at the end of an *epoch* makes an update, too,
+# a short one; and a share of a warm-up step counts as a whole one.
+#
+# <details><summary>Hint 1</summary>Seven micro batches with accumulation 4: Trainer makes an update
+# of four, and at the end of the epoch one of the three that are left.</details>
+# <details><summary>Hint 2</summary><code>math.ceil</code> for each epoch; then times the
+# epochs.</details>
+# <details><summary>Hint 3</summary><code>steps = epochs * math.ceil(... / accumulation)</code>. A
+# share of a warm-up step rounds up as well; a line comes each time <code>logging_steps</code> goes
+# into the step's number.</details>
+
+# %% tags=["exercise"]
+def what_it_counts(examples, micro_batch_size, accumulation, ranks, epochs, warmup, logging_steps):
+    micro_batches = math.ceil(examples / (micro_batch_size * ranks))  # an epoch's, per process
+    steps = ...         # optimizer steps of all epochs
+    warmup_steps = ...  # warmup is a share of the steps, for example 0.03
+    log_lines = ...
+    return steps, warmup_steps, log_lines
+
+# %% tags=["check"]
+exercises.check_schedule(what_it_counts)
+
+# %% [markdown]
 # ### How many fit?
 # Fewer, larger matrix products are faster, so people search for the largest micro batch. From a
 # tutorial, with four faults:
@@ -448,9 +439,9 @@ def usual_search(model, tokenizer):
 
 # %% tags=["run"]
 card = 120 * 2**20
-model = qlora.load_base(recipe)
-with MemoryLedger(model, budget_bytes=card):
-    print("the usual search says:", usual_search(model, tokenizer))
+probed = qlora.load_base(recipe)
+with MemoryLedger(probed, budget_bytes=card):
+    print("the usual search says:", usual_search(probed, tokenizer))
 
 # %% [markdown]
 # ### Predict
@@ -462,11 +453,11 @@ predicted_largest = ...
 
 # %% tags=["run"]
 def backward(size):
-    ids = torch.randint(0, model.config.vocab_size, (size, 512), device=gpus.device())
-    batching.accumulate(model, [{"input_ids": ids, "labels": ids}])
+    ids = torch.randint(0, probed.config.vocab_size, (size, 512), device=gpus.device())
+    batching.accumulate(probed, [{"input_ids": ids, "labels": ids}])
 
-optimizer = qlora.build_optimizer(model, recipe)
-found = batching.largest_micro_batch(backward, model, optimizer, budget_bytes=card)
+optimizer = qlora.build_optimizer(probed, recipe)
+found = batching.largest_micro_batch(backward, probed, optimizer, budget_bytes=card)
 show_prediction(predicted_largest, show="{:.0f} sequences".format, found=found.micro_batch_size,
                 also=figures.attempts(found, card, "512 tokens, on a card of 120 MiB"))
 
@@ -490,12 +481,12 @@ show_prediction(predicted_largest, show="{:.0f} sequences".format, found=found.m
 # %% tags=["run"]
 test_tokens = len(tokenizer("Test " * 100)["input_ids"])
 print(f"'Test ' * 100 has {test_tokens} tokens here, not 512")
-state_bytes = 2 * sum(p.nbytes for p in model.parameters())
+state_bytes = 2 * sum(p.nbytes for p in probed.parameters())
 print("the optimizer state that it never met:", show_bytes(state_bytes))
 
 # %% tags=["run"]
 try:
-    with MemoryLedger(model, budget_bytes=card) as ledger:
+    with MemoryLedger(probed, budget_bytes=card) as ledger:
         backward(16)
 except torch.OutOfMemoryError:
     gc.collect()
@@ -510,17 +501,17 @@ print("alive, cleaned up after it:     ", show_bytes(ledger.live_bytes))
 
 # %% tags=["run"]
 def everything():
-    return copy.deepcopy({"weights": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "gradients": [p.grad for p in model.parameters()],
-                          "modes": [module.training for module in model.modules()],
+    return copy.deepcopy({"weights": probed.state_dict(), "optimizer": optimizer.state_dict(),
+                          "gradients": [p.grad for p in probed.parameters()],
+                          "modes": [module.training for module in probed.modules()],
                           "random state": torch.get_rng_state()})
 
 # %% tags=["run"]
-model.zero_grad()
+probed.zero_grad()
 backward(1)
 optimizer.step()
 as_it_was = everything()
-batching.largest_micro_batch(backward, model, optimizer, budget_bytes=card)
+batching.largest_micro_batch(backward, probed, optimizer, budget_bytes=card)
 torch.testing.assert_close(everything(), as_it_was, rtol=0, atol=0)
 print("as they were, to the bit:", ", ".join(as_it_was))
 

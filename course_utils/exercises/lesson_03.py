@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -121,10 +122,14 @@ def check_schedule(answer: Callable) -> Verdict:
                 "`accumulation` are left: round up.",
                 mistaken(lambda batches, accumulation: batches // accumulation),
             ),
-            Mistake(
-                "accumulation does not run on into the next epoch: round up for each epoch, then "
-                "multiply.",
-                mistaken(runs_on=True),
+            *(
+                Mistake(
+                    "accumulation does not run on into the next epoch: round up for each epoch, "
+                    "then multiply.",
+                    mistaken(*divides, runs_on=True, floors=floors),
+                )
+                for divides in ((), (operator.floordiv,))
+                for floors in (False, True)
             ),
             Mistake(
                 "warm-up is a share of the optimizer steps, not of the micro batches.",
@@ -141,6 +146,22 @@ def check_schedule(answer: Callable) -> Verdict:
         ],
         takeaway="as transformers' Trainer counted, in four runs.",
     )
+
+
+def keep_first_token(rows: Sequence[Mapping[str, Any]], of_answers: int) -> list[dict[str, Any]]:
+    """Rows of which the first ones keep only the first label that is not -100.
+
+    Args:
+        rows: Encoded examples; they stay as they are.
+        of_answers: How many of the rows lose the rest of their labels.
+    """
+    found = [dict(row) for row in rows]
+    for row in found[:of_answers]:
+        first = next(at for at, label in enumerate(row["labels"]) if label != IGNORED)
+        row["labels"] = [
+            label if at <= first else IGNORED for at, label in enumerate(row["labels"])
+        ]
+    return found
 
 
 def small_model() -> torch.nn.Module:
@@ -249,6 +270,10 @@ def _mistaken_weights(micro_batches: Sequence[dict]) -> list[Mistake]:
         ),
         Mistake(
             "each mean is multiplied by its tokens, but nothing divides by all of them.", tokens
+        ),
+        Mistake(
+            "each mean is divided by all tokens, but not multiplied by its own first.",
+            [1 / sum(tokens)] * count,
         ),
     ]
 
@@ -490,6 +515,7 @@ def check_effective_batch(answer: Mapping[str, Any], recipe: TrainRecipe, gpu: G
     if step.verdict != "fits":
         why = _why_not(
             step,
+            gpu,
             lambda: effective_batch_step(recipe, size, layers - forget, gpu),
             forget,
             layers,
@@ -514,11 +540,14 @@ def check_effective_batch(answer: Mapping[str, Any], recipe: TrainRecipe, gpu: G
     )
 
 
-def _why_not(step: Forecast, turned: Callable[[], Forecast], forget: int, layers: int) -> str:
+def _why_not(
+    step: Forecast, gpu: Gpu, turned: Callable[[], Forecast], forget: int, layers: int
+) -> str:
     """What is wrong with a plan that is tight or does not fit.
 
     Args:
         step: The plan's forecast.
+        gpu: The card.
         turned: Forecasts the plan in which forgetting and remembering layers are exchanged.
         forget: How many layers forget.
         layers: How many there are.
@@ -526,6 +555,8 @@ def _why_not(step: Forecast, turned: Callable[[], Forecast], forget: int, layers
     peak = f"with {show_bytes(step.peak_allocated_bytes)} in tensors"
     if step.verdict == "tight":
         return f"tight, {peak}: let one or two layers more forget, and it fits."
+    if step.peak_allocated_bytes < gpu.usable_bytes:
+        peak += f", which with the allocator's gaps is more than {show_bytes(gpu.usable_bytes)}"
     if forget == layers:
         return f"does not fit, {peak}, and no layer is left to forget: smaller micro batches."
     if forget < layers - forget and turned().verdict == "fits":

@@ -173,6 +173,7 @@ def test_effective_batch():
         "the ones that remember": (plan(1, 32, 10), "counts the layers that forget, not"),
         "all at once": (plan(32, 1, 28), "no layer is left to forget: smaller micro batches"),
         "too many remember": (plan(2, 16, 14), "let more layers forget"),
+        "the gaps are too many": (plan(2, 16, 24), "with the allocator's gaps is more than 14.42"),
         "half of it": (plan(1, 16, 20), "1 x 16 x 1 card makes 16 sequences"),
         "half a sequence": (plan(0.5, 64, 28), "micro_batch_size is a whole number from 1"),
         "more than there are": (plan(1, 32, 29), "the model has 28 layers, 29 cannot forget"),
@@ -198,6 +199,13 @@ def test_a_plan_that_does_not_make_32_needs_no_forecast():
     assert "2 x 8 x 1 card makes 16 sequences behind an update; 32 are asked for" in repr(said)
 
 
+def test_only_the_first_label_is_kept():
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]} for _ in range(2)]
+    first, second = lesson_03.keep_first_token(rows, of_answers=1)
+    assert first == {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, -100, -100]}
+    assert second == rows[1] == rows[0]
+
+
 def half_done_search(train, upper):
     good, bad = 0, upper + 1
     while bad - good > 1:
@@ -220,6 +228,17 @@ WRONG = {
             schedule(lambda n, accumulation, epochs: math.ceil(epochs * n / accumulation)),
             "does not run on into the next epoch",
         ),
+        "carries the rest over, and drops the last": (
+            schedule(lambda n, accumulation, epochs: epochs * n // accumulation),
+            "does not run on into the next epoch",
+        ),
+        "and rounds the warm-up down": (
+            schedule(
+                lambda n, accumulation, epochs: epochs * n // accumulation,
+                lambda warmup, n, _: int(warmup * n),
+            ),
+            "does not run on into the next epoch",
+        ),
         "warm-up in micro batches": (
             schedule(steps, lambda warmup, _, seen: math.ceil(warmup * seen)),
             "not of the micro batches",
@@ -240,6 +259,7 @@ WRONG = {
     "check_accumulation": {
         "mean of means": (by(lambda _, all_: 1 / len(all_)), "the mean of the micro batches'"),
         "adds means": (by(lambda *_: 1), "adds the means up"),
+        "by all tokens": (by(lambda _, all_: 1 / total(all_)), "not multiplied by its own first"),
         "counts position 0": (
             by(lambda m, all_: unshifted(m) / sum(map(unshifted, all_))),
             "labels[:, 1:]",

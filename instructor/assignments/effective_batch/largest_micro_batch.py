@@ -71,7 +71,7 @@ def a_full_card(draw):
 
 EXERCISE = exercise(
     largest_micro_batch, title="The largest micro batch", minutes=12,
-    reread="lesson 03, section 4 and exercise 03.4",
+    reread='lesson 03, "How many fit?" and exercise 03.4',
     ask=Oracle("fits", lambda per_rank: len(divisors(per_rank)).bit_length() + 1),
     ideas=[
         Idea("48 sequences, room for 13", ((48,), 13), 0.5),

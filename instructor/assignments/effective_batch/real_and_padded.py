@@ -35,7 +35,7 @@ def one_at_a_time(draw):
 
 PAD_MISTAKES = ("pads to the longest of all", "drops the rest", "fills the last one")
 EXERCISE = exercise(
-    real_and_padded, title="Tokens and padding", minutes=6, reread="lesson 03, section 4",
+    real_and_padded, title="Tokens and padding", minutes=6, reread='lesson 03, "How many fit?"',
     ideas=[
         Idea("two micro batches", ([100, 300, 50, 70], 2), 0.5),
         Idea("your step", ragged, 0.5, tells=PAD_MISTAKES),
