@@ -1,7 +1,6 @@
 """Several cards on the command line: what a rank needs, which strategy is taken, and why."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -103,12 +102,3 @@ def test_what_each_way_keeps_is_what_was_measured():
     for name, kept in strategies.KEPT.items():
         both = rows[f"8b {name}"]["ranks"][0]["tokens_per_second"]
         assert both / (2 * one) == pytest.approx(kept, abs=0.005)
-
-
-@pytest.mark.slow
-def test_a_model_of_14_billion_is_trained_in_parts():
-    folder = str(Path(__file__).parents[2] / "data" / "configs" / "qwen3-14b")
-    recipe = TrainRecipe(model=folder, amp_dtype="float16", sequence_length=8192)
-    found = strategies.fit(recipe, T4, 2, world_size=2)
-    assert (found.strategy, found.offload) == ("fsdp2", False)
-    assert found.forecast.fits and found.recipe.optimizer == "adamw"
