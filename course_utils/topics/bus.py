@@ -126,7 +126,8 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 def norm(model: nn.Module) -> float:
     """The length of the gradient of all that is trained, parts of it gathered."""
-    grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in trained(model)]
+    grads: list[Any] = [p.grad for p in trained(model)]
+    grads = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
     return torch.cat([grad.flatten() for grad in grads]).double().norm().item()
 
 
