@@ -3,7 +3,8 @@
     python -m tools.rank_rows     # group "cards" of course_utils/data/recorded_runs.json
 
 `tools/measure_ranks.py` measures, tests/data/h200_ranks.json keeps each rank's counters; lesson 08
-reads a line for each run. Left out: shortened models, and runs that only a test needs.
+reads a line for each run. Left out: shortened models, and runs that only a test needs, as those
+with other levers, which its lines do not name.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from course_utils.topics import recorded
 MEASURED = ROOT / "tests" / "data" / "h200_ranks.json"
 GROUP = "cards"
 MODELS = ("llama-3.1-8b", "qwen3-14b", "qwen3-32b")
+LEVERS = ("lean", "all")  # loss and checkpointed_layers of the lesson's runs
 
 
 def rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
@@ -56,6 +58,7 @@ def rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
         if run["recipe"]["model"] in MODELS
         and run["strategy"] in ("ddp", "fsdp2")
         and not run["layers"]
+        and (run["recipe"]["loss"], run["recipe"]["checkpointed_layers"]) == LEVERS
     ]
 
 
