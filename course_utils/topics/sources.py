@@ -161,12 +161,13 @@ def _with_model(gpu: Gpu | None, model: str, folder: str | Path) -> Source:
             said="Model and data of the course: no download, runs anywhere.",
         )
     if Path(model).exists():
+        folder = str(Path(model).resolve())  # the lesson goes on in a folder of its own
         return Source(
-            model=model,
+            model=folder,
             weights="folder",
             data="bundled",
             settings=settings_of(model),
-            tokenizer_from=model,
+            tokenizer_from=folder,
             said=f"The model in {model}; data: bundled.",
         )
     models.hub_id(model)  # raises with the nearest name
@@ -188,7 +189,7 @@ def _with_model(gpu: Gpu | None, model: str, folder: str | Path) -> Source:
         )
     if answer == "silent":
         return Source(
-            model=str(random_weights.write(model, folder)),
+            model=str(random_weights.write(model, folder).resolve()),
             weights="random",
             data="bundled",
             settings=settings,

@@ -44,7 +44,13 @@ def use_host_embedding(model: Any) -> None:
     embedding.weight = torch.nn.Parameter(on_host(weight), requires_grad=False)
     embedding.forward = MethodType(_forward, embedding)
     embedding.device_of_rows = weight.device
-    embedding._apply = lambda *_, **__: embedding  # `model.to(device)` leaves it where it is
+    embedding._apply = MethodType(_stay, embedding)
+
+
+def _stay(self: Any, move: Any, recurse: bool = True) -> Any:
+    """`model.to(device)` leaves the weights where they are, and rows go where the model went."""
+    self.device_of_rows = move(torch.empty(0, device=self.device_of_rows)).device
+    return self
 
 
 def _forward(self: Any, ids: torch.Tensor) -> torch.Tensor:

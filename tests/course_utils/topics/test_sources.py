@@ -1,6 +1,7 @@
 """Sources: one decision on every machine; nothing is downloaded, and chance says so."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ def hub(monkeypatch):
     """What the hub answers, by kind of repository; a test fills it in."""
     answers = {}
     monkeypatch.setattr(sources, "ask_hub", lambda _, kind="model": answers[kind])
-    monkeypatch.setattr(random_weights, "write", lambda model, folder: f"{folder}/{model}-random")
+    monkeypatch.setattr(
+        random_weights, "write", lambda model, folder: Path(folder, f"{model}-random")
+    )
     return answers
 
 
@@ -89,6 +92,16 @@ def test_a_silent_hub_gives_random_weights_and_says_so(hub, tmp_path):
     assert source.model == f"{tmp_path}/phi-4-mini-random"
     assert "Memory and speed hold, words and losses do not" in str(source)
     assert source.tokenizer_from == str(data.bundled_model_dir())
+
+
+@pytest.mark.parametrize("model", ["phi-4-mini", "mine"])
+def test_a_model_is_found_from_wherever_the_lesson_goes_on(hub, tmp_path, monkeypatch, model):
+    """Lesson 07 leaves the folder in which the learner's model, or random weights, are."""
+    hub["model"] = "silent"
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = sources.choose(gpus.T4, model)
+    assert Path(source.model).parent == tmp_path
 
 
 @pytest.mark.parametrize("model", ["bundled", *sources.MODELS])

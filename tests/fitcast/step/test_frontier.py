@@ -168,6 +168,16 @@ def test_an_embedding_on_the_host_stays_there():
     assert model.lm_head.weight.dtype == torch.float64
 
 
+def test_rows_of_an_embedding_on_the_host_go_where_the_model_went():
+    """Also where it went after the lever was pulled; meta stands for the GPU."""
+    model = embedded()
+    embedding.use_host_embedding(model)
+    model.to("meta")
+    table = model.get_input_embeddings()
+    assert table.weight.device.type == "cpu"
+    assert table(torch.zeros(1, 4, dtype=torch.long)).device.type == "meta"
+
+
 def test_tiles_refuse_a_model_without_a_gated_mlp():
     with pytest.raises(ValueError, match="mlp_tile_tokens must be None for a model without"):
         tiles.use_tiled_mlp(torch.nn.Linear(2, 2))
