@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fitcast.gpus import Gpu
     from fitcast.recipe import TrainRecipe
 
-STRATEGIES = ("ddp", "fsdp2")
+STRATEGIES = ("ddp", "fsdp2", "device_map")
 
 
 def add_options(verb: argparse.ArgumentParser) -> None:
@@ -28,7 +28,8 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--strategy",
         metavar=f"{{{','.join(STRATEGIES)}}}",
-        help="ddp: the whole model on each card; fsdp2: a part of it. (default: ddp)",
+        help="ddp: the whole model on each card; fsdp2: a part of it; device_map: some of the "
+        "layers, one card at work at a time. (default: ddp)",
     )
     group.add_argument("--offload", action="store_true", help="fsdp2's parts wait in host memory.")
 
@@ -54,7 +55,8 @@ def asked_for(asked: argparse.Namespace) -> bool:
 def forecast_asked(asked: argparse.Namespace, gpu: Gpu, recipe: TrainRecipe) -> Forecast:
     """One rank's forecast; all are alike. Two ranks unless --world-size says more.
 
-    Parts are trained by AdamW unless another optimizer is typed, which is then refused.
+    Of a device map it is the fullest card's. Parts are trained by AdamW, and a device map with the
+    full loss, unless something else is typed, which is then refused.
 
     Raises:
         ValueError: No such strategy, one card only, or an optimizer that takes no parts.
@@ -63,7 +65,8 @@ def forecast_asked(asked: argparse.Namespace, gpu: Gpu, recipe: TrainRecipe) -> 
 
     strategy = options.one_of("strategy", asked.strategy, STRATEGIES)
     world_size = recipe.world_size if hasattr(asked, "world_size") else 2
-    own = {} if strategy == "ddp" or hasattr(asked, "optimizer") else {"optimizer": "adamw"}
+    needs = {"fsdp2": {"optimizer": "adamw"}, "device_map": {"loss": "full"}}.get(strategy, {})
+    own: dict[str, Any] = {n: value for n, value in needs.items() if not hasattr(asked, n)}
     alone = dataclasses.replace(recipe, world_size=1, **own)
     return forecast_ranks(
         alone, gpu, strategy=strategy, world_size=world_size, offload=asked.offload

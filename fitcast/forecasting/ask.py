@@ -60,8 +60,8 @@ def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **optio
             `trainer`, and what the trainer's class takes.
             `forecasting.huggingface.forecast_run` explains them. `levers` is
             True for a script that says `apply_levers(trainer.model)`, or that one's keywords.
-            Of a recipe on several cards: `strategy` ("ddp" or "fsdp2"), `world_size`, `offload`,
-            as `forecasting.ranks.forecast_ranks` explains them.
+            Of a recipe on several cards: `strategy` ("ddp", "fsdp2" or "device_map"),
+            `world_size`, `offload`, as `forecasting.ranks.forecast_ranks` explains them.
 
     Returns:
         A `Forecast`; its `notes` say what was assumed and what is not modelled.

@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -56,7 +56,7 @@ from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora, ranks
 from fitcast.units import refusal
 
-STRATEGIES = ("ddp", "fsdp2")
+STRATEGIES = ("ddp", "fsdp2", "device_map")
 FSDP_PARAM = "torch.distributed.fsdp._fully_shard._fsdp_param"
 VERDICTS = (FITS, TIGHT, DOES_NOT_FIT)  # from good to bad
 
@@ -139,8 +139,9 @@ def forecast_ranks(
     Args:
         recipe: Its micro batch is one rank's; its own world_size is not asked.
         gpu: Each rank's card.
-        strategy: "ddp", the whole model on each, or "fsdp2", a part of it.
-        world_size: How many ranks; under FSDP2 each further one makes parts smaller.
+        strategy: "ddp", the whole model on each, or "fsdp2", a part of it; "device_map", some of
+            its layers on each card, which one process uses one after the other.
+        world_size: How many ranks or cards; under FSDP2 each further one makes parts smaller.
         offload: Whether FSDP2's parts wait on the host.
 
     Raises:
@@ -148,14 +149,17 @@ def forecast_ranks(
     """
     if strategy not in STRATEGIES:
         known = f"be {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}"
-        raise refusal("strategy", known, strategy, "a device map is not forecast; see fit")
+        raise refusal("strategy", known, strategy, "see fit, which chooses one")
     if world_size < 2:
         raise refusal("world_size", "be 2 or more with a strategy", world_size, "leave both out")
+    if strategy != "fsdp2" and offload:
+        rule = f"be False with {strategy}"
+        raise refusal("offload", rule, offload, "only fsdp2 has parts to offload")
+    if strategy == "device_map":
+        from fitcast.forecasting.device_map import forecast_device_map
+
+        return forecast_device_map(recipe, gpu, cards=world_size)
     if strategy == "ddp":
-        if offload:
-            raise refusal(
-                "offload", "be False with ddp", offload, "only fsdp2 has parts to offload"
-            )
         return forecast(dataclasses.replace(recipe, world_size=world_size), gpu)
     ranks.check_optimizer(recipe)
     recipe.check_on(gpu)
@@ -257,6 +261,9 @@ def step_stream(
     *,
     around: contextlib.AbstractContextManager | None = None,
     offload: bool = False,
+    kernels: CudaKernels | None = None,
+    device_of: Callable[[str], Any] = lambda _: "cpu",
+    loaded: Callable[[], None] = lambda: None,
 ) -> Stream:
     """What a ledger sees while a model on meta is placed and takes one optimizer step.
 
@@ -267,8 +274,11 @@ def step_stream(
         gpu: The card.
         around: Entered beside the stand-ins for CUDA's libraries.
         offload: Whether parts wait on the host.
+        kernels: The card's, when they are of another kind.
+        device_of: Called with each parameter's name before it is made.
+        loaded: Called once all weights are there.
     """
-    kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
+    kernels = kernels or CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
     with (
         pretend_cuda(gpu),
         scales_at_hand(),
@@ -279,7 +289,8 @@ def step_stream(
     ):
         dtype = qlora.storage_dtype(recipe)
         with ledger.phase("load"):
-            ranks.place(model, _without_numbers, dtype, lambda _: "cpu", offload=offload)
+            ranks.place(model, _without_numbers, dtype, device_of, offload=offload)
+        loaded()
         ledger.mark("load")
         ledger.mark("adapters")
         ledger.watch(model)

@@ -7,7 +7,8 @@ a step; with offload each layer comes from the host first. So the first one that
 each answer says how the others were weighed. What travels takes time that no forecast here counts:
 `KEPT` is what two H200 over NVLink kept of twice one card's speed, a T4's PCIe keeps less.
 
-Not modelled: the bus; device maps, which use one card at a time.
+Not weighed: device maps (`forecasting.device_map`), which use one card at a time. Not modelled: the
+bus.
 """
 
 from __future__ import annotations

@@ -24,6 +24,15 @@ def test_a_ranks_forecast_is_asked_for_by_its_strategy(capsys):
     assert json.loads(capsys.readouterr().out)["loaded_bytes"] == alone["loaded_bytes"]
 
 
+@pytest.mark.slow
+def test_a_device_map_is_told_card_by_card(capsys):
+    """Llama-3.2-1B in 4 bits is so small that transformers leaves it on the first card."""
+    assert cli.main(["forecast", *ONE_B, "--strategy", "device_map"]) == cli.FITS
+    said, beside = capsys.readouterr()
+    assert "note: card 0, all of the model: fits" in said and "note: card 1 holds nothing" in said
+    assert "not available" not in beside
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -32,6 +41,7 @@ def test_a_ranks_forecast_is_asked_for_by_its_strategy(capsys):
         (("--strategy", "ddp", "--world-size", "1"), "world_size must be 2 or more"),
         (("--strategy", "ddp", "--step", "evaluation"), "--strategy must be given for a training"),
         (("--strategy", "fsdp2", "--optimizer", "paged_adamw_8bit"), "optimizer must be 'adamw'"),
+        (("--strategy", "device_map", "--loss", "chunked"), "loss must be 'full'"),
     ],
 )
 def test_what_makes_no_sense_is_said(capsys, words, said):

@@ -178,9 +178,10 @@ def test_32b_fits_two_t4_with_its_embedding_on_the_host():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"strategy": "deepspeed"}, "strategy must be ddp or fsdp2"),
+        ({"strategy": "deepspeed"}, "strategy must be ddp, fsdp2 or device_map"),
         ({"strategy": "ddp", "world_size": 1}, "world_size must be 2 or more"),
         ({"strategy": "ddp", "offload": True}, "offload must be False with ddp"),
+        ({"strategy": "device_map", "offload": True}, "offload must be False with device_map"),
         ({"strategy": "fsdp2", "recipe": "8-bit"}, "optimizer must be 'adamw'"),
     ],
 )
