@@ -141,7 +141,7 @@ def lesson_notebook(notebook: NotebookNode, lesson: str, now: Facts) -> None:
 def opening(lesson: str) -> dict[str, str]:
     """Number, question, minutes and hardware, as a lesson's first cell states them."""
     number, question = re.search(r"^# # (\d\d) · (.+)$", lesson, re.MULTILINE).groups()
-    minutes, hardware = re.search(r"\*\*(\d+) min\*\* · ([^;.]+)", lesson).groups()
+    minutes, hardware = re.search(r"\*\*(\d+) min\*\*[^·]* · ([^;.]+)", lesson).groups()
     return dict(number=number, question=question, minutes=minutes, hardware=hardware)
 
 
