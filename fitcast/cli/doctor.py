@@ -174,5 +174,5 @@ def _hub() -> Finding:
         "hub",
         "switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE: bundled and local models only"
         if constants.HF_HUB_OFFLINE
-        else "allowed",
+        else "allowed (not asked)",
     )

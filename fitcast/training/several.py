@@ -2,9 +2,10 @@
 
 Not modelled: several machines; the bus between the cards.
 
-Sources: transformers/trainer.py (`nn.DataParallel` where it sees more than one card and no launcher
-has started it); accelerate, `cpu_ram_efficient_loading`: rank 0 reads the checkpoint, the other
-ranks wait with empty tensors.
+Sources: transformers/trainer.py (`_wrap_model`: `nn.DataParallel` where it sees more than one card
+and no launcher has started it, unless `is_loaded_in_4bit` or 8) and training_args.py
+(`train_batch_size` counts them all the same); trl/trainer/sft_trainer.py (refuses); accelerate,
+`cpu_ram_efficient_loading`: rank 0 reads the checkpoint, the other ranks wait with empty tensors.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def _trainer(seen: list[gpus.Card]) -> Finding:
         return Finding("several GPUs", f"{n} ({names}), one process a card, as it was launched")
     return Finding(
         "several GPUs",
-        f"{n} ({names}): one process of Trainer runs all of them (DataParallel: {n} times the "
-        "batch, weights copied in each step, 4-bit ones fail), "
+        f"{n} ({names}): one process of Trainer counts all of them ({n} times the batch: "
+        "DataParallel copies the weights in each step, a 4-bit model takes it all on one card; "
+        "TRL's trainers refuse), "
         f"`torchrun --nproc_per_node {n}` one process a card, "
         "CUDA_VISIBLE_DEVICES=0 only the first",
     )

@@ -188,9 +188,9 @@ sys.exit(main(["doctor"]))
     ("variable", "value", "words"),
     [
         ("HF_HUB_OFFLINE", "1", "switched off by"),
-        ("HF_HUB_OFFLINE", "false", "allowed"),
+        ("HF_HUB_OFFLINE", "false", "allowed (not asked)"),
         ("TRANSFORMERS_OFFLINE", "1", "switched off by"),
-        ("TRANSFORMERS_OFFLINE", "0", "allowed"),
+        ("TRANSFORMERS_OFFLINE", "0", "allowed (not asked)"),
     ],
 )
 def test_the_hub_is_off_when_the_library_says_so(monkeypatch, variable, value, words):
@@ -217,7 +217,7 @@ def test_two_t4s_are_both_named_and_what_runs_on_them(monkeypatch):
     """As on Kaggle: one process of Trainer takes both, and neither has bfloat16."""
     found = machine(monkeypatch, TODAY, *T4X2)
     assert [found[name].found.split(",")[0] for name in ("GPU 0", "GPU 1")] == ["Tesla T4"] * 2
-    assert "): one process of Trainer runs all" in found["several GPUs"].found
+    assert "): one process of Trainer counts all" in found["several GPUs"].found
     assert "torchrun --nproc_per_node 2" in found["several GPUs"].found
     assert all(finding.fix is None for finding in found.values())
     overflowing = found["float16"].found
@@ -230,7 +230,7 @@ def test_two_cards_are_named_with_nccl_and_the_trap(monkeypatch, nccl):
     found = machine(monkeypatch, TODAY, *cards, nccl=nccl)
     said = found["several GPUs"].found
     assert said.startswith("2 (Tesla T4, Tesla P4)") and "2 times the batch" in said
-    assert "4-bit ones fail" in said
+    assert "a 4-bit model takes it all on one card; TRL's trainers refuse" in said
     assert (found["NCCL"].fix is None) == nccl
 
 
