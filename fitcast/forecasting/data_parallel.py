@@ -1,21 +1,23 @@
 """What `DistributedDataParallel` adds to each process: buckets with a second copy of each gradient.
 
-Wrapping a model sends its weights to all processes through flat tensors of some 250 MiB, which go
-again, and makes one bucket a dtype for all gradients. From the second step on the buckets have
-25 MiB, the first 1 MiB, in the order in which the gradients came. Which tensors share a bucket is
-PyTorch's own answer.
+Wrapping a model sends its weights to all processes, in the model's own order, through flat tensors
+of some 250 MiB or of what the last one of them brings, which go again, and makes one bucket a dtype
+for all gradients. From the second step on the buckets have 25 MiB, the first 1 MiB, in the order in
+which the gradients came. Which tensors share a bucket is PyTorch's own answer.
 
 As `torch.distributed` has it by default: `find_unused_parameters` and `gradient_as_bucket_view`
-off. Not modelled: NCCL's own buffers, which the caching allocator never sees; that the scales of
-4-bit weights are not sent (1 to 3 % of the flat tensors).
+off. The scales of 4-bit weights are no parameters and are not sent. Not modelled: NCCL's own
+buffers, which the caching allocator never sees.
 
-Sources: torch/nn/parallel/distributed.py; torch/csrc/distributed/c10d/reducer.cpp,
-`initialize_buckets` and `rebuild_buckets`, and comm.cpp, `broadcast_coalesced`.
+Sources: torch/nn/parallel/distributed.py; torch/distributed/utils.py, `_sync_module_states`;
+torch/csrc/distributed/c10d/reducer.cpp, `initialize_buckets` and `rebuild_buckets`, and comm.cpp,
+`broadcast_coalesced`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ def wrapped(stream: Stream) -> Stream:
     Args:
         stream: Loading and first step, with the marks "adapters" and "ready".
     """
-    weights = _alive_at(stream, stream.marks["adapters"])
+    weights = _in_the_models_order(stream, _alive_at(stream, stream.marks["adapters"]))
     gradients = _gradients(stream)
     blocks = list(stream.blocks)
 
@@ -77,6 +79,24 @@ def _alive_at(stream: Stream, position: int) -> list[int]:
         else:
             del alive[block]
     return list(alive)
+
+
+def _in_the_models_order(stream: Stream, alive: list[int]) -> list[int]:
+    """Parameters and buffers as the model names them: what is before its layers, these, the rest.
+
+    A stream that was deepened has several layers' blocks in one place. One without a model has no
+    places; its blocks stay as they came.
+    """
+    places = {n: place for n in alive if (place := stream.blocks[n].parameter) is not None}
+    layers = {n: stream.layers.unit(stream.blocks[n].module) for n in places}
+    first = min((places[n] for n, layer in layers.items() if layer is not None), default=0)
+
+    def key(block: int) -> tuple[bool, float, int]:
+        layer = layers[block]
+        after = math.inf if layer is None else layer
+        return places[block] >= first, after, places[block]
+
+    return sorted(places, key=key) or alive
 
 
 def _gradients(stream: Stream) -> list[int]:

@@ -29,7 +29,8 @@ Event = tuple[int, int, str]  # +1 allocated or -1 freed, index of the block, ph
 class Block:
     """One storage: `n_bytes` bytes, what it is for, and the operation and module that made it.
 
-    `stream` is the CUDA stream on which it was made, 0 the one where a step computes.
+    `stream` is the CUDA stream on which it was made, 0 the one where a step computes; `parameter`
+    the place among the watched model's parameters and then buffers, in the model's own order.
     """
 
     n_bytes: int
@@ -42,6 +43,7 @@ class Block:
     saved: bool = False  # autograd packed it for backward
     alive: weakref.ref | None = field(default=None, repr=False)  # its callback reports the end
     stream: int = 0
+    parameter: int | None = field(default=None, repr=False, compare=False)
 
     def resized(self, n_bytes: int) -> Block:
         """The same block with another size."""
@@ -55,6 +57,7 @@ class Block:
             self.dtype,
             self.saved,
             stream=self.stream,
+            parameter=self.parameter,
         )
 
 

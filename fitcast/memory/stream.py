@@ -98,6 +98,9 @@ class DeviceLedger(MemoryLedger):
         """Recognise this model's parameters, gradients and modules from now on."""
         super().watch(model)
         self._trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+        for place, tensor in enumerate((*model.parameters(), *model.buffers())):
+            if (block := self._block_of(tensor)) is not None:
+                self._blocks[block].parameter = place
 
     def watch_too(self, model: torch.nn.Module, prefix: str) -> None:
         """Recognise a second model's weights and modules, which train nothing, as well.

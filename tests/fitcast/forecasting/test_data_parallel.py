@@ -110,6 +110,20 @@ def test_each_process_of_several_holds_its_gradients_twice(lora_rank):
     assert "wrap" in of_two.phase_peaks and "wrap" not in alone.phase_peaks
 
 
+def test_weights_are_sent_in_the_models_own_order(tmp_path, monkeypatch):
+    """As PyTorch groups the model's named parameters and buffers, the head behind the layers."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    recipe = dataclasses.replace(FULL, model=str(tmp_path))
+    monkeypatch.setattr(data_parallel, "FLAT", 25 * MIB)
+    stream = data_parallel.wrapped(run_stream(recipe, T4))
+    ours = [b.n_bytes for b in stream.blocks if b.phase == "wrap" and b.category == "temporaries"]
+    model = AutoModelForCausalLM.from_config(models.config(recipe.model), dtype=torch.float32)
+    sent = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    groups, _ = distributed._compute_bucket_assignment_by_size(sent, [25 * MIB])
+    wanted = [sum(sent[n].nbytes for n in group) for group in groups if len(group) > 1]
+    assert ours == wanted and max(wanted) > SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4
+
+
 def test_weights_are_sent_in_flat_tensors_two_at_a_time():
     """1000 MiB in weights of 100: flat tensors of 300, 300, 300; the last one is sent as it is."""
     blocks = [
