@@ -6,7 +6,8 @@ A row says a conversation in one of three ways, and every row of a set in the sa
     {"prompt": "...", "completion": "..."}           # text, or lists of messages as TRL has them
     {"instruction": "...", "context": "...", "response": "..."}      # as dolly and Alpaca have it
 
-What cannot be learned from is refused at once, with its line, the field and what to change.
+What cannot be learned from is refused at once, with its line, the field and what to change. Only an
+empty system message in front is left out, with a notice: tools write it where nobody said anything.
 
 Not modelled: pictures and sound, calls of tools, pairs of preferences, streams.
 
@@ -55,11 +56,17 @@ def read(source: str | Path | Dataset | Iterable[Mapping], split: str = "train")
     """
     from datasets import Dataset
 
-    rows = [{"messages": conversation(row, where)} for where, row in _rows(source, split)]
+    rows, blank = [], 0
+    for where, row in _rows(source, split):
+        messages, here = _said(row, where)
+        rows.append({"messages": _checked(messages, here)})
+        blank += _is_blank_system(messages[0])
     if not rows:
         raise refusal(
             "data", "hold at least one conversation", Said("an empty set"), "look at the file"
         )
+    if blank:
+        print(f"read: left out the empty system message of {blank} of {len(rows)} rows")
     return Dataset.from_list(rows)
 
 
@@ -120,11 +127,16 @@ def conversation(row: Any, where: str = "row") -> list[dict[str, str]]:
     Raises:
         ValueError: It cannot be learned from; the message says where and why.
     """
+    return _checked(*_said(row, where))
+
+
+def _said(row: Any, where: str) -> tuple[Any, str]:
+    """A row's messages as they stand there, not checked yet, and where they stand."""
     if not isinstance(row, Mapping):
         raise refusal(where, "be a JSON object", Said(_kind(row)), FORMS)
     given = {name: value for name, value in row.items() if value is not None}
     if "messages" in given:
-        return _checked(given["messages"], f"{where}, messages")
+        return given["messages"], f"{where}, messages"
     question, answer = (
         next((name for name in names if name in given), None) for names in (QUESTIONS, ANSWERS)
     )
@@ -140,7 +152,7 @@ def conversation(row: Any, where: str = "row") -> list[dict[str, str]]:
         *_messages(given[question], "user", f"{where}, {question}", about),
         *_messages(given[answer], "assistant", f"{where}, {answer}", []),
     ]
-    return _checked(messages, f"{where}, {question} and {answer}")
+    return messages, f"{where}, {question} and {answer}"
 
 
 def _messages(value: Any, role: str, where: str, about: list) -> list:
@@ -175,7 +187,8 @@ def _checked(messages: Any, where: str) -> list[dict[str, str]]:
                 "system",
                 "move it to the front",
             )
-        _require_text(message["content"], f"{here}.content")
+        if n or not _is_blank_system(message):
+            _require_text(message["content"], f"{here}.content")
     if messages[-1]["role"] != "assistant":
         raise refusal(
             f"{where}[{len(messages) - 1}].role",
@@ -183,7 +196,16 @@ def _checked(messages: Any, where: str) -> list[dict[str, str]]:
             messages[-1]["role"],
             "add the answer, or drop the message",
         )
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [
+        {"role": message["role"], "content": message["content"]}
+        for message in messages
+        if not _is_blank_system(message)
+    ]
+
+
+def _is_blank_system(message: Mapping) -> bool:
+    content = message["content"]
+    return message["role"] == "system" and isinstance(content, str) and not content.strip()
 
 
 def _require_text(value: Any, where: str) -> None:

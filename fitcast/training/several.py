@@ -28,7 +28,7 @@ def together() -> list[Finding]:
     return [_trainer(seen), _nccl()]
 
 
-def _trainer(seen: list[gpus.Card]) -> Finding:
+def _trainer(seen: tuple[gpus.Card, ...]) -> Finding:
     n, names = len(seen), ", ".join(card.name for card in seen)
     if any(name in os.environ for name in LAUNCHED):
         return Finding("several GPUs", f"{n} ({names}), one process a card, as it was launched")

@@ -111,3 +111,17 @@ def test_one_answer_each_keeps_what_was_said_before():
     split = one_answer_each(read([{"messages": TWO_TURNS}]))["messages"]
     assert split == [TWO_TURNS[:3], TWO_TURNS]
     assert question_of(split[0]) == "You keep it short.\n2 + 2?"
+
+
+def test_an_empty_system_message_is_left_out_with_a_notice(capsys):
+    """Tools write one where nobody said anything; no row is worth losing to it."""
+    blank = {"messages": [{"role": "system", "content": " "}, *ASKED]}
+    found = read([blank, {"messages": ASKED}, {"messages": TWO_TURNS}])
+    assert found["messages"][0] == found["messages"][1] == ASKED
+    assert found["messages"][2][0]["role"] == "system"
+    notice = "read: left out the empty system message of 1 of 3 rows\n"
+    assert capsys.readouterr().out == notice
+    read([{"messages": ASKED}])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="not be system after the first"):
+        read([{"messages": [*ASKED, blank["messages"][0], ASKED[1]]}])
