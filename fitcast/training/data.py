@@ -207,7 +207,8 @@ def labelled(
 
 def _ids(messages: list[dict], tokenizer: Any, **options: bool) -> list[int]:
     text = _render(messages, tokenizer, **options)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)  # `encode` says what it cuts
+    return ids["input_ids"]
 
 
 def _end_of_answer(whole: list[int], said: list[int], start: int, tokenizer: Any) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -413,3 +414,19 @@ def test_shuffled_conversations_keep_all_but_the_last_answer():
     assert [one[:4] for one in shuffled] == [TURNS[:4]] * 3
     answers = [one[4]["content"] for one in shuffled]
     assert sorted(answers) == list("abc") and all(map(str.__ne__, answers, "abc"))
+
+
+def test_a_long_text_is_cut_without_the_tokenizers_alarm(splits, caplog):
+    """That it would "result in indexing errors" is untrue: it is cut before a model sees it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(data.bundled_model_dir(), model_max_length=8)
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addHandler(caplog.handler)
+    try:
+        encode(splits["heldout"].select(range(2)), tokenizer, 64)
+        assert not caplog.records
+        tokenizer("2 + 2? " * 20)
+        assert "longer than the specified maximum" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
