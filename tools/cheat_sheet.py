@@ -79,7 +79,8 @@ the rank saves almost nothing. For your run: `fitcast levers --model llama-3.1-8
 - Checkpointing forgets activations, not gradients; k of n layers spends what is left (lesson 02).
 - Save to a temporary name, then rename; copy to Drive; resume from the last whole checkpoint.
 - Two of them: DDP for speed, FSDP2 where weights are what is large; a process each (`torchrun`,
-  `accelerate launch`), since plain `python` is DataParallel and another batch (lesson 08).
+  `accelerate launch`). Or hide one before torch is imported (`CUDA_VISIBLE_DEVICES=0`): plain
+  `python` doubles Trainer's batch (in 4 bits all of it on one card), and TRL refuses (lesson 08).
 
 ## What it bought
 

@@ -139,9 +139,11 @@ def lesson_notebook(notebook: NotebookNode, lesson: str, now: Facts) -> None:
 
 
 def opening(lesson: str) -> dict[str, str]:
-    """Number, question, minutes and hardware, as a lesson's first cell states them."""
+    """Number, question, minutes (+: and the machine's) and hardware, as its first cell says."""
     number, question = re.search(r"^# # (\d\d) · (.+)$", lesson, re.MULTILINE).groups()
-    minutes, hardware = re.search(r"\*\*(\d+) min\*\*[^·]* · ([^;.]+)", lesson).groups()
+    stated = re.search(r"\*\*(\d+) min\*\*([^·]*) · ([^;.]+)", lesson)
+    minutes, more, hardware = stated.groups()
+    minutes += " +" if "the machine's time" in more else ""
     return dict(number=number, question=question, minutes=minutes, hardware=hardware)
 
 
