@@ -19,9 +19,10 @@
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
-# **Needs:** the four holders of memory (lesson 01), accumulation (03), mixed precision (04), loss
-# scaling (05). **New concepts (5):** chat template · NF4 · gate · baseline and control · atomic
-# checkpoint. Each is in the [glossary](glossary.md).
+# **Needs:** the four holders of memory (lesson 01), checkpoint (02), accumulation (03), mixed
+# precision (04), loss scaling (05), padded rows and levers (06). **New concepts (5):** chat
+# template · NF4 · gate · baseline and control · atomic checkpoint. Each is in the
+# [glossary](glossary.md).
 
 # %% [markdown]
 # ## Set up
@@ -51,6 +52,7 @@ from course_utils.exercises.predictions import show_prediction
 from course_utils.topics import sources, survival, tickets
 from fitcast import TrainRecipe, gpus
 home = os.environ.setdefault("LESSON_HOME", os.getcwd())  # where your data are looked for
+hosted = {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"} & set(os.environ)
 
 # %% [markdown]
 # ## Five questions, before and after
@@ -69,7 +71,9 @@ before = ...  # for example "abcda"
 # a list of dicts. A row is `{"prompt": ..., "completion": ...}` or `{"messages": [...]}` with as
 # many turns as you like. `"auto"` is, without a GPU, the course's small Llama and 900 customers'
 # messages, each answered by a ticket of six fields; with one, Llama-3.2-1B and dolly. (Without a
-# GPU, data of your own try out the file and the way; the result comes on a GPU.)
+# GPU, data of your own try out the file and the way; the result comes on a GPU.) Beside the model
+# that is forecast, sections 6 and 7 hold a second one, and section 8 one in 16 bits, at 2 bytes a
+# weight: on a T4 3B should go, by arithmetic, and 8B does not. The script at the end holds one.
 
 # %% tags=["setup"]
 MODEL, DATA = "auto", "auto"
@@ -78,7 +82,8 @@ MODEL, DATA = "auto", "auto"
 gpu = gpus.detect()
 os.chdir(home)
 source = sources.choose(gpu, MODEL, DATA)
-os.chdir(tempfile.mkdtemp())  # all that this lesson writes goes here
+# All that this lesson writes goes here; hosted, beside your data, where you see it and keep it.
+os.chdir(tempfile.mkdtemp(prefix="lesson_07_", dir=home if hosted else None))
 print(gpus.describe(gpu))
 print(source)
 
@@ -199,10 +204,9 @@ print(len(rows), "to train on,", len(heldout_rows), "held out")
 
 # %% [markdown]
 # What is held out, one in ten (of few examples, more), is decided by a hash of the question: no
-# question is on both sides. Rows of
-# different lengths are *padded*, which is skipped by the loss and paid for in time;
-# `data.pack(rows, ...)` lays whole examples side by side instead. With rows as alike as these that
-# gains nothing; where most are short and a few long, it does:
+# question is on both sides. Rows of different lengths are *padded*, which is skipped by the loss
+# and paid for in time; `data.pack(rows, ...)` lays whole examples side by side instead. With rows
+# as alike as these that gains nothing; where most are short and a few long, it does:
 
 # %% tags=["run"]
 read = [len(row["input_ids"]) for row in rows]
@@ -380,17 +384,21 @@ print("adapters off is the baseline:    ", again == losses_before)
 # ## 8 · Take it home
 # Two folders. The adapter is small, and names its base. Merged, B A is added to the weights, shard
 # by shard: what has to fit into memory is one file of the result, so that 8B is merged on Colab's
-# 12 GB of RAM. Tokenizer and chat template lie beside both. They are in `os.getcwd()`, and on your
-# Drive, if it is mounted.
+# 12 GB of RAM. Tokenizer and chat template lie beside both. On Colab and Kaggle the cell says where
+# they are. Colab forgets that folder with the session (a Drive, if mounted, has a copy); Kaggle
+# keeps it with a saved version of the notebook. Elsewhere `os.getcwd()` says it.
 
 # %% tags=["run"]
 from fitcast import show_bytes
 from fitcast.training import export, shards
+control_model = None  # it stays here
 sizes = {"adapter": export.save_adapter(model, "adapter", tokenizer),
          "merged": shards.merge_shards(recipe, "adapter", "merged", tokenizer=tokenizer)}
 for folder, size in sizes.items():
     export.to_drive(folder, drive)
     print(f"{folder}: {show_bytes(size)},", ", ".join(sorted(os.listdir(folder))[:4]), "...")
+    if hosted:
+        print("in", Path(folder).resolve())
 
 # %% [markdown]
 # Whichever you ship, ask **that file**. The adapter was trained beside NF4 weights. Beside others
@@ -409,6 +417,7 @@ for way, (folder, more) in ways.items():
     same = sum(one[0]["generated_text"][-1]["content"] == new_answers[n]
                for n, one in enumerate(said))
     print(f"{way:26}{same} of {len(said)} answers as above")
+    del chat  # or it lies beside the next one
 
 # %% [markdown]
 # Eight answers that were learned by heart agree in all three. A model that is less sure says
@@ -433,22 +442,23 @@ for way, (folder, more) in ways.items():
 # scaler refuses (lesson 05), so they are made float32 again.
 #
 # ```python
+# import os
+# os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # before torch: TRL refuses two cards in one process
 # import torch
 # from datasets import Dataset
 # from peft import LoraConfig
 # from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 # from trl import SFTConfig, SFTTrainer
 #
-# name, on_gpu = "Qwen/Qwen2.5-1.5B-Instruct", torch.cuda.is_available()
 # data = Dataset.from_list([{"prompt": [{"role": "user", "content": f"{n} + {n}?"}], "completion":
 #                            [{"role": "assistant", "content": f"{2 * n}"}]} for n in range(64)])
-# dtype = torch.float16 if on_gpu else torch.float32
-# model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=
-#     BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-#                        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype))
+# dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+# model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-1.5B-Instruct", dtype=dtype,
+#     quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+#         bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype))
 # lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 # arguments = SFTConfig("out", per_device_train_batch_size=2, gradient_accumulation_steps=16,
-#                       max_length=512, max_steps=2, fp16=on_gpu, bf16=False, report_to="none")
+#     max_length=512, max_steps=2, fp16=dtype == torch.float16, bf16=False, report_to="none")
 # trainer = SFTTrainer(model, arguments, train_dataset=data, peft_config=lora)
 # for weight in filter(lambda weight: weight.requires_grad, trainer.model.parameters()):
 #     weight.data = weight.data.float()
@@ -497,8 +507,9 @@ print(f"[recorded: {recorded.stamp(recorded.rows('budgets'))}]")
 #
 # Move the controls: what adapters need for themselves, with their gradients and the optimizer's
 # averages. **Task:** 8B, adapters on attention. How much does rank 8 save, instead of 16?
-# <details><summary>Answer</summary>65 MiB, of a peak of 19.28 GiB: the rank is the last thing to
-# try, not the third. On every linear layer rank 64 takes more than a GiB: then it counts.</details>
+# <details><summary>Answer</summary>65 MiB in all, of which 39 stand at the peak of 19.28 GiB (there
+# are no gradients yet): the rank is the last thing to try, not the third. On every linear layer
+# rank 64 takes more than a GiB: then it counts.</details>
 
 # %% tags=["run"]
 figures.adapters_explorer()
@@ -565,7 +576,7 @@ def shift(loaded):
     return evaluation.largest_shift(losses, losses_after)
 
 # %% tags=["run"]
-model = control_model = None  # one after the other, so that a T4 has room for each
+model = None  # one after the other, so that a T4 has room for each
 shifts = {"adapter": shift(export.load_adapter(recipe, "adapter")),
           "dequantized": shift(export.load_merged(recipe, "merged"))}
 shards.merge_shards(recipe, "adapter", "original", base="original")

@@ -120,7 +120,7 @@ def fsdp2(model, batches):
 # %% tags=["run"]
 with open("three_ways.py", "a") as file:
     file.write('''
-dist.init_process_group("gloo")          # between GPUs: "nccl"
+dist.init_process_group("gloo")          # for CPUs; between GPUs: "nccl"
 told = {}
 for way in (by_hand, ddp, fsdp2):
     model, batches = bus.small_model(), bus.my_batches(2)
@@ -225,15 +225,17 @@ from course_utils.topics import recorded
 recorded.show("cards", bus.card)
 
 # %% [markdown]
-# Speeds are ratios, and the best case: these cards are joined by NVLink, T4s by PCIe. DDP is the
-# fast one. *Offload*, parts that wait in the host's memory, holds the least and moves the most:
-# with it, 32 billion weights trained where two whole cards had run out of memory.
+# Speeds are ratios, and the best case: these cards are joined by a fast link (NVLink), T4s by their
+# board's slots (PCIe). DDP is the fast one. *Offload*, parts that wait in the host's memory, holds
+# the least and moves the most: with it, 32 billion weights trained where two whole cards had run
+# out of memory. (The first three lie 0.05 GiB above the forecast: the card takes larger cuBLAS
+# workspaces than a T4, twice 32 MiB instead of twice 8.)
 
 # %% [markdown]
 # ## 4 · Three things that must be right, and a trap
-# **One GPU each, before anything is loaded**: `torch.cuda.set_device(LOCAL_RANK)` is the first line
-# that touches a GPU, or every rank loads its model onto GPU 0. That raises an error, if you are
-# lucky. The other two do not.
+# **One GPU each, before anything is loaded**: `torchrun` tells each process its number as
+# `LOCAL_RANK`; `torch.cuda.set_device` of it is the first line that touches a GPU, or every rank
+# loads its model onto GPU 0. That raises an error, if you are lucky. The other two do not.
 #
 # **The loss inside the wrapper's forward.** DDP and FSDP2 do their work around *their* forward. A
 # chunked loss likes to call the model inside, for its hidden states:
@@ -296,8 +298,9 @@ exercises.check_loss(loss_of_rank)
 
 # %% [markdown]
 # **The trap: `DataParallel`.** Start a script with plain `python` where two GPUs are visible, as in
-# a Kaggle notebook, and Trainer takes both in *one* process: each batch is split between threads,
-# the model is copied for each of them, and your batch is another one:
+# a Kaggle notebook, and `Trainer` counts both in *one* process. Your batch is another one; it is
+# split between threads, and the model copied for each of them. A model in 4 bits is not copied: one
+# card gets both shares, and what was forecast to fit may not. (TRL's trainers refuse.)
 
 # %% tags=["run"]
 from transformers import TrainingArguments
@@ -313,24 +316,26 @@ for n in (1, 2):
 
 # %% [markdown]
 # ## 5 · On two T4s
-# The run of lesson 07 as a script; `accelerate launch` reads from a file under
-# [configs](../configs) how. Accumulation is divided by the processes: 8 x 4 x 1 becomes 8 x 2 x 2,
-# the same 32 sequences behind a step. This cell starts it as it stands, where two GPUs are (on
-# Kaggle: *Settings > Accelerator > GPU T4 x2*):
+# The run of lesson 07 as a script; `accelerate launch` starts processes as `torchrun` does, and
+# reads from a file under [configs](../configs) how. Accumulation is divided by the processes: 8 x 4
+# x 1 becomes 8 x 2 x 2, the same 32 sequences behind a step. This cell starts it as it stands, where
+# two GPUs are (on Kaggle: *Settings > Accelerator > GPU T4 x2*):
 
 # %% tags=["run"]
 bus.on_two_gpus(
     "accelerate launch --config_file configs/ddp_2xt4.yaml tools/train_many_gpus.py"
-    " --model Qwen/Qwen2.5-1.5B-Instruct --steps 4 --out ddp",
+    f" --model Qwen/Qwen2.5-1.5B-Instruct --steps 4 --out {os.getcwd()}/ddp",
     "accelerate launch --config_file configs/fsdp2_qlora_2xt4.yaml tools/train_many_gpus.py"
-    " --model Qwen/Qwen2.5-1.5B-Instruct --steps 4 --out fsdp2 --strategy fsdp2",
+    f" --model Qwen/Qwen2.5-1.5B-Instruct --steps 4 --out {os.getcwd()}/fsdp2 --strategy fsdp2",
 )
 
 # %% [markdown]
 # (`configs/fsdp2_offload_2xt4.yaml` with `--strategy fsdp2 --offload` lets parts wait on the host.)
 # For FSDP2, which cuts floating numbers, 4-bit weights are stored as float16, two bytes in each,
 # and the optimizer is plain AdamW: bitsandbytes' takes no parts. Checkpoints are whole or not there
-# (lesson 07): kill a rank, start again, with two processes or with one. How a DDP run went:
+# (lesson 07): kill a rank, start again, with two processes or with one. A DDP run, in the shape of
+# Llama-3.2-1B with random weights and short, padded rows, so that all it says is: how many times as
+# fast, and to the same loss:
 
 # %% tags=["recorded"]
 recorded.show("gpus", lambda row: f"{row['name']}: {row['tokens_per_second']:,.0f} tokens/s, "
@@ -338,10 +343,14 @@ recorded.show("gpus", lambda row: f"{row['name']}: {row['tokens_per_second']:,.0
 
 # %% [markdown]
 # ## In your script
-# One file for one process or many: `python mine.py`, or `torchrun --nproc-per-node 2 mine.py`.
+# One file for one process or many: `python mine.py`, which hides the other cards, or `torchrun
+# --nproc-per-node 2 mine.py`. With a base in 4 bits: `quantization_config=` as in lesson 07's
+# script, and its two lines behind `trainer = ...` that make adapters float32 again.
 #
 # ```python
 # import os
+# if "LOCAL_RANK" not in os.environ:  # no torchrun: TRL refuses two cards in one process
+#     os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # before torch is imported
 # import torch
 # from datasets import Dataset
 # from peft import LoraConfig

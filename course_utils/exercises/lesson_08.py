@@ -68,7 +68,8 @@ QUESTIONS = SelfCheck(
         "DDP prepares its exchange in its own forward; who passes it by exchanges nothing.",
     ),
     Question(
-        "Two GPUs are visible, and a script with Trainer is started with plain python",
+        "Two GPUs are visible. A script with transformers' own Trainer, a model in 16 bits, is "
+        "started with plain python",
         (
             "it uses the first GPU",
             "it splits each batch between both, in one process, and the batch doubles",
@@ -76,7 +77,7 @@ QUESTIONS = SelfCheck(
             "it refuses",
         ),
         "b",
-        "That is DataParallel: n_gpu is 2, and n_gpu multiplies the batch.",
+        "That is DataParallel: n_gpu is 2 and multiplies the batch. (TRL's trainers refuse.)",
     ),
 )
 

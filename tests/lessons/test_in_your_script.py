@@ -5,6 +5,8 @@ On Colab's, `make test-colab` runs this file too.
 """
 
 import ast
+import functools
+import os
 import re
 import runpy
 import sys
@@ -12,6 +14,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from course_utils.data import bundled_model_dir
 from tools.minutes import code_lines
@@ -23,6 +26,7 @@ BLOCK = re.compile(r"^# ## In your script\n(?:#.*\n)*?# ```python\n((?:#.*\n)*?)
 HUB = re.compile(r'"[\w-]+/[\w.-]+"')  # a model's name there
 THEIRS = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes"}
 MAX_LINES = 15  # imports aside
+TRL = ("06", "07", "08")  # whose trainer refuses two cards in one process
 
 
 def script(number: str) -> str:
@@ -41,6 +45,32 @@ def imported(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             found.add((node.module or "").partition(".")[0])
     return found
+
+
+def two_cards(monkeypatch) -> None:
+    """Arguments that count two cards, as in a notebook on Kaggle, unless a script hid one."""
+    arguments = TrainingArguments._setup_devices.func
+
+    def seen(self):
+        device = arguments(self)
+        self._n_gpu = 1 if os.environ.get("CUDA_VISIBLE_DEVICES") == "0" else 2
+        return device
+
+    devices = functools.cached_property(seen)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+
+
+@pytest.mark.parametrize("number", TRL)
+def test_it_hides_the_second_card_before_torch_is_imported(number):
+    """CUDA reads the variable once; under torchrun each process keeps its own card."""
+    head, _, _ = script(number).partition("import torch\n")
+    for launched, wanted in (({}, "0"), ({"LOCAL_RANK": "1"}, None)):
+        if launched and number != "08":
+            continue
+        environ = dict(launched)
+        exec(head.replace("os.environ", "environ"), {"environ": environ})
+        assert environ.get("CUDA_VISIBLE_DEVICES") == wanted
 
 
 @pytest.mark.parametrize("number", LESSONS)
@@ -63,6 +93,9 @@ def test_it_runs(number, tmp_path, monkeypatch, capsys):
     file = tmp_path / "mine.py"
     file.write_text(source, "utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # and back, whatever the block makes of it
+    if number in TRL:
+        two_cards(monkeypatch)
     with warnings.catch_warnings(action="ignore"):  # names that version 6 will drop, to both sides
         made = runpy.run_path(str(file), run_name="__main__")
     assert capsys.readouterr().out.strip(), "it says what it found"
