@@ -304,7 +304,8 @@ exercises.check_loss(loss_of_rank)
 
 # %% tags=["run"]
 from transformers import TrainingArguments
-arguments = TrainingArguments("out", per_device_train_batch_size=8, gradient_accumulation_steps=4)
+arguments = TrainingArguments("out", per_device_train_batch_size=8,
+                              gradient_accumulation_steps=4, report_to="none")
 for n in (1, 2):
     arguments._n_gpu = n  # as Trainer counts the GPUs that it sees
     print(f"{n} visible: {arguments.train_batch_size} rows a micro batch, "
