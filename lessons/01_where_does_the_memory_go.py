@@ -42,6 +42,7 @@ from course_utils.topics.welcome import welcome
 print(welcome())
 
 # %% tags=["setup"]
+import gc
 import warnings
 from dataclasses import replace
 import torch
@@ -69,7 +70,8 @@ before = ...  # for example "abcda"
 # ## The whole game first
 # Llama-3.2-3B, all of its weights trained, 4 sequences of 1024 tokens, and a T4 that we only
 # pretend to have: the tensors below have shapes and no numbers, so a step of a 3B model runs
-# anywhere, and the `MemoryLedger` refuses what 14.42 GiB cannot hold.
+# anywhere, and the `MemoryLedger` refuses what 14.42 of them cannot hold (CUDA itself takes the
+# rest).
 
 # %% tags=["run"]
 def two_steps(model, ids, budget_bytes=None):
@@ -197,7 +199,9 @@ show_prediction(predicted_kept, counted_by_your_hooks=kept, also=share)
 
 # %% tags=["run"]
 optimizer = None
+gc.collect()  # an optimizer refers to itself: its state is freed only now
 model.zero_grad()
+gpus.reset_peak()
 full = two_steps(model, ids)
 measured = gpus.peak_allocated_bytes(above=memory_before)
 print("peak, counted: ", show_bytes(full.peak_bytes))
@@ -209,9 +213,8 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # descends: it uses them up, last layer first, and leaves gradients. The **optimizer step** creates
 # Adam's two averages, once; they stay. So the second step starts higher than the first, and the
 # peak belongs to the *second* step: whoever probes a batch size runs two. *Temporaries*, the thin
-# band on top, live for a few operations.
-#
-# *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
+# band on top, live for a few operations. (On a GPU the measured peak is higher: forward and
+# backward each lend the matrix library some work space.)
 
 # %% [markdown]
 # ## 2 · What does one layer keep?
@@ -292,6 +295,8 @@ def numbers_kept(hidden, kv, intermediate, heads):
 exercises.check_saved_numbers(numbers_kept)
 
 # %% [markdown]
+# *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
+#
 # ## 3 · Two laws
 # transformers has several **attention kernels**, the code that computes attention. *Eager* is the
 # formula, product by product. SDPA, its default, calls PyTorch's `scaled_dot_product_attention`,
@@ -427,8 +432,8 @@ exercises.QUESTIONS.score(before, after)
 
 # %% [markdown]
 # ## To lesson 02
-# A layer keeps some twenty times its boundary. What if we kept *only* the boundaries, and computed
-# the rest again when backward asks for it? Lesson 02 asks: what if we forget on purpose?
+# A layer keeps some seventeen times its boundary. What if we kept *only* the boundaries, and
+# computed the rest again when backward asks for it? Lesson 02 asks: what if we forget on purpose?
 
 # %% [markdown]
 # ## Go further (optional)

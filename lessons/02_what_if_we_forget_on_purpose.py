@@ -6,7 +6,7 @@
 # **45 min** for those who have trained a model before, 60 to 70 if it is new to you; half-way there
 # is a place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
-# Lesson 01 found who had the memory: each layer keeps some twenty times its boundary, the tensor
+# Lesson 01 found who had the memory: each layer keeps some seventeen times its boundary, the tensor
 # that it hands to the next layer, until backward comes by. **Gradient checkpointing** keeps the
 # boundary, forgets the rest, and computes it again. What does that save, and what does it cost?
 #
@@ -264,7 +264,8 @@ for predicted, rank in ((predicted_more_full, None), (predicted_more_lora, 16)):
 # All of forward again would be a third more (with LoRA's smaller step, a half). But a third of this
 # forward nobody asks for again: the head is no layer (a seventh), and the last product of each
 # layer is the "last step" of section 1 (a sixth). So: two thirds of a third, two thirds of a half.
-# A big model has a smaller head, and pays more: a LoRA step of an 8B model a third.
+# A big model has a smaller head, and pays a little more for the layers: a LoRA step of an 8B model
+# a good third.
 
 # %% [markdown]
 # ## 5 · When is it needed, and how much of it?

@@ -12,7 +12,7 @@
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *calculate* optimizer steps, warm-up and log lines of a run | B1 | section 1 |
+# | *calculate* optimizer steps, warm-up and log lines of a run | B1 | exercise 03.1 (Go further) |
 # | *write* an accumulation whose gradient equals the full batch's | B2 | exercise 03.2 |
 # | *design* an effective batch of 32 that fits a T4 and loses little time | B2 | exercise 03.3 |
 #
@@ -165,8 +165,8 @@ print("equal, to 1e-12:", error < 1e-12)
 
 # %% [markdown]
 # Equal but for rounding. Accumulation is no approximation. Now our 32 examples, where only the
-# answer is learned: every other token's label is -100, which the loss skips. Chat data have short
-# answers and long ones, so of 28 of the 32 answers we leave only the first token.
+# answer is learned: the label of each token outside it is -100, which the loss skips. Chat data
+# have short answers and long ones, so of 28 of the 32 answers we leave only the first token.
 
 # %% tags=["run"]
 uneven = data.to_batch(exercises.keep_first_token(rows[:32], of_answers=28))
@@ -200,15 +200,13 @@ show_prediction(predicted_error, show="{:.2f}".format, also=figure,
 # tokens of *all* micro batches, which must be counted before the first backward. The bug was
 # reported in 2023 and sat in transformers' Trainer until October 2024 [transformers issue 24725;
 # "Fixing Gradient Accumulation"].
-#
-# *Half-way, and a good place to stop. When you come back: run all cells above, and write the
-# repair.*
 
 # %% [markdown]
 # ## Exercise 03.2 · Gradients that add up
-# *Medium, 7 minutes.* Write the accumulation. `model(**micro_batch).loss` is the *mean* over the
-# micro batch's labelled tokens. The check compares with the full batch's gradient, in float64 to
-# 1e-12, **and** wants the peak of a single micro batch (a quarter more is granted).
+# *Medium, 7 minutes.* (03.1 is in Go further.) Write the accumulation.
+# `model(**micro_batch).loss` is the *mean* over the micro batch's labelled tokens. The check
+# compares with the full batch's gradient, in float64 to 1e-12, **and** wants the peak of a single
+# micro batch (a quarter more is granted).
 #
 # <details><summary>Hint 1</summary>Mean times number is sum. Which number do you divide by, and
 # when do you know it?</details>
@@ -255,6 +253,8 @@ for name, log in logs.items():
 # an evaluation on the same rows, look here first.
 
 # %% [markdown]
+# *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
+#
 # ## 3 · What does memory see?
 # ### Predict
 # Two updates under the ledger, with 32 sequences at a time, then with 2. The micro batch shrinks to
@@ -337,8 +337,8 @@ exercises.check_effective_batch(plan, three, gpus.T4)
 # %% [markdown]
 # Move the controls (with the mouse, or Tab and the arrow keys); they begin with the plan above.
 # **Task:** set loss to "chunked" and attention to "explicit_kv", two changes that lesson 06
-# explains. Which micro batch fits now? <details><summary>Answer</summary>8, the largest: with 8 the
-# upper bar still says "fits".</details>
+# explains. Which is the largest micro batch that fits now? <details><summary>Answer</summary>8, the
+# control's largest: the upper bar still says "fits".</details>
 
 # %% tags=["run"]
 figures.split_explorer()

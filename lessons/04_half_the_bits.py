@@ -3,7 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/04_half_the_bits.ipynb)
 #
-# **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have trained a model before, 60 to 70 if it is new to you; half-way there
+# is a place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # Checkpointing shrank what layers keep (lesson 02), small micro batches shrank it again (03), and
 # neither changed a single gradient. One factor is still untouched: every number has 4 bytes. Mixed
@@ -156,6 +157,7 @@ class MyAutocast(torch.overrides.TorchFunctionMode):
             args = [cast(x) for x in args]
         return function(*args, **kwargs or {})
 
+# %% tags=["run"]
 losses = []
 for ours_or_theirs in (MyAutocast(), torch.autocast(gpus.device(), FORMATS[sixteen])):
     with ours_or_theirs:
@@ -317,6 +319,8 @@ show_prediction(predicted_times, show="{:.2f} x".format, forecast=with_autocast 
 # storage format is for memory. Lesson 07 stores the base in 4 bits.
 
 # %% [markdown]
+# *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
+#
 # ## 4 · The update that vanishes
 # Why not store the trained weights in 16 bits as well, and save the copies? A weight is 1.0. It
 # receives 1000 updates of 0.0001.
@@ -388,7 +392,7 @@ for name in ("T4", "L4", "A10", "A100-40", "H100", "H200"):
 # cores know no bfloat16, so no product of such a run uses them. Trainer asks this function, and so
 # accepts `bf16=True` on a T4. [T4 data sheet; transformers, `is_torch_bf16_gpu_available`] So ask
 # for the compute capability, or say `including_emulation=False`, which asks for it. The recipe
-# asks, too:
+# asks, too, and refuses; read the last line:
 
 # %% tags=["raises-exception"]
 replace(recipe, amp_dtype="bfloat16").check_on(gpus.T4)
@@ -422,8 +426,8 @@ show_prediction(predicted_products, show="{:.0f}".format, counted=log.matmuls.ge
 # product of the 4-bit layers follows the compute dtype, which a T4 emulates.
 #
 # ## Exercise 04.2 · Find the mistake
-# *Medium, 6 minutes.* Change **one** setting so that the recipe is right for a T4. The check runs a
-# step and looks at every product.
+# *Medium, 6 minutes.* (04.1 is in Go further.) Change **one** setting so that the
+# recipe is right for a T4. The check runs a step and looks at every product.
 #
 # <details><summary>Hint 1</summary>Which settings name a format?</details>
 # <details><summary>Hint 2</summary>Two of them must agree, and a T4 has only one fast 16-bit

@@ -3,7 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/05_where_did_my_gradient_go.ipynb)
 #
-# **45 min** · runs anywhere; a GPU runs the same cells faster.
+# **45 min** for those who have trained a model before, 60 to 70 if it is new to you; half-way there
+# is a place to stop · runs anywhere; a GPU runs the same cells faster.
 #
 # A part of a step's gradients is below half of float16's smallest number, 5.96e-08 (lesson 04), and
 # becomes zero. In this lesson you find out how many vanish, get them back with one multiplication,
@@ -14,7 +15,7 @@
 # |---|---|---|
 # | *recognise* gradients that flush to zero, *predict* the best scale | B1 | exercise 05.1 |
 # | *implement* a dynamic loss scaler, equal to PyTorch's | B2 | exercise 05.2 |
-# | *order* the parts of a scaled step, *recognise* a mistake by a number | B2 | section 4 |
+# | *recognise* a mistake by a number (B2), *order* a scaled step | B2 | section 4, exercise 05.3 |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
@@ -106,7 +107,8 @@ print(f"{flushed:.0%} of the layers' gradients become zero")
 figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 
 # %% [markdown]
-# Left of the first dotted line float16 has nothing: these gradients are **flushed to zero**.
+# The first dotted line is float16's smallest number; half of it still rounds up. Further left there
+# is nothing: these gradients are **flushed to zero**.
 # Between the first and the second line they are *subnormal*, with fewer bits the further left.
 #
 # On the right there is room: the whole picture is shifted to the left of float16's range.
@@ -176,7 +178,7 @@ else:
 # To shift all gradients, multiply *one* number: the loss. The chain rule carries the factor to
 # every gradient; before the optimizer sees them, divide it out again (**unscale**), in float32.
 # ### Predict
-# At scale 1, with the share of zeros that you have just seen: by how many percent is the adapters'
+# At scale 1, where 14 % of the layers' gradients become zero: by how many percent is the adapters'
 # gradient wrong? (Relative error of the whole vector; write 10 for 10 %.)
 
 # %% tags=["predict"]
@@ -206,10 +208,12 @@ show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0
 # this one at a scale of 2⁻⁴.
 #
 # The grey window is many powers of two wide, and scale 1 stands
-# at its left edge. Loss scaling means: stay in it, near its right edge, whatever the model does.
+# just left of it. Loss scaling means: stay in it, near its right edge, whatever the model does.
 # [Micikevicius et al., section 3.2]
 
 # %% [markdown]
+# *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
+#
 # ## 3 · Overflow, and a scale that looks after itself
 # Right of the window a gradient is infinite. What does one step with it do? One micro batch
 # overflows, the gradients are *clipped* (made smaller by one factor until their norm is at most 1),
@@ -243,16 +247,14 @@ class MyScaler:
     def __init__(self, scale):
         self.number = scale
 
-    def scale(self, loss):
-        return loss * self.number                                        # 1
+    def scale(self, loss): return loss * self.number                     # 1
 
     def step(self, optimizer):
         weights = optimizer.param_groups[0]["params"]
         for weight in weights:
             weight.grad /= self.number                                   # 2
         self.finite = all(weight.grad.isfinite().all() for weight in weights)
-        if self.finite:                                                  # 3
-            optimizer.step()
+        if self.finite: optimizer.step()                                 # 3
 
     def update(self):
         self.number /= 1 if self.finite else 2
@@ -344,9 +346,11 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 
 # %% [markdown]
 # ### Explain
-# Clipping compared 65 536 times the norm with 1. Adam half *hides* the bug; the norm that
-# `clip_grad_norm_` returns shows it. Call `scaler.unscale_(optimizer)` before you clip.
+# Clipping compared 65 536 times the norm with 1. Adam half *hides* the bug (it divides by the
+# gradient's own size: Go further); the norm that `clip_grad_norm_` returns shows it. Call
+# `scaler.unscale_(optimizer)` before you clip.
 #
+# ### The other three
 # (b) **Step despite infinity.** `scaler.step(optimizer)` looks
 # first, `optimizer.step()` does not.
 #
@@ -634,7 +638,7 @@ for scale in (1, 1024, 262144):
 # steps (after a start at 2²⁴ the first update has most of the full rate); no scaler in the
 # checkpoint (the same steps are lost again after each resume). `scaler.step` does look for
 # infinities. (It also saves over its only good checkpoint, and without the random state and the
-# position in the data.) For the loop of section 4 the numbers are:
+# position in the data.) For the runs of this lesson the numbers are:
 
 # %% tags=["run"]
 print(f"norm when clipped first:    {wrong.grad.norm():.1e}, and 1 / scale is {1 / 65536:.1e}")

@@ -22,6 +22,7 @@ import bisect
 import dataclasses
 import datetime
 import hashlib
+import html
 import json
 import multiprocessing
 import os
@@ -535,10 +536,10 @@ def run_lesson(spec: dict) -> dict:
         return {"error": str(error)[-1000:]}
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     printed = [
-        {"cell": sha(cell.source), "printed": output.text.strip()}
+        {"cell": sha(cell.source), "printed": text}
         for cell in cells
         for output in cell.outputs
-        if re.search(MEASURED, output.get("text", ""), re.M)
+        if re.search(MEASURED, text := said(output), re.M)
     ]
     return {
         "outcome": "executed",
@@ -546,6 +547,13 @@ def run_lesson(spec: dict) -> dict:
         "cells": len(cells),
         "measured": printed,
     }
+
+
+def said(output: dict) -> str:
+    """What an output says; of an answer that is folded until a guess stands, its lines."""
+    folded = output.get("data", {}).get("text/html", "")
+    lines = re.findall(r"<pre>(.*?)</pre>", "".join(folded), re.DOTALL)
+    return html.unescape("\n".join([output.get("text", ""), *lines])).strip()
 
 
 def sha(source: str) -> str:

@@ -76,10 +76,10 @@ QUESTIONS = SelfCheck(
         "Trainer believes that the loss is divided already, and adds up 16 means.",
     ),
     Question(
-        "Where must a search for the largest micro batch free memory after a failure?",
-        ("inside `except`", "after it", "nowhere, PyTorch does"),
-        "b",
-        "Inside, the exception still holds the frames, and they hold every tensor.",
+        "16 micro batches of 2 in place of one batch of 32. Which memory stays as it was?",
+        ("what layers keep", "the logits", "that of gradients and optimizer"),
+        "c",
+        "They belong to the weights, not to the data: there once, however the batch is cut.",
     ),
 )
 

@@ -25,10 +25,11 @@ class Folded:
     Args:
         text: The lines to fold.
         also: What follows them: text, or anything with `as_html`, as figures have.
+        said: What stands unfolded above.
     """
 
-    def __init__(self, text: str, also: Sequence[Any] = ()) -> None:
-        self.text, self.also = text, also
+    def __init__(self, text: str, also: Sequence[Any] = (), said: str = OPEN) -> None:
+        self.text, self.also, self.said = text, also, said
 
     def _repr_html_(self) -> str:
         parts = [self.text, *self.also]
@@ -36,14 +37,14 @@ class Folded:
             part.as_html() if hasattr(part, "as_html") else f"<pre>{html.escape(str(part))}</pre>"
             for part in parts
         )
-        said = html.escape(OPEN).replace("`...`", "<code>...</code>")
+        said = html.escape(self.said).replace("`...`", "<code>...</code>")
         return (
             f"<p>{said}</p>\n"
             f"<details><summary>The answer, without a guess</summary>\n{inside}\n</details>"
         )
 
     def __repr__(self) -> str:
-        return OPEN
+        return self.said
 
 
 def show_prediction(

@@ -153,13 +153,9 @@ def test_two_ranks_with_a_gpu_each_make_the_update_of_one():
     assert errors["tokens"] < 1e-12 and errors["ranks"] > 0.1
 
 
-# Levers of 2026-11-30, written where no GPU was left for them: to be recorded, then dropped here.
-# (Their peaks were measured: tests/data/h200_frontier.json.)
-WAITING = {
-    f"test_lever_in_float16_is_as_near_to_float32_as_the_stock_path[{lever}]"
-    for lever in ("embedding on the host", "some checkpoints on the host",
-                  "tiled lean mlp, checkpointed", "tiled mlp")
-}  # fmt: skip
+# Moved after its lever, a hosted embedding's rows stayed on the CPU; mended since, to be recorded.
+# (Its peaks were measured: tests/data/h200_frontier.json.)
+WAITING = {"test_lever_in_float16_is_as_near_to_float32_as_the_stock_path[embedding on the host]"}
 
 
 @pytest.mark.parametrize("module", [row["name"] for row in GROUPS["tests"]()])
@@ -224,7 +220,7 @@ def test_what_a_lesson_measured_was_printed_by_todays_cells(row):
 
 # Lessons whose measuring cells were rewritten where no GPU was at hand: what those printed is no
 # longer kept. A GPU records them (tools/record_gpu_run.py --groups lessons); then drop them here.
-TO_RECORD = {"01", "02", "03", "04", "06", "07"}
+TO_RECORD = {"01", "02", "04", "07"}
 
 
 @pytest.mark.skipif("07" in TO_RECORD, reason="lesson 07 waits for a GPU")
@@ -252,13 +248,9 @@ def test_lessons_ran_on_the_emulated_t4():
 def test_what_lessons_measured_agrees_with_forecast_and_ledger():
     """What a GPU measured lies above the tensors that were counted, by workspaces and rounding."""
     by_lesson = {row["name"][:2]: row["measured"] for row in LESSONS}
-    if "01" in by_lesson:
-        printed = by_lesson["01"][0]["printed"]
-        first = dict(re.findall(r"^(\w+) +([\d.]+) MiB$", printed, re.M))
-        assert float(first["forecast"]) == pytest.approx(float(first["measured"]), rel=0.02)
     pairs = re.findall(
         r"counted:? +([\d.]+) MiB.*?measured:? +([\d.]+) MiB",
-        json.dumps([by_lesson[name] for name in ("02", "03", "04") if name in by_lesson]),
+        json.dumps([by_lesson[name] for name in ("01", "02", "03", "04") if name in by_lesson]),
     )
     assert len(pairs) >= 4 or TO_RECORD
     for counted, measured in pairs:
