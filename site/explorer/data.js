@@ -1,6 +1,6 @@
 window.FITCAST_DATA = {
  "stamp": {
-  "engine": "ff3a5df27318d69888169ccc9f5a7d222969a381771cfe6a78d487c520dff2d3",
+  "engine": "2ce4ae3eca743df3f66705ab6b263119b7ef22f95a725baea013da5b595e5637",
   "versions": {
    "torch": "2.13.0+cpu",
    "transformers": "5.23.0",
