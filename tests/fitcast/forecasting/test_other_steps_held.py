@@ -1,4 +1,4 @@
-"""Evaluation, generation, merge, resume, DPO, GRPO, loops, levers: measured, and then looked at once.
+"""Evaluation, generation, merge, resume, DPO, GRPO, loops, levers: measured, then looked at once.
 
 Measured with tools/measure_others.py on an H200 with a T4's kernels, after their forecasts were
 built: 25 rows, median error 0.0002 %, worst 0.76 % (a resumed QLoRA), reserved memory inside its
