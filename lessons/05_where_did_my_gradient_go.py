@@ -246,7 +246,6 @@ print(f"{nan:.0%} of the adapters' weights are NaN")
 class MyScaler:
     def __init__(self, scale):
         self.number = scale
-
     def scale(self, loss): return loss * self.number                     # 1
 
     def step(self, optimizer):
@@ -254,7 +253,8 @@ class MyScaler:
         for weight in weights:
             weight.grad /= self.number                                   # 2
         self.finite = all(weight.grad.isfinite().all() for weight in weights)
-        if self.finite: optimizer.step()                                 # 3
+        if self.finite:                                                  # 3
+            optimizer.step()
 
     def update(self):
         self.number /= 1 if self.finite else 2
