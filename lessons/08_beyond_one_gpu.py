@@ -48,7 +48,7 @@ from course_utils.exercises import lesson_08 as exercises
 from course_utils.exercises.predictions import show_prediction
 from course_utils.topics import bus
 from fitcast import GIB, T4, TrainRecipe, forecast
-os.chdir(tempfile.mkdtemp())  # all that this lesson writes goes here
+os.chdir(tempfile.mkdtemp())  # what this lesson writes, but for section 5, goes here
 
 # %% [markdown]
 # ## Five questions, before and after
@@ -228,8 +228,7 @@ recorded.show("cards", bus.card)
 # Speeds are ratios, and the best case: these cards are joined by a fast link (NVLink), T4s by their
 # board's slots (PCIe). DDP is the fast one. *Offload*, parts that wait in the host's memory, holds
 # the least and moves the most: with it, 32 billion weights trained where two whole cards had run
-# out of memory. (The first three lie 0.05 GiB above the forecast: the card takes larger cuBLAS
-# workspaces than a T4, twice 32 MiB instead of twice 8.)
+# out of memory.
 
 # %% [markdown]
 # ## 4 · Three things that must be right, and a trap
@@ -325,22 +324,10 @@ for n in (1, 2):
 # %% tags=["run"]
 bus.on_two_gpus(
     "accelerate launch --config_file configs/ddp_2xt4.yaml tools/train_many_gpus.py"
-    f" --model Qwen/Qwen2.5-1.5B-Instruct --steps 4 --out {os.getcwd()}/ddp",
+    " --model Qwen/Qwen2.5-1.5B-Instruct --steps 4 --out ddp",
     "accelerate launch --config_file configs/fsdp2_qlora_2xt4.yaml tools/train_many_gpus.py"
-    f" --model Qwen/Qwen2.5-1.5B-Instruct --steps 4 --out {os.getcwd()}/fsdp2 --strategy fsdp2",
+    " --model Qwen/Qwen2.5-1.5B-Instruct --steps 4 --out fsdp2 --strategy fsdp2",
 )
-
-# %% [markdown]
-# (`configs/fsdp2_offload_2xt4.yaml` with `--strategy fsdp2 --offload` lets parts wait on the host.)
-# For FSDP2, which cuts floating numbers, 4-bit weights are stored as float16, two bytes in each,
-# and the optimizer is plain AdamW: bitsandbytes' takes no parts. Checkpoints are whole or not there
-# (lesson 07): kill a rank, start again, with two processes or with one. A DDP run, in the shape of
-# Llama-3.2-1B with random weights and short, padded rows, so that all it says is: how many times as
-# fast, and to the same loss:
-
-# %% tags=["recorded"]
-recorded.show("gpus", lambda row: f"{row['name']}: {row['tokens_per_second']:,.0f} tokens/s, "
-                                  f"loss {row['losses'][-1]:.4f} after {row['steps']} steps")
 
 # %% [markdown]
 # ## In your script
@@ -393,6 +380,23 @@ exercises.QUESTIONS.score(before, after)
 
 # %% tags=["run"]
 figures.ranks_explorer(recipe, steps)
+
+# %% [markdown]
+# ### How two cards are told, and how they went
+# (`configs/fsdp2_offload_2xt4.yaml` with `--strategy fsdp2 --offload` lets parts wait on the host.)
+# For FSDP2, which cuts floating numbers, 4-bit weights are stored as float16, two bytes in each,
+# and the optimizer is plain AdamW: bitsandbytes' takes no parts. Checkpoints are whole or not there
+# (lesson 07): kill a rank, start again, with two processes or with one.
+#
+# The first three peaks of section 3 lie 0.05 GiB above the forecast: that card takes larger cuBLAS
+# workspaces than a T4, twice 32 MiB instead of twice 8.
+#
+# A DDP run, in the shape of Llama-3.2-1B with random weights and short, padded rows, so that all it
+# says is: how many times as fast, and to the same loss:
+
+# %% tags=["recorded"]
+recorded.show("gpus", lambda row: f"{row['name']}: {row['tokens_per_second']:,.0f} tokens/s, "
+                                  f"loss {row['losses'][-1]:.4f} after {row['steps']} steps")
 
 # %% [markdown]
 # ### Cut in two: a device map
