@@ -11,7 +11,7 @@ import functools
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import ipywidgets
 
@@ -254,7 +254,7 @@ def adapters_explorer() -> Explorer:
 
 
 @functools.cache
-def _adapters_of_rank_1(model: str, targets: str | tuple[str, ...]) -> int:
+def _adapters_of_rank_1(model: str, targets: tuple[str, ...] | Literal["all-linear"]) -> int:
     """Parameters that PEFT trains in a model of that name; a rank of r has r times as many."""
     from fitcast.forecasting.load import blueprint
     from fitcast.step import qlora
