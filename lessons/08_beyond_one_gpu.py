@@ -317,7 +317,7 @@ for n in (1, 2):
 # %% [markdown]
 # ## 5 · On two T4s
 # The run of lesson 07 as a script; `accelerate launch` starts processes as `torchrun` does, and
-# reads from a file under [configs](../configs) how. Accumulation is divided by the processes: 8 x 4
+# reads from a file under `configs/` how. Accumulation is divided by the processes: 8 x 4
 # x 1 becomes 8 x 2 x 2, the same 32 sequences behind a step. This cell starts it as it stands,
 # where two GPUs are (on Kaggle: *Settings > Accelerator > GPU T4 x2*):
 

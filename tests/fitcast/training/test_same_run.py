@@ -35,6 +35,7 @@ def train(recipe, output_dir, rows=ROWS, **options):
 CHANGES = {
     "sequence_length": 128,
     "padded": True,
+    "causal_padding": True,
     "checkpointed_layers": 0,
     "offload_checkpoints": True,
     "keep_attention": True,
@@ -52,7 +53,8 @@ def test_every_field_that_may_change_is_tried():
 @pytest.mark.parametrize("field", CHANGES)
 def test_what_changes_no_number_may_change_on_the_way(recipe, whole, tmp_path, field):
     train(recipe, tmp_path, stop_at=3)
-    other = dataclasses.replace(recipe, **{field: CHANGES[field]})
+    padded = {"padded": True} if field == "causal_padding" else {}
+    other = dataclasses.replace(recipe, **padded | {field: CHANGES[field]})
     rest = train(other, tmp_path)
     assert rest.resumed_from.name == "checkpoint-2" and rest.losses == whole
 
