@@ -176,8 +176,14 @@ def run(script: str | Path, *arguments: str, processes: int = 2) -> list[dict[st
         TimeoutError: It took too long.
         RuntimeError: A process failed; the message is its last word.
     """
-    *_, told = ranks.torchrun((str(script), *arguments), processes).splitlines()
-    return json.loads(told)
+    said = ranks.torchrun((str(script), *arguments), processes, is_whole=_has_told)
+    return json.loads(said.splitlines()[-1])
+
+
+def _has_told(said: str) -> bool:
+    """Whether the last line is what every rank told; `tell` writes it once, when all have."""
+    lines = said.splitlines()
+    return bool(lines) and lines[-1].startswith("[{") and lines[-1].endswith("}]")
 
 
 def card(row: dict[str, Any]) -> str:

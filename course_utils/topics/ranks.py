@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -132,8 +132,9 @@ def launch(recipe: TrainRecipe, batch: Batch, timeout_s: float = 120) -> dict[st
 
 
 def torchrun(
-    script: Sequence[str], processes: int, timeout_s: float = 120, *, on_gpus: bool = False
-) -> str:
+    script: Sequence[str], processes: int, timeout_s: float = 120, *, on_gpus: bool = False,
+    is_whole: Callable[[str], bool] = lambda said: False,
+) -> str:  # fmt: skip
     """What the ranks of a script print, started by torchrun on this machine.
 
     Args:
@@ -141,6 +142,8 @@ def torchrun(
         processes: How many ranks.
         timeout_s: After so many seconds every process is ended.
         on_gpus: Whether they see the GPUs.
+        is_whole: Whether what was printed is all that was asked for. Then it counts though a
+            process died: one may while it takes its group down (seen once, on a busy machine).
 
     Raises:
         TimeoutError: It took too long.
@@ -178,7 +181,7 @@ def torchrun(
                 f"{processes} ranks did not finish in {timeout_s:g} s "
                 "and were ended; give a larger timeout_s"
             ) from None
-    if agent.returncode:
+    if agent.returncode and not is_whole(said):
         raise RuntimeError(f"a rank failed: {_last_word(errors)}")
     return said
 

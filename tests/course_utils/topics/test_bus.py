@@ -79,3 +79,19 @@ def test_the_lessons_rows_are_those_that_were_measured():
     assert recorded.rows("cards") == rank_rows.rows(measured), "run python -m tools.rank_rows"
     lines = [bus.card(row) for row in recorded.rows("cards")]
     assert " ".join(lines[1].split()) == "llama-3.1-8b ddp 2 x 2048 7.45 GiB 15,824 tokens/s"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [True, False])
+def test_who_dies_after_telling_has_told(tmp_path, told):
+    script = tmp_path / "ends.py"
+    tells = "bus.tell(rank=dist.get_rank())" if told else ""
+    script.write_text(
+        "import os\nimport torch.distributed as dist\nfrom course_utils.topics import bus\n"
+        f'dist.init_process_group("gloo")\n{tells}\nif dist.get_rank():\n    os.abort()\n'
+    )
+    if told:
+        assert bus.run(script) == [{"rank": 0}, {"rank": 1}]
+    else:
+        with pytest.raises(RuntimeError, match="a rank failed"):
+            bus.run(script)
