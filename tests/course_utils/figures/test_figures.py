@@ -62,7 +62,7 @@ def test_type_checkers_see_the_names_that_lessons_use():
 
 
 def test_a_picture_that_is_not_there_lists_those_that_are():
-    with pytest.raises(AttributeError, match="figures has no 'pie'; it has Figure, Watcher, adapters_e"):
+    with pytest.raises(AttributeError, match="figures has no 'pie'; it has Figure, Watcher, adap"):
         figures.pie  # noqa: B018
 
 
