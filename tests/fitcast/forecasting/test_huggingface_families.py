@@ -1,5 +1,6 @@
 """Every causal language model of the installed transformers: a forecast, or one sentence."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,8 @@ def with_two_layers(plain, text):
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == count:
             setattr(text, name, value[:2])
-    text.num_hidden_layers = 2
+    with contextlib.suppress(NotImplementedError):  # ProphetNet's is a sum of two
+        text.num_hidden_layers = 2
     return plain
 
 
