@@ -4,7 +4,9 @@
 
 A row is a `TrainRecipe`, a strategy and a number of processes: DDP, FSDP2 or a device map, run by
 `step.ranks` and `step.qlora`, which the forecast runs, too. Random weights at the real shapes are
-made and quantized tensor by tensor, and each rank keeps its part. Rows with `alone` have the GPUs
+made and quantized tensor by tensor, and each rank keeps its part; of "loaded auto" transformers
+reads a checkpoint and places it. "launch" rows are the lines of the files under configs/, as
+`accelerate launch` takes them, on cards that pass for T4s. Rows with `alone` have the GPUs
 for themselves and tell a speed; the others share them, four at a time. A row that fails says why;
 the file is written after every row. `--smoke` runs tiny shapes, through gloo where no GPU is.
 `--one-card` lets all ranks of DDP share the first GPU, through gloo, since NCCL refuses a GPU that
@@ -37,11 +39,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from fitcast.gpus import EMULATE_VARIABLE
+
 CONFIGS = ROOT / "tests" / "data" / "configs"
 T4_BYTES = int(14.42 * 2**30)
 STEPS = 5
 LANES = 4
-TIMEOUT = 110  # seconds of a row
+TIMEOUT = 170  # seconds of a row
 QLORA = {"base": "nf4", "amp_dtype": "float16", "lora_dropout": 0.0, "optimizer": "adamw",
          "attention": "explicit_kv", "loss": "lean", "norm": "native", "adapters": "lean",
          "checkpointed_layers": "all"}  # fmt: skip
@@ -87,6 +91,14 @@ ROWS = [
     row("equal ddp", "ddp", "llama-3.2-1b", 1, 256, steps=6),
     row("0.6b ddp full, accumulated", "ddp", "qwen3-0.6b", 1, 256, **FULL, layers=14,
         gradient_accumulation_steps=2),
+    row("14b loaded auto", "loaded auto", "qwen3-14b", 1, 2048, processes=1, **STOCK),
+    row("8b loaded auto", "loaded auto", "llama-3.1-8b", 2, 1024, processes=1, **STOCK),
+    row("32b fsdp2 host embedding", "fsdp2", "qwen3-32b", 1, 1024, embedding="host"),
+    row("ddp_2xt4", "launch", "llama-3.2-1b", 8, 1024, processes=1),
+    row("fsdp2_qlora_2xt4", "launch", "llama-3.2-1b", 8, 1024, processes=1),
+    row("fsdp2_offload_2xt4", "launch", "llama-3.2-1b", 8, 1024, processes=1, offload=True),
+    row("fsdp2_host_embedding_2xt4", "launch", "llama-3.1-8b", 8, 1024, processes=1,
+        embedding="host"),
     row("1b ddp lora 16-bit", "ddp", "llama-3.2-1b", 4, 1024, base="float16"),
     row("1b fsdp2 16-bit lora", "fsdp2", "llama-3.2-1b", 4, 1024, base="float16"),
 ]  # fmt: skip
@@ -135,7 +147,7 @@ class Rank:
         self.rank, self.ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.cuda = torch.cuda.is_available()
         self.cards = [self.rank]
-        if spec["strategy"] in ("auto", "balanced"):
+        if spec["strategy"] in ("auto", "balanced", "loaded auto"):
             self.cards = [0, 1]
         one_card = bool(os.environ.get("ONE_CARD"))
         if one_card:
@@ -181,6 +193,8 @@ class Rank:
         from fitcast.step import qlora, ranks
 
         spec, recipe = self.spec, self.recipe
+        if spec["strategy"] == "loaded auto":
+            return self.loaded()
         model = blueprint(recipe, config_of(spec), torch.float16)
         ranks.pack(model)
         device_of = lambda name: self.device  # noqa: E731
@@ -205,6 +219,27 @@ class Rank:
         if self.ranks == 1:
             return model
         return ranks.replicate(model, self.device if self.cuda else None)
+
+    def loaded(self) -> Any:
+        """The model as `from_pretrained(..., device_map="auto")` places it on two such cards."""
+        from transformers import AutoModelForCausalLM
+
+        from fitcast.step import qlora
+        from fitcast.training import random_weights
+
+        recipe = self.recipe
+        folder = random_weights.write(recipe.model, os.environ["WEIGHTS"])
+        base: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=qlora.quantization(recipe),
+            dtype=qlora.storage_dtype(recipe),
+            device_map="auto",
+            max_memory=dict.fromkeys(self.cards, T4_BYTES),
+            use_safetensors=True,
+        )
+        self.map = dict(base.hf_device_map)
+        base = qlora.prepare_base(base, recipe)
+        return qlora.apply_levers(qlora.add_adapters(base, recipe), recipe).train()
 
     def batches(self, step: int) -> list[dict]:
         """This rank's rows of a step's batch, which is the same for any number of ranks."""
@@ -270,8 +305,12 @@ class Rank:
 
 def one_rank(spec: dict, part: Path) -> None:
     try:
-        killed = spec["strategy"] == "kill"
-        read = kill_one_rank(part.parent) if killed else Rank(spec).run()
+        if spec["strategy"] == "kill":
+            read = kill_one_rank(part.parent)
+        elif spec["strategy"] == "launch":
+            read = launch(spec, part.parent)
+        else:
+            read = Rank(spec).run()
     except Exception as error:
         read = {"error": f"{type(error).__name__}: {error}"[:600],
                 "where": traceback.format_exc()[-1800:]}  # fmt: skip
@@ -344,6 +383,27 @@ def kill_one_rank(folder: Path) -> dict:
                    "errors": again.stderr[-800:] if again.returncode else ""}  # fmt: skip
 
 
+def launch(spec: dict, folder: Path) -> dict:
+    """A file of configs/ as `accelerate launch` takes it, on the course's script; four steps."""
+    recipe = spec["recipe"]
+    options = ["--model", recipe["model"], "--steps", "4", "--out", str(folder / spec["name"])]
+    options += ["--strategy", "fsdp2"] if "fsdp2" in spec["name"] else []
+    options += ["--offload"] if spec["offload"] else []
+    options += ["--embedding", "host"] if recipe.get("embedding") == "host" else []
+    with socket.socket() as free:  # several run side by side
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+               str(ROOT / "configs" / f"{spec['name']}.yaml"), "--main_process_port", port,
+               str(ROOT / "tools" / "train_many_gpus.py"), *options]  # fmt: skip
+    ranked = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SMOKE")
+    around = {k: v for k, v in os.environ.items() if k not in ranked} | {EMULATE_VARIABLE: "T4"}
+    ran = subprocess.run(command, cwd=os.environ["WEIGHTS"], env=around, capture_output=True,
+                         text=True, timeout=TIMEOUT - 5)  # fmt: skip
+    return {"said": ran.stdout.splitlines()[-12:], "rc": ran.returncode,
+            "errors": ran.stderr[-1500:] if ran.returncode else ""}  # fmt: skip
+
+
 def write(path: Path, rows: list[dict]) -> None:
     from importlib import metadata
 
@@ -363,7 +423,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--only", help="rows whose name has this in it")
+    parser.add_argument("--only", nargs="+", help="rows whose name has one of these in it")
     parser.add_argument("--lanes", type=int, default=LANES)
     parser.add_argument("--one-card", action="store_true", help="DDP's ranks share a GPU")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -374,7 +434,7 @@ def main() -> None:
         os.environ["SMOKE"] = "1"
     os.environ["TRACES"] = str(options.out.resolve().parent)
     end = time.monotonic() + 60 * options.minutes
-    waiting = [r for r in ROWS if not options.only or options.only in r["name"]]
+    waiting = [r for r in ROWS if any(part in r["name"] for part in options.only or [""])]
     if options.one_card:
         os.environ["ONE_CARD"] = "1"
         waiting = [r for r in waiting if r["strategy"] == "ddp" and not r["alone"]]
@@ -382,6 +442,8 @@ def main() -> None:
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        os.environ["WEIGHTS"] = str(folder / "weights")  # of rows that read a checkpoint
+        (folder / "weights").mkdir()
         while waiting or running:
             while waiting and time.monotonic() < end and (
                 not running or (len(running) < options.lanes and not waiting[0]["alone"]

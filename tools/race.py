@@ -98,6 +98,7 @@ BY_ROW = {"1x8192": {name: OURS[name] for name in ("lean, compiled", "compiled, 
 REPEATED = ("4x2048", "2x2048")  # for the other rows, name them several times
 FIT = "fit's pick"
 picks: dict[str, dict[str, Any]] = {}  # row -> what `fit` picks for it, from --picks
+wanted: list[str] = []  # of ours, from --settings; none: all
 
 
 def settings(contender: str, row: str) -> dict[str, dict[str, Any]]:
@@ -105,7 +106,8 @@ def settings(contender: str, row: str) -> dict[str, dict[str, Any]]:
     if contender != "ours":
         return {"": {}}
     own = BY_ROW.get(row, {name: OURS[name] for name in FEW})
-    return {FIT: picks[row]} | own if row in picks else own
+    every = {FIT: picks[row]} | own if row in picks else own
+    return {name: own for name, own in every.items() if name in (wanted or every)}
 
 
 def recipe_fields(row: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -857,6 +859,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--settings", nargs="+", default=[], help="of ours, only these")
     parser.add_argument("--layers", type=int, help="fewer layers than 32, to try the race itself")
     parser.add_argument("--peer-site", help="folder of packages for Unsloth alone")
     parser.add_argument("--picks", type=Path, help="what fit picks for rows: ours runs that, too")
@@ -871,6 +874,7 @@ def main() -> None:
         found = {row: pick(row, seconds) for row in options.rows}
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return
+    wanted.extend(options.settings)
     if options.picks:
         picks.update(json.loads(options.picks.read_text("utf-8")))
     if options.show or options.record:

@@ -592,6 +592,7 @@ def main() -> None:
     recorded = ROOT / "course_utils" / "data" / "recorded_runs.json"
     parser.add_argument("--out", type=Path, default=recorded)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--names", nargs="+", help="of these groups, only rows that begin so")
     parser.add_argument(
         "--forecasts",
         action="store_true",
@@ -615,13 +616,18 @@ def main() -> None:
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
     }
+    specs = [
+        spec
+        for group in options.groups
+        for spec in answer(*in_child(context, list_rows, group))
+        if spec["name"].startswith(tuple(options.names or [""]))
+    ]
+    again = {(spec["group"], spec["name"]) for spec in specs}
+    gone = set() if options.names else set(options.groups)  # rows that no longer exist go, too
     record = {
         "protocol": " ".join(__doc__.split("\n\n", 2)[2].split()),
-        "rows": [r for r in old if r["group"] not in options.groups],
+        "rows": [r for r in old if (r["group"], r["name"]) not in again and r["group"] not in gone],
     }
-    specs = [
-        spec for group in options.groups for spec in answer(*in_child(context, list_rows, group))
-    ]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         for number, spec in enumerate(specs, 1):
