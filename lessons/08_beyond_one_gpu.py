@@ -227,8 +227,8 @@ recorded.show("cards", bus.card)
 # %% [markdown]
 # Speeds are ratios, and the best case: these cards are joined by a fast link (NVLink), T4s by their
 # board's slots (PCIe). DDP is the fast one. *Offload*, parts that wait in the host's memory, holds
-# the least and moves the most: with it, 32 billion weights trained where two whole cards had run
-# out of memory.
+# the least and moves the most. 32 billion weights, which ran out of memory on the two cards alone,
+# trained with it, and also with nothing but the embedding on the host.
 
 # %% [markdown]
 # ## 4 · Three things that must be right, and a trap

@@ -37,9 +37,7 @@ def rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
             "group": GROUP,
             "name": run["name"],
             "model": run["recipe"]["model"],
-            "strategy": run["strategy"] + ", offload" * run["offload"]
-            if run["processes"] > 1
-            else "one card",
+            "strategy": _told(run),
             "processes": run["processes"],
             "micro_batch_size": run["recipe"]["micro_batch_size"],
             "sequence_length": run["recipe"]["sequence_length"],
@@ -60,6 +58,14 @@ def rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
         and not run["layers"]
         and (run["recipe"]["loss"], run["recipe"]["checkpointed_layers"]) == LEVERS
     ]
+
+
+def _told(run: dict[str, Any]) -> str:
+    """Strategy of a run, and what waits on the host."""
+    if run["processes"] == 1:
+        return "one card"
+    on_host = run["recipe"].get("embedding") == "host"
+    return run["strategy"] + ", offload" * run["offload"] + ", embedding on host" * on_host
 
 
 def main() -> int:

@@ -36,8 +36,8 @@ def rows_of_parts() -> list[dict]:
     return [r for r in every if r["strategy"] == "fsdp2"]
 
 
-# Forecast less exactly than to 0.01 %: 0.7 MiB too little, of a cause not known.
-NEARLY = {"1b fsdp2 nf4": 0.001}
+# Forecast less exactly than to 0.01 %: 0.7 MiB too little, 4 MiB too much, of a cause not known.
+NEARLY = {"1b fsdp2 nf4": 0.001, "32b fsdp2 host embedding": 0.001}
 FAST = "1b fsdp2 16-bit lora"  # guards the others
 
 
@@ -94,19 +94,19 @@ def test_rows_measured_again_agree():
 
 
 def test_ranks_on_one_card_measure_what_two_cards_do():
-    """Tensors, of five rows; what NCCL and gloo make the allocator reserve differs by up to 9 %."""
+    """Tensors, of six rows; what NCCL and gloo make the allocator reserve differs by up to 9 %."""
     found: dict[str, list[int]] = {}
     for row in replicated():
         peak = row["ranks"][0]["peak_allocated_bytes"]
         found.setdefault(row["name"], []).append(peak)
     twice = [peaks for peaks in found.values() if len(peaks) == 2]
-    assert len(twice) == 5
+    assert len(twice) == 6
     for here, there in twice:
         assert here == pytest.approx(there, rel=0.001)
 
 
-# Measured through gloo alone, 4 % below the lower bound. The same row without accumulation lies 9 %
-# lower through gloo than over NCCL, and within; the cause is not known.
+# Below the lower bound by 4 % through gloo and by 2 % over NCCL; the same row without accumulation
+# lies within. The cause is not known.
 OUTSIDE = ("0.6b ddp full, accumulated",)
 
 
@@ -167,14 +167,12 @@ def test_an_embedding_on_the_host_is_neither_held_nor_gathered():
     assert loaded[0] - loaded[1] == pytest.approx(table // 2, abs=2 * MIB)  # a segment's rest
 
 
-@pytest.mark.slow
-def test_32b_fits_two_t4_with_its_embedding_on_the_host():
-    """Forecast, not measured: two T4 without parts on the host, which do not hold it otherwise."""
-    big = dataclasses.replace(
-        RECIPE, model=str(measure_ranks.CONFIGS / "qwen3-32b"), sequence_length=1024,
-        norm="native", adapters="lean", attention="explicit_kv", embedding="host",
-    )  # fmt: skip
-    assert forecast(big, gpu=T4, strategy="fsdp2").verdict == "fits"
+def test_32b_trains_on_two_cards_only_with_parts_or_the_embedding_on_the_host():
+    """Qwen3-32B at 1 x 1024, measured: two cards do not hold it whole."""
+    rows = {row["name"]: row["ranks"] for row in rows_of_parts()}
+    assert all("OutOfMemoryError" in rank["error"] for rank in rows["32b fsdp2 1x1024"])
+    for name in ("32b fsdp2 offload", "32b fsdp2 host embedding"):
+        assert all(rank["peak_allocated_bytes"] for rank in rows[name]), name
 
 
 @pytest.mark.parametrize(

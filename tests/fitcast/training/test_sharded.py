@@ -48,6 +48,19 @@ def test_a_config_is_one_that_accelerate_takes(config):
     assert yaml.safe_load(said).get("fsdp_config", {}).get("fsdp_version", 2) == 2
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_was_launched_on_two_gpus(config):
+    """Four steps of the script; sharded or whole, the same random model loses the same."""
+    measured = json.loads((ROOT / "tests" / "data" / "h200_ranks.json").read_text("utf-8"))
+    rows = {row["name"]: row for row in measured["rows"] if row["strategy"] == "launch"}
+    (there,) = rows[config.stem]["ranks"]
+    found = losses("\n".join(there["said"]))
+    assert there["rc"] == 0 and set(found) == {1, 2, 3, 4}
+    if rows[config.stem]["recipe"]["model"] == rows["ddp_2xt4"]["recipe"]["model"]:
+        whole = losses("\n".join(rows["ddp_2xt4"]["ranks"][0]["said"]))
+        assert found == pytest.approx(whole, abs=3e-3)
+
+
 def test_a_parameters_name_in_the_checkpoint():
     wrapped = "base_model.model.model.layers.3.self_attn.q_proj.base_layer.weight"
     assert sharded.checkpoint_name(wrapped) == "model.layers.3.self_attn.q_proj.weight"
