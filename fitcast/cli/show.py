@@ -74,6 +74,7 @@ def forecast_text(f: Forecast) -> str:
 def fit_data(recipe: TrainRecipe, best: Fit) -> dict[str, Any]:
     """Settings that were found, what they changed, their forecast, speed and command."""
     return forecast_data(best.recipe, best.forecast) | {
+        "before": None if best.before is None else _numbers(best.before),
         "changed": changes.changed(recipe, best.recipe),
         "script": changes.in_a_script(recipe, best.recipe),
         "tokens_per_second": best.tokens_per_second,
@@ -92,13 +93,22 @@ def fit_text(recipe: TrainRecipe, best: Fit) -> str:
         f"micro batch {r.micro_batch_size} x {r.gradient_accumulation_steps} accumulated x "
         f"{r.world_size} GPUs"
     )
-    lines = [str(best.forecast), f"  {sizes}", f"  {_speed(best)}", *ranks.fit_lines(best)]
+    lines = [str(best.forecast), f"  {sizes}", f"  {_speed(best)}", f"  was: {_before(best)}"]
+    lines += ranks.fit_lines(best)
     if ours := changes.in_our_names(recipe, r):
         lines += ["changed:", *(f"  {line}" for line in ours)]
         lines += ["in a script with a stock trainer:"]
         lines += [f"  {line}" for line in changes.in_a_script(recipe, r)]
     lines += ["from there, one change at a time:"]
     return "\n".join([*lines, f"  {command_line('levers', r, best.forecast.gpu)}"])
+
+
+def _before(best: Fit) -> str:
+    """The verdict on the recipe as it came, and what it takes of the device."""
+    if best.before is None:
+        return "cannot run as it is"
+    low, high = (show_bytes(n, "GiB") for n in best.before.device_bytes)
+    return f"{best.before.verdict}, {low} to {high}"
 
 
 def _speed(best: Fit) -> str:

@@ -118,7 +118,9 @@ def run_stream(recipe: TrainRecipe, gpu: Gpu, *, whole: bool = False) -> Stream:
     if not whole and alike:
         few = depth.run_layers(counts)
         deep_to_few = dict(zip(_edges(counts), _edges(few), strict=True))
-        shallow = _of_few_layers(recipe, k, deep_to_few)
+        shallow = dataclasses.replace(
+            _of_few_layers(recipe, k, deep_to_few), expandable_segments=False
+        )  # only the replay asks for those: runs with and without are one
         try:
             content = cache.content(recipe.model)
             run = _shallow_run(shallow, content, gpu, sum(few))

@@ -15,13 +15,12 @@ are alike: `forecast.run_stream` keeps its runs, and `_Family.fewest` guesses wh
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +87,14 @@ class Fit:
     Attributes:
         tokens_per_second: Estimated, on one GPU, between which bounds: those of `utilisation`, the
             part of its peaks that is reached. The card's `basis` says what that rests on.
+        before: Forecast of the recipe as it came; `None` where that cannot run at all.
     """
 
     recipe: TrainRecipe
     forecast: Forecast
     tokens_per_second: tuple[float, float]
     utilisation: tuple[float, float]
+    before: Forecast | None = None
 
     def hours(self, n_tokens: int) -> tuple[float, float]:
         """Fewest and most hours to train on `n_tokens`, padding counted, on all the GPUs."""
@@ -275,8 +276,9 @@ def fit(
     weigh = _Weigher(recipe, gpu, per_gpu, num_layers, heard, pinned_host_bytes)
     parts = COMPILED if compiled and gpu.capability >= TRITON else PLAIN
     losses = _losses(recipe, parts["loss"])
-    with _workers(processes) as each:
-        tried: list[Tried] = _kernels(weigh, each)
+    with _workers(processes) as pool:
+        tried: list[Tried] = _kernels(weigh, pool)
+        before = pool.submit(as_it_came, recipe, gpu)  # beside what this process weighs next
         quickest = min(tried, key=lambda pair: pair[1].ideal_seconds)[0]
         first = {"attention": quickest.attention} | _taken(weigh, parts, quickest.attention)
         for stage in _stages(weigh, first):
@@ -285,14 +287,14 @@ def fit(
                 stage | {"loss": loss, "keep_attention": keep}
                 for loss, keep in itertools.product(losses, kept)
             ]
-            for found in each(_family, [(weigh, fields) for fields in families]):
+            for found in _each(pool, _family, [(weigh, fields) for fields in families]):
                 tried += found
             fitting: list[Tried] = [pair for pair in tried if weigh.room(pair[1]) >= 0]
             if fitting:
                 best = max(fitting, key=lambda pair: tokens_per_second(*pair, utilisation))
                 written = _written_out(weigh, best[0])
                 best = max([best, *written], key=lambda pair: tokens_per_second(*pair, utilisation))
-                return _found(best, utilisation)
+                return _found(best, utilisation, before.result())
     on_host = [f for _, f in tried if f.pinned_host_bytes <= pinned_host_bytes]
     lowest = min(f.gpu.context_bytes + f.unlimited_reserved_bytes[1] for f in on_host)
     raise DoesNotFit(
@@ -310,11 +312,26 @@ def _written_out(weigh: _Weigher, best: TrainRecipe) -> list[Tried]:
     return [pair] if pair is not None and weigh.room(pair[1]) >= 0 else []
 
 
-def _found(best: Tried, utilisation: float | None) -> Fit:
+def as_it_came(recipe: TrainRecipe, gpu: Gpu) -> Forecast | None:
+    """What a recipe needs before anything is changed; `None` where it cannot run, as others can."""
+    try:
+        return forecast(recipe, gpu)
+    except ValueError:
+        return None
+
+
+def _found(best: Tried, utilisation: float | None, before: Forecast | None) -> Fit:
     """The answer, with the speeds at both ends of what is sustained."""
-    ends = best[1].gpu.sustained if utilisation is None else (utilisation, utilisation)
-    low, high = (tokens_per_second(*best, part) for part in ends)
-    return Fit(recipe=best[0], forecast=best[1], tokens_per_second=(low, high), utilisation=ends)
+    recipe, seen = best
+    ends = seen.gpu.sustained if utilisation is None else (utilisation, utilisation)
+    low, high = (tokens_per_second(recipe, seen, part) for part in ends)
+    return Fit(
+        recipe=recipe,
+        forecast=seen,
+        tokens_per_second=(low, high),
+        utilisation=ends,
+        before=before,
+    )
 
 
 def _sequences_per_gpu(recipe: TrainRecipe, target: int | None) -> int:
@@ -401,10 +418,10 @@ SEARCHED = ("attention", "checkpointed_layers", "keep_attention", "offload_check
 LEAST = {"checkpointed_layers": "all", "keep_attention": False, "offload_checkpoints": False}
 
 
-def _kernels(weigh: _Weigher, each: Callable[..., list[Any]]) -> list[Tried]:
+def _kernels(weigh: _Weigher, pool: Executor) -> list[Tried]:
     """One sequence with each attention that the model takes; with the recipe's own if none."""
     kinds = [(1, LEAST | {"attention": kind}) for kind in ("stock", "explicit_kv")]
-    taken = [pair for pair in each(weigh.if_taken, kinds) if pair is not None]
+    taken = [pair for pair in _each(pool, weigh.if_taken, kinds) if pair is not None]
     return taken or [weigh(1, LEAST)]
 
 
@@ -439,20 +456,26 @@ def _unheard(text: str) -> None:
     """What a process beside this one weighs is said by nobody."""
 
 
-@contextlib.contextmanager
-def _workers(processes: int) -> Iterator[Callable[..., list[Any]]]:
-    """Calls a function with each of several arguments, in this process or in some beside it."""
+class _Here(Executor):
+    """Does at once, in this process, what a pool would do beside it."""
+
+    def submit(self, function: Callable[..., Any], /, *items: Any, **options: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*items, **options))
+        return done
+
+
+def _workers(processes: int) -> Executor:
+    """Who weighs: this process alone or some beside it."""
     if processes < 2:
-        yield lambda function, items: [function(*item) for item in items]
-        return
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, mp_context=fork) as pool:
+        return _Here()
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
 
-        def each(function: Callable[..., Any], items: list[tuple[Any, ...]]) -> list[Any]:
-            futures: list[Future[Any]] = [pool.submit(function, *item) for item in items]
-            return [future.result() for future in futures]
 
-        yield each
+def _each(pool: Executor, function: Callable[..., Any], items: list[tuple[Any, ...]]) -> list[Any]:
+    """The function of each of several arguments."""
+    futures = [pool.submit(function, *item) for item in items]
+    return [future.result() for future in futures]
 
 
 def _family(weigh: _Weigher, fields: dict[str, Any]) -> list[Tried]:

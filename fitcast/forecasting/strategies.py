@@ -140,7 +140,8 @@ def _in_parts(
         weighed.append(Weighed(name=name, why=why, forecast=seen))
         if not offload:
             weighed.append(Weighed(name="fsdp2 --offload", why="not needed, and the slowest"))
-        found = search._found((lean, seen), options.get("utilisation"))
+        before = search.as_it_came(recipe, gpu)
+        found = search._found((lean, seen), options.get("utilisation"), before)
         return RanksFit(**vars(found), strategy="fsdp2", offload=offload, weighed=tuple(weighed))
     raise DoesNotFit("; ".join(map(str, weighed)) + "; shorten the sequence, or take more cards")
 

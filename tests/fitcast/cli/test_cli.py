@@ -20,6 +20,7 @@ from fitcast.forecasting.forecast import NO_MEMORY, checked_config, forecast
 from fitcast.gpus import A10, T4
 from fitcast.recipe import TrainRecipe
 from fitcast.step.apply import PULLED, apply_levers
+from fitcast.units import show_bytes
 
 SMALL = ["--model", BUNDLED, "--sequence-length", "64", "--micro-batch-size", "2"]
 # In Python: what SMALL says, and the precision that suits a T4.
@@ -97,9 +98,14 @@ def test_fit_names_settings_and_the_command_for_what_comes_next(capsys):
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "tokens/s" in out and "one change at a time" in out and "micro batch" in out
+    before = forecast(RECIPE, T4)  # what it was, beside what it is to be
+    low, high = (show_bytes(n, "GiB") for n in before.device_bytes)
+    assert f"\n  was: fits, {low} to {high}\n" in out
     again = shlex.split(out.splitlines()[-1])
     assert again[:2] == ["fitcast", "levers"]
     said = told(capsys, *arguments)
+    assert tuple(said["before"]["device_bytes"]) == before.device_bytes
+    assert said["before"]["verdict"] == "fits" and said["device_bytes"] != [*before.device_bytes]
     low, high = said["tokens_per_second"]
     assert said["fits"] and 0 < low <= high and tuple(said["utilisation"]) == T4.sustained
     # What it found can be asked for, by a reader and by a program.

@@ -34,6 +34,17 @@ def test_what_needs_no_memory_is_answered_from_memory(recipe, no_more_runs):
     assert forecast(dataclasses.replace(recipe, learning_rate=1e-5, seed=7, max_steps=3)) == first
 
 
+def test_growing_segments_are_another_question_about_the_same_run(tmp_path, no_more_runs):
+    """Only the allocator's replay knows of them: `fit`, which always has them, is spared a run."""
+    write_config(tmp_path, num_hidden_layers=8)
+    recipe = TrainRecipe(model=str(tmp_path), amp_dtype="float16", sequence_length=8192)
+    first = forecast(recipe)
+    no_more_runs()
+    grown = forecast(dataclasses.replace(recipe, expandable_segments=True))
+    assert (grown.operations, grown.phases) == (first.operations, first.phases)
+    assert grown.peak_reserved_bytes != first.peak_reserved_bytes
+
+
 def test_a_config_in_two_places_is_one_question(tmp_path, recipe, no_more_runs):
     first = forecast(recipe)
     no_more_runs()
