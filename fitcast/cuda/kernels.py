@@ -42,6 +42,8 @@ from fitcast.cuda.attention import (
 )
 from fitcast.gpus import Gpu
 from fitcast.memory.flops import matrix_flops
+from fitcast.memory.ledger import MemoryLedger
+from fitcast.memory.report import COMPILED
 
 aten = torch.ops.aten
 
@@ -178,7 +180,7 @@ CHECKS_OF_A_CALL = 4
 
 
 def one_kernel(
-    function: Callable, tensors: tuple[torch.Tensor, ...]
+    function: Callable, tensors: tuple[torch.Tensor, ...], part: str
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """A function that torch.compile fuses takes what it gives back, and reads its inputs once.
 
@@ -188,17 +190,23 @@ def one_kernel(
     Args:
         function: Asked for what it gives back, out of sight.
         tensors: Its inputs, fake.
+        part: Of the step, which the ledger names as who made the results.
 
     Source: torch/_inductor/scheduler.py, `fuse_nodes`; tools/race.py's rows hold it.
     """
-    kernels: list[Any] = [
-        mode for mode in _get_current_dispatch_mode_stack() if hasattr(mode, "on_work")
-    ]
+    modes = _get_current_dispatch_mode_stack()
+    kernels: list[Any] = [mode for mode in modes if hasattr(mode, "on_work")]
     with _disable_current_modes(), tensors[0].fake_mode:  # pyright: ignore[reportAttributeAccessIssue]
         results = function(*tensors)
     alone = isinstance(results, torch.Tensor)
     layouts = [(r.shape, r.stride(), r.dtype) for r in ((results,) if alone else results)]
-    made = tuple(torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in layouts)
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            if isinstance(mode, MemoryLedger):
+                stack.enter_context(mode.doing(f"{COMPILED}{part}"))
+        made = tuple(
+            torch.empty_strided(size, stride, dtype=kind) for size, stride, kind in layouts
+        )
     for mode in kernels:
         if mode.on_work is not None:
             mode.on_work(0, tensors, made)

@@ -100,8 +100,8 @@ class Forecast(MemoryReport):
         card = f"{with_article(self.gpu.name)} ({show_bytes(self.gpu.total_bytes)})"
         return (
             f"{verdict} {card}: peak {show_bytes(self.peak_allocated_bytes)} in tensors, {low} "
-            f"to {high} of the device{self._what_it_costs()}; highest in {self.peak_phase} at "
-            f"{self.peak_operation} in {self.peak_module or 'no module'}"
+            f"to {high} of the device{self._what_it_costs()}; highest in {self.peak_phase} "
+            f"{self.peak_place}"
         )
 
     def _what_it_costs(self) -> str:

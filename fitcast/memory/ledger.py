@@ -27,7 +27,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitcast.memory.report import Block, Event, MemoryReport, replay, tensors_in
+from fitcast.memory.report import Block, Event, MemoryReport, replay, tensors_in, where
 from fitcast.units import refusal, show_bytes
 
 
@@ -82,6 +82,7 @@ class MemoryLedger(TorchDispatchMode):
         self._names: dict[int, str] = {}
         self._trainable: list[weakref.ref[torch.nn.Parameter]] = []  # of the watched models
         self._optimizer = weakref.ref(optimizer) if optimizer is not None else None
+        self._doing = ""
         self._active = False
         self._hooks = contextlib.ExitStack()
         if model is not None:
@@ -178,6 +179,15 @@ class MemoryLedger(TorchDispatchMode):
             yield self
         finally:
             self._phase = before
+
+    @contextlib.contextmanager
+    def doing(self, name: str) -> Iterator[Self]:
+        """What is allocated inside is said to come from `name`, not from an operation."""
+        before, self._doing = self._doing, name
+        try:
+            yield self
+        finally:
+            self._doing = before
 
     def phase_now(self) -> str:
         """The phase of this moment: the one named by `phase`, else what PyTorch is doing."""
@@ -285,7 +295,7 @@ class MemoryLedger(TorchDispatchMode):
             tensor,
             storage,
             "activations" if recomputed else "temporaries",
-            operation,
+            self._doing or operation,
             self._module_now(),
         )
         self._events.append((1, block, self._blocks[block].phase))
@@ -293,10 +303,11 @@ class MemoryLedger(TorchDispatchMode):
     def _check_budget(self, wanted: int) -> None:
         if self.budget_bytes is not None and self.live_bytes + wanted > self.budget_bytes:
             free = max(0, self.budget_bytes - self.live_bytes)
+            module = self._module_now()
             raise torch.OutOfMemoryError(
                 f"Out of memory. Tried to allocate {show_bytes(wanted)}. The budget is "
                 f"{show_bytes(self.budget_bytes)} of which {show_bytes(free)} is free. "
-                f"{show_bytes(self.live_bytes)} is in use, in {self._module_now() or 'no module'}."
+                f"{show_bytes(self.live_bytes)} is in use, {where(module, self.phase_now())}."
             )
 
     def report(self) -> MemoryReport:

@@ -22,6 +22,13 @@ CATEGORIES: tuple[str, ...] = (
 )
 
 
+COMPILED = (
+    "compiled "  # before a part of the step that one kernel computes, in an operation's place
+)
+# Where an operation is that belongs to no module: in which phase, in a reader's words.
+OUTSIDE = {"optimizer": "in the optimizer's step", "load": "in loading", "adapters": "in loading"}
+BESIDE = "beside the model's modules, as a loss or a script's own code is"
+
 Event = tuple[int, int, str]  # +1 allocated or -1 freed, index of the block, phase
 
 
@@ -91,6 +98,18 @@ class MemoryReport:
     saved: list[Block]
     timeline: dict[str, list[int]]
     phases: list[str]
+
+    @property
+    def peak_place(self) -> str:
+        """Where the peak is, in a reader's words."""
+        if self.peak_operation.startswith(COMPILED):
+            return f"in the {self.peak_operation}"
+        return f"at {self.peak_operation} {where(self.peak_module, self.peak_phase)}"
+
+
+def where(module: str, phase: str) -> str:
+    """A module's path with its preposition; of what belongs to none, what it belongs to."""
+    return f"in {module}" if module else OUTSIDE.get(phase, BESIDE)
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:

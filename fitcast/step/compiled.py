@@ -26,18 +26,21 @@ from fitcast.units import IGNORED
 SHAPES = 64  # of a part, in one process
 
 
-def one_kernel(function: Callable) -> Callable:
-    """The function, compiled for tensors on a GPU; compiling waits for the first of them."""
+def one_kernel(part: str) -> Callable[[Callable], Callable]:
+    """The function of a part, compiled for tensors on a GPU; compiling waits for the first."""
 
-    @functools.wraps(function)
-    def call(*tensors: torch.Tensor) -> Any:
-        return launch(function, tensors)
+    def one(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*tensors: torch.Tensor) -> Any:
+            return launch(function, tensors, part)
 
-    return call
+        return call
+
+    return one
 
 
-def launch(function: Callable, tensors: tuple[torch.Tensor, ...]) -> Any:
-    """Run a function of tensors where they are."""
+def launch(function: Callable, tensors: tuple[torch.Tensor, ...], part: str) -> Any:
+    """Run a part's function of tensors where they are; a forecast says which part it was."""
     return (_compiled(function) if tensors[0].is_cuda else function)(*tensors)
 
 
@@ -53,13 +56,13 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True)
 
 
-@one_kernel
+@one_kernel("MLP")
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) x up, (B, S, I): two tensors read and one written."""
     return F.silu(gate) * up
 
 
-@one_kernel
+@one_kernel("MLP")
 def swiglu_gradients(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,14 +85,14 @@ class SwiGLU(torch.autograd.Function):
         return swiglu_gradients(grad, *ctx.saved_tensors)
 
 
-@one_kernel
+@one_kernel("rotary embedding")
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x, (B, heads, S, head_dim), turned by the angles of (B, 1, S, head_dim / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-@one_kernel
+@one_kernel("loss")
 def loss_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

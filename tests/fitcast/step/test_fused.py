@@ -258,6 +258,28 @@ def test_a_compiled_part_is_one_operation_and_makes_nothing_in_between():
     assert lean.peak_allocated_bytes >= compiled_.peak_allocated_bytes
 
 
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ("compiled", "; highest in forward in the compiled loss"),
+        ("chunked", "beside the model's modules, as a loss or a script's own code is"),
+    ],
+)
+def test_a_peak_outside_of_every_module_is_named_in_the_readers_words(loss, said):
+    """The losses that save memory run beside the model; a compiled part is no operation either."""
+    short = SHORT | {"loss_chunk_tokens": 4096, "attention": "explicit_kv", "norm": "native"}
+    recipe = TrainRecipe(**short | dict(model="llama-3.2-1b", sequence_length=4096, loss=loss))
+    seen = forecasting.forecast(recipe, T4)
+    assert seen.peak_module == "" and str(seen).endswith(said)
+
+
+def test_a_compiled_part_of_a_module_says_where_it_is():
+    recipe = TrainRecipe(**SHORT | {"model": "llama-3.2-1b", "mlp": "compiled"})
+    made = [b for b in forecasting.run_stream(recipe, T4).blocks if "compiled" in b.operation]
+    assert {block.operation for block in made} == {"compiled MLP"}
+    assert all(".mlp" in block.module for block in made)
+
+
 DATA = Path(__file__).resolve().parents[2] / "data"
 ROWS_ON_RECORD = json.loads(race.RECORDED.read_text("utf-8"))["rows"]
 RACED = [row for row in ROWS_ON_RECORD if row["group"] == "race" and row["contender"] == "ours"
