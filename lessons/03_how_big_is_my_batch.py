@@ -135,7 +135,7 @@ show_prediction(predicted_lines, show="{:.0f} lines".format, logged=len(log),
 
 # %% [markdown]
 # ## 2 · The same gradient?
-# Section 1 did what most tutorials do: each micro batch's mean loss, divided by their number.
+# Section 1 did what comes to mind first: each micro batch's mean loss, divided by their number.
 
 # %% tags=["run"]
 def add_means(model, micro_batches):
@@ -416,8 +416,8 @@ exercises.check_schedule(what_it_counts)
 
 # %% [markdown]
 # ### How many fit?
-# Fewer, larger matrix products are faster, so people search for the largest micro batch. From a
-# tutorial, with four faults:
+# Fewer, larger matrix products are faster, so one looks for the largest micro batch. As one writes
+# it in a hurry, with four faults:
 
 # %% tags=["run"]
 def usual_search(model, tokenizer):

@@ -54,6 +54,7 @@ STYLE: dict[Any, Any] = {  # keys of matplotlib.rcParams
     "grid.color": GRID,
     "legend.frameon": False,
 }
+DPI = 110
 styled = matplotlib.rc_context(STYLE)  # decorates a function that draws
 
 
@@ -89,7 +90,7 @@ def new_canvas(height: float = 4.6) -> tuple[Canvas, Any]:
 def finish(canvas: Canvas, what: str, title: str = "", words: str = "") -> Figure:
     """The picture, and in words what it is, its title if it has one, and what it shows."""
     png = io.BytesIO()
-    canvas.savefig(png, format="png", dpi=110, metadata={"Software": None})
+    canvas.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
     said = f"{what}{': ' * bool(title)}{title}.{' ' * bool(words)}{words}"
     return Figure(png.getvalue(), said)
 
@@ -213,6 +214,9 @@ def compare(
         ends = {name: end + rows[name].get(holder, 0) for name, end in ends.items()}
     said = {}
     for name, total in totals.items():
+        if total > longest:  # a gap near its end: this bar goes on
+            gap = 0.012 * longest / size
+            ax.barh(name, gap, left=0.965 * longest / size, color="white", height=0.7)
         said[name] = show_bytes(total) + verdicts.get(name, "")
         ax.annotate(
             f"{'→ ' * (total > longest)}{said[name]}",

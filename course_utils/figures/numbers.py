@@ -158,6 +158,8 @@ def smallest_updates(
             textcoords="offset points",
             color=colour,
             va="center",
+            zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
         said.append(f"{name} {share:.0%}")
     ax.axhline(learning_rate, color=INK, linestyle="--")

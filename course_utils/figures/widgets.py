@@ -26,7 +26,7 @@ from fitcast.units import GIB
 
 # Where an explorer's axis ends, whatever its controls say: a bar that moves is then seen to move.
 LAYERS_AXIS_BYTES = 48 * GIB
-ADAPTERS_AXIS_BYTES = 6 * GIB
+ADAPTERS_AXIS_BYTES = 3 * GIB
 # Bytes that Adam remembers for a trained parameter: two float32 averages; or two of a byte, with a
 # float32 scale for every 256 of them.
 ADAM_BYTES = {"8-bit Adam": 2 * (1 + 4 / 256), "Adam": 8}
@@ -242,13 +242,13 @@ def adapters_explorer() -> Explorer:
                 "gradients": 4 * trained,
                 "optimizer state": round(ADAM_BYTES[optimizer] * trained),
             }
-        title = f"{model}: float32 adapters of rank {rank}, {optimizer}"
+        title = f"{model}: adapters of rank {rank}, {optimizer}"
         return compare(rows, None, title, ADAPTERS_AXIS_BYTES)
 
     return Explorer(
         draw,
         model=("llama-3.1-8b", "phi-4-mini", "llama-3.2-1b"),
-        rank=(16, 4, 8, 32, 64, 128),
+        rank=(16, 4, 8, 32, 64),
         optimizer=tuple(ADAM_BYTES),
     )
 
@@ -357,7 +357,8 @@ def ranks_explorer(recipe: TrainRecipe, known: Mapping[str, Any]) -> Explorer:
     from fitcast.forecasting.ranks import forecast_ranks
 
     def draw(ranks: int, gpu: str, **settings: Any) -> Figure:
-        card, one = preset(gpu), replace(recipe, **settings)
+        targets = settings_of(settings["model"])["lora_targets"]
+        card, one = preset(gpu), replace(recipe, lora_targets=targets, **settings)
         rows = known
         if (one, ranks, gpu) != (recipe, 2, "T4"):
             rows = {"one card": forecast(one, card)} | {

@@ -150,7 +150,7 @@ def test_on_a_fixed_axis_a_bar_changes_its_length_and_a_long_one_is_cut():
         return painted(figure, "weights").sum(axis=1).max()
 
     assert length(4 * GIB) / length(2 * GIB) == pytest.approx(2, rel=0.05)
-    assert length(80 * GIB) == length(8 * GIB)
+    assert 0.97 * length(8 * GIB) < length(80 * GIB) < length(8 * GIB), "a gap says: it goes on"
 
 
 def test_bars_take_reports():

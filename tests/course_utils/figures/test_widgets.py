@@ -1,17 +1,24 @@
 """Controls: a static picture without a kernel, a new one for each move, labels, no state."""
 
 import asyncio
+import itertools
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import ipywidgets
 import pytest
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
-from course_utils.figures import widgets
+from course_utils.figures import base, widgets
 from course_utils.figures.base import Figure
 from course_utils.topics import recorded
-from fitcast.units import show_bytes
+from fitcast import TrainRecipe, models
+from fitcast.forecasting import forecast, ranks
+from fitcast.forecasting.fake import meta_model
+from fitcast.units import GIB, show_bytes
 
 
 def drawn(size: int = 1, name: str = "a", dark: bool = False) -> Figure:
@@ -207,5 +214,92 @@ def test_adapters_explorer_shows_what_was_measured_on_a_gpu():
     explorer.controls["rank"].value = 64
     assert "on every linear layer: 1.57 GiB" in explorer.picture.value  # the lesson's answer
     explorer.controls["optimizer"].value = "Adam"
-    explorer.controls["rank"].value = 128
-    assert "on every linear layer: 5.00 GiB" in explorer.picture.value, "the axis holds it"
+    assert "on every linear layer: 2.50 GiB" in explorer.picture.value, "the axis holds it"
+
+
+# --- what the explorers show at their ends -------------------------------------------------------
+
+
+@pytest.fixture
+def forecasts(monkeypatch):
+    """The recipes that were forecast; each gets the same bar with the longest verdict."""
+    asked = []
+
+    def ask(recipe, *_, **__):
+        asked.append(recipe)
+        holders = dict.fromkeys(base.COLOURS, 29 * GIB // 10)
+        return SimpleNamespace(composition=holders, verdict="does not fit")
+
+    monkeypatch.setattr(forecast, "forecast", ask)
+    monkeypatch.setattr(ranks, "forecast_ranks", ask)
+    monkeypatch.setattr(widgets, "_adapters_of_rank_1", lambda *_: 2_621_440)  # 8B, every layer
+    return asked
+
+
+def ranks_explorer():
+    known = {name: forecast.forecast(None) for name in ("one card", "ddp on 2", "fsdp2 on 2")}
+    recipe = TrainRecipe(model="llama-3.1-8b", micro_batch_size=2, sequence_length=2048)
+    return widgets.ranks_explorer(recipe, known)
+
+
+EXPLORERS = [
+    widgets.adapters_explorer,
+    widgets.forgetting_explorer,
+    widgets.levers_explorer,
+    widgets.split_explorer,
+    ranks_explorer,
+]
+
+
+def misplaced(canvas) -> list[str]:
+    """Texts of a drawn canvas that leave it, or lie on another one."""
+    canvas.set_dpi(base.DPI)  # letters do not scale exactly
+    canvas.draw_without_rendering()
+    texts = [one for one in canvas.findobj(Text) if one.get_text() and one.get_visible()]
+    boxes = {one: Text.get_window_extent(one) for one in texts}
+    ticks = {label for ax in canvas.axes for label in ax.get_xticklabels()}  # some lie outside
+    page = canvas.bbox.padded(-3)
+    found = [
+        one.get_text()
+        for one, box in boxes.items()
+        if one not in ticks and not (page.x0 <= box.x0 and box.x1 <= page.x1)
+    ]
+    for (one, box), (other, its) in itertools.combinations(boxes.items(), 2):
+        if Bbox.intersection(box.padded(-2), its.padded(-2)) and {one, other} - ticks:
+            found.append(f"{one.get_text()} on {other.get_text()}")
+    return found
+
+
+@pytest.mark.parametrize("make", EXPLORERS, ids=lambda make: make.__name__)
+def test_no_label_is_cut_off_or_covered_at_either_end(make, forecasts, monkeypatch):
+    seen = []
+
+    def look(canvas, *words, **_):
+        seen.extend(misplaced(canvas))
+        return Figure(b"png", repr(words))
+
+    monkeypatch.setattr(base, "finish", look)
+    explorer = make()
+    for end in (0, -1):
+        explorer.draw(**{name: one.options[end] for name, one in explorer.controls.items()})
+    assert seen == []
+
+
+def test_a_title_that_is_too_long_is_found(monkeypatch):
+    seen = []
+    monkeypatch.setattr(base, "finish", lambda canvas, *_: seen.extend(misplaced(canvas)))
+    title = "llama-3.1-8b: float32 adapters of rank 16, 8-bit Adam"  # it was
+    base.compare({"on every linear layer": {"weights": GIB}}, None, title)
+    assert seen == [title]
+
+
+def test_each_models_own_layers_get_the_adapters(forecasts):
+    """PEFT finds a target by the end of a module's name; phi-4-mini has no `q_proj`."""
+    for make in (widgets.levers_explorer, ranks_explorer):
+        explorer = make()
+        explorer.draw(**explorer.settings | {"model": "phi-4-mini"})
+        names = {name.split(".")[-1] for name, _ in PHI.named_modules()}
+        assert set(forecasts[-1].lora_targets) <= names, make.__name__
+
+
+PHI = meta_model(models.config("phi-4-mini"))
