@@ -101,8 +101,8 @@ exercises.draw_traces(keep_all, keep_135)
 
 # %% [markdown]
 # ### Predict
-# "Forward runs twice", people say. A plain training step runs 6 forward steps. How many does the
-# step run that keeps a₁, a₃ and a₅?
+# Does forward run twice then? A plain training step runs 6 forward steps. How many does the step
+# run that keeps a₁, a₃ and a₅?
 
 # %% tags=["predict"]
 predicted_steps = ...
@@ -193,7 +193,7 @@ print(f"after model.train(): {kept_for_backward(model) / everything:.2f} of befo
 #
 # ### Predict
 # Whole training steps, as in lesson 01: two, with the optimizer. The activations' own highest point
-# falls to which fraction, when all four layers forget? (People say "down to 30-40 %".)
+# falls to which fraction, when all four layers forget?
 
 # %% tags=["predict"]
 predicted_fraction = ...
@@ -235,7 +235,8 @@ show_prediction(predicted_fraction, show="{:.0%}".format, counted=ours / theirs,
 
 # %% [markdown]
 # ## 4 · What does it cost?
-# "Forward runs twice, so +25-35 % time." Work is the same on every machine. Backward is about twice
+# "Only 30 percent additional running time cost", says the paper that made checkpoints known. [Chen
+# et al. 2016, abstract] Time depends on the machine, work does not. Backward's is about twice
 # forward's: one product for the inputs' gradients, one for the weights'. With LoRA the weights are
 # frozen, and the second product falls away.
 #
@@ -269,7 +270,7 @@ for predicted, rank in ((predicted_more_full, None), (predicted_more_lora, 16)):
 
 # %% [markdown]
 # ## 5 · When is it needed, and how much of it?
-# "On a T4, models over 3B need it": a rule of thumb with a size in it and no length. Three
+# From which size on does a T4 need it, 3B? Such a rule would have a size in it and no length. Three
 # verdicts: **fits**, the forecast's upper bound lies within the card; **tight**, it runs if the
 # allocator is lucky with the gaps between its pieces; **does not fit**.
 #

@@ -346,8 +346,8 @@ show_prediction(predicted_weight, show="{:.4f}".format, computed=ended["float16"
 # The next number after 1 is 0.00098 away in float16, and an update of less than half of that rounds
 # back. Not "a little less is learned": *nothing* is, a thousand times. Whether a weight moves
 # depends on its own size, and Adam's update is about the learning rate, whatever
-# the gradient. So compare the two. Here, for the weights of our model, a learning rate that people
-# use to train all weights:
+# the gradient. So compare the two. Here, for the weights of our model and a learning rate for
+# training all of them:
 
 # %% tags=["run"]
 figures.smallest_updates(2e-5, list(training.build_model(recipe).parameters()),
@@ -399,8 +399,9 @@ replace(recipe, amp_dtype="bfloat16").check_on(gpus.T4)
 
 # %% [markdown]
 # A 4-bit base adds one more choice: in which format are its weights unpacked for a product? That is
-# the **compute dtype** (`bnb_4bit_compute_dtype`). Two formats in one run mean casts, and this is
-# what you find when you search for a T4 recipe:
+# the **compute dtype** (`bnb_4bit_compute_dtype`). Two formats in one run mean casts. Here is a
+# recipe with the formats and the optimizer of Hugging Face's own notebook for Colab [Hugging Face,
+# "4-bit QLoRA"]:
 
 # %% tags=["run"]
 published = dict(exercises.PUBLISHED)
@@ -694,6 +695,8 @@ for name, step in steps.items():
 # - PyTorch,
 #   [torch/cuda/\_\_init\_\_.py](https://github.com/pytorch/pytorch/blob/main/torch/cuda/__init__.py):
 #   `is_bf16_supported`
+# - Hugging Face, [4-bit QLoRA](https://huggingface.co/blog/4bit-transformers-bitsandbytes) and the
+#   [notebook](https://colab.research.google.com/drive/1VoYNfYDKcKRQRor98Zbf2-9VQTtGJ24k) to it
 # - NVIDIA, [CUDA GPUs](https://developer.nvidia.com/cuda-gpus): compute capabilities; [T4 data
 #   sheet](https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/tesla-t4/t4-tensor-core-datasheet-951643.pdf)
 #

@@ -32,7 +32,7 @@ from fitcast.units import show_bytes
 
 NUMBERS = (1.0, 1.25, 1.5, 2.0, 0.75, 100.0, 1024.0, 3e-3, 2e-4)
 COPIED = (BUNDLED, "llama-3.2-1b", "llama-2-7b")  # two with a tied head, one without
-# What people publish for a T4, in the names that the libraries use.
+# Formats and optimizer as in Hugging Face's 4-bit notebook (the lesson's sources), the rest usual.
 PUBLISHED = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
@@ -171,7 +171,7 @@ def copies(model: torch.nn.Module) -> int:
 
 @check()
 def check_copies(answer: Callable) -> Verdict:
-    """Exercise 04.2: bytes of 16-bit copies that autocast adds to a float32 model."""
+    """Exercise 04.3: bytes of 16-bit copies that autocast adds to a float32 model."""
     for name in COPIED:
         model = fake_model(name)
         result, wanted = call(answer, model), copies(model)
@@ -235,7 +235,7 @@ def run_published(settings: Mapping[str, Any]) -> OperationLog:
 
 @check()
 def check_published(answer: Mapping[str, Any]) -> Verdict:
-    """Exercise 04.3: the published settings, made right for a T4 by changing one of them."""
+    """Exercise 04.2: the published settings, made right for a T4 by changing one of them."""
     if not isinstance(answer, Mapping):
         return not_yet(f"the settings as a dict are asked for, got {type(answer).__name__}.")
     changed = {name: value for name, value in answer.items() if PUBLISHED.get(name) != value}
