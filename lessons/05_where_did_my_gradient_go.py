@@ -397,7 +397,7 @@ exercises.QUESTIONS.score(before, after)
 # %% [markdown]
 # ## To lesson 06
 # Every part works now, on a model that fits anywhere. Lesson 06 takes one of 8 billion weights, the
-# recipe that everybody copies, and asks: what does it waste?
+# usual recipe, and asks: what does it waste?
 
 # %% [markdown]
 # ## Go further (optional)

@@ -6,7 +6,7 @@
 # **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # Lesson 05 left every part working, on a model that fits anywhere. Now the model has 8 billion
-# weights, the card is a T4, the recipe is the one that everybody copies, and it runs out of memory.
+# weights, the card is a T4, the recipe is the one that the guides teach, and it runs out of memory.
 # Whose memory is it? You will write the repair of the largest part yourself, see what each other
 # change buys, and take the lines home.
 #
