@@ -11,7 +11,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from fitcast.cli import options
-from fitcast.units import refusal
+from fitcast.units import refusal, show_bytes
 
 if TYPE_CHECKING:
     from fitcast.forecasting.search import Fit
@@ -95,7 +95,7 @@ def fit_lines(best: Fit) -> list[str]:
     weighed = getattr(best, "weighed", ())
     if not weighed:
         return []
-    low, high = (n / 2**30 for n in best.forecast.device_bytes)
+    low, high = (show_bytes(n, "GiB") for n in best.forecast.device_bytes)
     ranks = range(best.recipe.world_size)
-    each = [f"  rank {n}: {best.forecast.verdict}, {low:.2f} to {high:.2f} GiB" for n in ranks]
+    each = [f"  rank {n}: {best.forecast.verdict}, {low} to {high}" for n in ranks]
     return ["strategy:", *(f"  {way}" for way in weighed), *each]

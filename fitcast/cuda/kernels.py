@@ -55,11 +55,9 @@ def cuda_functions(gpu: Gpu) -> Iterator[None]:
     Patched rather than a function mode: backward would not pass one on to a recomputed forward.
     """
     with contextlib.ExitStack() as stack:
-        for rule in (scaled_dot_product_attention, dropout, softmax, log_softmax, rms_norm):
-            original = getattr(F, rule.__name__)
-            stack.enter_context(
-                mock.patch.object(F, rule.__name__, functools.partial(rule, gpu, original))
-            )
+        for name, rule in FUNCTION_RULES.items():
+            here = functools.partial(rule, gpu, getattr(F, name))
+            stack.enter_context(mock.patch.object(F, name, here))
         yield
 
 
@@ -118,6 +116,7 @@ def dropout(
 
 
 def softmax(
+    kernel: Callable,
     gpu: Gpu,
     func: Callable,
     x: torch.Tensor,
@@ -127,21 +126,7 @@ def softmax(
 ) -> torch.Tensor:
     """One kernel from float16 to float32, no cast before it. Source: native/SoftMax.cpp."""
     if x.dtype == torch.float16 and dtype == torch.float32:
-        return aten._softmax(x, dim, True)
-    return func(x, dim, _stacklevel, dtype)
-
-
-def log_softmax(
-    gpu: Gpu,
-    func: Callable,
-    x: torch.Tensor,
-    dim: int | None = None,
-    _stacklevel: int = 3,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Likewise. Source: native/SoftMax.cpp."""
-    if x.dtype == torch.float16 and dtype == torch.float32:
-        return aten._log_softmax(x, dim, True)
+        return kernel(x, dim, True)
     return func(x, dim, _stacklevel, dtype)
 
 
@@ -173,6 +158,14 @@ class _FusedRmsNorm(torch.autograd.Function):
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
+
+FUNCTION_RULES: dict[str, Callable] = {
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    "dropout": dropout,
+    "softmax": functools.partial(softmax, aten._softmax),
+    "log_softmax": functools.partial(softmax, aten._log_softmax),
+    "rms_norm": rms_norm,
+}
 
 # What Python checks of a compiled function's inputs before it launches takes as long as launching
 # so many operations: rows "step, 1 x 512" of tests/data/h200_profile.json.

@@ -10,6 +10,7 @@ from fitcast.forecasting.forecast import forecast
 from fitcast.forecasting.search import DoesNotFit, Fit
 from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
+from fitcast.units import show_bytes
 
 ONE_B = ("--model", "llama-3.2-1b", "--sequence-length", "64")
 
@@ -93,7 +94,9 @@ def test_fit_takes_the_fastest_way_that_fits(monkeypatch, capsys, seen, way):
         assert recipe["micro_batch_size"] == 2, "four do not fit"
     assert cli.main(FIT) == cli.FITS
     said = capsys.readouterr().out
-    assert "rank 0: fits" in said and "rank 1: fits" in said
+    low, high = (show_bytes(n, "GiB") for n in answer["device_bytes"])
+    for rank in (0, 1):
+        assert f"  rank {rank}: fits, {low} to {high}\n" in said
 
 
 def test_where_nothing_fits_every_way_says_why(monkeypatch, capsys, seen):
