@@ -159,10 +159,10 @@ for name, n_bytes in holders.items():
     print(f"{name:16}{show_bytes(n_bytes):>10} = {n_bytes / holders['weights']:.2f} x weights")
 
 # %% [markdown]
-# "Gradients are as large as the weights, Adam's state is twice that", people say. True, *when every
-# weight is trained, in float32*: 4 + 4 + 8 bytes a parameter. The fourth holder no object shows:
-# what forward leaves behind, so that backward can use it. The gradient of `w * x` with respect to
-# `w` is `x`, so somebody has to keep `x`. Autograd does, and it lets you watch:
+# Gradients are as large as the weights, Adam's state is twice that: remember it with its condition,
+# *when every weight is trained, in float32*, 4 + 4 + 8 bytes a parameter. The fourth holder no
+# object shows: what forward leaves behind, so that backward can use it. The gradient of `w * x`
+# with respect to `w` is `x`, so somebody has to keep `x`. Autograd does, and it lets you watch:
 
 # %% tags=["run"]
 def kept_for_backward(model, ids):
@@ -191,7 +191,7 @@ show_prediction(predicted_kept, counted_by_your_hooks=kept, also=share)
 
 # %% [markdown]
 # ### Explain
-# The largest holder is none of the three that people name. It is the one that follows the *data*,
+# The largest holder is none of the three that you could ask. It is the one that follows the *data*,
 # and this lesson takes it apart.
 #
 # Your dozen lines add up one moment. The `MemoryLedger` does the same for every operation: it books
@@ -398,7 +398,9 @@ exercises.check_logits_at_peak(logits_at_peak, full, vocab_size=1280)
 # ## In your script
 # No course, no `fitcast`: PyTorch's own instruments, for any model. Two steps, because of Adam. The
 # snapshot shows who held what, and which line of yours allocated it: drop the file on
-# [pytorch.org/memory_viz](https://pytorch.org/memory_viz).
+# [pytorch.org/memory_viz](https://pytorch.org/memory_viz). (`nvidia-smi` shows more than the peak:
+# CUDA's context, and memory that PyTorch keeps for later. `torch.cuda.empty_cache()` hands that to
+# other processes; for your own it makes no room. [PyTorch: CUDA semantics])
 #
 # ```python
 # import torch
@@ -443,7 +445,7 @@ exercises.QUESTIONS.score(before, after)
 # ### The usual estimate
 # You will meet this formula for activation memory: layers x batch x sequence x hidden x 2 bytes
 # (numbers of 16 bits). For Llama-2-7B (32 layers, hidden 4096) at one sequence of 2048 tokens it
-# gives 512 MiB.
+# gives 512 MiB. [Korthikanti et al. 2022, section 5: 2sbhL, full recomputation]
 #
 # ### Predict
 # How much do the 32 layers really keep, with SDPA? In bytes: 2 GiB would be `2048 * MIB`.
@@ -621,11 +623,12 @@ for name, n_bytes in answers.items():
 # ## Sources
 # - Rajbhandari et al. 2020, [ZeRO](https://arxiv.org/abs/1910.02054), section 3: who holds what
 # - Korthikanti et al. 2022, [Reducing activation recomputation](https://arxiv.org/abs/2205.05198),
-#   section 4: a layer's activations, term by term
+#   section 4: a layer's activations, term by term; section 5: what is left when all is recomputed
 # - Dao et al. 2022, [FlashAttention](https://arxiv.org/abs/2205.14135), section 3
 # - Hu et al. 2021, [LoRA](https://arxiv.org/abs/2106.09685), section 4
 # - PyTorch, [Autograd mechanics](https://docs.pytorch.org/docs/stable/notes/autograd.html): saved
-#   tensors; [Understanding CUDA memory usage](https://docs.pytorch.org/docs/stable/torch_cuda_memory.html)
+#   tensors; [CUDA semantics](https://docs.pytorch.org/docs/stable/notes/cuda.html): memory
+#   management; [Understanding CUDA memory usage](https://docs.pytorch.org/docs/stable/torch_cuda_memory.html)
 # - transformers,
 #   [loss_utils.py](https://github.com/huggingface/transformers/blob/main/src/transformers/loss/loss_utils.py)
 #
