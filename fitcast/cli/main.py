@@ -51,6 +51,7 @@ def forecast_command(asked: argparse.Namespace, progress: Progress) -> tuple[int
 
 def _forecast(asked: argparse.Namespace, gpu: Gpu, recipe: TrainRecipe | None) -> Forecast:
     """What was asked for: a step of a file or of a recipe; a training step unless it says so."""
+    images = options.images_of(asked)
     if ranks.asked_for(asked) and recipe is not None:
         return ranks.forecast_asked(asked, gpu, recipe)
     if asked.step.lower() != "train":
@@ -62,6 +63,11 @@ def _forecast(asked: argparse.Namespace, gpu: Gpu, recipe: TrainRecipe | None) -
         from fitcast.forecasting.files import forecast_file
 
         return forecast_file(asked.file, gpu, **options.beside_file(asked))
+    if images:
+        from fitcast.forecasting.by_trainer import forecast_by_trainer
+
+        recipe.check_on(gpu)
+        return forecast_by_trainer(recipe, gpu, "its rows hold images", images)
     from fitcast.forecasting.forecast import forecast
 
     return forecast(recipe, gpu)

@@ -48,7 +48,7 @@ USAGE = {
 }
 FILE = """\
 FILE is a .yaml, .yml or .json that axolotl, LLaMA-Factory or TRL's command line trains from; beside
-it go --gpu, --json, and, in place of what it says, --model, --sequence-length and --padded.
+it go --gpu, --json, --images, and, in place of what it says, --model, --sequence-length, --padded.
 """
 BESIDE_FILE = ("model", "sequence_length", "padded")
 GROUPS = {
@@ -201,6 +201,13 @@ def _add_recipe(verb: argparse.ArgumentParser) -> None:
                 metavar="N",
                 help="Sequences behind one optimizer step. (default: those of the recipe)",
             )
+        if "micro_batch_size" in fields and verb.prog.endswith(" forecast"):
+            group.add_argument(
+                "--images",
+                metavar="N",
+                help="Pictures in each row, for a model with a vision tower; their tokens are "
+                "among the row's. (default: 0)",
+            )
 
 
 def _add_card(verb: argparse.ArgumentParser, name: str) -> None:
@@ -339,9 +346,26 @@ def beside_file(options: argparse.Namespace) -> dict[str, typing.Any]:
                 "change the file, which says it",
             )
     given = {field: getattr(options, field) for field in fields}
+    if images := images_of(options):
+        given["images"] = images
     if "sequence_length" in given:
         given["sequence_length"] = number("sequence_length", given["sequence_length"], int, "2048")
     return given
+
+
+def images_of(options: argparse.Namespace) -> int:
+    """How many pictures each row holds; whether the model takes them is seen with the model.
+
+    Raises:
+        ValueError: No whole number, or another step or several cards were asked for.
+    """
+    if options.images is None:
+        return 0
+    images = number("images", options.images, int, "1")
+    if images and (options.step.lower() != "train" or options.strategy is not None):
+        remedy = "leave out --step and --strategy"
+        raise refusal("--images", "be given for a training step on one card", images, remedy)
+    return images
 
 
 def _with_dashes(word: str) -> str:

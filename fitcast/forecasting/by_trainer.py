@@ -26,16 +26,18 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # families whose projections a r
 STOCK = ("stock", "full", "eager")
 
 
-def forecast_by_trainer(recipe: TrainRecipe, gpu: Gpu, why: str) -> Forecast:
+def forecast_by_trainer(recipe: TrainRecipe, gpu: Gpu, why: str, images: int = 0) -> Forecast:
     """The recipe's step as transformers' Trainer takes it.
 
     Args:
         recipe: Of a model that its own step does not run.
         gpu: The card.
         why: Said in the forecast's notes.
+        images: In each row, for a model with a vision tower.
 
     Raises:
-        ValueError: Trainer cannot either, or the model cannot take a lever of the recipe.
+        ValueError: Trainer cannot either, or the model cannot take a lever of the recipe, or sees
+            no images.
     """
     from fitcast.forecasting.huggingface import forecast_run
     from fitcast.forecasting.lean_trainer import with_levers
@@ -50,8 +52,8 @@ def forecast_by_trainer(recipe: TrainRecipe, gpu: Gpu, why: str) -> Forecast:
         script.lora |= {"target_modules": list(family_targets(recipe.model))}
     arguments = script.training_arguments(gpu)
     options = with_levers(arguments, script.options() | levers_of(recipe))
-    expandable = recipe.expandable_segments
-    seen = forecast_run(script.model, arguments, gpu=gpu, expandable_segments=expandable, **options)
+    options |= {"expandable_segments": recipe.expandable_segments, "images": images}
+    seen = forecast_run(script.model, arguments, gpu=gpu, **options)
     return dataclasses.replace(seen, notes=(*notes, *seen.notes))
 
 

@@ -45,6 +45,16 @@ def test_forecast_that_fits_exits_0_and_shows_where_bytes_go(capsys):
     assert "\n  weights " in out and "\n  peak in backward " in out
 
 
+def test_images_run_through_the_tower_with_the_step(capsys, tmp_path):
+    from tests.fitcast.forecasting.test_images import FAMILIES
+
+    FAMILIES["gemma3"][2].save_pretrained(tmp_path)
+    words = ["forecast", "--model", str(tmp_path), "--sequence-length", "64"]
+    seen = told(capsys, *words, "--images", "2")
+    assert seen["notes"][0] == "forecast as a stock Trainer runs it: its rows hold images"
+    assert "each row holds 2 images, whose tokens are among its own" in seen["notes"]
+
+
 def test_forecast_that_does_not_fit_exits_3(capsys):
     assert cli.main(["forecast", *TOO_LARGE]) == 3
     assert capsys.readouterr().out.startswith("does not fit a T4")

@@ -111,6 +111,30 @@ def test_a_hub_id_without_network_is_refused_by_name(capsys):
     assert "model must be reachable on the hub, got 'meta-llama/Llama-3.2-1B'" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--images", "1"), "images must be 0 for llama, got 1; it has no vision tower"),
+        (("--images", "-1"), "images must be a whole number from 0, got -1"),
+        (("--images", "one"), "images must be a whole number, got 'one'"),
+        (
+            ("--images", "1", "--step", "merge"),
+            "--images must be given for a training step on one card, got 1",
+        ),
+        (("--images", "1", "--strategy", "ddp"), "leave out --step and --strategy"),
+    ],
+)
+def test_images_where_nobody_looks_at_them_are_refused(capsys, words, said):
+    assert said in refused(capsys, "forecast", *SMALL, *words)
+
+
+def test_images_go_beside_a_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: m")
+    asked = options.parse(["forecast", str(file), "--images", "2"])
+    assert options.beside_file(asked) == {"images": 2}
+
+
 def test_targets_may_be_written_with_spaces():
     asked = options.parse(["forecast", *SMALL, "--lora-targets", "q_proj, v_proj"])
     assert options.recipe_of(asked).lora_targets == ("q_proj", "v_proj")
