@@ -126,7 +126,7 @@ def check_trainable(answer: Callable) -> Verdict:
                 lambda layers, hidden, kv, rank: layers * 2 * (hidden * hidden + hidden * kv),
             ),
         ],
-        takeaway=f"{counted[1]:,} for Llama-3.2-1B, the number that everybody quotes.",
+        takeaway=f"{counted[1]:,} for Llama-3.2-1B: `print_trainable_parameters()` says so, too.",
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.ticker import MaxNLocator
+
 from course_utils.figures.base import (
     COLOURS,
     INK,
@@ -42,7 +44,8 @@ def progress(
     canvas = Canvas(figsize=(8, 3.6), layout="constrained")
     left, right = canvas.subplots(1, 2)
     steps = [row["step"] for row in rows]
-    left.plot(steps, [row["loss"] for row in rows], color=LINES[0], linewidth=2.5)
+    dot = "o" if len(rows) == 1 else None  # one point makes no line
+    left.plot(steps, [row["loss"] for row in rows], color=LINES[0], linewidth=2.5, marker=dot)
     left.set(
         title=title,
         xlabel="optimizer steps",
@@ -54,7 +57,7 @@ def progress(
     highest = max([n for n in (*peaks, forecast_bytes) if n], default=0)
     size, unit = (GIB, "GiB") if highest >= GIB else (MIB, "MiB")
     if any(peaks):
-        right.plot(steps, [n / size for n in peaks], color=LINES[1], linewidth=2.5)
+        right.plot(steps, [n / size for n in peaks], color=LINES[1], linewidth=2.5, marker=dot)
     else:
         right.text(0.5, 0.4, "not measured on cpu", ha="center", transform=right.transAxes)
     if forecast_bytes:
@@ -108,7 +111,8 @@ def lengths(tokens: Sequence[int], learned: Sequence[int], limit: int) -> Figure
         ylabel="examples",
         xlim=(0, limit),
     )
-    ax.legend()
+    ax.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    canvas.legend(loc="outside lower center", ncols=2)  # inside, it may lie on a bar
     return finish(
         canvas,
         f"histogram of {len(tokens)} examples: {min(tokens)} to {max(tokens)} "

@@ -1,32 +1,30 @@
-"""Memory budgets as people write them down, held against a forecast and a count, row by row.
+"""Memory budgets on paper, held against a forecast and a count, row by row.
 
-Each budget here circulates (courses, forum answers, model pages); its numbers are quoted in GB, as
-they are given, and are nobody's measurement. Not modelled: what a budget leaves out says "-".
+Each is made of rules of thumb, in GB, before anything was counted: an opponent to learn from, and
+nobody's measurement. Not modelled: what a budget leaves out says "-".
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from fitcast import models
-from fitcast.forecasting.block import weight_bytes
-from fitcast.forecasting.forecast import Forecast, forecast
-from fitcast.forecasting.load import blueprint
+from fitcast.forecasting.forecast import Forecast
 from fitcast.memory.report import CATEGORIES
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
 from fitcast.units import GB, show_bytes
 
-LOGIT_BYTES = 12  # three float32 copies of each: lesson 01, section 6
+LOGIT_BYTES = 12  # three float32 copies of each: lesson 01, section 4
 
 
-class Claim(NamedTuple):
-    """A row of a quoted budget: its formula or remark, the smallest and the largest GB."""
+class Guess(NamedTuple):
+    """A row of a budget on paper: its rule of thumb, the smallest and the largest GB."""
 
-    formula: str
+    rule: str
     least_gb: float
     most_gb: float
 
@@ -36,23 +34,23 @@ class Claim(NamedTuple):
         return f"{self.least_gb:g}-{self.most_gb:g} GB"
 
 
-CIRCULATING: dict[str, dict[str, Claim]] = {
+ON_PAPER: dict[str, dict[str, Guess]] = {
     "llama-3.1-8b": {
-        "weights": Claim("parameters x 0.5", 5, 5),
-        "adapters": Claim("a few MB a layer", 0.1, 0.1),
-        "gradients": Claim("trainable x 4", 0.1, 0.1),
-        "optimizer state": Claim("trainable x 8", 0.2, 0.2),
-        "activations": Claim("batch x seq x hidden x layers", 4, 8),
-        "total": Claim("", 10, 14),
+        "weights": Guess("parameters x 0.5", 5, 5),
+        "adapters": Guess("a few MB a layer", 0.1, 0.1),
+        "gradients": Guess("trainable x 4", 0.1, 0.1),
+        "optimizer state": Guess("trainable x 8", 0.2, 0.2),
+        "activations": Guess("batch x seq x hidden x layers", 4, 8),
+        "total": Guess("", 10, 14),
     },
     "phi-4-mini": {
-        "weights": Claim("16 bits less 75 %", 3.5, 3.5),
-        "adapters": Claim("r = 16", 0.05, 0.05),
-        "gradients": Claim("as the adapters", 0.05, 0.05),
-        "optimizer state": Claim("twice that", 0.1, 0.1),
-        "activations": Claim("", 1, 2),
-        "inputs": Claim("a batch of 4", 0.5, 1),
-        "total": Claim("", 6, 7),
+        "weights": Guess("16 bits less 75 %", 3.5, 3.5),
+        "adapters": Guess("r = 16", 0.05, 0.05),
+        "gradients": Guess("as the adapters", 0.05, 0.05),
+        "optimizer state": Guess("twice that", 0.1, 0.1),
+        "activations": Guess("", 1, 2),
+        "inputs": Guess("a batch of 4", 0.5, 1),
+        "total": Guess("", 6, 7),
     },
 }
 
@@ -121,19 +119,6 @@ def checklist(
     ]
 
 
-def show_share(model: str) -> None:
-    """Print what rank-16 adapters on q, k, v and o train of a model, and what 4 bits save of it."""
-    recipe = TrainRecipe(model=model, base="float16", amp_dtype="float16", sequence_length=64)
-    trainable, total = qlora.count_parameters(blueprint(recipe, models.config(model)))
-    whole, loaded = weight_bytes(recipe), forecast(replace(recipe, base="nf4")).loaded_bytes
-    assert loaded is not None, "a forecast of a recipe loads its model"
-    print(
-        f"{model}, rank {recipe.lora_rank} on q, k, v, o: {trainable:,} of {total:,} parameters, "
-        f"{trainable / total:.3%}\nits weights: {show_bytes(whole)} in 16 bits, "
-        f"{show_bytes(loaded)} loaded in 4 bits ({1 - loaded / whole:.0%} less)"
-    )
-
-
 def show(rows: list[Row]) -> None:
     """Print a checklist."""
     print(f"{'':17}{'formula':32}{'gives':>11}{'forecast, T4':>14}{'counted here':>14}")
@@ -145,36 +130,36 @@ def show(rows: list[Row]) -> None:
 
 
 def compare(model: str, planned: Forecast, measured: dict[str, Any]) -> None:
-    """Print a circulating budget beside forecast and measurement at the peak, row by row.
+    """Print a budget on paper beside forecast and measurement at the peak, row by row.
 
     Args:
-        model: A key of `CIRCULATING`.
+        model: A key of `ON_PAPER`.
         planned: Of the usual recipe.
         measured: The recorded row: `composition` by the ledger, the total by CUDA's allocator.
     """
-    claims = CIRCULATING[model]
-    print(f"{'':17}{'formula':29}{'claim':>8}{'forecast':>12}{'measured':>12}")
+    guesses = ON_PAPER[model]
+    print(f"{'':17}{'rule of thumb':29}{'on paper':>9}{'forecast':>12}{'measured':>12}")
     for holder in (*CATEGORIES, "total"):
-        claim = claims.get(holder)
+        guess = guesses.get(holder)
         if holder == "total":
             real, seen = planned.peak_bytes, measured["peak_allocated_bytes"]
         else:
             real, seen = planned.composition[holder], measured["composition"][holder]
-        formula, said = (claim.formula, str(claim)) if claim else ("", "-")
+        rule, said = (guess.rule, str(guess)) if guess else ("", "-")
         print(
-            f"{holder:17}{formula:29}{said:>8}{show_bytes(real):>12}{show_bytes(seen):>12}"
-            f"   {_verdict(claim, real)}"
+            f"{holder:17}{rule:29}{said:>9}{show_bytes(real):>12}{show_bytes(seen):>12}"
+            f"   {_verdict(guess, real)}"
         )
 
 
-def _verdict(claim: Claim | None, real: int) -> str:
-    """Whether a claim holds, give or take a quarter; small rows do not matter."""
-    if real < GB / 4 and (claim is None or claim.most_gb < 0.25):
+def _verdict(guess: Guess | None, real: int) -> str:
+    """Whether a guess holds, give or take a quarter; small rows do not matter."""
+    if real < GB / 4 and (guess is None or guess.most_gb < 0.25):
         return "(small either way)"
-    if claim is None:
-        return "missing in the budget"
-    if real > 1.25 * claim.most_gb * GB:
-        return f"{real / (claim.most_gb * GB):.1f} times the claim"
-    if real < 0.75 * claim.least_gb * GB:
-        return f"claim {claim.least_gb * GB / real:,.0f} times too high"
+    if guess is None:
+        return "missing on paper"
+    if real > 1.25 * guess.most_gb * GB:
+        return f"{real / (guess.most_gb * GB):.1f} times as much"
+    if real < 0.75 * guess.least_gb * GB:
+        return f"{guess.least_gb * GB / real:,.0f} times too much on paper"
     return "holds, give or take a quarter"

@@ -1,4 +1,4 @@
-"""The run that everybody loses to "out of memory", lever by lever: 8B, 4 x 2048 tokens, on a T4.
+"""The usual recipe out of memory, and lever by lever into it: 8B, 4 x 2048 tokens, on a T4.
 
 Each rung of the ladder keeps the changes of those before it. Forecasts are made here and now;
 measurements come from `recorded` (a GPU with a T4's kernels and memory), and from this machine when
@@ -179,7 +179,7 @@ def _stamp_of(pairs: Sequence[Twin]) -> str:
 
 
 def usual(model: str) -> Rung:
-    """The recipe that everybody uses, at 4 x 2048 tokens: the row to which others are compared."""
+    """The usual recipe at 4 x 2048 tokens: the row to which others are compared."""
     groups = {"llama-3.1-8b": ("ladder", USUAL)}
     group, name = groups.get(model, ("menu", f"{model}, usual"))
     return rungs(group, names=(name,))[0]
@@ -220,26 +220,6 @@ def table(rows: Sequence[Rung]) -> str:
             f"{speed:>9,.0f}  {speed / first:.2f}x"
         )
     return "\n".join((*lines, f"[measured: {recorded.stamp(row.measured for row in rows)}]"))
-
-
-def largest_micro_batches() -> str:
-    """The menu: for each model the usual recipe's peak, and the largest recorded micro batch."""
-    rows = [row for row in recorded.rows("menu") if row["outcome"] == TRAINED]
-    lines = [
-        f"{'':14}{'usual, micro batch 4':>20}  a T4?{'largest, with the levers':>27}"
-        f"{'tokens/s':>12}"
-    ]
-    for model in dict.fromkeys(row["recipe"]["model"] for row in rows):
-        base, *ours = [r for r in rows if r["recipe"]["model"] == model]
-        best = max(ours, key=lambda row: row["recipe"]["micro_batch_size"])
-        lines.append(
-            f"{model:14}{show_bytes(base['peak_allocated_bytes']):>20}  "
-            f"{'fits' if base['forecast']['fits'] else 'no':5}"
-            f"{best['recipe']['micro_batch_size']:>12} in "
-            f"{show_bytes(best['peak_allocated_bytes']):>11}{best['tokens_per_second']:>10,.0f}"
-            f"  {best['tokens_per_second'] / base['tokens_per_second']:.1f}x"
-        )
-    return "\n".join((*lines, f"[measured: {recorded.stamp(rows)}]"))
 
 
 def _sequences(recipe: TrainRecipe) -> list[dict[str, list[int]]]:

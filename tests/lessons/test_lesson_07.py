@@ -116,11 +116,11 @@ def test_a_save_that_dies_spoils_the_usual_file_and_not_ours(shown):
     assert "checkpoint-65 was not written" in ours and "checkpoint-64 is whole" in ours
 
 
-def test_the_budgets_in_circulation_are_judged(shown):
+def test_the_budgets_on_paper_are_judged(shown):
     said = printed_by(shown, "budget.compare")
-    assert said.count("missing in the budget") == 2
-    assert "19.28 GiB   19.28 GiB   1.5 times the claim" in said
-    assert "22.66 GiB   22.66 GiB   3.5 times the claim" in said
+    assert said.count("missing on paper") == 2
+    assert "19.28 GiB   19.28 GiB   1.5 times as much" in said
+    assert "22.66 GiB   22.66 GiB   3.5 times as much" in said
 
 
 # --- exercises -----------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_todays_forecast_is_the_recorded_one_and_agrees_with_the_gpu(row):
         assert row["outcome"].startswith("out of memory") and not f.fits
 
 
-@pytest.mark.parametrize("model", budget.CIRCULATING)
+@pytest.mark.parametrize("model", budget.ON_PAPER)
 def test_who_holds_what_is_as_forecast(model):
     row = named("budgets", model)
     f = forecast(TrainRecipe(**row["recipe"]), T4)
