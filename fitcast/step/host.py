@@ -83,10 +83,18 @@ class HostCheckpoints:
         self._last: Any = lambda: None
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Locked memory for a tensor; of a step before, if there is enough of it."""
+        """Locked memory for a tensor; of a step before, if there is enough of it.
+
+        Where all that is free is too small, some of it goes: with each batch that is longer than
+        those before, a second set would be locked beside the first, and a third.
+        """
         for index, memory in enumerate(self.free):
             if memory.nbytes >= tensor.nbytes:
                 return self.free.pop(index)
+        if self.free:
+            gpu: Any = torch.get_device_module(tensor.device)
+            gpu.synchronize()  # a copy from it may be under way
+            self.n_bytes -= self.free.pop().nbytes
         self.n_bytes += tensor.nbytes
         return locked_memory(tensor.nbytes, tensor.device)
 

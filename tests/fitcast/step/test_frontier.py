@@ -124,6 +124,18 @@ def test_a_checkpoint_is_fetched_one_layer_ahead(monkeypatch):
     assert back == ["copy", 3, "copy", 2, "copy", 1, 0]
 
 
+def test_batches_that_get_longer_lock_no_second_set():
+    """Host memory is that of the longest batch so far, however many were the longest before."""
+    checkpoints, held = host.HostCheckpoints(ahead=True), []
+    for tokens in (32, 48, 40, 64):
+        waiting = [host.Waiting(checkpoints, torch.zeros(tokens, 64)) for _ in range(3)]
+        held.append(checkpoints.n_bytes)
+        assert [one.host.shape[0] for one in waiting] == [tokens] * 3
+        del waiting
+        assert sum(memory.nbytes for memory in checkpoints.free) == checkpoints.n_bytes
+    assert held == [3 * 64 * 4 * longest for longest in (32, 48, 48, 64)]
+
+
 def test_two_forward_passes_before_a_backward_keep_their_own_checkpoints():
     recipe = dataclasses.replace(STOCK, offload_checkpoints=3)
 
