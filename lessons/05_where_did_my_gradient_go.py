@@ -540,8 +540,6 @@ short = replace(recipe, amp_dtype="float16", micro_batch_size=1, gradient_accumu
                 max_steps=10, save_steps=5, logging_steps=1, warmup_fraction=0.5)
 folder = tempfile.mkdtemp()
 arguments = short.to_training_arguments(folder, disable_tqdm=True, dataloader_pin_memory=False)
-trainer = Trainer(copy.deepcopy(fresh), arguments, train_dataset=rows, data_collator=data.collate)
-trainer.remove_callback(PrinterCallback)
 
 # %% [markdown]
 # ### Predict
@@ -554,6 +552,8 @@ trainer.remove_callback(PrinterCallback)
 predicted_steps = ...
 
 # %% tags=["run"]
+trainer = Trainer(copy.deepcopy(fresh), arguments, train_dataset=rows, data_collator=data.collate)
+trainer.remove_callback(PrinterCallback)
 scaler = precision.trace_scaler(trainer, init_scale=2.0**20)
 _ = trainer.train()
 let_through = sum(not step.skipped for step in scaler.trace)
