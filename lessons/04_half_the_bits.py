@@ -445,7 +445,7 @@ exercises.check_published(corrected)
 # %% [markdown]
 # ## In your script
 # Ask for the capability, load the frozen base in 16 bits, leave the adapters in float32, and let
-# one variable decide every format. (On Colab run `!pip uninstall -q -y torchao` before: PEFT
+# one variable decide every format. (On Colab run `!pip uninstall -qy torchao` before: PEFT
 # refuses the old one that is there, and nothing here uses it.)
 #
 # ```python

@@ -289,7 +289,8 @@ exercises.check_phi(phi_recipe)
 # ## In your script
 # Two lines, on TRL's own trainer; `apply_levers` says what it changed and what it left, and why.
 # (Where `trl` or `fitcast` is missing, as on Colab: `!pip install trl
-# git+https://github.com/course-authors/fit-the-fine-tune`.)
+# git+https://github.com/course-authors/fit-the-fine-tune`, and `!pip uninstall -qy torchao`, which
+# is too old for PEFT there.)
 #
 # ```python
 # import os

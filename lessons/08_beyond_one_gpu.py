@@ -333,7 +333,8 @@ bus.on_two_gpus(
 # ## In your script
 # One file for one process or many: `python mine.py`, which hides the other cards, or `torchrun
 # --nproc-per-node 2 mine.py`. With a base in 4 bits: `quantization_config=` as in lesson 07's
-# script, and its two lines behind `trainer = ...` that make adapters float32 again.
+# script, and its two lines behind `trainer = ...` that make adapters float32 again. (On Colab
+# `!pip uninstall -qy torchao` before, as in lesson 04.)
 #
 # ```python
 # import os
