@@ -23,6 +23,7 @@ from course_utils.topics import welcome
 from fitcast.training import versions
 from tools import closing_act, colab_leg, stamp
 from tools.notebooks import LESSONS, METADATA, ROOT, lesson_scripts
+from tools.reproduce import differences
 
 SCRIPTS = lesson_scripts()
 NOW = stamp.facts()
@@ -221,6 +222,80 @@ def test_leg_expects_on_colab_what_the_lessons_say_there(tmp_path):
         assert len(changed) == 1 + cells, script.stem
 
 
+@pytest.mark.parametrize("lesson", colab_leg.OTHERWISE)
+def test_what_differs_on_colab_differs_in_that_alone(lesson, tmp_path):
+    shutil.copytree(LESSONS, tmp_path / "course" / "lessons")
+    expected = nbformat.read(colab_leg.as_on_colab(lesson, tmp_path), as_version=4)
+    assert differences(expected, copy.deepcopy(expected)) == []
+    for here, there in colab_leg.OTHERWISE[lesson].items():
+        number = re.sub(r"\d", "7", there)  # the same form, another value
+        for wrong in {here, number, there.replace("in ", "in /elsewhere")} - {there}:
+            now = copy.deepcopy(expected)
+            for part, kind in colab_leg.texts(now):
+                part[kind] = part[kind].replace(there, wrong)
+            assert len(differences(expected, now)) == 1, wrong
+
+
+@pytest.mark.parametrize("said", ["RuntimeError: lost", "[transformers] `x` is deprecated", ""])
+def test_no_line_on_stderr_is_looked_past(said):
+    cell = new_code_cell("train()", outputs=[new_output("stream", text="done\n")])
+    expected, now = new_notebook(cells=[cell]), new_notebook(cells=[copy.deepcopy(cell)])
+    if said:
+        now.cells[0].outputs.append(new_output("stream", name="stderr", text=f"{said}\n"))
+    colab_leg.name_folder(now, Path("/content"))
+    assert len(differences(expected, now)) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("shown", "called"),
+    [
+        ("in {}/lesson_07_a1b2c3_4/merged", "in /content/lesson_07_xxxxxxxx/merged"),
+        ("in {}/merged", "in {}/merged"),
+        ("in /tmp/lesson_07_a1b2c3_4/merged", "in /tmp/lesson_07_a1b2c3_4/merged"),
+        ("2.97 GiB", "2.97 GiB"),
+    ],
+    ids=["a lesson's own", "none", "elsewhere", "no folder"],
+)
+def test_only_a_lessons_own_folder_gets_colabs_name(shown, called, tmp_path):
+    printed = new_output("stream", text=shown.format(tmp_path))
+    folded = new_output("display_data", data={"text/html": shown.format(tmp_path)})
+    notebook = new_notebook(cells=[new_code_cell("export()", outputs=[printed, folded])])
+    colab_leg.name_folder(notebook, tmp_path)
+    assert [part[kind] for part, kind in colab_leg.texts(notebook)] == [called.format(tmp_path)] * 2
+
+
+@pytest.mark.parametrize("here", ["Peak", "nowhere"])
+def test_a_stale_difference_is_told(here, tmp_path, monkeypatch):
+    shutil.copytree(LESSONS, tmp_path / "course" / "lessons")
+    lesson = SCRIPTS[3].stem
+    monkeypatch.setitem(colab_leg.OTHERWISE, lesson, {here: "there"})
+    with pytest.raises(colab_leg.LegError, match=f"{lesson} does not show '{here}' once"):
+        colab_leg.as_on_colab(lesson, tmp_path)
+
+
+def test_one_failure_hides_no_other(tmp_path, monkeypatch, capsys):
+    """And each lesson's check runs that lesson; what failed is told at the end."""
+
+    def run_lesson(expected, environment):
+        if expected != SCRIPTS[0].stem:
+            raise colab_leg.LegError(f"{expected} differs")
+        return 7
+
+    for name in ("set_up", "run_set_up_cell", "publish", "surroundings"):
+        monkeypatch.setattr(colab_leg, name, lambda *_: None)
+    monkeypatch.setattr(colab_leg, "run_tests", lambda names, *_: len(names))
+    monkeypatch.setattr(colab_leg, "as_on_colab", lambda lesson, folder: lesson)
+    monkeypatch.setattr(colab_leg, "run_lesson", run_lesson)
+    monkeypatch.setenv("JUPYTER_PATH", "")
+    assert colab_leg.main(["01", "02"]) == 1
+    told, failed = capsys.readouterr()
+    said = [line.rpartition(", ")[0] for line in told.splitlines()[1:]]
+    first, second = (script.stem for script in SCRIPTS[:2])
+    tests = f"tests: {len(colab_leg.TESTS)} pass"
+    assert said == [tests, "scripts: 2 run", f"{first}: 7 cells", f"{second}: FAILED"]
+    assert failed == f"{second} differs\n"
+
+
 def test_leg_writes_the_record_that_is_committed(tmp_path):
     colab_leg.write_record(tmp_path / "verified.json")
     written = json.loads(text(tmp_path / "verified.json"))
@@ -229,7 +304,7 @@ def test_leg_writes_the_record_that_is_committed(tmp_path):
 
 
 def test_leg_runs_tests_that_are_there():
-    for name in colab_leg.TESTS:
+    for name in (*colab_leg.TESTS, colab_leg.SCRIPT.partition("[")[0]):
         file, _, test = name.partition("::")
         assert f"\ndef {test or 'test_'}" in text(ROOT / "tests" / file), name
 

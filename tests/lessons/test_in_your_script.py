@@ -14,6 +14,7 @@ import warnings
 
 import pytest
 import torch
+from peft import import_utils
 from transformers import TrainingArguments
 
 from course_utils.data import bundled_model_dir
@@ -23,16 +24,23 @@ from tools.notebooks import lesson_scripts
 LESSONS = ("01", "02", "03", "04", "05", "06", "07", "08")
 OURS = {"06": {"fitcast"}}  # what a lesson takes home of this repository
 BLOCK = re.compile(r"^# ## In your script\n(?:#.*\n)*?# ```python\n((?:#.*\n)*?)# ```$", re.M)
+NO_TORCHAO = re.compile(r"`!pip uninstall (-\w+ )+torchao`")  # for Colab: PEFT refuses its old one
 HUB = re.compile(r'"[\w-]+/[\w.-]+"')  # a model's name there
 THEIRS = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes"}
 MAX_LINES = 15  # imports aside
 TRL = ("06", "07", "08")  # whose trainer refuses two cards in one process
 
 
+def section(number: str) -> re.Match:
+    """The words before a lesson's block, and the block."""
+    (path,) = lesson_scripts([number])
+    (found,) = BLOCK.finditer(path.read_text("utf-8"))
+    return found
+
+
 def script(number: str) -> str:
     """The block of a lesson, as a file would hold it."""
-    (path,) = lesson_scripts([number])
-    (block,) = BLOCK.findall(path.read_text("utf-8"))
+    block = section(number)[1]
     return "".join(f"{line[2:]}\n" for line in block.splitlines())
 
 
@@ -96,6 +104,9 @@ def test_it_runs(number, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # and back, whatever the block makes of it
     if number in TRL:
         two_cards(monkeypatch)
+    import_utils.is_torchao_available.cache_clear()  # another script may have gone without
+    if NO_TORCHAO.search(section(number)[0]):
+        monkeypatch.setitem(sys.modules, "torchao", None)
     with warnings.catch_warnings(action="ignore"):  # names that version 6 will drop, to both sides
         made = runpy.run_path(str(file), run_name="__main__")
     assert capsys.readouterr().out.strip(), "it says what it found"
