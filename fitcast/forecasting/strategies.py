@@ -3,9 +3,10 @@
     fit(recipe, T4, world_size=2).strategy
 
 DDP is the fastest and holds all on each card; FSDP2 holds a part and gathers each layer three times
-a step; with offload each layer comes from the host first. So the first one that fits is taken, and
-each answer says how the others were weighed. What travels takes time that no forecast here counts:
-`KEPT` is what two H200 over NVLink kept of twice one card's speed, a T4's PCIe keeps less.
+a step, the embedding too unless the host sends its rows; with offload each layer comes from the
+host first. So the first one that fits is taken, and each answer says how the others were weighed.
+What travels takes time that no forecast here counts: `KEPT` is what two H200 over NVLink kept of
+twice one card's speed, a T4's PCIe keeps less.
 
 Not weighed: device maps (`forecasting.device_map`), which use one card at a time. Not modelled: the
 bus.
@@ -30,10 +31,21 @@ from fitcast.units import show_bytes
 # Tokens/s of two ranks over twice those of one process: "8b ..." in tests/data/h200_ranks.json.
 KEPT = {"ddp": 0.88, "fsdp2": 0.69}
 SPEED = "without what travels; two H200 over NVLink kept {:.0%}, PCIe keeps less"
+HOST_EMBEDDING, OFFLOAD = "fsdp2 --embedding host", "fsdp2 --offload"
 WHOLE = {
     "ddp": "ddp",
     "fsdp2": "fsdp2",
-    "fsdp2 --offload": "fsdp2 with its parts on the host",
+    HOST_EMBEDDING: "fsdp2 with the embedding on the host",
+    OFFLOAD: "fsdp2 with its parts on the host",
+}
+# What a step waits for, and tokens/s of Qwen3-32B at 1 x 1024: "32b ..." in the same file.
+FROM_HOST = {
+    HOST_EMBEDDING: ("the embedding's rows come", 1267),
+    OFFLOAD: ("each layer comes", 1103),
+}
+NOT_NEEDED = {
+    HOST_EMBEDDING: "not needed, and slower",
+    OFFLOAD: "not needed, and the slowest",
 }
 
 
@@ -114,36 +126,58 @@ def _whole_on_each(found: Fit) -> RanksFit:
         needs = f"not needed, 1 sequence takes {show_bytes(parts.device_bytes[1])} a card"
         slower = SPEED.format(KEPT["fsdp2"])
         weighed.append(Weighed(name="fsdp2", why=f"{needs} ({slower})", forecast=parts))
-    weighed.append(Weighed(name="fsdp2 --offload", why="not needed, and the slowest"))
+    weighed += [Weighed(name=name, why=why) for name, why in NOT_NEEDED.items()]
     return RanksFit(**vars(found), strategy="ddp", weighed=tuple(weighed))
 
 
 def _in_parts(
     recipe: TrainRecipe, gpu: Gpu, target: int | None, options: dict[str, Any], why_not: str
 ) -> RanksFit:
-    """FSDP2's answer: on the cards, or else on the host."""
+    """FSDP2's answer: on the cards, or else with ever more on the host."""
     weighed = [Weighed(name="ddp", why=why_not)]
     per_gpu = search._sequences_per_gpu(recipe, target)
     progress: Callable[[str], None] = options.get("progress", lambda text: None)
-    for offload in (False, True):
-        name = "fsdp2 --offload" if offload else "fsdp2"
+    ways = _ways(recipe)
+    for name, start in ways.items():
         progress(name)
-        best, smallest = _largest_batch(recipe, gpu, per_gpu, offload)
+        try:
+            best, smallest = _largest_batch(start, gpu, per_gpu, name == OFFLOAD)
+        except ValueError as error:
+            if start is recipe:
+                raise
+            weighed.append(Weighed(name=name, why=f"cannot be taken ({error})"))
+            continue
         if best is None:
-            needs = f"{show_bytes(smallest.device_bytes[1])} with one sequence"
+            wanted = smallest.unlimited_reserved_bytes[1] + gpu.context_bytes
+            needs = f"{show_bytes(wanted)} with one sequence"
             weighed.append(Weighed(name=name, why=f"does not fit ({needs})", forecast=smallest))
             continue
-        lean, seen = best
-        speed = "each layer comes over the bus; 1 103 tokens/s for 32B on two H200" if offload \
-            else SPEED.format(KEPT["fsdp2"])  # fmt: skip
-        why = f"taken, a part of the model fits each {gpu.name} ({speed})"
-        weighed.append(Weighed(name=name, why=why, forecast=seen))
-        if not offload:
-            weighed.append(Weighed(name="fsdp2 --offload", why="not needed, and the slowest"))
-        before = search.as_it_came(recipe, gpu)
-        found = search._found((lean, seen), options.get("utilisation"), before)
-        return RanksFit(**vars(found), strategy="fsdp2", offload=offload, weighed=tuple(weighed))
+        why = f"taken, a part of the model fits each {gpu.name} ({_pace(name)})"
+        weighed.append(Weighed(name=name, why=why, forecast=best[1]))
+        left = [way for way in ways if way not in {one.name for one in weighed}]
+        weighed += [Weighed(name=way, why=NOT_NEEDED[way]) for way in left]
+        found = search._found(best, options.get("utilisation"), search.as_it_came(recipe, gpu))
+        return RanksFit(
+            **vars(found), strategy="fsdp2", offload=name == OFFLOAD, weighed=tuple(weighed)
+        )
     raise DoesNotFit("; ".join(map(str, weighed)) + "; shorten the sequence, or take more cards")
+
+
+def _ways(recipe: TrainRecipe) -> dict[str, TrainRecipe]:
+    """FSDP2's ways in the order of their speed, each with the recipe that it starts from."""
+    hosted = dataclasses.replace(recipe, embedding="host")
+    ways = {"fsdp2": recipe, HOST_EMBEDDING: hosted, OFFLOAD: recipe}
+    if hosted == recipe:  # asked for already
+        del ways[HOST_EMBEDDING]
+    return ways
+
+
+def _pace(name: str) -> str:
+    """What is known of the speed of FSDP2, on the cards or with a part on the host."""
+    if name not in FROM_HOST:
+        return SPEED.format(KEPT["fsdp2"])
+    what, speed = FROM_HOST[name]
+    return f"{what} over the bus; {speed:,} tokens/s for 32B on two H200".replace(",", " ")
 
 
 def _largest_batch(

@@ -7,6 +7,7 @@ import pytest
 from fitcast.cli import main as cli
 from fitcast.forecasting import search, strategies
 from fitcast.forecasting.forecast import forecast
+from fitcast.forecasting.ranks import forecast_ranks
 from fitcast.forecasting.search import DoesNotFit, Fit
 from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
@@ -66,6 +67,8 @@ def faked(monkeypatch, seen, fitting: str):
 
     def rank(recipe, gpu, *, strategy, world_size, offload=False):
         name = "fsdp2 --offload" if offload else "fsdp2"
+        if recipe.embedding == "host":
+            name = strategies.HOST_EMBEDDING
         fits = name == fitting and recipe.micro_batch_size < 4
         much = gpu.total_bytes * (0 if fits else 2)
         return type(seen)(**vars(seen) | {"unlimited_reserved_bytes": (much, much)})
@@ -77,15 +80,16 @@ def faked(monkeypatch, seen, fitting: str):
 FIT = ("fit", *ONE_B, "--world-size", "2", "--target-effective-batch", "32")
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2 --offload"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2 --embedding host", "fsdp2 --offload"])
 def test_fit_takes_the_fastest_way_that_fits(monkeypatch, capsys, seen, way):
     faked(monkeypatch, seen, way)
     assert cli.main([*FIT, "--json"]) == cli.FITS
     answer = json.loads(capsys.readouterr().out)
     assert (answer["strategy"], answer["offload"]) == (way.split()[0], "offload" in way)
-    assert [w["strategy"] for w in answer["weighed"]][: len(way)] == [
-        "ddp", "fsdp2", "fsdp2 --offload",
+    assert [w["strategy"] for w in answer["weighed"]] == [
+        "ddp", "fsdp2", "fsdp2 --embedding host", "fsdp2 --offload",
     ]  # fmt: skip
+    assert answer["recipe"]["embedding"] == ("host" if "embedding" in way else "stock")
     taken = [w for w in answer["weighed"] if w["why"].startswith("taken")]
     assert [w["strategy"] for w in taken] == [way]
     if way != "ddp":
@@ -103,8 +107,31 @@ def test_where_nothing_fits_every_way_says_why(monkeypatch, capsys, seen):
     faked(monkeypatch, seen, "none")
     assert cli.main(FIT) == cli.DOES_NOT_FIT
     said = capsys.readouterr().err
-    for words in ("ddp: does not fit", "fsdp2: does not fit", "parts on the host: does not fit"):
-        assert words in said
+    assert f"({show_bytes(2 * T4.total_bytes + T4.context_bytes)} with one sequence)" in said
+    for words in ("ddp: ", "fsdp2: ", "embedding on the host: ", "parts on the host: "):
+        assert f"{words}does not fit" in said
+
+
+def test_an_embedding_that_cannot_leave_the_card_is_passed_over(monkeypatch, capsys, seen):
+    """Llama-3.2-1B's is its head's weight, too; this reason is FSDP2's own."""
+    faked(monkeypatch, seen, "fsdp2 --offload")
+    rank = strategies.forecast_ranks
+
+    def tied(recipe, gpu, **options):
+        return (forecast_ranks if recipe.embedding == "host" else rank)(recipe, gpu, **options)
+
+    monkeypatch.setattr(strategies, "forecast_ranks", tied)
+    assert cli.main(FIT) == cli.FITS
+    said = capsys.readouterr().out
+    assert "embedding on the host: cannot be taken (embedding must be 'stock'" in said
+    assert "fsdp2 with its parts on the host: taken" in said
+
+
+def test_an_embedding_that_is_on_the_host_anyway_is_no_way_of_its_own(monkeypatch, capsys, seen):
+    faked(monkeypatch, seen, strategies.HOST_EMBEDDING)
+    assert cli.main([*FIT, "--embedding", "host", "--json"]) == cli.FITS
+    answer = json.loads(capsys.readouterr().out)
+    assert [w["strategy"] for w in answer["weighed"]] == ["ddp", "fsdp2", "fsdp2 --offload"]
 
 
 def test_what_each_way_keeps_is_what_was_measured():
@@ -115,3 +142,7 @@ def test_what_each_way_keeps_is_what_was_measured():
     for name, kept in strategies.KEPT.items():
         both = rows[f"8b {name}"]["ranks"][0]["tokens_per_second"]
         assert both / (2 * one) == pytest.approx(kept, abs=0.005)
+    rows_of = {strategies.HOST_EMBEDDING: "32b fsdp2 host embedding"}
+    for name, (_, speed) in strategies.FROM_HOST.items():
+        row = rows[rows_of.get(name, "32b fsdp2 offload")]
+        assert row["ranks"][0]["tokens_per_second"] == pytest.approx(speed, abs=0.5)
