@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # for editors and type checkers; what runs is `__getattr__`
     from fitcast.memory.report import MemoryReport
     from fitcast.recipe import TrainRecipe
     from fitcast.step.apply import apply_levers
-    from fitcast.step.levers import chunked_loss
+    from fitcast.step.losses import chunked_loss
     from fitcast.training.export import merge
     from fitcast.training.measurement import measure_step
     from fitcast.training.preflight import preflight
@@ -99,7 +99,7 @@ _MODULES = {
     "forecasting.fake": "fake_model fake_tensors",
     "forecasting.block": "count_block",
     "step.apply": "apply_levers",
-    "step.levers": "chunked_loss",
+    "step.losses": "chunked_loss",
     "training.measurement": "measure_step",
     "training.preflight": "preflight",
     "training.trainer": "build_model train",

@@ -30,13 +30,13 @@ from fitcast.step.lean import use_lean_lora, use_lean_mlp, use_lean_rotary
 from fitcast.step.levers import (
     attention_of,
     checkpoint_layers,
-    chunked_loss,
     odd_head,
     set_attention,
     unwrap,
     use_explicit_kv_attention,
     use_native_norm,
 )
+from fitcast.step.losses import chunked_loss
 from fitcast.step.qlora import HEAD_LOSSES, USES
 from fitcast.step.tiles import use_tiled_mlp
 from fitcast.units import refusal

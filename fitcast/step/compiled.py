@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fitcast.step import fused, lean
+from fitcast.step import lean, losses
 from fitcast.units import IGNORED
 
 SHAPES = 64  # of a part, in one process
@@ -108,12 +108,12 @@ def loss_and_gradient(
     return loss, (log_probabilities.exp() - at_target.float()).to(logits.dtype)
 
 
-def head_loss(
+def compiled_loss(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int = 512
 ) -> torch.Tensor:
-    """`lean.head_loss` with a kernel or two between a chunk's products; the rest is its own."""
-    lean.check_frozen(weight)
-    return fused.HeadLoss.apply(hidden, weight, targets, chunk_tokens, loss_and_gradient)
+    """`losses.lean_loss` with a kernel or two between a chunk's products; the rest is its own."""
+    losses.check_frozen(weight)
+    return losses.FusedLoss.apply(hidden, weight, targets, chunk_tokens, loss_and_gradient)
 
 
 def _separate_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,15 @@
-"""Fewer and larger operations in plain PyTorch: adapters, loss, optimizer, no mask to read.
+"""Fewer and larger operations in plain PyTorch: adapters, optimizer, no mask to read.
 
 A step of many small operations waits for Python, which takes 5 to 50 microseconds to launch each,
 and every operation more is a trip through memory more. Not modelled: optimizers that treat
 parameters unlike (no decay for some of them).
 
-Shapes: B batch, S sequence, r rank, V vocabulary, T tokens (B x S).
+Shapes: B batch, S sequence, r rank, T tokens (B x S).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from fitcast.step import lean, levers
-from fitcast.units import IGNORED
 
 
 def use_adapters_in_place(model: torch.nn.Module) -> None:
@@ -46,68 +45,6 @@ def _added_in_place(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
     up = self.lora_B[name].weight * self.scaling[name]  # (out, r)
     base.addmm_(down.to(base.dtype), up.to(base.dtype).T)  # in place, so autocast casts nothing
     return base.view(*x.shape[:-1], -1)
-
-
-# Summed loss of a chunk of logits, (t, V), and its gradient by them, given their targets, (t,).
-# What it says of rows without a target is not used.
-OfChunk = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
-class HeadLoss(torch.autograd.Function):
-    """`lean.head_loss`, whose way from a chunk's logits to their gradient is a function of its own.
-
-    Saves what the lean one does, and one chunk of logits more: none outlives its turn.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        chunk_tokens: int,
-        of_chunk: OfChunk,
-    ) -> torch.Tensor:
-        grad_hidden = torch.empty_like(hidden)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunks = (tensor.split(chunk_tokens) for tensor in (hidden, targets, grad_hidden))
-        for rows, wanted, grad in zip(*chunks, strict=True):
-            loss, by_logits = of_chunk(F.linear(rows, weight), wanted)
-            total += loss
-            torch.mul(by_logits @ weight, (wanted != IGNORED)[:, None], out=grad)
-            del by_logits  # (chunk, vocab)
-        ctx.save_for_backward(grad_hidden)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_total, None, None, None, None
-
-
-def loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross entropy of a chunk and its gradient by the logits, (t, V), in their dtype.
-
-    Five trips of (t, V) through memory instead of thirteen: PyTorch's `log_softmax` casts,
-    subtracts, exponentiates and sums in one kernel, and `exp` writes the probabilities where the
-    logits were.
-    """
-    wanted, labelled = targets.clamp(min=0)[:, None], (targets != IGNORED)[:, None]
-    log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-    loss = -(log_probabilities.gather(1, wanted) * labelled).sum()
-    torch.exp(log_probabilities, out=logits)
-    logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1))
-    return loss, logits
-
-
-def head_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int = 512
-) -> torch.Tensor:
-    """`lean.head_loss` in fewer operations; arguments, result and refusal are its own."""
-    lean.check_frozen(weight)
-    return HeadLoss.apply(hidden, weight, targets, chunk_tokens, loss_and_gradient)
 
 
 class Flat:

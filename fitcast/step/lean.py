@@ -1,12 +1,12 @@
-"""The same mathematics with less kept and less moved: MLP, adapters, rotary, loss written whole.
+"""The same mathematics with less kept and less moved: MLP, adapters, rotary written whole.
 
 PyTorch keeps what each operation asks for. Where we know the whole expression, its backward needs
 less. Each piece replaces a forward method and can be used alone. A model whose own code computes
 something else is refused, and so is one in which there is nothing to replace. Not modelled:
 activations other than SiLU, DoRA and other variants of LoRA, several adapters active at once
-(those take the usual path), heads with a bias.
+(those take the usual path).
 
-Shapes: B batch, S sequence, H hidden, I intermediate, r rank, V vocabulary, T tokens (B x S).
+Shapes: B batch, S sequence, H hidden, I intermediate, r rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from fitcast.step.alike import alike, random_numbers, real_numbers, stand_in
-from fitcast.units import IGNORED, refusal
+from fitcast.units import refusal
 
 
 class SwiGLU(torch.autograd.Function):
@@ -302,73 +302,3 @@ def _turns_alike(stock: Callable) -> bool:
 
 def _nothing_to_change(field: str, value: str, wanted: str) -> ValueError:
     return refusal(field, f"be 'stock' for a model without {wanted}", value, "nothing would change")
-
-
-class HeadLoss(torch.autograd.Function):
-    """See `head_loss`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        chunk_tokens: int,
-    ) -> torch.Tensor:
-        grad_hidden = torch.empty_like(hidden)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunks = (tensor.split(chunk_tokens) for tensor in (hidden, targets, grad_hidden))
-        for rows, wanted, grad in zip(*chunks, strict=True):
-            wanted, labelled = wanted.clamp(min=0)[:, None], (wanted != IGNORED)[:, None]
-            logits = F.linear(rows, weight).float()  # (chunk, vocab), the only tensor of its size
-            logits -= logits.amax(-1, keepdim=True)  # logsumexp would hold a second one
-            at_target = logits.gather(1, wanted)
-            sums = logits.exp_().sum(-1, keepdim=True)
-            total += ((sums.log() - at_target) * labelled).sum()
-            # d loss / d logits = softmax(logits) - one at the target
-            probabilities = logits.div_(sums)
-            probabilities.scatter_add_(1, wanted, -torch.ones_like(sums))
-            grad.copy_(probabilities.mul_(labelled).to(weight.dtype) @ weight)
-        ctx.save_for_backward(grad_hidden)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_total, None, None, None
-
-
-def head_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int = 512
-) -> torch.Tensor:
-    """Summed cross entropy of a frozen head, its gradient taken while the logits are there.
-
-    Saves all but `chunk_tokens` rows of logits, like `levers.chunked_loss`, and the second product
-    with the head that recomputing costs: cross entropy's gradient is known as soon as the logits
-    are, so forward keeps it, (tokens, hidden), and backward only scales it.
-
-    Args:
-        hidden: (tokens, hidden).
-        weight: (vocab, hidden), frozen.
-        targets: (tokens,), -100 where there is none.
-        chunk_tokens: Rows of logits alive at once.
-
-    Returns:
-        The sum over labelled tokens, a float32 scalar.
-
-    Raises:
-        ValueError: The head is trained: it would get no gradient.
-    """
-    check_frozen(weight)
-    return HeadLoss.apply(hidden, weight, targets, chunk_tokens)
-
-
-def check_frozen(weight: torch.Tensor) -> None:
-    """Refuse a head that is trained: a loss that forgets its logits gives it no gradient."""
-    if weight.requires_grad and torch.is_grad_enabled():  # an evaluation asks for no gradient
-        raise refusal(
-            "loss",
-            "be 'full' or 'chunked' for a head that is trained",
-            "lean",
-            "the lean loss gives the head no gradient",
-        )

@@ -3,7 +3,7 @@
 Every lever works alone on any Llama-like Hugging Face model, and leaves loss and gradients as they
 were (up to rounding). A lever refuses, by name, a model whose own code computes something else,
 and a model in which it finds nothing to change. Not modelled: RMSNorms that multiply by 1 + weight
-(Gemma), attention with a soft cap, sinks or a bias, logits that are more than the head's product.
+(Gemma), attention with a soft cap, sinks or a bias.
 
 Shapes: B batch, S sequence, H hidden, V vocabulary, T tokens (B x S).
 """
@@ -18,13 +18,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fitcast.step.alike import alike, random_numbers, real_numbers, stand_in
 from fitcast.step.host import HostCheckpoints
-from fitcast.step.lean import head_loss
-from fitcast.units import IGNORED, Said, refusal
+from fitcast.units import Said, refusal
 
 ATTENTION_KERNELS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,  # what Hopper takes
@@ -336,70 +334,6 @@ def pinned_host_bytes(model: Any) -> int:
     return 0 if host is None else host.n_bytes
 
 
-def chunked_loss(
-    hidden: torch.Tensor,
-    head: Any,
-    labels: torch.Tensor,
-    chunk_tokens: int = 512,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    *,
-    lean: bool | Callable[..., torch.Tensor] = False,
-    skip_unlabelled: bool = False,
-) -> torch.Tensor:
-    """Cross entropy from hidden states, `chunk_tokens` rows of logits at a time.
-
-    Saves the logits, (batch x seq, vocab): three float32 copies of them at the peak of the usual
-    loss. Each chunk forgets its logits and computes them again in backward, so at most one chunk's
-    exist. Costs one more product with the head, or nothing with `lean`.
-
-    PyTorch 2.13 has `F.linear_cross_entropy`, which gives the same (a test holds them together).
-    It is not used, because Colab's 2.11 lacks it, and `lean` takes less time.
-
-    Args:
-        hidden: (batch, seq, hidden).
-        head: The output embedding, a module of hidden -> vocab.
-        labels: (batch, seq); each position's target is the next one's label.
-        chunk_tokens: Rows of logits alive at once.
-        num_items_in_batch: What to divide the sum by; `None` means this batch's labelled tokens.
-        lean: Take the gradient together with the logits (`lean.head_loss`; needs a frozen head);
-            or who does, in its place: `fused.head_loss`, `compiled.head_loss`.
-        skip_unlabelled: Compute no logits for prompts and padding. Finding them makes the CPU wait
-            for the GPU, so it is worth it for padded batches and not for packed ones.
-
-    Returns:
-        The mean, a float32 scalar.
-
-    Raises:
-        ValueError: `lean` with a head that is trained, adapted or has a bias.
-    """
-    rows, targets = hidden.flatten(0, 1), F.pad(labels, (0, 1), value=IGNORED)[:, 1:].reshape(-1)
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets != IGNORED).sum()
-    if skip_unlabelled:
-        rows, targets = _labelled(rows, targets)
-    if lean:
-        _check_plain(head)
-        summed = head_loss if lean is True else lean
-        return summed(rows, head.weight, targets, chunk_tokens) / num_items_in_batch
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for chunk, wanted in zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        total = total + checkpoint(_summed_loss, chunk, head, wanted, use_reentrant=False)
-    return total / num_items_in_batch
-
-
-def _check_plain(head: Any) -> None:
-    """Refuse a head that is more than its weight: the lean loss would leave the rest out."""
-    more = "a bias" if getattr(head, "bias", None) is not None else ""
-    more = "an adapter" if hasattr(head, "base_layer") else more
-    if more:
-        raise refusal(
-            "loss",
-            f"be 'full' or 'chunked' for a head with {more}",
-            "lean",
-            "the lean loss takes the head's weight alone",
-        )
-
-
 def odd_head(model: Any) -> tuple[str, ...]:
     """Names of what a model does to its logits beside the product with its head: mostly none."""
     config = model.config.get_text_config()
@@ -432,15 +366,3 @@ def _logits_are_the_heads(model: Any) -> bool:
         return type(model).forward(stand_in(model, **pieces), input_ids=ids).logits
 
     return alike(forward, lambda: hidden)
-
-
-def _labelled(rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions with a label; all of them on fake tensors, which have no values to tell."""
-    if isinstance(targets, FakeTensor):
-        return rows, targets
-    kept = (targets != IGNORED).nonzero().squeeze(1)
-    return rows.index_select(0, kept), targets.index_select(0, kept)
-
-
-def _summed_loss(rows: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(head(rows).float(), targets, reduction="sum")

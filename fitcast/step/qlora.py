@@ -14,13 +14,12 @@ import torch
 
 from fitcast import gpus, models
 from fitcast.recipe import TrainRecipe
-from fitcast.step import compat, compiled, fused, ranks
+from fitcast.step import compat, compiled, fused, losses, ranks
 from fitcast.step.embedding import use_host_embedding
 from fitcast.step.lean import use_lean_lora, use_lean_mlp, use_lean_rotary
 from fitcast.step.levers import (
     attention_of,
     checkpoint_layers,
-    chunked_loss,
     odd_head,
     set_attention,
     unwrap,
@@ -28,6 +27,7 @@ from fitcast.step.levers import (
     use_native_norm,
     use_stock_attention,
 )
+from fitcast.step.losses import chunked_loss
 from fitcast.step.tiles import use_tiled_mlp
 from fitcast.units import IGNORED, Said, refusal
 
@@ -179,7 +179,7 @@ USES: dict[str, dict[str, Callable[[Any], None]]] = {
     "rotary": {"lean": use_lean_rotary, "compiled": compiled.use_compiled_rotary},
 }
 # Losses that take their gradient together with the logits.
-HEAD_LOSSES = {"lean": True, "fused": fused.head_loss, "compiled": compiled.head_loss}
+HEAD_LOSSES = {"lean": True, "fused": losses.fused_loss, "compiled": compiled.compiled_loss}
 
 
 def apply_levers(model: Any, recipe: TrainRecipe) -> Any:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from fitcast import gpus
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
-from fitcast.step.levers import chunked_loss, unwrap
+from fitcast.step.levers import unwrap
+from fitcast.step.losses import chunked_loss
 from fitcast.training.data import collate, render_prompt
 from fitcast.training.restoring import evaluating
 from fitcast.units import IGNORED, Said, refusal

@@ -7,8 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from course_utils.data import BUNDLED
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
-from fitcast.step.lean import head_loss, use_lean_lora, use_lean_rotary
-from fitcast.step.levers import chunked_loss, explicit_kv_attention
+from fitcast.step.lean import use_lean_lora, use_lean_rotary
+from fitcast.step.levers import explicit_kv_attention
+from fitcast.step.losses import chunked_loss, lean_loss
 from fitcast.units import IGNORED
 
 # PEFT 0.21 asks transformers 5.23 under the old name
@@ -186,7 +187,7 @@ def test_a_head_that_the_lean_loss_would_leave_out_is_refused(kind):
     chunked_loss(rows, head(kind), labels, 4)  # the chunked one has all of it
     if kind == "training":
         with pytest.raises(ValueError, match="for a head that is trained"):
-            head_loss(rows[0], head(kind).weight, labels[0])
+            lean_loss(rows[0], head(kind).weight, labels[0])
 
 
 @pytest.mark.parametrize("loss", ["full", "chunked", "lean"])
@@ -221,6 +222,6 @@ def test_an_evaluation_of_a_model_whose_head_could_be_trained_has_its_loss():
     hidden, head = torch.randn(5, 32), torch.randn(64, 32, requires_grad=True)
     targets = torch.tensor([3, 7, IGNORED, 1, 2])
     with torch.no_grad():
-        found = head_loss(hidden, head, targets, 2)
+        found = lean_loss(hidden, head, targets, 2)
     wanted = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="sum")
     assert found == pytest.approx(wanted.item(), rel=1e-5)

@@ -25,7 +25,7 @@ from fitcast.memory import flops
 from fitcast.memory.ledger import MemoryLedger
 from fitcast.memory.report import tensors_in
 from fitcast.recipe import TrainRecipe
-from fitcast.step import lean, levers, qlora
+from fitcast.step import lean, levers, losses, qlora
 
 SIZES = {
     "hidden_size": 64,
@@ -152,8 +152,8 @@ def test_chunked_losses_equal_pytorchs_own():
         lambda rows: F.linear_cross_entropy(
             rows.flatten(0, 1), head.weight, targets, options=torch.nn.LinearCrossEntropyOptions()
         ),
-        lambda rows: levers.chunked_loss(rows, head, labels, 16),
-        lambda rows: levers.chunked_loss(rows, head, labels, 16, lean=True),
+        lambda rows: losses.chunked_loss(rows, head, labels, 16),
+        lambda rows: losses.chunked_loss(rows, head, labels, 16, lean=True),
     ):
         rows = hidden.clone().requires_grad_()
         loss = loss_of(rows)
