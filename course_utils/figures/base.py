@@ -218,6 +218,8 @@ def compare(
             gap = 0.012 * longest / size
             ax.barh(name, gap, left=0.965 * longest / size, color="white", height=0.7)
         said[name] = show_bytes(total) + verdicts.get(name, "")
+        if total <= limit and said[name].endswith("does not fit"):
+            said[name] += ", with gaps"  # the allocator's: tensors alone would have fitted
         ax.annotate(
             f"{'→ ' * (total > longest)}{said[name]}",
             (min(total, longest) / size, name),

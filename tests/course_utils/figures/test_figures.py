@@ -140,8 +140,14 @@ def test_bars_are_in_proportion():
 
 @pytest.mark.parametrize("verdict", ["fits", "tight", "does not fit"])
 def test_a_forecast_says_whether_it_fits(verdict):
-    row = SimpleNamespace(composition={"weights": GIB}, verdict=verdict)
-    assert f"a: 1.00 GiB, {verdict} (" in base.compare({"a": row}, gpus.T4).alt
+    row = SimpleNamespace(composition={"weights": 15 * GIB}, verdict=verdict)
+    assert f"a: 15.00 GiB, {verdict} (" in base.compare({"a": row}, gpus.T4).alt
+
+
+def test_a_bar_within_the_card_that_does_not_fit_says_why():
+    for n_bytes, words in ((12 * GIB, "does not fit, with gaps"), (16 * GIB, "does not fit")):
+        row = SimpleNamespace(composition={"weights": n_bytes}, verdict="does not fit")
+        assert f"GiB, {words} (weights" in base.compare({"a": row}, gpus.T4).alt
 
 
 def test_on_a_fixed_axis_a_bar_changes_its_length_and_a_long_one_is_cut():
