@@ -309,6 +309,26 @@ def test_leg_runs_tests_that_are_there():
         assert f"\ndef {test or 'test_'}" in text(ROOT / "tests" / file), name
 
 
+@pytest.mark.parametrize(
+    ("body", "passes"),
+    [("import apart", True), ("assert 0", False), ("import pytest; pytest.skip('no TRL')", False)],
+    ids=["passed", "failed", "skipped"],
+)
+def test_leg_takes_no_skipped_test_for_a_passed_one(body, passes, tmp_path, monkeypatch):
+    monkeypatch.setattr(colab_leg, "PYTHON", Path(sys.executable))
+    (tmp_path / "course" / "tests").mkdir(parents=True)
+    (tmp_path / "apart.py").touch()
+    lines = ["def test_one():", "    pass", "def test_two():", f"    {body}"]
+    (tmp_path / "course" / "tests" / "test_it.py").write_text("\n".join(lines))
+    plain = {"PATH": os.environ["PATH"], "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    asked = (["test_it.py"], tmp_path, plain, [tmp_path])
+    if passes:
+        assert colab_leg.run_tests(*asked) == 2
+    else:
+        with pytest.raises(colab_leg.LegError, match="tests fail"):
+            colab_leg.run_tests(*asked)
+
+
 def test_leg_refuses_an_unknown_lesson(capsys):
     assert colab_leg.main(["77"]) == 2
     assert "LESSON must be one of 01" in capsys.readouterr().err
