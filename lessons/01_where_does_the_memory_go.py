@@ -170,7 +170,7 @@ def kept_for_backward(model, ids):
     def note(tensor):
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()  # two tensors may share one storage
-        return tensor
+        return tensor.detach()  # the tensor itself could hold the node that holds it: a leak
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model(input_ids=ids, labels=ids).loss  # holds the graph, and with it the tensors
     mine = {w.untyped_storage().data_ptr() for w in model.parameters()} | {ids.data_ptr()}

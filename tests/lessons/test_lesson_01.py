@@ -2,7 +2,9 @@
 
 import functools
 import re
+import types
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -145,6 +147,27 @@ def test_each_of_the_three_lines_is_needed(lines):
 @pytest.mark.slow
 def test_the_three_lines_together_are_enough():
     assert whole_game({1, 2, 3}) < gpus.T4.usable_bytes
+
+
+def test_what_the_lessons_hooks_saw_is_gone_afterwards():
+    """PyTorch keeps a tensor for ever whose own node was handed it back by a hook."""
+    source = lesson_scripts(["01"])[0].read_text("utf-8")
+    (function,) = re.findall(r"^def kept_for_backward.*?(?=^\n|\n# %%)", source, re.M | re.S)
+    names = {"torch": torch}
+    exec(function, names)  # the lesson's own lines
+    seen = []
+    model = on_watch = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Softmax(-1))
+
+    class Told(torch.nn.Module):
+        parameters = on_watch.parameters
+
+        def forward(self, input_ids, labels):
+            probabilities = model(input_ids)  # softmax keeps what it made
+            seen.append(weakref.ref(probabilities.untyped_storage()))
+            return types.SimpleNamespace(loss=probabilities.sum())
+
+    assert names["kept_for_backward"](Told(), torch.ones(2, 4)) > 0
+    assert seen[0]() is None
 
 
 def words(term: str) -> set[str]:
