@@ -50,16 +50,18 @@ T4_BYTES = int(14.42 * GIB)  # 14.56 that a program sees, less 141 MiB of CUDA's
 MODEL = "llama-3.1-8b"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # row: sequences, tokens in the longest, whether padded, limited to a T4's memory, steps unseen and
-# timed. "packed" rows are instructions end to end: full rows without a mask.
+# timed. "packed" rows are instructions end to end: full rows without a mask. Padded batches are of
+# many lengths; compilers, ours and a peer's, write their kernels for any length at the second one.
 ROWS: dict[str, dict[str, Any]] = {
     "4x2048": {"size": 4, "length": 2048, "unseen": 2, "timed": 3},
-    "padded": {"size": 4, "length": 2048, "padded": True, "unseen": 1, "timed": 4},
+    "padded": {"size": 4, "length": 2048, "padded": True, "unseen": 3, "timed": 8},
     "packed": {"size": 4, "length": 2048, "packed": True, "unseen": 1, "timed": 3},
     "1x8192": {"size": 1, "length": 8192, "limited": True, "unseen": 1, "timed": 3},
     "1x32768": {"size": 1, "length": 32768, "limited": True, "unseen": 1, "timed": 1},
     "1x40960": {"size": 1, "length": 40960, "limited": True, "unseen": 1, "timed": 1},
     "2x2048": {"size": 2, "length": 2048, "unseen": 2, "timed": 4},
 }
+ROWS["4x2048 again"] = ROWS["4x2048"]  # on another host
 START: dict[str, Any] = {"model": MODEL, "amp_dtype": "float16", "lora_dropout": 0.0}
 PICKED = {"micro_batch_size": 2, "gradient_accumulation_steps": 2}  # the same sequences a step
 LEVERS = {"attention": "explicit_kv", "loss": "lean", "norm": "native", "adapters": "lean",
@@ -94,8 +96,8 @@ LONG = {
     "tiled, compiled, 10 kept": HOST | {"mlp_tile_tokens": 8192, "keep_attention": 10},
 }
 BY_ROW = {"1x8192": {name: OURS[name] for name in ("lean, compiled", "compiled, on card", "lean")},
-          "4x2048": OURS, "1x32768": LONG, "1x40960": LONG}  # fmt: skip
-REPEATED = ("4x2048", "2x2048")  # for the other rows, name them several times
+          "4x2048": OURS, "4x2048 again": OURS, "1x32768": LONG, "1x40960": LONG}  # fmt: skip
+REPEATED = ("4x2048", "4x2048 again", "2x2048")  # for the other rows, name them several times
 FIT = "fit's pick"
 picks: dict[str, dict[str, Any]] = {}  # row -> what `fit` picks for it, from --picks
 wanted: list[str] = []  # of ours, from --settings; none: all
@@ -117,6 +119,18 @@ def recipe_fields(row: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
     return START | own | {"causal_padding": padded} | changes
 
 
+def rate_here(pipe: Any) -> None:
+    """In a process of its own: seconds of an operation, as `fit` measures them on this machine."""
+    from fitcast.forecasting import launches
+
+    pipe.send({"launch_seconds": launches.measured_seconds()})
+
+
+def pick_here(row: str, launch_seconds: float, pipe: Any) -> None:
+    """In a process of its own: what `fit` picks with this machine's rate."""
+    pipe.send({"pick": pick(row, launch_seconds)})
+
+
 def pick(row: str, launch_seconds: float | None = None) -> dict[str, Any]:
     """What `fit` changes of a row's recipe for the race's own card: an H200 with a T4's memory.
 
@@ -128,33 +142,34 @@ def pick(row: str, launch_seconds: float | None = None) -> dict[str, Any]:
     from unittest import mock
 
     from fitcast import gpus
-    from fitcast.forecasting import launches
-    from fitcast.forecasting.search import fit
+    from fitcast.forecasting import launches, search
     from fitcast.recipe import TrainRecipe
 
     memory = {"total_bytes": gpus.T4.total_bytes, "context_bytes": gpus.T4.context_bytes}
     card = dataclasses.replace(gpus.H200, flash_attention=False, **memory)
     start = TrainRecipe(**recipe_fields(ROWS[row], {}))
     seconds = launch_seconds or launches.RECORDED_SECONDS
-    with mock.patch.object(launches, "RECORDED_SECONDS", seconds):
-        best = fit(start, card)
+    rate = launches.LaunchRate(seconds, "as the race was told")
+    with mock.patch.object(search, "launch_rate", return_value=rate):
+        best = search.fit(start, card)
         print(f"{row}: {best.launch_basis}, {best.tokens_per_second} tokens/s", flush=True)
     before, after = dataclasses.asdict(start), dataclasses.asdict(best.recipe)
     return {name: value for name, value in after.items() if value != before[name]}
 
 
-def batches(row: dict[str, Any], vocab_size: int, count: int = 4) -> list[dict[str, Any]]:
-    """The batches of a row, on the CPU: input_ids, labels and, if padded, attention_mask.
+def batches(row: dict[str, Any], vocab_size: int) -> list[dict[str, Any]]:
+    """The batches of a row's steps, on the CPU: input_ids, labels and, if padded, attention_mask.
 
     Lengths of padded rows are those of the bundled instructions, scaled to the longest allowed;
-    a batch is as long as its longest. All are (sequences, tokens), int64.
+    a batch is as long as its longest. The longest batch is the first, as in lesson 07: what has to
+    grow to it does so unseen. All are (sequences, tokens), int64.
     """
     import torch
 
     random = torch.Generator().manual_seed(0)
     size, longest, made = row["size"], row["length"], []
     lengths = iter(itertools.cycle(_lengths(longest)))
-    for _ in range(count):
+    for _ in range(row["unseen"] + row["timed"]):
         own = [next(lengths) for _ in range(size)] if row.get("padded") else [longest] * size
         shape = (size, max(own))
         ids = torch.randint(10, vocab_size - 10, shape, generator=random)
@@ -166,7 +181,8 @@ def batches(row: dict[str, Any], vocab_size: int, count: int = 4) -> list[dict[s
             batch["labels"][:, ::3] = -100
             batch["labels"][:, 1::3] = -100
         made.append(batch)
-    return made
+    first = max(made, key=lambda batch: batch["input_ids"].shape[1])
+    return [first, *(batch for batch in made if batch is not first)]
 
 
 def _lengths(longest: int) -> list[int]:
@@ -644,10 +660,12 @@ class Race:
         print(f"{time.monotonic() - self.start:5.0f} s  {text}", flush=True)
 
     def set_up(self, folder: str) -> None:
-        """The checkpoint, each contender's model, side by side, and the machine's own numbers."""
+        """The checkpoint, and each contender's model, side by side."""
         context = multiprocessing.get_context("spawn")
         checkpoint = write_checkpoint(folder, self.options.layers)
-        self.say("the checkpoint is written")
+        rate = self.told(context, rate_here) if self.options.fit_here else None
+        self.record["picks"] = rate or {}
+        self.say(f"the checkpoint is written; {rate}")
         for kind in self.options.contenders:
             near, far = context.Pipe()
             site = self.options.peer_site
@@ -657,6 +675,8 @@ class Race:
             process.start()
             self.pipes[kind] = (near, process)
         self.record["contenders"] = {}
+        if rate and "launch_seconds" in rate:  # while the others load
+            self.fit_here(context, rate["launch_seconds"])
         for kind, (pipe, process) in list(self.pipes.items()):
             said = ask(pipe, process, self.end)
             self.record["contenders"][kind] = said
@@ -664,11 +684,31 @@ class Race:
             if "error" in said:
                 del self.pipes[kind]
         self.record["host"] = {}
+        self.write()
+
+    def ask_host(self) -> None:
+        """The machine's own numbers, once nobody races any more."""
         for pipe, process in list(self.pipes.values())[-1:]:  # Unsloth changes what Python does
             pipe.send("host")
-            self.record["host"] = ask(pipe, process, self.end)
+            self.record["host"] = ask(pipe, process, time.monotonic() + 20)
         self.say(f"{self.record['host']}")
         self.write()
+
+    def told(self, context: Any, target: Callable, *arguments: Any) -> dict[str, Any]:
+        """What a process of its own answers."""
+        near, far = context.Pipe()
+        process = context.Process(target=target, args=(*arguments, far), daemon=True)
+        process.start()
+        return ask(near, process, self.end)
+
+    def fit_here(self, context: Any, launch_seconds: float) -> None:
+        """Ask `fit` on this machine for what it picks, row by row."""
+        for row in dict.fromkeys(self.options.rows):
+            said = self.told(context, pick_here, row, launch_seconds)
+            self.record["picks"][row] = said
+            self.say(f"fit, {row}: {said}")
+            if "pick" in said:
+                picks[row] = said["pick"]
 
     def run(self) -> None:
         """Every row: each contender's settings, then the repeats of the row."""
@@ -804,7 +844,8 @@ def rows_to_record(record: dict[str, Any]) -> list[dict[str, Any]]:
                 "outcome": "trained" if line["repeats"] else str(line["error"]),
                 "started_at_seconds": [turn["at"] for turn in own],
                 "step_seconds": [turn.get("seconds") for turn in own],
-                "settings": settings(line["contender"], line["row"]).get(line["setting"]),
+                "settings": line["recipe"]
+                or settings(line["contender"], line["row"]).get(line["setting"]),
                 **{k: v for k, v in line.items() if k not in ("row", "setting", "error", "recipe")},
                 **{k: record["host"].get(k) for k in ("gpu", "cpu", "cpus", "launch_microseconds")},
                 "emulated": "T4",
@@ -832,7 +873,7 @@ def recipe_on_record(line: dict[str, Any]) -> Any:
     if row.get("padded"):
         timed = range(row["unseen"], row["unseen"] + row["timed"])
         made = batches(row, 1000)
-        row = row | {"length": max(made[i % len(made)]["input_ids"].shape[1] for i in timed)}
+        row = row | {"length": max(made[i]["input_ids"].shape[1] for i in timed)}
     return TrainRecipe(**recipe_fields(row, changes))
 
 
@@ -843,11 +884,21 @@ def _versions_of(record: dict[str, Any], kind: str) -> dict[str, str]:
 
 
 def put_on_record(record: dict[str, Any], path: Path) -> None:
-    """Write a race's rows in the place of those that earlier races have of the same kind."""
+    """Write a race's rows in the place of those that earlier races have of the same kind.
+
+    Of a contender that did not race this time its word that memory did not do is kept: no speed is
+    compared with it.
+    """
     recorded, found = json.loads(path.read_text("utf-8")), rows_to_record(record)
     raced = {row["name"].split(",")[0] for row in found}
-    kept = [row for row in recorded["rows"]
-            if row["group"] != "race" or row["name"].split(",")[0] not in raced]  # fmt: skip
+    racers = {row["contender"] for row in found}
+    kept = [
+        row
+        for row in recorded["rows"]
+        if row["group"] != "race"
+        or row["name"].split(",")[0] not in raced
+        or (row["contender"] not in racers and "OutOfMemory" in row["outcome"])
+    ]
     recorded["rows"] = kept + found
     path.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
 
@@ -863,6 +914,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than 32, to try the race itself")
     parser.add_argument("--peer-site", help="folder of packages for Unsloth alone")
     parser.add_argument("--picks", type=Path, help="what fit picks for rows: ours runs that, too")
+    parser.add_argument("--fit-here", action="store_true", help="fit picks on this machine")
     parser.add_argument("--write-picks", action="store_true", help="ask fit, no GPU; into OUT")
     parser.add_argument("--launch-microseconds", type=float, help="of the race's host, for fit")
     parser.add_argument("--smoke", action="store_true", help="4 layers, one step of each")
@@ -889,6 +941,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         race.set_up(folder)
         race.run()
+        race.ask_host()
         race.dismiss()
     print(show(race.record))
 

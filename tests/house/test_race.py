@@ -71,7 +71,9 @@ def test_batches_are_as_long_as_their_row_says(row):
 
 
 def test_padding_is_behind_unlabelled_and_no_token():
-    (batch,) = race.batches({"size": 4, "length": 512, "padded": True}, 1000, count=1)
+    (batch,) = race.batches(
+        {"size": 4, "length": 512, "padded": True, "unseen": 0, "timed": 1}, 1000
+    )
     mask, labels = batch["attention_mask"], batch["labels"]
     assert bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool((labels[mask == 0] == -100).all())
     assert race.tokens_of(batch) == int(mask.sum()) < mask.numel()
@@ -132,12 +134,15 @@ def test_without_time_left_no_turn_is_taken():
 def test_a_race_on_record_replaces_rows_of_the_same_kind(tmp_path):
     path = tmp_path / "recorded_runs.json"
     others = [{"group": "ladder", "name": "kept"}, {"group": "race", "name": "packed, ours"}]
-    path.write_text(json.dumps({"rows": [{"group": "race", "name": "4x2048, old"}, *others]}))
+    old = {"group": "race", "name": "4x2048, trl", "contender": "trl", "outcome": "trained"}
+    too_large = old | {"outcome": "OutOfMemoryError: CUDA out of memory"}
+    others.append(too_large)  # no speed that would be compared across machines
+    path.write_text(json.dumps({"rows": [old, *others]}))
     turns = [{**found, "at": 10 * i} for i, found in enumerate(RECORD["turns"])]
     contenders = {name: {"versions": {"torch": "2.11.0"}} for name in ("unsloth", "usual", "ours")}
     race.put_on_record(RECORD | {"turns": turns, "contenders": contenders}, path)
-    first, second, unsloth, *rest = json.loads(path.read_text())["rows"]
-    assert [first, second] == others and {row["group"] for row in rest} == {"race"}
+    first, second, third, unsloth, *rest = json.loads(path.read_text())["rows"]
+    assert [first, second, third] == others and {row["group"] for row in rest} == {"race"}
     assert unsloth["name"] == "4x2048, unsloth" and unsloth["tokens_per_second"] == [
         900,
         1000,
