@@ -11,6 +11,7 @@ are tried only when nothing else fits).
 
 Most settings of a search differ in how many layers forget, and those of a model cut to a few layers
 are alike: `forecast.run_stream` keeps its runs, and `_Family.fewest` guesses where they share one.
+Batches that cannot be faster than what was found are passed over (`_Bound`).
 """
 
 from __future__ import annotations
@@ -118,11 +119,16 @@ def tokens_per_second(recipe: TrainRecipe, f: Forecast, utilisation: float | Non
     Raises:
         ValueError: utilisation is not a fraction.
     """
-    if utilisation is None:
-        utilisation = sum(f.gpu.sustained) / 2
-    _check_utilisation(utilisation)
+    if utilisation is not None:
+        _check_utilisation(utilisation)
     tokens = recipe.tokens_per_step / recipe.world_size
-    return tokens / max(f.ideal_seconds / utilisation, f.operations * launch_rate(f.gpu).seconds)
+    return tokens / _seconds(f.gpu, f.ideal_seconds, f.operations, utilisation)
+
+
+def _seconds(gpu: Gpu, ideal: float, operations: float, utilisation: float | None) -> float:
+    """Of a step: the GPU's, or Python's if they are more."""
+    reached = sum(gpu.sustained) / 2 if utilisation is None else utilisation
+    return max(ideal / reached, operations * launch_rate(gpu).seconds)
 
 
 def _check_utilisation(utilisation: float) -> None:
@@ -273,14 +279,14 @@ def fit(
     if not _may_fork():
         processes = 1
     heard = progress if processes < 2 else _unheard
-    weigh = _Weigher(recipe, gpu, per_gpu, num_layers, heard, pinned_host_bytes)
+    weigh = _Weigher(recipe, gpu, per_gpu, num_layers, heard, pinned_host_bytes, utilisation)
     parts = COMPILED if compiled and gpu.capability >= TRITON else PLAIN
     losses = _losses(recipe, parts["loss"])
     with _workers(processes) as pool:
         tried: list[Tried] = _kernels(weigh, pool)
         before = pool.submit(as_it_came, recipe, gpu)  # beside what this process weighs next
         quickest = min(tried, key=lambda pair: pair[1].ideal_seconds)[0]
-        first = {"attention": quickest.attention} | _taken(weigh, parts, quickest.attention)
+        first = {"attention": quickest.attention} | _taken(weigh, parts, quickest.attention, losses)
         for stage in _stages(weigh, first):
             kept = (False, True) if stage["attention"] != "eager" else (False,)  # has no output
             families = [
@@ -292,7 +298,7 @@ def fit(
             fitting: list[Tried] = [pair for pair in tried if weigh.room(pair[1]) >= 0]
             if fitting:
                 best = max(fitting, key=lambda pair: tokens_per_second(*pair, utilisation))
-                written = _written_out(weigh, best[0])
+                written = _written_out(weigh, best)
                 best = max([best, *written], key=lambda pair: tokens_per_second(*pair, utilisation))
                 return _found(best, utilisation, before.result())
     on_host = [f for _, f in tried if f.pinned_host_bytes <= pinned_host_bytes]
@@ -304,12 +310,19 @@ def fit(
     )
 
 
-def _written_out(weigh: _Weigher, best: TrainRecipe) -> list[Tried]:
-    """The same in plain PyTorch, if it fits: a compiled call takes the host longer."""
-    parts = {name: PLAIN[name] for name in COMPILED if getattr(best, name) == "compiled"}
-    fields = {name: getattr(best, name) for name in SEARCHED} | parts
-    pair = weigh(best.micro_batch_size, fields) if parts else None
-    return [pair] if pair is not None and weigh.room(pair[1]) >= 0 else []
+def _written_out(weigh: _Weigher, best: Tried) -> list[Tried]:
+    """The same in plain PyTorch, if it fits: a compiled call takes the host longer.
+
+    Where the step waits for the GPU, more traffic makes it no faster.
+    """
+    recipe, seen = best
+    parts = {name: PLAIN[name] for name in COMPILED if getattr(recipe, name) == "compiled"}
+    for_host = weigh.seconds(0, seen.operations)
+    if not parts or weigh.seconds(seen.ideal_seconds, seen.operations) > for_host:
+        return []
+    fields = {name: getattr(recipe, name) for name in SEARCHED} | parts
+    pair = weigh(recipe.micro_batch_size, fields)
+    return [pair] if weigh.room(pair[1]) >= 0 else []
 
 
 def as_it_came(recipe: TrainRecipe, gpu: Gpu) -> Forecast | None:
@@ -353,9 +366,11 @@ def _losses(recipe: TrainRecipe, lean: str) -> tuple[str, ...]:
     return ("full", "chunked") if recipe.lora_rank is None else (lean,)
 
 
-def _taken(weigh: _Weigher, parts: dict[str, Any], attention: str) -> dict[str, Any]:
-    """Those of the parts that the model takes; the loss is for another place."""
-    start = LEAST | {"attention": attention}
+def _taken(
+    weigh: _Weigher, parts: dict[str, Any], attention: str, losses: tuple[str, ...]
+) -> dict[str, Any]:
+    """Those of the parts that the model takes, with the loss that is weighed first."""
+    start = LEAST | {"attention": attention, "loss": losses[0]}
     wanted = {name: value for name, value in parts.items() if name != "loss"}
     if weigh.if_taken(1, start | wanted):
         return wanted
@@ -374,6 +389,7 @@ class _Weigher:
         per_gpu: Sequences of one GPU behind one optimizer step.
         progress: Told what is being weighed.
         pinned_host_bytes: Most that checkpoints may take of the host's memory.
+        utilisation: As `tokens_per_second` takes it.
     """
 
     recipe: TrainRecipe
@@ -382,6 +398,11 @@ class _Weigher:
     num_layers: int
     progress: Callable[[str], None]
     pinned_host_bytes: int
+    utilisation: float | None
+
+    def seconds(self, ideal: float, operations: float) -> float:
+        """How long a step takes; all have the same tokens."""
+        return _seconds(self.gpu, ideal, operations, self.utilisation)
 
     def room(self, f: Forecast) -> int:
         """Bytes that a forecast leaves: of the GPU or of the host's share, the fewer."""
@@ -419,10 +440,13 @@ LEAST = {"checkpointed_layers": "all", "keep_attention": False, "offload_checkpo
 
 
 def _kernels(weigh: _Weigher, pool: Executor) -> list[Tried]:
-    """One sequence with each attention that the model takes; with the recipe's own if none."""
-    kinds = [(1, LEAST | {"attention": kind}) for kind in ("stock", "explicit_kv")]
+    """One sequence with each attention that the model takes; with the recipe's own if none.
+
+    The stock one is last, so that who forecasts the recipe as it came has run it.
+    """
+    kinds = [(1, LEAST | {"attention": kind}) for kind in ("explicit_kv", "stock")]
     taken = [pair for pair in _each(pool, weigh.if_taken, kinds) if pair is not None]
-    return taken or [weigh(1, LEAST)]
+    return taken[::-1] or [weigh(1, LEAST)]
 
 
 def _stages(weigh: _Weigher, first: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -466,16 +490,26 @@ class _Here(Executor):
 
 
 def _workers(processes: int) -> Executor:
-    """Who weighs: this process alone or some beside it."""
+    """Who weighs with this process: nobody, or some beside it."""
     if processes < 2:
         return _Here()
-    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
+    return ProcessPoolExecutor(processes - 1, mp_context=multiprocessing.get_context("fork"))
 
 
 def _each(pool: Executor, function: Callable[..., Any], items: list[tuple[Any, ...]]) -> list[Any]:
-    """The function of each of several arguments."""
-    futures = [pool.submit(function, *item) for item in items]
-    return [future.result() for future in futures]
+    """The function of each of several arguments, the first one and who waits done by this process.
+
+    What it has run itself, it need not run again for what comes later.
+    """
+    futures = [pool.submit(function, *item) for item in items[1:]]
+    found = [function(*items[0])]
+    here = {
+        number: function(*items[number])
+        for number in range(len(futures), 0, -1)
+        if futures[number - 1].cancel()  # nobody has begun
+    }
+    found += [here[n] if n in here else future.result() for n, future in enumerate(futures, 1)]
+    return found
 
 
 def _family(weigh: _Weigher, fields: dict[str, Any]) -> list[Tried]:
@@ -484,16 +518,72 @@ def _family(weigh: _Weigher, fields: dict[str, Any]) -> list[Tried]:
     m = fields["offload_checkpoints"]
     lowest = m + 1 if m else int(fields["keep_attention"])  # the last checkpoint stays
     _, largest = WHOLE_NUMBERS["micro_batch_size"]
-    micro, kept = 1, weigh.num_layers // 2
+    micro, kept, so_far = 1, weigh.num_layers // 2, None
     while micro <= largest and weigh.per_gpu % micro == 0:
         one = _Family(weigh, micro, fields, tried)
         if one.margin(weigh.num_layers) < 0:
             if fields["keep_attention"]:
                 one.keep_in_most()
             break
+        bound = so_far and so_far.doubled(one.weighed[weigh.num_layers])
+        if bound and bound.loses(weigh, tried, more=True):
+            break
+        if bound and bound.loses(weigh, tried):
+            micro, kept, so_far = micro * 2, kept // 2, bound
+            continue
         k = one.fewest(lowest, guess=weigh.num_layers - kept)
+        so_far = one.bound(k) if k > lowest else None  # what memory ends is known, or nothing
         micro, kept = micro * 2, (weigh.num_layers - k) // 2  # twice the tokens in half the layers
     return tried
+
+
+Work = tuple[float, float]  # of a step: its ideal seconds and its operations
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """What a micro batch may come to at best, from what one of half its size has come to.
+
+    Twice the tokens take twice the memory a layer, so that at most half as many layers keep what
+    they make. An operation on twice the tokens takes at most twice as long, so that a layer spares
+    a step no more by keeping it than before; and what a step gains by a still larger batch is at
+    most what it has gained by this one, as its time is convex in the batch's inverse. One layer
+    more stands for the allocator's rounding.
+
+    Attributes:
+        every: Work where all layers forget.
+        spared: Work that a layer spares which keeps what it makes.
+        kept: Layers that do, at most.
+        gained: Work that this batch spares beside the one before.
+        masked: Whether it has a mask, which those before it may not have.
+    """
+
+    every: Work
+    spared: Work
+    kept: int
+    gained: Work
+    masked: bool
+
+    def doubled(self, every: Tried) -> _Bound | None:
+        """Of twice the batch, given its work where all layers forget; nothing, if masks differ."""
+        if every[0].has_mask != self.masked:
+            return None
+        now = _work(every)
+        one, two = (max(0.0, old - new) for old, new in zip(self.every, now, strict=True))
+        return dataclasses.replace(self, every=now, kept=self.kept // 2 + 1, gained=(one, two))
+
+    def loses(self, weigh: _Weigher, tried: list[Tried], more: bool = False) -> bool:
+        """Whether it is no faster than the best that fits; with `more` larger batches, too."""
+        best = min(weigh.seconds(*_work(pair)) for pair in tried if weigh.room(pair[1]) >= 0)
+        at_best = [
+            work - self.kept * layer - more * gain
+            for work, layer, gain in zip(self.every, self.spared, self.gained, strict=True)
+        ]
+        return weigh.seconds(*at_best) >= best
+
+
+def _work(pair: Tried) -> Work:
+    return pair[1].ideal_seconds, pair[1].operations
 
 
 class _Family:
@@ -501,6 +591,9 @@ class _Family:
 
     Args:
         tried: Takes what is weighed.
+
+    Attributes:
+        weighed: k to the recipe with it and its forecast.
     """
 
     def __init__(
@@ -508,14 +601,29 @@ class _Family:
     ) -> None:
         self._weigh, self._micro, self._fields, self._tried = weigh, micro, fields, tried
         self._margins: dict[int, int] = {}
+        self.weighed: dict[int, Tried] = {}
 
     def margin(self, k: int) -> int:
         """What k leaves of the card, in bytes."""
         if k not in self._margins:
             pair = self._weigh(self._micro, self._fields | {"checkpointed_layers": k})
             self._tried.append(pair)
+            self.weighed[k] = pair
             self._margins[k] = self._weigh.room(pair[1])
         return self._margins[k]
+
+    def bound(self, k: int) -> _Bound | None:
+        """What larger batches may come to, given the smallest k that fits; nothing, if that's all.
+
+        Args:
+            k: Weighed, as all layers are.
+        """
+        every, kept = self.weighed[self._weigh.num_layers], self._weigh.num_layers - k
+        if not kept:
+            return None
+        both = zip(_work(every), _work(self.weighed[k]), strict=True)
+        one, two = ((most - fewest) / kept for most, fewest in both)
+        return _Bound(_work(every), (one, two), kept, (0.0, 0.0), every[0].has_mask)
 
     def fewest(self, lowest: int, guess: int) -> int:
         """The smallest k from `lowest` on that fits, given that all layers do.

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import random
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,6 +148,78 @@ def test_attention_is_kept_by_as_many_layers_as_fit(monkeypatch):
     monkeypatch.setattr(search, "forecast", five)
     recipe = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=2)
     assert fit(recipe, T4).recipe.keep_attention == 5
+
+
+def world(seed):
+    """A card and a model whose bytes and seconds are formulas: margin, ideal seconds, operations.
+
+    Args:
+        seed: For its numbers; among them what a micro batch costs beside its tokens.
+    """
+    draw = random.Random(seed)
+    weights, batch, layer, attention = (draw.uniform(*ends) for ends in (
+        (0.1, 0.6), (0.001, 0.03), (0.01, 0.1), (0.001, 0.02)))  # fmt: skip
+    again, beside = draw.uniform(0.1, 0.9), 10 ** draw.uniform(-2, 0.3)
+    launches = draw.choice([0, 0, 2e4])
+
+    def needs(micro, k, kept_outputs):
+        held = weights + micro * (batch + layer * (16 - k) + attention * kept_outputs)
+        layers = 48 + k * again - kept_outputs * again / 2
+        return 1 - held, 64 / micro * (micro + beside) * layers, 64 / micro * launches * layers
+
+    return needs
+
+
+def test_what_is_not_weighed_would_have_been_no_faster(monkeypatch):
+    """Batches that a search passes over, against every batch of made-up cards."""
+    recipe = TrainRecipe(
+        model="llama-3.2-1b", amp_dtype="float16", sequence_length=64,
+        gradient_accumulation_steps=64,
+    )  # fmt: skip
+    monkeypatch.setattr(search, "_losses", lambda recipe, lean: (lean,))
+    spared, largest = 0, 0
+
+    def made_up(recipe, gpu):
+        nonlocal largest
+        largest = max(largest, recipe.micro_batch_size)
+        k = 16 if recipe.checkpointed_layers == "all" else recipe.checkpointed_layers
+        outputs = k if recipe.keep_attention is True else int(recipe.keep_attention)
+        margin, ideal, operations = needs(recipe.micro_batch_size, k, outputs)
+        return SimpleNamespace(
+            margin_bytes=margin, pinned_host_bytes=0, gpu=gpu, ideal_seconds=ideal,
+            operations=operations,
+        )  # fmt: skip
+
+    monkeypatch.setattr(search, "forecast", made_up)
+    for seed in range(60):
+        needs, largest = world(seed), 0
+        best = fit(recipe, T4)
+        every = [
+            (2**n, needs(2**n, k, outputs)) for n in range(7) for k in range(17)
+            for outputs in (0, k)
+        ]  # fmt: skip
+        fitting = [(micro, *work) for micro, (margin, *work) in every if margin >= 0]
+        fastest = min(search._seconds(T4, *work, None) for _, *work in fitting)
+        found = best.forecast.ideal_seconds, best.forecast.operations
+        assert search._seconds(T4, *found, None) <= fastest * (1 + 1e-9), seed
+        spared += largest < max(micro for micro, *_ in fitting)
+    assert 5 < spared < 55  # where larger batches gain much, each is looked at
+
+
+def test_who_waits_takes_part():
+    """What nobody has begun is done here; answers keep their order."""
+
+    class Nobody(Executor):
+        def submit(self, function, /, *items, **options):
+            return Future()
+
+    done = []
+    assert search._each(Nobody(), lambda n: done.append(n) or n * n, [(1,), (2,), (3,)]) == [
+        1,
+        4,
+        9,
+    ]
+    assert done == [1, 3, 2]
 
 
 def test_target_is_kept_and_hours_follow(recipe, small_gpu):
