@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -320,8 +321,13 @@ RIGHT = {
 }
 
 
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", WRONG)
-def test_check_knows_right_from_wrong(name):
+def test_check_knows_right_from_wrong(monkeypatch, name, whole):
+    """Counted by hand, on two micro batches; whole: against Trainer's runs, on four."""
+    if not whole:
+        monkeypatch.setattr(lesson_03, "scheduled", schedule(steps))
+        monkeypatch.setattr(lesson_03, "uneven_batch", partial(lesson_03.uneven_batch, rows=4))
     assert complaints(getattr(lesson_03, name), name, RIGHT[name], WRONG[name]) == []
 
 
