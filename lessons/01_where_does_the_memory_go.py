@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/01_where_does_the_memory_go.ipynb)
 #
-# **45 min** for those who have trained a model before, 60 to 70 if it is new to you; half-way there
-# is a place to stop · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have trained a model before, 60 to 75 if it is new to you; a place to
+# stop comes after some 40 of those · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # "CUDA out of memory", and the weights alone would have fitted. Who took the rest? In this lesson
 # you guess, then count every byte of a training step, and see which guesses were off, and by how
@@ -70,8 +70,8 @@ before = ...  # for example "abcda"
 # ## The whole game first
 # Llama-3.2-3B, all of its weights trained, 4 sequences of 1024 tokens, and a T4 that we only
 # pretend to have: the tensors below have shapes and no numbers, so a step of a 3B model runs
-# anywhere, and the `MemoryLedger` refuses what 14.42 of them cannot hold (CUDA itself takes the
-# rest).
+# anywhere. Of the 14.56 GiB CUDA itself takes a little; 14.42 GiB are left, and the `MemoryLedger`
+# refuses what would need more.
 
 # %% tags=["run"]
 def two_steps(model, ids, budget_bytes=None):
@@ -113,10 +113,10 @@ model.gradient_checkpointing_enable()                                           
 print("two steps done, peak", show_bytes(on_a_t4(model).peak_bytes))
 
 # %% [markdown]
-# It trains. Weights in 16 bits (1), only small *adapters* beside them trained (2; 16 is their inner
-# width), what layers computed forgotten and computed again (3). Take any one of the three away and
-# it dies again. The same three lines with numbers in the tensors, on the small model that the
-# course carries:
+# It trains. Weights in 16 bits (1), only small *adapters* beside them trained (2: LoRA; 16 is their
+# inner width), what layers computed forgotten and computed again (3). Take any one of the three
+# away and it dies again. The same three lines with numbers in the tensors, on the small model that
+# the course carries:
 
 # %% tags=["run"]
 small = AutoModelForCausalLM.from_pretrained(data.BUNDLED, use_safetensors=True,
@@ -130,14 +130,19 @@ small = small.to(gpus.device()).train()
 start = small(input_ids=ids, labels=ids).loss.item()
 for _ in range(10):
     two_steps(small, ids)
-print(f"loss {start:.0f}, 4 lower:", small(input_ids=ids, labels=ids).loss.item() < start - 4)
+end = small(input_ids=ids, labels=ids).loss.item()
+print(f"loss {start:.0f}, after 20 steps at least 4 lower:", end < start - 4)
 
 # %% [markdown]
 # Why do these three help, and which would *your* run need? That is the course. This lesson finds
-# out who had the memory. (Lesson 02 is line 3, 04 is line 1.)
+# out who had the memory. (Lesson 02 is line 3, 04 is line 1; line 2 comes back in Go further.)
 
 # %% [markdown]
 # ## 1 · Four holders, one training step
+# *Forward* computes the loss of a batch; *backward* (PyTorch's *autograd* does it) computes for
+# each weight its *gradient*, how the loss changes with it; the *optimizer* then moves the weight.
+# Adam, the usual one, keeps two running averages of each gradient, its *state*.
+#
 # Here is the small Llama again, with **all** of its weights trained in float32: 4 layers, 192
 # numbers wide, a vocabulary of 1280; 4 sequences of 128 tokens. Who holds memory? Three holders you
 # can find by asking the objects that you have:
@@ -162,7 +167,8 @@ for name, n_bytes in holders.items():
 # Gradients are as large as the weights, Adam's state is twice that: remember it with its condition,
 # *when every weight is trained, in float32*, 4 + 4 + 8 bytes a parameter. The fourth holder no
 # object shows: what forward leaves behind, so that backward can use it. The gradient of `w * x`
-# with respect to `w` is `x`, so somebody has to keep `x`. Autograd does, and it lets you watch:
+# with respect to `w` is `x`, so somebody has to keep `x`. Autograd does, and it lets you watch. (A
+# *storage* is the piece of memory behind a tensor, `data_ptr()` its address: each counts once.)
 
 # %% tags=["run"]
 def kept_for_backward(model, ids):
@@ -179,7 +185,8 @@ def kept_for_backward(model, ids):
 # %% [markdown]
 # ### Predict
 # The weights take 5.82 MiB, the batch of token ids 4 KiB. How many bytes does forward keep for
-# backward? Write, for example, `8 * MIB`. A guess is enough; a wrong one teaches more.
+# backward: fewer than the weights, as many, several times as many? Write, for example, `8 * MIB`. A
+# wrong guess teaches more.
 
 # %% tags=["predict"]
 predicted_kept = ...
@@ -268,13 +275,16 @@ show_prediction(predicted_ratio, show="{:.2f} x the boundary".format, also="\n".
 #   two heads serve six queries), its output, and one number for each head;
 # - the MLP keeps four tensors of its inner width, 384.
 #
-# Additions keep nothing. Weights do not count: they are there anyway. (A formula that you will meet
-# counts the boundary, and nothing else: Go further.) [PyTorch: autograd mechanics, "Saved tensors"]
+# (`mm` is a matrix product.) An addition itself keeps nothing: `add` in the list names who *made* a
+# tensor that the operation behind it needs. Weights do not count: they are there anyway. (A formula
+# that you will meet counts the boundary, and nothing else: Go further.) [PyTorch: autograd
+# mechanics, "Saved tensors"]
 
 # %% [markdown]
 # ## Exercise 01.1 · Bytes of a given layer
 # *Medium, 8 minutes.* Complete the formula: how many numbers does a layer keep for each token,
-# given its widths? The check counts three layers with the ledger, from ours to one of Llama-2-7B,
+# given its widths? (Ours has `hidden` 192, `kv` 64 for key and for value each, `intermediate` 384,
+# `heads` 6.) The check counts three layers with the ledger, from ours to one of Llama-2-7B,
 # and wants **every byte**.
 #
 # <details><summary>Hint 1</summary>Group the list of section 2: which lines have the width 192, 64,
@@ -330,12 +340,14 @@ show_prediction(predicted_factor_sdpa, show=times, counted_with_SDPA=factors["SD
 # **Sequence: it depends on the kernel.** Eager attention also keeps the scores of every pair of
 # positions, for every head: a straight part plus a quadratic one, so doubling gives a factor
 # between 2 and 4, the closer to 4 the longer the text. SDPA's line is straight: the kernel that it
-# picks here never writes scores to memory, keeps one number for each row and recomputes them
-# [FlashAttention, section 3.1]. (A T4 has no FlashAttention, and may get a kernel that does write
-# them.) **Batch: always linear**, because every kept tensor has the batch as a factor.
+# picks here never writes scores to memory, keeps one number for each query and head, and computes
+# the scores again [FlashAttention, section 3.1]. (A T4 has no FlashAttention, and may get a kernel
+# that does write them.) **Batch: always linear**, because every kept tensor has the batch as a
+# factor.
 #
 # Move the controls (with the mouse, or Tab and the arrow keys). **Task:** Llama-2-7B at 1 x 2048
-# tokens, eager. How many sequences can SDPA take before it keeps more than that?
+# tokens, eager. How many sequences can SDPA take before it keeps more than that? (The control knows
+# 1, 2, 4; the line between them is straight.)
 # <details><summary>Answer</summary>Three: three times SDPA's 11.38 GiB is less than eager's 35.38
 # GiB. Of the control's choices 2 keep less, 4 more.</details>
 
@@ -370,18 +382,18 @@ show_prediction(predicted_logits, counted=big.largest[0].n_bytes,
 # 32 KiB went in. The loss turns the 16-bit logits into float32 for safety, its softmax keeps a copy
 # for backward, and backward makes two more before the first can go: three copies, more than all the
 # weights of this model. (Most of what else stands at the peak is what its 16 layers keep.) This is
-# the **logits term**. Whoever counts "layers x something" misses it,
-# because the head is no layer. [transformers: `ForCausalLMLoss` in loss/loss_utils.py]
+# the **logits term**. Whoever counts "layers x something" misses it, because the output head,
+# `lm_head`, is none of the layers. [transformers: `ForCausalLMLoss` in loss/loss_utils.py]
 
 # %% tags=["run"]
 tensors = [tensor for tensor in full.largest if tensor.shape]  # without single numbers
 print(len(tensors), "tensors were alive at the peak of section 1, the largest first")
 
 # %% [markdown]
-# ## Exercise 01.2 · The biggest tensor at the peak
+# ## Exercise 01.2 · The logits at the peak
 # *Easy, 5 minutes.* Each of `tensors` has `n_bytes`, `shape`, `category` and `operation`. How many
-# bytes of section 1's peak have the shape of the logits, the vocabulary (1280) as their last
-# dimension?
+# bytes of section 1's peak, in all, have the shape of the logits, the vocabulary (1280) as their
+# last dimension?
 #
 # <details><summary>Hint 1</summary>Print the shapes of <code>tensors[:6]</code> first.</details>
 # <details><summary>Hint 2</summary>The embedding matrix is (1280, 192): its <em>last</em> dimension
@@ -396,8 +408,10 @@ exercises.check_logits_at_peak(logits_at_peak, full, vocab_size=1280)
 
 # %% [markdown]
 # ## In your script
-# No course, no `fitcast`: PyTorch's own instruments, for any model. Two steps, because of Adam. The
-# snapshot shows who held what, and which line of yours allocated it: drop the file on
+# No course, no `fitcast`: PyTorch's own instruments, for any model. (This one: a download of 1 GB,
+# and 494 million weights at 16 bytes [Qwen2.5-0.5B].) Two steps, because of Adam. What the peak has
+# beyond those three holders follows the data. The snapshot shows who held what, and which
+# line of yours allocated it: drop the file on
 # [pytorch.org/memory_viz](https://pytorch.org/memory_viz). (`nvidia-smi` shows more than the peak:
 # CUDA's context, and memory that PyTorch keeps for later. `torch.cuda.empty_cache()` hands that to
 # other processes; for your own it makes no room. [PyTorch: CUDA semantics])
@@ -417,8 +431,8 @@ exercises.check_logits_at_peak(logits_at_peak, full, vocab_size=1280)
 #     model(input_ids=ids, labels=ids).loss.backward()
 #     optimizer.step()
 #     optimizer.zero_grad()
-# peak = torch.cuda.max_memory_allocated() / 2**30  # 0 on a machine without a GPU
-# print(f"peak {peak:.2f} GiB in tensors" if on_gpu else "no GPU, nothing measured")
+# held, peak = 16 * model.num_parameters() / 2**30, torch.cuda.max_memory_allocated() / 2**30
+# print(f"weights, gradients, state {held:.2f} GiB, peak {peak:.2f} (0: no GPU, not measured)")
 # if on_gpu:
 #     torch.cuda.memory._dump_snapshot("two_steps.pickle")
 # ```
@@ -629,6 +643,7 @@ for name, n_bytes in answers.items():
 # - PyTorch, [Autograd mechanics](https://docs.pytorch.org/docs/stable/notes/autograd.html): saved
 #   tensors; [CUDA semantics](https://docs.pytorch.org/docs/stable/notes/cuda.html): memory
 #   management; [Understanding CUDA memory usage](https://docs.pytorch.org/docs/stable/torch_cuda_memory.html)
+# - Qwen, [Qwen2.5-0.5B](https://huggingface.co/Qwen/Qwen2.5-0.5B): model card
 # - transformers,
 #   [loss_utils.py](https://github.com/huggingface/transformers/blob/main/src/transformers/loss/loss_utils.py)
 #
