@@ -14,8 +14,8 @@
 # |---|---|---|
 # | *trace* by hand what a checkpointed chain holds and computes twice | B1 | exercise 02.1 |
 # | *write* a checkpoint function: equal gradients, fewer bytes | B2 | exercise 02.2 |
-# | *test* "30-40 % of the memory, +25-35 % time" against a count | B2 | sections 3, 4 |
-# | *choose* how many layers forget, for a T4 and a length | B2 | section 5, exercise 03.3 |
+# | *test* what forgetting saves and costs against a count | B2 | sections 3, 4 |
+# | *choose* how many layers forget, for a T4 and a length | B2 | section 5, exercise 02.3 |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
@@ -83,8 +83,8 @@ before = ...  # for example "abcda"
 # is freed.</details>
 # <details><summary>Hint 2</summary>Keep a₁, a₃, a₅: step 6 needs a₆, so a₁, a₃, a₅ and a₆ are
 # there: 4. Step 5 needs a₅, which was kept: a₁, a₃, a₅.</details>
-# <details><summary>Hint 3</summary>Step 4 needs a₄: a₁, a₃, a₄. Step 3: a₁, a₃. Steps 2 and 1 go
-# on in this way.</details>
+# <details><summary>Hint 3</summary>Step 4 needs a₄, which is gone; a₃ is there, so step 3 is run
+# once more.</details>
 
 # %% tags=["exercise"]
 keep_all = ...  # six numbers, for example [6, 6, 6, 6, 6, 6]
@@ -101,8 +101,8 @@ exercises.draw_traces(keep_all, keep_135)
 
 # %% [markdown]
 # ### Predict
-# Does forward run twice then? A plain training step runs 6 forward steps. How many does the step
-# run that keeps a₁, a₃ and a₅?
+# Does forward run twice then? Plain training of this chain runs 6 forward steps. How many are run
+# when only a₁, a₃ and a₅ are kept?
 
 # %% tags=["predict"]
 predicted_steps = ...
@@ -125,13 +125,14 @@ show_prediction(predicted_steps, show="{} forward steps".format, counted=runs["k
 # Once written, it is no magic.
 #
 # ## Exercise 02.2 · A checkpoint of your own
-# *Hard, 12 minutes.* `Forget.apply(function, x)` is `function(x)`, but of all that the function
-# computes only `x` waits for backward. Write both methods. What an `autograd.Function` gives you:
-# inside both methods no graph is built, so nothing else is kept; `ctx.save_for_backward(x)` keeps a
-# tensor, `ctx.saved_tensors` is it again, `ctx.anything = ...` keeps any object. `grad` is the
-# gradient of your output; return one gradient for each argument of `forward`, `None` for those that
-# have none. (Hints are there to be opened.) The check wants gradients equal **to the bit**, **and**
-# no more bytes waiting for backward than `x`.
+# *Hard, 12 minutes* (20, if you never saw an `autograd.Function`). `Forget.apply(function, x)` is
+# `function(x)`, but of all that the function computes only `x` waits for backward. Write both
+# methods. What an `autograd.Function` gives you: inside both methods no graph (autograd's record of
+# what was computed) is built, so nothing else is kept. `ctx` is an object that both share:
+# `ctx.save_for_backward(x)` keeps a tensor, `ctx.saved_tensors` is it again, `ctx.anything = ...`
+# keeps any object. `grad` is the gradient of your output; return one gradient for each argument of
+# `forward`, `None` for those that have none. (Hints are there to be opened.) The check wants
+# gradients equal **to the bit**, **and** no more bytes waiting for backward than `x`.
 #
 # <details><summary>Hint 1</summary>Forward keeps the function and <code>x</code>. Backward runs the
 # function once more, this time with a graph, and then backward through that graph.</details>
@@ -180,7 +181,7 @@ def kept_for_backward(model):
         model(input_ids=ids, labels=ids, use_cache=False)
     return ledger.report().saved_activation_bytes
 
-model = qlora.load_base(recipe)  # as `from_pretrained` gives it
+model = qlora.load_base(recipe)  # as `from_pretrained` gives it, in float32
 everything = kept_for_backward(model)
 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 print(f"switched on:         {kept_for_backward(model) / everything:.2f} of before")
@@ -229,9 +230,11 @@ show_prediction(predicted_fraction, show="{:.0%}".format, counted=ours / theirs,
 # %% [markdown]
 # ### Explain
 # Forward hardly climbs: only boundaries stay, and the logits at its end. In backward each layer
-# comes back for a moment (one tooth of the saw), and is gone again. What is left is *all boundaries
-# plus one whole layer*, plus the logits, which no layer owns. Both shares belong to *four layers*:
-# the more layers, the smaller.
+# comes back for a moment (one tooth of the saw), and is gone again. So there are two summits. At
+# the end of forward the logits, which no layer owns, stand beside the boundaries (the 0.18 above).
+# In backward, when they are gone, it is *all boundaries plus one whole layer*, which is more here;
+# with a large vocabulary it is the logits. Both shares belong to *four layers*: the more layers,
+# the smaller.
 
 # %% [markdown]
 # ## 4 · What does it cost?
@@ -262,9 +265,10 @@ for predicted, rank in ((predicted_more_full, None), (predicted_more_lora, 16)):
 
 # %% [markdown]
 # ### Explain
-# All of forward again would be a third more (with LoRA's smaller step, a half). But a third of this
-# forward nobody asks for again: the head is no layer (a seventh), and the last product of each
-# layer is the "last step" of section 1 (a sixth). So: two thirds of a third, two thirds of a half.
+# All of forward again: that is one part of three (backward is two), a third more; with LoRA one of
+# two, a half more. But only two thirds of this small model's forward are run again. Its output head
+# is none of the layers (a seventh of the work), and the last product of each layer is the "last
+# step" of section 1 (a sixth). So: two thirds of a third, two thirds of a half.
 # A big model has a smaller head, and pays a little more for the layers: a LoRA step of an 8B model
 # a good third.
 
@@ -276,9 +280,9 @@ for predicted, rank in ((predicted_more_full, None), (predicted_more_lora, 16)):
 #
 # ### Predict
 # One sequence of 2048 tokens, and one of 512. Llama-3.2-1B and Llama-3.1-8B, by **QLoRA**: the
-# frozen base in 4 bits, adapters beside it (its settings: lesson 07). In how many of the four cases
-# does a T4 *not* do it without checkpointing? `forecast` runs the step on tensors without numbers,
-# as a T4 would.
+# frozen base in 4 bits, adapters beside it (its settings: lesson 07). How many of these four do
+# *not fit* on a T4 when no layer forgets? `forecast` runs the step on tensors without numbers, as a
+# T4 would.
 
 # %% tags=["predict"]
 predicted_cases = ...
@@ -297,27 +301,30 @@ show_prediction(predicted_cases, show="{} of 4".format, forecast=needs,
 # %% [markdown]
 # ### Explain
 # The 8B model does without it, at 512 tokens; the 1B model needs it, at 2048. What forgetting saves
-# are activations, and they follow the *tokens* and the layers' width.
+# are activations, and they follow the *tokens* and the layers' width (here faster than the tokens:
+# without a mask a T4's kernel keeps the scores of every pair, lesson 06).
 #
 # If a T4 has room to spare with every layer forgetting, that room is speed not bought. Let only the
 # first *k* of *n* layers forget (**k of n layers**): each of the others costs the same memory and
 # saves its second forward. The *first* ones, because backward frees what the last ones had kept
-# before it comes to them. In your script it is one attribute of the layers that remember:
-# `layer.gradient_checkpointing = False`.
+# before it comes to them. It is one attribute of the layers that remember,
+# `layer.gradient_checkpointing = False`, set after the switch: the script below does it.
 #
 # Move the controls (with the mouse, or Tab and the arrow keys). **Task:** Llama-3.2-3B on a T4,
-# micro batch 1. Which of the control's lengths is the longest that fits when no layer forgets?
-# <details><summary>Answer</summary>1024 tokens: at 2048 the upper bar says "does not
-# fit".</details>
+# micro batch 1. Which share of the layers must forget at 2048 tokens? And at 1024?
+# <details><summary>Answer</summary>Three quarters: with half of them the tensors alone are too many
+# for the card. At 1024 tokens none: the upper bar says "fits".</details>
 
 # %% tags=["run"]
 figures.forgetting_explorer()
 
 # %% [markdown]
 # ## In your script
-# Trainer's own switch, and the line that every loop with adapters should have once: does *each*
-# trained tensor get a gradient? (`use_cache = False`, since a layer that runs twice would fill the
-# cache twice.) On Colab, `!pip uninstall -qy torchao` before: PEFT refuses the old one there.
+# The switch, pulled by hand, so that some layers can remember (Trainer's own,
+# `gradient_checkpointing=True`, turns all of them on when training begins). And the line that every
+# loop with adapters should have once: does *each* trained tensor get a gradient? (`use_cache =
+# False`, since a layer that runs twice would fill the cache twice.)
+# On Colab, `!pip uninstall -qy torchao` before: PEFT refuses the old one there.
 #
 # ```python
 # import torch
@@ -327,17 +334,18 @@ figures.forgetting_explorer()
 # model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.float32)
 # model.config.use_cache = False
 # model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+# model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+# for layer in model.get_base_model().model.layers[12:]:  # the first 12 of 24 forget
+#     layer.gradient_checkpointing = False
 # rows = [{"input_ids": list(range(128)), "labels": list(range(128))}] * 8
-# arguments = TrainingArguments(
-#     "out", max_steps=2, per_device_train_batch_size=2, report_to="none", save_strategy="no",
-#     gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
-# )
+# arguments = TrainingArguments("out", max_steps=2, per_device_train_batch_size=2,
+#                               report_to="none", save_strategy="no")
 # trainer = Trainer(model, arguments, train_dataset=rows)
 # trainer.train()
 # batch = {name: torch.tensor([row], device=model.device) for name, row in rows[0].items()}
 # model(**batch).loss.backward()
 # missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-# print("trained tensors without a gradient:", missing)
+# print("trained tensors without a gradient (should be []):", missing)
 # ```
 #
 # ## And now?
@@ -352,8 +360,8 @@ exercises.QUESTIONS.score(before, after)
 # %% [markdown]
 # ## To lesson 03
 # With every layer forgetting, a T4 takes two sequences of 2048 tokens at a time of Llama-3.2-3B; a
-# third is a matter of luck. The recipe that you copied says "batch size 32". Is training on two at
-# a time, often enough, the same? Lesson 03 asks: how big is my batch, really?
+# third is *tight* (`forecast` says so). The recipe that you copied says "batch size 32". Is
+# training on two at a time, often enough, the same? Lesson 03 asks: how big is my batch, really?
 
 # %% [markdown]
 # ## Go further (optional)
