@@ -7,7 +7,7 @@
 # is a place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # So you train a 3B model on two sequences at a time, sixteen times over: a T4 takes two if every
-# layer forgets, a third is a matter of luck (lesson 02). You hope that it is the same as 32 at
+# layer forgets, a third is *tight* (lesson 02). You hope that it is the same as 32 at
 # once. It is, if you divide by the right number. Many loops do not.
 #
 # | objectives: you will be able to | level | assessed by |
@@ -82,7 +82,8 @@ before = ...  # for example "abcda"
 # An update needs the gradient of many sequences; memory wants few at once. PyTorch has the way out
 # built in: `backward()` *adds* to `.grad`. So micro batch after micro batch goes forward and
 # backward, the gradients pile up, and then comes one **optimizer step** for all of them. Two
-# updates of 2 x 4 sequences; after each event we measure the length of what lies in `.grad`:
+# updates of 2 x 4 sequences; after each event we measure the length of what lies in `.grad` (all of
+# it as one long vector: its norm):
 
 # %% tags=["run"]
 from fitcast.step import qlora
@@ -102,14 +103,17 @@ for four in (micro_batches[:4], micro_batches[4:8]):
 figures.updates(events, "two updates of 2 x 4 sequences")
 
 # %% [markdown]
-# Accumulate four times, update, clear. Forget *clear*, and the second update contains the first
-# one's gradient again. The sequences behind an update are the **effective batch**: micro batch
-# (`per_device_train_batch_size`) x accumulation steps (`gradient_accumulation_steps`) x world size,
-# the number of processes that share the work. Trainer has the three in three places, and their
-# product in none.
+# Accumulate four times, update, clear. (The second update's gradient is shorter: other rows.)
+# Forget *clear*, and the second update contains the first one's gradient again. The sequences
+# behind an update are the **effective batch**: micro batch (`per_device_train_batch_size`) x
+# accumulation steps (`gradient_accumulation_steps`) x world size, the number of processes that
+# share the work. Trainer has the three in three places, and their product in none.
+#
+# The *learning rate* is the length of an update's step; in *warm-up* it rises from zero, then the
+# *schedule* lets it fall.
 #
 # ### Predict
-# 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`: every four of what?
+# 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`. (Every four of what?)
 # How many lines does Trainer log?
 
 # %% tags=["predict"]
@@ -153,8 +157,8 @@ def all_at_once(model, batch):
 
 # %% [markdown]
 # First with 32 rows that carry equally many labels. All at once, or 2 x 16? The *relative error* is
-# the length of the difference of the two gradients by the length of the right one. (In float64, no
-# rounding can hide a mistake.)
+# the length of the difference of the two gradients divided by that of the right one. (In float64,
+# no rounding can hide a mistake.)
 
 # %% tags=["run"]
 ids = batch["input_ids"][:, :64]
@@ -166,7 +170,8 @@ print("equal, to 1e-12:", error < 1e-12)
 # %% [markdown]
 # Equal but for rounding. Accumulation is no approximation. Now our 32 examples, where only the
 # answer is learned: the label of each token outside it is -100, which the loss skips. Chat data
-# have short answers and long ones, so of 28 of the 32 answers we leave only the first token.
+# have short answers and long ones. To see what that does we make it extreme: of 28 of the 32
+# answers we leave only the first token.
 
 # %% tags=["run"]
 uneven = data.to_batch(exercises.keep_first_token(rows[:32], of_answers=28))
@@ -191,10 +196,9 @@ show_prediction(predicted_error, show="{:.2f}".format, also=figure,
 
 # %% [markdown]
 # ### Explain
-# The error is longer than the gradient itself: too long, and in another direction. The loss of the
-# whole batch is a mean over *tokens*. A mean of micro batches' means gives each *micro batch* the
-# same say, so a token of a short answer counts dozens of times as much as a token of a long one.
-# The model learns first words.
+# The error is longer than the gradient itself. The loss of the whole batch is a mean over *tokens*.
+# A mean of micro batches' means gives each *micro batch* the same say, so a token of a short answer
+# counts dozens of times as much as a token of a long one. The model learns first words.
 #
 # The right way is **token weighting**: sum over a micro batch's tokens, divide by the labelled
 # tokens of *all* micro batches, which must be counted before the first backward. The bug was
@@ -204,7 +208,8 @@ show_prediction(predicted_error, show="{:.2f}".format, also=figure,
 # %% [markdown]
 # ## Exercise 03.2 · Gradients that add up
 # *Medium, 7 minutes.* (03.1 is in Go further.) Write the accumulation.
-# `model(**micro_batch).loss` is the *mean* over the micro batch's labelled tokens. The check
+# `model(**micro_batch).loss` is the *mean* over the micro batch's labelled tokens. (Each token is
+# predicted from those before it, so a row's first one counts for nobody.) The check
 # compares with the full batch's gradient, in float64 to 1e-12, **and** wants the peak of a single
 # micro batch (a quarter more is granted).
 #
@@ -227,9 +232,9 @@ exercises.check_accumulation(add_gradients)
 
 # %% [markdown]
 # Trainer counts an update's labelled tokens first and hands them to the loss as
-# **`num_items_in_batch`**. Whoever writes their own `compute_loss` and drops that argument is on
-# their own: Trainer believes that the loss is divided already, and no longer divides. The usual
-# override, and the repaired one:
+# **`num_items_in_batch`**. Whoever writes their own `compute_loss` and does not hand that argument
+# on is on their own: Trainer believes that the loss is divided already, and no longer divides. The
+# usual override, and the repaired one:
 
 # %% tags=["run"]
 class Forgetful(Trainer):
@@ -248,9 +253,9 @@ for name, log in logs.items():
     print(f"{name:9} gradient {factor:4.1f} x, loss {log['loss'] / logs['Trainer']['loss']:4.1f} x")
 
 # %% [markdown]
-# Times the accumulation steps. The update hardly shows it: clipping (lesson 05) cuts the gradient
-# to length 1 anyway, and Adam divides by its size. The log does: if its first loss is not that of
-# an evaluation on the same rows, look here first.
+# Times the accumulation steps. The update hardly shows it: Trainer shortens a gradient that is
+# longer than 1 (*clipping*, lesson 05), and Adam divides by its size. The log does: if its first
+# loss is not that of an evaluation on the same rows, look here first.
 
 # %% [markdown]
 # *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
@@ -291,14 +296,16 @@ show_prediction(predicted_fraction, show="{:.3f} of the peak".format, also=[meas
 
 # %% [markdown]
 # ### Explain
-# **Activations follow the micro batch.** Weights and optimizer state do not care, so the peak falls
-# by less than a factor of 16. The timeline shows why the *number* of micro batches costs nothing:
-# each one's tensors are gone before the next one's come. Only the gradients stay between them.
+# **Activations follow the micro batch.** Weights, gradients and optimizer state do not care, and
+# they are more than half of what 2 x 16 needs, so the peak falls by less than a factor of 16. The
+# timeline shows why the *number* of micro batches costs nothing: each one's tensors are gone before
+# the next one's come. Only the gradients stay between them.
 
 # %% [markdown]
 # ## 4 · Thirty-two on a T4
 # Llama-3.2-3B by QLoRA, 2048 tokens, a T4. Three numbers are yours: micro batch, accumulation
-# steps, and how many of the 28 layers forget.
+# steps, and how many of the 28 layers forget. ("At best" are the seconds that the operations would
+# take at the card's peak rates; no step gets there, but the comparison is fair.)
 
 # %% tags=["run"]
 three = TrainRecipe(model="llama-3.2-3b", sequence_length=2048, amp_dtype="float16")
@@ -316,8 +323,6 @@ try_out(2, 14)
 # ## Exercise 03.3 · Effective batch 32 on a T4
 # *Medium, 8 minutes.* Choose the three numbers. The check wants 32 sequences behind an update, the
 # verdict *fits*, and an update that takes at most 10 % longer than the fastest plan that fits.
-# (Seconds are what the operations would take at the card's peak rates; no step gets there, but the
-# comparison is fair.)
 #
 # <details><summary>Hint 1</summary>What does a micro batch of 1 cost in time, with every layer
 # forgetting? <code>try_out(1, 28)</code></details>
@@ -335,10 +340,10 @@ plan = {"micro_batch_size": ...,
 exercises.check_effective_batch(plan, three, gpus.T4)
 
 # %% [markdown]
-# Move the controls (with the mouse, or Tab and the arrow keys); they begin with the plan above.
-# **Task:** set loss to "chunked" and attention to "explicit_kv", two changes that lesson 06
-# explains. Which is the largest micro batch that fits now? <details><summary>Answer</summary>8, the
-# control's largest: the upper bar still says "fits".</details>
+# Move the controls (with the mouse, or Tab and the arrow keys); they begin with two at a time,
+# every layer forgetting. **Task:** at which lengths does a micro batch of 4 fit? And of 8?
+# <details><summary>Answer</summary>4 up to 1024 tokens, 8 up to 512: each needs what 2 x 2048
+# needs. Memory follows the tokens of a micro batch. (Loss and attention are lesson 06's.)</details>
 
 # %% tags=["run"]
 figures.split_explorer()
@@ -346,7 +351,8 @@ figures.split_explorer()
 # %% [markdown]
 # ## In your script
 # The three numbers in Trainer, a `compute_loss` that hands the count on, and the first thing to
-# look at in the log.
+# look at in the log. (With rows of your own evaluate a first update's 32, or any few hundred: not
+# equal to the last digit then, but not 16 times off.)
 #
 # ```python
 # import torch
@@ -364,7 +370,7 @@ figures.split_explorer()
 #     logging_steps=1, report_to="none", save_strategy="no",
 # )
 # trainer = MyTrainer(model, arguments, train_dataset=rows)
-# print("before training:", trainer.evaluate(rows[:2])["eval_loss"])
+# print("before training:", trainer.evaluate(rows)["eval_loss"])  # the rows of the first update
 # trainer.train()
 # first = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
 # print("first line of the log:", first)  # the same, if all is right

@@ -70,16 +70,17 @@ QUESTIONS = SelfCheck(
         "Only activations (and logits) follow the micro batch.",
     ),
     Question(
-        "Your own compute_loss drops `num_items_in_batch`, accumulation is 16. The gradient is",
+        "Your own compute_loss ignores `num_items_in_batch`, accumulation is 16. The gradient is",
         ("right", "16 times too short", "random", "16 times too long"),
         "d",
         "Trainer believes that the loss is divided already, and adds up 16 means.",
     ),
     Question(
-        "16 micro batches of 2 in place of one batch of 32. Which memory stays as it was?",
-        ("what layers keep", "the logits", "that of gradients and optimizer"),
-        "c",
-        "They belong to the weights, not to the data: there once, however the batch is cut.",
+        "per_device_train_batch_size=4, gradient_accumulation_steps=8, two GPUs. How many "
+        "sequences are behind an update?",
+        ("4", "8", "32", "64"),
+        "d",
+        "The effective batch: micro batch x accumulation steps x world size.",
     ),
 )
 
