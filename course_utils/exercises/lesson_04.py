@@ -65,8 +65,8 @@ QUESTIONS = SelfCheck(
         "Autocast casts operands of operations; the optimizer's numbers stay in float32.",
     ),
     Question(
-        "A float16 weight is 1.0 and gets 1000 updates of 0.0001. It is then",
-        ("1.0", "1.1", "about 1.05", "infinite"),
+        "A float16 weight is 4.0 and gets 1000 updates of 0.001. It is then",
+        ("4.0", "5.0", "about 4.5", "infinite"),
         "a",
         "Half the distance to the next number is larger than one update: each is rounded away.",
     ),
