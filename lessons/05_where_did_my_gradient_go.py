@@ -84,11 +84,12 @@ before = ...  # for example "abcda"
 
 # %% [markdown]
 # ## 1 · Where are the gradients?
-# Float32 first, so that nothing is lost yet. The loss of a micro batch is its share of the whole
-# step (lesson 03), so all gradients here are about 16 times smaller than this micro batch's alone.
-# `watch_linears` collects the gradient that arrives at each linear layer's output: under fp16
-# autocast these travel through the model as float16. The adapters' own are products as well:
-# computed in float16, and cast to float32 only at the end.
+# There are two kinds: gradients that travel back from layer to layer (the *layers'*;
+# `watch_linears` collects those that arrive at each linear layer's output), and those that stay, at
+# the trained weights (the *adapters'*). Under fp16 autocast both are computed in float16; the
+# second kind is then stored in float32. Here all is float32 first, so that nothing is lost yet.
+# (The loss of a micro batch is its share of the whole step, lesson 03: all are 16 times smaller
+# than this micro batch's alone.)
 
 # %% tags=["setup"]
 from course_utils.topics import precision
@@ -107,8 +108,8 @@ print(f"{flushed:.0%} of the layers' gradients become zero")
 figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 
 # %% [markdown]
-# The first dotted line is float16's smallest number; half of it still rounds up. Further left there
-# is nothing: these gradients are **flushed to zero**.
+# The first dotted line is float16's smallest number; down to half of it numbers still round up.
+# Those that are smaller are **flushed to zero**.
 # Between the first and the second line they are *subnormal*, with fewer bits the further left.
 #
 # On the right there is room: the whole picture is shifted to the left of float16's range.
@@ -140,8 +141,8 @@ for name, state in states.items():
 #
 # ## Exercise 05.1 · The best scale
 # *Easy, 5 minutes.* `trained_gradients` below has all of them, after training. Which is the largest
-# power of two under which none overflows? `land(trained_gradients, scale=...)` says what a scale
-# does.
+# power of two (the scale itself, 1024 and not 10) under which none passes 65 504, float16's
+# largest? `land(trained_gradients, scale=...)` says what a scale does.
 #
 # <details><summary>Hint 1</summary>Which gradient overflows first?</details>
 # <details><summary>Hint 2</summary><code>max(g.abs().max().item() for g in
@@ -157,12 +158,6 @@ best_scale = ...
 exercises.check_best_scale(best_scale, trained_gradients)
 
 # %% [markdown]
-# Move the scale. When do the last ones leave the left, when do the first ones leave on the right?
-
-# %% tags=["run"]
-figures.scale_explorer(groups)
-
-# %% [markdown]
 # Once you have an answer, your prediction beside it:
 
 # %% tags=["run"]
@@ -172,6 +167,14 @@ if best_scale is not ...:
     show_prediction(predicted_power, show="scale 2**{:.0f}".format, computed=best_power)
 else:
     print("after exercise 05.1")
+
+# %% [markdown]
+# Move the scale. When do the last ones leave the left, when do the first ones leave on the right?
+# <details><summary>Answer</summary>At 2²⁰ hardly one is left of the range (the text for screen
+# readers says how many); at 2²⁴ the first ones overflow, the adapters'.</details>
+
+# %% tags=["run"]
+figures.scale_explorer(groups)
 
 # %% [markdown]
 # ## 2 · Scale the loss, by hand
@@ -187,7 +190,7 @@ predicted_error = ...
 # %% tags=["run"]
 def scaled_gradient(scale=1.0, amp=None, model=trained):
     model.zero_grad()
-    dtype = precision.FORMATS[amp or "float16"]
+    dtype = precision.FORMATS[amp or "float16"]  # without amp nobody uses it
     with torch.autocast(gpus.device(), dtype, enabled=amp is not None):
         loss = qlora.compute_loss(model, batch, recipe, num_items)
     (loss * scale).backward()      # scale, backward
@@ -197,15 +200,17 @@ def scaled_gradient(scale=1.0, amp=None, model=trained):
 exact = scaled_gradient()
 errors = {power: relative_error(scaled_gradient(2.0**power, "float16"), exact)
           for power in range(-8, 25, 4)}
+small = (f"wrong at 2**-4: {errors[-4]:.1f} of its length; "
+         f"at 2**-8: {errors[-8]:.0f} times its length")
 show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0],
-                also=figures.scale_window(errors, "adapters, after 20 steps"))
+                also=[small, figures.scale_window(errors, "adapters, after 20 steps")])
 
 # %% [markdown]
 # ### Explain
 # At scale 1 the numbers that vanish are the small ones, and they carry little of the
 # sum: this model's gradient is nearly right *without* any scaling. But look at the slope on the
 # left: a gradient 16 times smaller, after more accumulation or at a lower loss, is as badly off as
-# this one at a scale of 2⁻⁴.
+# this one at a scale of 2⁻⁴; 256 times smaller, and it is noise. No error, no warning.
 #
 # The grey window is many powers of two wide, and scale 1 stands
 # just left of it. Loss scaling means: stay in it, near its right edge, whatever the model does.
@@ -221,7 +226,7 @@ show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0
 
 # %% tags=["run"]
 victim = copy.deepcopy(trained)
-scaled_gradient(2.0**28, "float16", victim)              # leaves its scaled gradients behind
+scaled_gradient(2.0**28, "float16", victim)              # too high: leaves its gradients behind
 adapters = [weight for weight in victim.parameters() if weight.requires_grad]
 torch.nn.utils.clip_grad_norm_(adapters, 1.0)            # "but I clip!"
 torch.optim.AdamW(adapters).step()
@@ -229,8 +234,10 @@ nan = sum(int(weight.isnan().sum()) for weight in adapters) / sum(w.numel() for 
 print(f"{nan:.0%} of the adapters' weights are NaN")
 
 # %% [markdown]
-# One infinity makes the norm infinite; clipping divides by it; infinity times zero is NaN. Clipping
-# is no protection: it is how the damage travels.
+# On its way back an infinity meets a zero, or minus infinity: that is NaN, and what it touches is
+# NaN, here every gradient. Clipping is no protection: the norm is NaN, so is the factor. (Were a
+# single gradient infinite, the factor would be zero: that one becomes NaN, all others vanish.)
+# [torch/nn/utils/clip_grad.py]
 #
 # So a scaler looks before the step. It does four things:
 #
@@ -255,9 +262,9 @@ class MyScaler:
         self.finite = all(weight.grad.isfinite().all() for weight in weights)
         if self.finite:                                                  # 3
             optimizer.step()
-
     def update(self):
-        self.number /= 1 if self.finite else 2
+        if not self.finite:
+            self.number /= 2                                             # 3
 
 # %% tags=["setup"]
 def run(scaler, steps=60, injected=()):
@@ -278,8 +285,8 @@ run(theirs)
 print(f"after 60 steps: 2**{math.log2(mine.number):.0f}, 2**{math.log2(theirs.get_scale()):.0f}")
 
 # %% [markdown]
-# Both stop where the scaled gradient is no longer too large for float16. With number 4 the scale
-# never stops moving.
+# Both stop where the scaled gradient is no longer too large for float16: 0.25 x 2¹⁷ = 32 768 is.
+# With number 4 the scale never stops moving.
 #
 # ### Predict
 # PyTorch's scaler starts at 2¹⁶ and, so that we see it, grows after 10 good steps instead of 2000;
@@ -362,7 +369,8 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 
 # %% [markdown]
 # ## In your script
-# A loop of your own, in the right order. (Trainer's `fp16=True` does the same.)
+# A loop of your own, in the right order. (Trainer's `fp16=True` does the same. A norm of `inf` or
+# `nan` in the first steps is the scaler, which finds its level.)
 #
 # ```python
 # import torch
@@ -373,16 +381,17 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)  # what is trained is float32
 # scaler = torch.amp.GradScaler(device)
 # ids = torch.randint(0, 1000, (2, 64), device=device)
-# for step in range(4):
+# for step in range(4):  # accumulation: scale and backward each micro batch, the rest once
 #     with torch.autocast(device, torch.float16):
 #         loss = model(input_ids=ids, labels=ids).loss
 #     scaler.scale(loss).backward()
 #     scaler.unscale_(optimizer)  # before anything looks at the gradients
 #     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 #     scaler.step(optimizer), scaler.update()  # skips when a gradient is not finite
-#     optimizer.zero_grad()  # schedule.step() here, and only if norm.isfinite()
+#     # a schedule: `if norm.isfinite(): schedule.step()`
+#     optimizer.zero_grad()
 #     print(f"step {step}: norm {norm:.2f}, scale {scaler.get_scale():.0f}")
-# torch.save({"model": model.state_dict(), "scaler": scaler.state_dict()}, "last.pt")
+# torch.save([part.state_dict() for part in (model, optimizer, scaler)], "last.pt")
 # ```
 #
 # ## And now?
