@@ -59,12 +59,22 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """In the order of `LONGEST`; a module stays on one worker, whose forecasts it finds again.
-
-    The lessons are executed one by one, on whichever worker is free.
-    """
+    """In the order of `LONGEST`."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
-    for item in items:
-        alone = item.name.startswith("test_lesson_reproduces")
-        item.add_marker(pytest.mark.xdist_group(item.name if alone else str(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A module stays on one worker, whose fixtures and forecasts it finds again.
+
+    The lessons are executed one by one, on whichever worker is free. xdist's own groups are written
+    into `_nodeid`, which pytest 9.2 reads no more: each test went to the next free worker.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if "::test_lesson_reproduces" in nodeid else nodeid.split("::")[0]
+
+    return ByModule(config, log)
