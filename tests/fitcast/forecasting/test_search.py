@@ -222,7 +222,14 @@ def test_who_waits_takes_part():
     assert done == [1, 3, 2]
 
 
-def test_target_is_kept_and_hours_follow(recipe, small_gpu):
+def test_target_is_kept_and_hours_follow(monkeypatch, recipe, small_gpu):
+    def roomy(recipe, gpu):
+        seconds = recipe.gradient_accumulation_steps * (1 + recipe.micro_batch_size / 1000)
+        return SimpleNamespace(
+            margin_bytes=1, pinned_host_bytes=0, ideal_seconds=seconds, operations=0, gpu=gpu
+        )
+
+    monkeypatch.setattr(search, "forecast", roomy)
     two_gpus = dataclasses.replace(recipe, world_size=2)
     best = fit(two_gpus, small_gpu, target_effective_batch=4, utilisation=0.5)
     assert best.recipe.effective_batch_size == 4 and best.recipe.world_size == 2
