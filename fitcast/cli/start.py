@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 _alone = False
 
@@ -44,6 +46,41 @@ def engine() -> None:
         library: Any = torch
         library.compile = _as_it_is
         import bitsandbytes  # noqa: F401
+
+        models_read_once()
+
+
+def models_read_once() -> None:
+    """Import transformers' models without their files being read once more.
+
+    The package has read a thousand of them for what they define, and `transformers.models` would
+    do so again: an eighth of a forecast's time. Source: transformers/utils/import_utils.py (5.17).
+    """
+    from transformers.utils import import_utils
+
+    found = what_models_define()
+    if found and MODELS not in sys.modules:
+        with mock.patch.object(import_utils, "define_import_structure", lambda _: found):
+            importlib.import_module(MODELS)
+
+
+MODELS, PREFIX = "transformers.models", "models."
+
+
+def what_models_define() -> dict[frozenset[str], dict[str, set[str]]]:
+    """What a name lacks here to be imported -> its module -> names, as the package knows them.
+
+    Empty where a version of transformers keeps it elsewhere.
+    """
+    import transformers
+
+    found: dict[frozenset[str], dict[str, set[str]]] = {}
+    lacking = getattr(transformers, "_object_missing_backend", {})
+    for name, module in getattr(transformers, "_class_to_module", {}).items():
+        if module.startswith(PREFIX):
+            modules = found.setdefault(frozenset(lacking.get(name, ())), {})
+            modules.setdefault(module.removeprefix(PREFIX), set()).add(name)
+    return found
 
 
 def _as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Any:
