@@ -15,7 +15,7 @@
 # | *trace* by hand what a checkpointed chain holds and computes twice | B1 | exercise 02.1 |
 # | *write* a checkpoint function: equal gradients, fewer bytes | B2 | exercise 02.2 |
 # | *test* what forgetting saves and costs against a count | B2 | sections 3, 4 |
-# | *choose* how many layers forget, for a T4 and a length | B2 | section 5, exercise 02.3 |
+# | *choose* how many layers forget, for a T4 and a length | B2 | section 5, 02.3 (Go further) |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
