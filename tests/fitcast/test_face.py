@@ -128,7 +128,7 @@ def test_readme_shows_each_of_the_questions():
         pytest.param(
             example,
             id=name,
-            marks=[pytest.mark.slow] * (name not in ("forecast", "ledger", "script")),
+            marks=[pytest.mark.slow] * (name not in ("forecast", "ledger")),
         )
         for name, example in zip(SHOWN, EXAMPLES, strict=True)
     ],

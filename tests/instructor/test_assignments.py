@@ -43,12 +43,18 @@ def test_there_are_seven():
     }
 
 
+def a_few_or(many: int) -> list:
+    """How many students: five, and in `make test-all` many."""
+    return [5, pytest.param(many, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("students", a_few_or(20))
 @pytest.mark.parametrize(("name", "exercise"), EXERCISES)
-def test_self_check_accepts_the_solution_and_names_each_mistake(name, exercise):
+def test_self_check_accepts_the_solution_and_names_each_mistake(name, exercise, students):
     assert len(exercise.wrong) >= 2
     assert exercise.wrong.keys() == exercise.mistakes.keys()
     assert len(set(exercise.mistakes.values())) == len(exercise.mistakes)
-    for own in (EVERYBODY, *(of(name, student) for student in STUDENTS[:20])):
+    for own in (EVERYBODY, *(of(name, student) for student in STUDENTS[:students])):
         assert said(exercise, exercise.solution, own).startswith("Right: all")
         for mistake, function in exercise.wrong.items():
             assert said(exercise, function, own) == f"Not yet: {exercise.mistakes[mistake]}"
@@ -107,9 +113,10 @@ def test_500_students_have_numbers_of_their_own(name):
     assert len(hidden) == len(public) == len(STUDENTS)
 
 
+@pytest.mark.parametrize("students", a_few_or(50))
 @pytest.mark.parametrize(("name", "exercise"), EXERCISES)
-def test_no_hidden_case_is_shown_to_anybody(name, exercise):
-    for student in STUDENTS[:50]:
+def test_no_hidden_case_is_shown_to_anybody(name, exercise, students):
+    for student in STUDENTS[:students]:
         cases = exercise.cases(of(name, student))
         shown = [case.arguments for case in [*cases, *exercise.cases(EVERYBODY)] if not case.hidden]
         assert [case.name for case in cases if case.hidden and case.arguments in shown] == []

@@ -12,6 +12,7 @@ from fitcast.cli.main import main
 from fitcast.forecasting import search
 from fitcast.recipe import TrainRecipe
 from fitcast.step import levers, qlora
+from tests.sample import by_turns
 
 SIZES = {
     "vocab_size": 256,
@@ -112,9 +113,7 @@ def stock():
     return of
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
-@pytest.mark.parametrize("lever", LEVERS)
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(("kind", "lever", "padded"), by_turns(FAMILIES, LEVERS))
 def test_a_lever_computes_what_the_model_does_or_refuses(kind, lever, padded, stock):
     recipe = dataclasses.replace(STOCK, **LEVERS[lever])
     if (words := REFUSED.get((kind, lever))) is not None:

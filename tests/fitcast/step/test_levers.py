@@ -26,6 +26,7 @@ from fitcast.memory.ledger import MemoryLedger
 from fitcast.memory.report import tensors_in
 from fitcast.recipe import TrainRecipe
 from fitcast.step import lean, levers, losses, qlora
+from tests.sample import by_turns
 
 SIZES = {
     "hidden_size": 64,
@@ -122,10 +123,8 @@ def stock_loss_and_gradients(padded, family):
     return loss_and_gradients(STOCK, padded, family=family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("lever", LEVERS)
-def test_lever_equals_the_stock_path(lever, padded, family):
+@pytest.mark.parametrize(("family", "lever", "padded"), by_turns(FAMILIES, LEVERS))
+def test_lever_equals_the_stock_path(family, lever, padded):
     stock_loss, stock = stock_loss_and_gradients(padded, family)
     recipe = dataclasses.replace(STOCK, **LEVERS[lever])
     loss, gradients = loss_and_gradients(recipe, padded, family=family)
