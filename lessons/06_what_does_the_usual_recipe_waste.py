@@ -63,14 +63,17 @@ before = ...  # for example "abcda"
 
 # %% [markdown]
 # ## 1 · Whose peak is it?
-# *The usual recipe* is that of PEFT's guide: a base in 4 bits (NF4, quantized twice), adapters of
-# rank 16 on q, k, v and o with dropout 0.05, and, as in Hugging Face's own notebook, 8-bit paged
-# Adam and float16. [PEFT, "Quantization"; Hugging Face, "4-bit QLoRA"] Every layer forgets. The
-# model is Llama-3.1-8B, the batch is ours: 4 rows of 2048 tokens.
+# *The usual recipe* is that of PEFT's guide, without its k-bit preparation, which costs more ("Go
+# further"): a base in 4 bits (NF4, quantized twice), adapters of rank 16 on q, k, v and o with
+# dropout 0.05, and, as in Hugging Face's own notebook, 8-bit paged Adam and float16. [PEFT,
+# "Quantization"; Hugging Face, "4-bit QLoRA"] Every layer forgets. The model is Llama-3.1-8B, the
+# batch is ours: 4 rows of 2048 tokens.
 #
 # There are two worlds. Rows of different length are **padded** to the longest, and a *mask* hides
 # the padding from attention. Rows that are **packed** (cut from one long text), of equal length, or
-# alone need no mask. Keep both in sight: it matters.
+# alone need no mask. Keep both in sight: it matters. (TRL's `packing=True` keeps examples apart by
+# a mask: for attention that is the padded world, in one long row. `packing_strategy="wrapped"` is
+# what we call packed.) [TRL, sft_config.py; transformers, masking_utils.py]
 
 # %% tags=["setup"]
 no_mask = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", lora_rank=16, lora_dropout=0.05,
@@ -106,10 +109,13 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also=[where, logits, fi
 # ## 2 · Attention: which kernel?
 # Llama has **grouped-query attention**: 32 heads ask, but only 8 have keys and values, and four
 # share one. Somebody must repeat those 8. With a mask, transformers does. Without one it leaves
-# that to PyTorch's SDPA (`enable_gqa=True`), and of SDPA's kernels FlashAttention could, but a T4
-# has none; the memory-efficient one cannot; so *math* is left, which writes out a score for each
-# pair of tokens. [transformers, sdpa_attention.py; PyTorch, sdp_utils.cpp] The repair is to repeat
-# first:
+# that to PyTorch's SDPA (`enable_gqa=True`), which has three kernels:
+#
+# - *FlashAttention* takes groups; a T4 has none.
+# - The *memory-efficient* one runs on a T4; it takes no groups.
+# - *Math* does both, and writes out a score for each pair of tokens.
+#
+# [transformers, sdpa_attention.py; PyTorch, sdp_utils.cpp] The repair is to repeat first:
 
 # %% tags=["run"]
 def attention(query, key, value):  # (batch, heads, sequence, head width)
@@ -124,8 +130,8 @@ print("all scores of a layer, float32:", show_bytes(4 * 32 * 2048**2 * 4))
 
 # %% [markdown]
 # ### Predict
-# Repeating costs two tensors of the query's size. How many times as fast is the whole training step
-# of the usual recipe, without a mask? And padded?
+# Repeating costs two tensors of the query's size. On a T4 with room enough, how many times as fast
+# would the whole training step of the usual recipe be, without a mask? And padded?
 
 # %% tags=["predict"]
 predicted_speedup = ...
@@ -181,8 +187,9 @@ exercises.check_chunked(my_loss)
 # %% [markdown]
 # Yours computes each chunk's logits twice. Where the head is frozen even that can go: the gradient
 # of cross entropy is known as soon as the logits are (softmax minus one at the target), so take it
-# at once. That is `loss="lean"` in this course, `fitcast.chunked_loss(..., lean=True)` in a script;
-# TRL (from 1.16 on) has a chunked loss of its own.
+# at once. That is `loss="lean"` in this course, `fitcast.chunked_loss(..., lean=True)` in a script.
+# TRL's SFTTrainer (from 1.16 on) takes its loss in chunks by itself. With transformers' Trainer, or
+# in a loop of your own, the logits are yours to take away.
 #
 # ### Predict
 # Now *only* the loss is chunked, attention stays as it was. How high is the peak, in GiB, without a
@@ -210,9 +217,9 @@ for predicted, (name, step) in zip((predicted_gib_no_mask, predicted_gib_padded)
 # %% [markdown]
 # ## 4 · What each lever buys
 # A **lever** is a change that leaves loss and gradient as they were, up to rounding, and moves
-# bytes or time. There are more: no adapter dropout (the one that *does* change training: it
-# regularizes), PyTorch's own RMSNorm, leaner pieces of code ("Go further"), checkpoints in the
-# host's memory.
+# bytes or time. There are more: PyTorch's own RMSNorm, leaner pieces of code ("Go further"),
+# checkpoints in the host's memory. And one change is none by this definition, and counted here: no
+# adapter dropout, which regularizes.
 #
 # ### Predict
 # Padded rows. How many times as fast as the usual recipe is the step with all levers but the last?
@@ -240,8 +247,9 @@ show_prediction(predicted_all_levers, show="{:.1f} times".format, forecast=faste
 # Nine GiB of fourteen: is that better than fourteen? Memory that is left over is speed that was not
 # bought. Spend it on layers that need not forget (k of n, lesson 02), smaller micro batches if need
 # be. `fitcast fit` tries what counts, one forecast each, and names what should be the fastest.
-# Recorded within a T4's memory, 4 sequences of 2048 behind each step, without a mask. Its pick of
-# that day is *tight* by today's bounds; it ran, and by the clock it was second:
+# Recorded within a T4's memory, 4 sequences of 2048 behind each step, without a mask (padded rows
+# were not); times are of the usual recipe's speed. `fit` of that day picked the second row, which
+# today's bounds call *tight*, so that today's `fit` would pass it over:
 
 # %% tags=["run"]
 print(ladder.table(ladder.fastest("fit", 4)))

@@ -71,9 +71,13 @@ before = ...  # for example "abcda"
 # a list of dicts. A row is `{"prompt": ..., "completion": ...}` or `{"messages": [...]}` with as
 # many turns as you like. `"auto"` is, without a GPU, the course's small Llama and 900 customers'
 # messages, each answered by a ticket of six fields; with one, Llama-3.2-1B and dolly. (Without a
-# GPU, data of your own try out the file and the way; the result comes on a GPU.) Beside the model
-# that is forecast, sections 6 and 7 hold a second one, and section 8 one in 16 bits, at 2 bytes a
-# weight: on a T4 3B should go, by arithmetic, and 8B does not. The script at the end holds one.
+# GPU, data of your own try out the file and the way; the result comes on a GPU.) On Colab drag your
+# file into the *Files* pane. If the run shall outlive the session, mount a Drive now: `from
+# google.colab import drive`, `drive.mount("/content/drive")`.
+#
+# Beside the model that is forecast, sections 6 and 7 hold a second one, and section 8 one in 16
+# bits, at 2 bytes a weight: on a T4 3B should go, by arithmetic, and 8B does not. The script at the
+# end holds one model alone: take 8B there.
 
 # %% tags=["setup"]
 MODEL, DATA = "auto", "auto"
@@ -139,9 +143,9 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also="\n".join(table),
 # ### Explain
 # The forecast runs this very step on tensors without numbers, as a T4 would allocate them. Minutes
 # are a range: between the highest and the lowest part of its peak rates that a T4 has been seen to
-# sustain (public readings; this project has not timed one). Evaluation, and the control of section
-# 7, which is a second run, come on top. A CPU takes far longer: without a GPU, try long rows of
-# your own with `replace(recipe, max_steps=5)`.
+# sustain (public readings; this project has not timed one); rows are taken as padded. Evaluation,
+# and the control of section 7, which is a second run, come on top. A CPU takes far longer: without
+# a GPU, try long rows of your own with `replace(recipe, max_steps=5)`.
 #
 # If it fits without forgetting, and faster, why does every layer forget? Section 6 starts this run
 # a second time beside the notebook, and section 7 loads a second model. Alone on the card, a script
@@ -210,8 +214,9 @@ print(len(rows), "to train on,", len(heldout_rows), "held out")
 # %% [markdown]
 # What is held out, one in ten (of few examples, more), is decided by a hash of the question: no
 # question is on both sides. Rows of different lengths are *padded*, which is skipped by the loss
-# and paid for in time; `data.pack(rows, ...)` lays whole examples side by side instead. With rows
-# as alike as these that gains nothing; where most are short and a few long, it does:
+# and paid for in time; `data.pack(rows, ...)` lays whole examples side by side instead (each sees
+# those before it). With rows as alike as these that gains nothing; where most are short and a few
+# long, it does:
 
 # %% tags=["run"]
 read = [len(row["input_ids"]) for row in rows]
@@ -274,7 +279,7 @@ print(f"held-out loss {sum(losses_before) / len(losses_before):.1f} nats a token
 print(f"{questions[0][-1]['content']}\n  -> {answers[0]}")
 
 # %% [markdown]
-# A **gate** is a question that costs seconds now, or a night later. Five of them:
+# A **gate** is a question that costs a minute now, or a night later. Five of them:
 
 # %% tags=["run"]
 from fitcast.training import gates
@@ -325,9 +330,10 @@ assert evaluation.largest_shift(rest.losses, run.losses[:5]) < 0.05
 # schedule, gradient scaler, random state and the position in the data: with the weights alone the
 # curve would look right and be another run. An **atomic checkpoint** is written into a hidden
 # folder, flushed, listed with checksums, and then renamed, which a file system does entirely or not
-# at all: a kill in the middle of a save leaves the one before it whole. With a mounted Drive
-# (`google.colab.drive.mount("/content/drive")` before section 6) each is copied there, and a new
-# session goes on from it.
+# at all: a kill in the middle of a save leaves the one before it whole. On a mounted Drive (section
+# 1) each has a copy, and a new session goes on from it; another run wants another name in
+# `on_drive`. A *restarted* runtime makes a folder of its own: write the old one's name in place of
+# section 1's `mkdtemp`, `os.chdir("lesson_07_...")`, and `run` goes on.
 #
 # ## 7 · Did it learn?
 # The loss fell. Of what? A **control** answers: the same recipe on the same questions, where every
@@ -407,7 +413,7 @@ for folder, size in sizes.items():
 
 # %% [markdown]
 # Whichever you ship, ask **that file**. The adapter was trained beside NF4 weights. Beside others
-# it is not what you evaluated: loaded alone, `pipeline` puts it beside the unquantized ones. Say
+# it is not what you evaluated: `pipeline("adapter")` alone loads the unquantized base. Say
 # `quantization_config`, or ship the merged folder, which has the dequantized ones. Nothing of this
 # course is in the next cell:
 
@@ -426,13 +432,15 @@ for way, (folder, more) in ways.items():
     del chat  # or it lies beside the next one
 
 # %% [markdown]
-# Eight answers that were learned by heart agree in all three. A model that is less sure says
+# Eight answers that the model is sure of agree in all three. A model that is less sure says
 # something else beside other weights; how far its losses move, Go further measures.
 #
 # For a program on a laptop, llama.cpp's script makes one GGUF file of the merged folder, and Ollama
-# runs it; on a server, vLLM takes either folder. (All above is tested. These four lines are from
-# the projects' manuals, and were not run by us; and llama.cpp knows the tokenizers of models on the
-# hub, not that of the course's small one.)
+# runs it (look at `ollama show mine --template`: of a template that it does not know, the bare
+# prompt is left); on a server, vLLM serves the merged folder, an adapter only beside the
+# unquantized base (`--enable-lora`). (All above is tested. These four lines are from the projects'
+# manuals, and were not run by us; and llama.cpp knows the tokenizers of models on the hub, not that
+# of the course's small one.)
 #
 #     git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install gguf
 #     python llama.cpp/convert_hf_to_gguf.py merged --outfile mine.gguf --outtype f16
@@ -441,15 +449,20 @@ for way, (folder, more) in ways.items():
 
 # %% [markdown]
 # ## In your script
-# The whole run, without this course (`pip install trl bitsandbytes` on Colab). Your file:
+# The training, without this course (`pip install trl bitsandbytes` on Colab); started again, it
+# goes on from the last checkpoint in `out` (other data: another folder; on Colab one on the Drive).
+# Left out: held-out rows, the control, the merge. Your file:
 # `load_dataset("json", data_files="my.jsonl", split="train")`, with lists of messages as here. TRL
 # gives plain strings no chat template, and of `messages` it learns the questions too, unless you
-# say `assistant_only_loss=True`. It also makes adapters beside 4 bits bfloat16, which a T4's loss
-# scaler refuses (lesson 05), so they are made float32 again.
+# say `assistant_only_loss=True` (where TRL knows the template); `max_length`, 1024 tokens, cuts the
+# end of a long row, which is the answer. Its own learning rate would be a tenth of this one. It
+# also makes adapters beside 4 bits bfloat16, which a T4's loss scaler refuses (lesson 05), so they
+# are made float32 again. [TRL, sft_config.py, sft_trainer.py]
 #
 # ```python
 # import os
 # os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # before torch: TRL refuses two cards in one process
+# from pathlib import Path
 # import torch
 # from datasets import Dataset
 # from peft import LoraConfig
@@ -464,11 +477,11 @@ for way, (folder, more) in ways.items():
 #         bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype))
 # lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 # arguments = SFTConfig("out", per_device_train_batch_size=2, gradient_accumulation_steps=16,
-#     max_length=512, max_steps=2, fp16=dtype == torch.float16, bf16=False, report_to="none")
+#     learning_rate=2e-4, max_steps=2, save_steps=25, fp16=dtype == torch.float16, bf16=False)
 # trainer = SFTTrainer(model, arguments, train_dataset=data, peft_config=lora)
 # for weight in filter(lambda weight: weight.requires_grad, trainer.model.parameters()):
 #     weight.data = weight.data.float()
-# print(trainer.train().training_loss)
+# trainer.train(resume_from_checkpoint=any(Path("out").glob("checkpoint-*")))
 # trainer.save_model("adapter")  # with tokenizer and chat template
 # ```
 #
@@ -630,7 +643,8 @@ print("dequantized closer than original:", shifts["dequantized"] < shifts["origi
 # > model can I afford, and how many optimizer steps of 32 sequences is that?
 #
 # A right answer multiplies before it recommends: tokens, steps (rounded up for each epoch, lesson
-# 03), hours, as a range; and it names which of its numbers nobody measured:
+# 03), hours, as a range; and it names which of its numbers nobody measured. Padded rows, and as if
+# two cards were twice as fast as one:
 
 # %% tags=["run"]
 tokens = 3 * 50_000 * 500

@@ -4,7 +4,7 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/08_beyond_one_gpu.ipynb)
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/08_beyond_one_gpu.ipynb)
 #
-# **30 min** · optional, runs anywhere; two GPUs fill in section 5.
+# **30 min**, 40 if you read every line · optional, runs anywhere; two GPUs fill in section 5.
 #
 # Kaggle lends you two T4s. Does lesson 07's run go twice as fast on them, or may the model be twice
 # as large? Either can be had, not both, and the price is what goes over the bus between the cards.
@@ -225,10 +225,15 @@ from course_utils.topics import recorded
 recorded.show("cards", bus.card)
 
 # %% [markdown]
-# Speeds are ratios, and the best case: these cards are joined by a fast link (NVLink), T4s by their
-# board's slots (PCIe). DDP is the fast one. *Offload*, parts that wait in the host's memory, holds
-# the least and moves the most. 32 billion weights, which ran out of memory on the two cards alone,
-# trained with it, and also with nothing but the embedding on the host.
+# Speeds are ratios of these cards, without a mask. Their link (NVLink) is faster than a T4's slot
+# (PCIe), their arithmetic is faster by more: so what is not arithmetic weighs more here than beside
+# a T4's. Two T4s have not been timed. DDP is the fast one, though not twice as fast as one card; we
+# have not looked into why. *Offload*, parts that wait in the host's memory, holds the least and
+# moves the most. 32 billion weights, which ran out of memory on the two cards alone, trained with
+# it, and also with nothing but the embedding on the host.
+#
+# So, lesson 07's run on two: nearly twice as fast under DDP ("Go further" has it, padded). A model
+# that one card cannot hold: FSDP2.
 
 # %% [markdown]
 # ## 4 · Three things that must be right, and a trap
@@ -274,6 +279,9 @@ show_prediction(predicted_beside, show="{:g} KiB".format, counted=beside[0]["sen
 #
 # **Tokens, not means.** DDP takes the mean of the ranks' gradients. Where each rank divided by its
 # own labelled tokens, an answer counts more on the rank that got the short ones (lesson 03).
+#
+# Trainer and TRL's SFTTrainer are right on both: they call the wrapper, and count the tokens of all
+# ranks (`average_tokens_across_devices=True`, the default). A loop of your own has to be.
 #
 # ## Exercise 08.2 · A loss for each rank
 # *Medium, 4 minutes.* A rank has the *sum* of its tokens' losses. `all_reduce(tensor)` adds up over
@@ -355,7 +363,7 @@ bus.on_two_gpus(
 # rows = Dataset.from_list([{"text": "A row of your own text. " * 20}] * 32)
 # arguments = SFTConfig("out", max_steps=1, per_device_train_batch_size=2,
 #                       gradient_accumulation_steps=16 // ranks, ddp_find_unused_parameters=False,
-#                       max_length=128, bf16=False, fp16=on_gpu, report_to="none")
+#                       learning_rate=2e-4, max_length=128, bf16=False, fp16=on_gpu)
 # adapters = LoraConfig(target_modules=["q_proj", "v_proj"])
 # trainer = SFTTrainer(model, arguments, train_dataset=rows, peft_config=adapters)
 # print(f"rank {rank} of {ranks}: loss {trainer.train().training_loss:.2f}")

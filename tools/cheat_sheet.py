@@ -58,10 +58,13 @@ the highest *moment*, not the sum of the table.
 
 {levers}
 
-No mask: rows packed, of equal length, or alone; padded: a mask hides the filling. Without a mask
-logits and attention scores make two peaks: lower both, or the other one stays (lesson 06). Lowering
-the rank saves almost nothing. For your run: `fitcast levers --model llama-3.1-8b --sequence-length
-2048`, with your model and length; `fitcast fit` picks the fastest that fits.
+Speeds are tokens/s beside the usual recipe's, by forecast. No mask: rows packed end to end, of
+equal length, or alone; padded: a mask hides the filling (TRL's `packing=True` has one, too, if you
+do not say `packing_strategy="wrapped"`). TRL's SFTTrainer takes its loss in chunks as it comes, from
+1.16 on. Without a mask logits and attention scores make two peaks: lower both, or the other one
+stays (lesson 06). Lowering the rank saves almost nothing. For your run: `fitcast levers --model
+llama-3.1-8b --micro-batch-size 4 --sequence-length 2048 --padded`, with your model, batch, length
+and world; `fitcast fit` picks the fastest that fits.
 
 ## On a T4
 
@@ -70,8 +73,10 @@ the rank saves almost nothing. For your run: `fitcast levers --model llama-3.1-8
 - Load with `dtype=torch.float16`; skip `prepare_model_for_kbit_training`: it makes embeddings and
   head float32 ({upcast} more at the peak). With `use_reentrant=True` call
   `enable_input_require_grads()`.
+- TRL makes adapters beside 4 bits bfloat16: `.float()` them before `train()` (lesson 07). Its
+  `learning_rate` is 2e-5, a tenth of what adapters usually get. [TRL, sft_config.py]
 - Adapters stay float32; no `fp16_full_eval` before training; unscale, then clip (lesson 05).
-- No FlashAttention (Triton's small kernels run): where no mask is given, repeat key/value heads
+- No FlashAttention (Triton's elementwise kernels do run): where no mask is given, repeat key/value heads
   yourself (lesson 06).
 - A search for the largest micro batch needs an optimizer step in it, full-length sequences, and
   cleans up *after* `except` (lesson 03).
@@ -109,7 +114,12 @@ def page() -> str:
     upcast = forecast(dataclasses.replace(USUAL, kbit_upcast=True), T4)
     at_peak = usual.composition
     worlds = (USUAL, dataclasses.replace(USUAL, padded=True))
-    ranked = [("change", "saved: no mask", "padded", "speed: no mask", "padded"), both(worlds)]
+    in_chunks = tuple(dataclasses.replace(world, loss="lean") for world in worlds)
+    ranked = [
+        ("change", "saved: no mask", "padded", "speed: no mask", "padded"),
+        both("loss in chunks and explicit K/V attention", worlds),
+        both("explicit K/V attention, loss already in chunks", in_chunks),
+    ]
     single = [{lever.change: lever for lever in levers(world, T4)} for world in worlds]
     for name, words in CHANGES.items():
         found = [of[name] for of in single]
@@ -142,8 +152,8 @@ def page() -> str:
     )
 
 
-def both(worlds: tuple[TrainRecipe, ...]) -> tuple[str, ...]:
-    """The row of the two levers that need each other where there is no mask."""
+def both(name: str, worlds: tuple[TrainRecipe, ...]) -> tuple[str, ...]:
+    """A row of what is won by having both levers that need each other where there is no mask."""
     saved, speed = [], []
     for world in worlds:
         changed = dataclasses.replace(world, loss="lean", attention="explicit_kv")
@@ -151,7 +161,7 @@ def both(worlds: tuple[TrainRecipe, ...]) -> tuple[str, ...]:
         saved.append(show_bytes(before.peak_allocated_bytes - after.peak_allocated_bytes))
         faster = tokens_per_second(changed, after) / tokens_per_second(world, before)
         speed.append(f"{faster:.1f}x")
-    return ("loss in chunks and explicit K/V attention", *saved, *speed)
+    return (name, *saved, *speed)
 
 
 def bought() -> str:

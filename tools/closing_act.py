@@ -83,6 +83,9 @@ RACERS = {
 }
 
 
+VERSIONS = ("torch", "transformers", "unsloth", "bitsandbytes")
+
+
 def race() -> str:
     """README's table of the race: tokens a second and peaks; each host's rows stand together."""
     rows = {row["name"]: row for row in recorded.rows("race")}
@@ -93,7 +96,9 @@ def race() -> str:
         first = rows[f"{where}, unsloth"]
         here = (
             f"{first['gpu']} with a T4's kernels, {first['cpu']}, {first['launch_microseconds']} "
-            f"microseconds a launch, {first['date']}:"
+            f"microseconds a launch, {first['date']}; "
+            + ", ".join(f"{name} {first['versions'][name]}" for name in VERSIONS)
+            + ":"
         )
         if here != host:
             lines += [*[""][: len(lines)], here, "", *head]

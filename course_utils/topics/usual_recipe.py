@@ -36,7 +36,7 @@ REMEDIES = {  # for what today's versions refuse or rename
     "gradient_checkpointing": "activation_checkpointing=True",
 }
 BREAKS_LATER = {  # accepted here; `preflight.refuse_silent_failures` is what stops it
-    "fp16_full_eval": "an evaluation makes adapters 16 bits, in place (lesson 04)",
+    "fp16_full_eval": "an evaluation before training makes adapters 16 bits (lesson 04)",
 }
 
 

@@ -212,7 +212,19 @@ def _use_loss(base: Any, loss: str | None, chunk_tokens: int, found: Levers) -> 
         base._stock_forward = base.forward
     base._loss, base._loss_chunk_tokens = loss or "auto", chunk_tokens
     base.forward = MethodType(_like(type(base).forward), base)
-    found.applied["loss"] = loss or "lean where the head is frozen, else chunked"
+    ours = loss or "lean where the head is frozen, else chunked"
+    if _is_trls(base):
+        ours = f"TRL's own where its trainer asks for it, else {ours}"
+    found.applied["loss"] = ours
+
+
+def _is_trls(base: Any) -> bool:
+    """Whether TRL's trainer put a forward there that takes the loss in chunks, and will ask for it.
+
+    Source: trl/trainer/utils.py, `add_fused_lm_head`.
+    """
+    code = getattr(base._stock_forward, "__code__", None)
+    return "fused_lm_head" in getattr(code, "co_varnames", ())
 
 
 def _like(stock: Callable) -> Callable:

@@ -106,14 +106,15 @@ def _refuse_another_run(
                 field,
                 f"be {before!r} to resume {checkpoint}",
                 value,
-                "use that recipe, or another output_dir",
+                "use that recipe, or another output_dir (and folder on the Drive)",
             )
     if rows_sha256 and saved.get("rows_sha256", rows_sha256) != rows_sha256:
         raise refusal(
             "rows",
             f"be those of {checkpoint} to resume it",
             Said("others"),
-            "encode the same examples with the same sequence_length, or use another output_dir",
+            "encode the same examples with the same sequence_length, or use another output_dir "
+            "(and folder on the Drive)",
         )
 
 

@@ -152,6 +152,19 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_a_loss_that_trl_takes_itself_is_said_to_be_trls():
+    """SFTTrainer asks its own forward for the loss, in chunks: ours never runs there."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = tiny()
+    add_fused_lm_head(model)
+    for _ in range(2):  # applied again, too
+        assert (
+            apply_levers(adapted(model)).applied["loss"].startswith("TRL's own where its trainer")
+        )
+    assert apply_levers(tiny()).applied["loss"].startswith("lean")
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_combined_is_refused_by_name(what):
     make, levers, named = REFUSED[what]
