@@ -158,10 +158,9 @@ def test_a_loss_that_trl_takes_itself_is_said_to_be_trls():
 
     model = tiny()
     add_fused_lm_head(model)
+    model = adapted(model)
     for _ in range(2):  # applied again, too
-        assert (
-            apply_levers(adapted(model)).applied["loss"].startswith("TRL's own where its trainer")
-        )
+        assert apply_levers(model).applied["loss"].startswith("TRL's own where its trainer")
     assert apply_levers(tiny()).applied["loss"].startswith("lean")
 
 
