@@ -1,6 +1,4 @@
 import dataclasses
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -84,27 +82,18 @@ def test_a_misspelt_variable_is_named(monkeypatch):
         gpus.detect()
 
 
-def test_without_a_gpu_nothing_is_measured():
+def test_without_a_gpu_nothing_is_measured(monkeypatch):
     """CUDA's own counters answer 0 on a CPU; ours must not."""
-    code = (
-        "from fitcast import gpus as h\n"
-        "assert h.detect() is None and h.device() == 'cpu'\n"
-        "h.use_expandable_segments(True); h.synchronize()\n"
-        "assert [h.reset_peak(), h.peak_allocated_bytes(above=None), h.peak_reserved_bytes(),"
-        " h.free_bytes()] == [None] * 4\n"
-        "try: h.emulate(h.T4).__enter__()\n"
-        "except ValueError as error: assert 'needs a CUDA device' in str(error)\n"
-        "else: raise AssertionError\n"
-        "print(h.describe(None))"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "."},
-    )
-    assert "14.56 GiB" in out.stdout
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpus.detect() is None and gpus.device() == "cpu"
+    gpus.use_expandable_segments(True)
+    gpus.synchronize()
+    measures = gpus.reset_peak, gpus.peak_reserved_bytes, gpus.free_bytes
+    assert [measure() for measure in measures] == [None] * 3
+    assert gpus.peak_allocated_bytes(above=None) is None
+    with pytest.raises(ValueError, match="needs a CUDA device"), gpus.emulate(T4):
+        pass
+    assert "14.56 GiB" in gpus.describe(None)
 
 
 @pytest.mark.parametrize(

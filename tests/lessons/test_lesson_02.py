@@ -256,6 +256,7 @@ def test_smallest_k_knows_where_a_wrong_one_comes_from():
     assert complaints(check_smallest_k, "check_smallest_k", [18], wrong) == []
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_k():
     """What the hints of exercise 02.3 rest on."""
     peaks = [

@@ -31,7 +31,7 @@ def ids(row):
 
 
 @pytest.mark.parametrize(
-    "row", sampled([row for row in ROWS if "recipe" in row], name=ids, every=8)
+    "row", sampled([row for row in ROWS if "recipe" in row], name=ids, every=16)
 )
 def test_todays_forecast_is_the_recorded_one_and_agrees_with_the_gpu(row):
     f = forecast(TrainRecipe(**row["recipe"]), T4)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fitcast import models
 from fitcast.cli import main as cli
 from fitcast.forecasting import search, strategies
 from fitcast.forecasting.forecast import forecast
@@ -16,14 +17,19 @@ from fitcast.units import show_bytes
 ONE_B = ("--model", "llama-3.2-1b", "--sequence-length", "64")
 
 
-def test_a_ranks_forecast_is_asked_for_by_its_strategy(capsys):
-    assert cli.main(["forecast", *ONE_B, "--json"]) == cli.FITS
-    alone = json.loads(capsys.readouterr().out)
-    assert cli.main(["forecast", *ONE_B, "--strategy", "fsdp2", "--json"]) == cli.FITS
-    part = json.loads(capsys.readouterr().out)
-    assert part["loaded_bytes"] < 0.8 * alone["loaded_bytes"]
-    assert cli.main(["forecast", *ONE_B, "--strategy", "ddp", "--json"]) == cli.FITS
-    assert json.loads(capsys.readouterr().out)["loaded_bytes"] == alone["loaded_bytes"]
+def test_a_ranks_forecast_is_asked_for_by_its_strategy(capsys, tmp_path):
+    config = models.config("llama-3.2-1b")
+    config.num_hidden_layers, config.vocab_size = 4, 1024
+    config.save_pretrained(tmp_path)
+
+    def loaded_bytes(*words):
+        shallow = ("forecast", "--model", str(tmp_path), "--sequence-length", "64", "--json")
+        assert cli.main([*shallow, *words]) == cli.FITS
+        return json.loads(capsys.readouterr().out)["loaded_bytes"]
+
+    alone = loaded_bytes()
+    assert loaded_bytes("--strategy", "fsdp2") < 0.8 * alone
+    assert loaded_bytes("--strategy", "ddp") == alone
 
 
 @pytest.mark.slow

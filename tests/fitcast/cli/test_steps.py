@@ -6,6 +6,7 @@ import re
 import pytest
 
 from course_utils.data import BUNDLED
+from fitcast import models
 from fitcast.cli import main as cli
 from fitcast.forecasting.generation import forecast_generation
 from fitcast.forecasting.merging import forecast_merge
@@ -88,9 +89,13 @@ def test_merging_is_into_weights_that_are_not_quantized(capsys):
     assert "step must be another one for a run without adapters" in capsys.readouterr().err
 
 
-def test_a_family_with_projections_of_its_own_gets_adapters_on_them(capsys):
-    """Phi-4-mini has one product for query, key and value, and no q_proj."""
-    asked = ("forecast", "--model", "phi-4-mini", "--step", "generation", "--new-tokens", "4")
+def test_a_family_with_projections_of_its_own_gets_adapters_on_them(capsys, tmp_path):
+    """Phi-4-mini, here its first two layers, has one product for query, key and value."""
+    config = models.config("phi-4-mini")
+    config.num_hidden_layers = 2
+    config.save_pretrained(tmp_path)
+    model = str(tmp_path)
+    asked = ("forecast", "--model", model, "--step", "generation", "--new-tokens", "4")
     assert cli.main([*asked, "--json"]) == 0
     by_default = json.loads(capsys.readouterr().out)
     assert cli.main([*asked, "--lora-targets", "o_proj,qkv_proj", "--json"]) == 0

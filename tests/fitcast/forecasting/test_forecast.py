@@ -124,7 +124,7 @@ def assert_reserved_is_held(forecasts, rows):
     assert max(widths) <= 0.2
 
 
-@pytest.mark.parametrize("row", sampled(ROWS, name=row_id, every=8))
+@pytest.mark.parametrize("row", sampled(ROWS, name=row_id, every=16))
 def test_peak_of_a_row(row, untied):
     assert errors([forecast_of(row, untied)], [row])[0] <= 0.002
 

@@ -126,7 +126,7 @@ def with_adapters_inside(model):
         pytest.param(True, True, id="inside-loaded"),
         pytest.param(True, False, id="inside-fake", marks=pytest.mark.slow),
         pytest.param(False, True, id="outside-loaded", marks=pytest.mark.slow),
-        pytest.param(False, False, id="outside-fake"),
+        pytest.param(False, False, id="outside-fake", marks=pytest.mark.slow),
     ],
 )
 def test_a_4_bit_base_with_adapters(real, inside):

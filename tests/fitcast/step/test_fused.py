@@ -390,6 +390,7 @@ def test_a_part_is_compiled_for_more_shapes_than_pytorch_allows(monkeypatch):
         assert part(torch.zeros([2] * dimensions)).sum() == 2**dimensions
 
 
+@pytest.mark.slow
 def test_the_command_line_brings_no_compiler():
     code = "import sys, fitcast.step.qlora; print('torch._dynamo.eval_frame' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

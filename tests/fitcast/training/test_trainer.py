@@ -89,7 +89,9 @@ def test_each_step_logs_speed_and_memory(recipe, tmp_path):
     [
         ("adamw", torch.optim.AdamW),
         pytest.param("adamw_8bit", bitsandbytes.optim.AdamW8bit, marks=pytest.mark.slow),
-        ("paged_adamw_8bit", bitsandbytes.optim.AdamW8bit),  # a CPU has nothing to page to
+        pytest.param(  # a CPU has nothing to page to
+            "paged_adamw_8bit", bitsandbytes.optim.AdamW8bit, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_optimizer_is_the_one_that_the_forecast_counts(recipe, tmp_path, optimizer, kind):
