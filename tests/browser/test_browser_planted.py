@@ -4,8 +4,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from course_utils import controls
-
+from . import controls
 from .controls import Explorer
 from .test_browser import failures
 
