@@ -64,7 +64,7 @@ TITLES = {
     "forecasting.fake": "Tensors without numbers",
     "forecasting.block": "One layer, tensor by tensor",
     "step.apply": "Levers on a script's model",
-    "step.levers": "The chunked loss",
+    "step.losses": "The chunked loss",
     "training.measurement": "A real step, measured",
     "training.preflight": "Before a run",
     "training.trainer": "Training",
