@@ -1,6 +1,6 @@
 window.FITCAST_DATA = {
  "stamp": {
-  "engine": "2ce4ae3eca743df3f66705ab6b263119b7ef22f95a725baea013da5b595e5637",
+  "engine": "ab8a6077a406d4d48ff0d25710328db82832592ff67cb13f42400f67fa21e709",
   "versions": {
    "torch": "2.13.0+cpu",
    "transformers": "5.23.0",
