@@ -15,7 +15,7 @@
 # |---|---|---|
 # | *recognise* gradients that flush to zero, *predict* the best scale | B1 | exercise 05.1 |
 # | *implement* a dynamic loss scaler, equal to PyTorch's | B2 | exercise 05.2 |
-# | *recognise* a mistake by a number (B2), *order* a scaled step | B2 | section 4, 05.3 (Go further) |
+# | *recognise* a mistake by a number, *order* a scaled step | B2 | section 4, 05.3 (Go further) |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #

@@ -60,7 +60,7 @@ the highest *moment*, not the sum of the table.
 
 Speeds are tokens/s beside the usual recipe's, by forecast. No mask: rows packed end to end, of
 equal length, or alone; padded: a mask hides the filling (TRL's `packing=True` has one, too, if you
-do not say `packing_strategy="wrapped"`). TRL's SFTTrainer takes its loss in chunks as it comes, from
+do not say `packing_strategy="wrapped"`). TRL's SFTTrainer has its loss in chunks as it comes, from
 1.16 on. Without a mask logits and attention scores make two peaks: lower both, or the other one
 stays (lesson 06). Lowering the rank saves almost nothing. For your run: `fitcast levers --model
 llama-3.1-8b --micro-batch-size 4 --sequence-length 2048 --padded`, with your model, batch, length
@@ -76,7 +76,7 @@ and world; `fitcast fit` picks the fastest that fits.
 - TRL makes adapters beside 4 bits bfloat16: `.float()` them before `train()` (lesson 07). Its
   `learning_rate` is 2e-5, a tenth of what adapters usually get. [TRL, sft_config.py]
 - Adapters stay float32; no `fp16_full_eval` before training; unscale, then clip (lesson 05).
-- No FlashAttention (Triton's elementwise kernels do run): where no mask is given, repeat key/value heads
+- No FlashAttention (elementwise Triton does run): where no mask is given, repeat key/value heads
   yourself (lesson 06).
 - A search for the largest micro batch needs an optimizer step in it, full-length sequences, and
   cleans up *after* `except` (lesson 03).
