@@ -103,7 +103,7 @@ for four in (micro_batches[:4], micro_batches[4:8]):
 figures.updates(events, "two updates of 2 x 4 sequences")
 
 # %% [markdown]
-# Accumulate four times, update, clear. (The second update's gradient is shorter: other rows.)
+# Accumulate four times, update, clear. (The first one has made the gradient shorter.)
 # Forget *clear*, and the second update contains the first one's gradient again. The sequences
 # behind an update are the **effective batch**: micro batch (`per_device_train_batch_size`) x
 # accumulation steps (`gradient_accumulation_steps`) x world size, the number of processes that

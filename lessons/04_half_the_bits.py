@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/04_half_the_bits.ipynb)
 #
-# **45 min** for those who have trained a model before, 60 to 70 if it is new to you; half-way there
+# **45 min** for those who have trained a model before, 60 to 75 if it is new to you; two thirds in
 # is a place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # Checkpointing shrank what layers keep (lesson 02), small micro batches shrank it again (03), and
@@ -345,7 +345,7 @@ def copied_bytes(model):
 exercises.check_copies(copied_bytes)
 
 # %% [markdown]
-# *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
+# *Two thirds in, and a good place to stop. When you come back: run all cells above, then go on.*
 #
 # ## 4 · A thousand small updates
 # Why not store the trained weights in 16 bits as well, and save the copies? A weight is 1.0. It
@@ -436,26 +436,28 @@ for name, value in published.items():
 
 # %% [markdown]
 # ### Predict
-# Run one training step with it, forward and backward. It makes over a hundred products with
-# weights; in 4 bits are seven in each of four layers, each read once forward and once backward. How
-# many products run in bfloat16?
+# Run one training step with it. Each of four layers has seven 4-bit weights, and a product with
+# each forward and another one backward: 56. How many of them get their operands in bfloat16, and
+# cast them to float16 first?
 
 # %% tags=["predict"]
 predicted_products = ...
 
 # %% tags=["run"]
-log = exercises.run_published(published)
-show_prediction(predicted_products, show="{:.0f}".format, counted=log.matmuls.get("bfloat16", 0),
-                also=f"{log.matmuls} and casts that wrote {show_bytes(log.copied_bytes)}")
+products = exercises.run_published(published)
+show_prediction(predicted_products, show="{:.0f}".format, counted=products.detours,
+                also=f"of {products.seen.total()}, {products}")
 
 # %% [markdown]
 # ### Explain
-# Autocast repairs the forward pass, by casting once more. Backward has no autocast: there each
-# 4-bit weight's one product follows the compute dtype, which a T4 emulates.
+# Forward's. The layer turns its input into the compute dtype, and the unpacked weight with it;
+# autocast turns both into float16 for the product. Two casts more for every weight, and three bits
+# less. Backward takes the gradient's format, which is float16: no detour. [bitsandbytes,
+# nn/modules.py, autograd/\_functions.py]
 #
 # ## Exercise 04.2 · Find the mistake
 # *Medium, 6 minutes.* (04.1 is in Go further.) Change **one** setting so that the
-# recipe is right for a T4. The check runs a step and looks at every product.
+# recipe is right for a T4. The check runs a step and looks at every product with a 4-bit weight.
 #
 # <details><summary>Hint 1</summary>Which settings name a format?</details>
 # <details><summary>Hint 2</summary>Two of them must agree, and a T4 has only one fast 16-bit

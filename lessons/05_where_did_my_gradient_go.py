@@ -370,7 +370,8 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # %% [markdown]
 # ## In your script
 # A loop of your own, in the right order. (Trainer's `fp16=True` does the same. A norm of `inf` or
-# `nan` in the first steps is the scaler, which finds its level.)
+# `nan` at first is the scaler, finding its level. `last.pt` is as large as weights and Adam's state
+# together.)
 #
 # ```python
 # import torch
@@ -481,7 +482,7 @@ def first_rate(scaler, waits, warm_up=10):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / warm_up))
     while not scaler.trace or scaler.trace[-1].skipped:
         rate = schedule.get_last_lr()[0]
-        scaler.scale((weight.half() * 0.25).float().sum()).backward()
+        scaler.scale(weight.half().float().sum() * 0.25).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -249,7 +249,7 @@ show_prediction(predicted_all_levers, show="{:.1f} times".format, forecast=faste
 # be. `fitcast fit` tries what counts, one forecast each, and names what should be the fastest.
 # Recorded within a T4's memory, 4 sequences of 2048 behind each step, without a mask (padded rows
 # were not); times are of the usual recipe's speed. `fit` of that day picked the second row, which
-# today's bounds call *tight*, so that today's `fit` would pass it over:
+# is not the fastest, and *tight* by today's bounds, so that today's `fit` passes it over:
 
 # %% tags=["run"]
 print(ladder.table(ladder.fastest("fit", 4)))
@@ -295,10 +295,11 @@ exercises.check_phi(phi_recipe)
 
 # %% [markdown]
 # ## In your script
-# Two lines, on TRL's own trainer; `apply_levers` says what it changed and what it left, and why.
-# (Where `trl` or `fitcast` is missing, as on Colab: `!pip install trl
-# git+https://github.com/course-authors/fit-the-fine-tune`, and `!pip uninstall -qy torchao`, which
-# is too old for PEFT there.)
+# Two lines, on TRL's own trainer; `apply_levers` says what it changed and what it left, and why
+# (`checkpointed_layers=18` is section 5). With a base in 4 bits take lesson 07's two lines that
+# make adapters float32, too, or fp16 stops. (Where `trl` or `fitcast` is missing, as on Colab:
+# `!pip install trl git+https://github.com/course-authors/fit-the-fine-tune`, and
+# `!pip uninstall -qy torchao`, which is too old for PEFT there.)
 #
 # ```python
 # import os

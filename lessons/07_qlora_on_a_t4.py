@@ -437,8 +437,8 @@ for way, (folder, more) in ways.items():
 #
 # For a program on a laptop, llama.cpp's script makes one GGUF file of the merged folder, and Ollama
 # runs it (look at `ollama show mine --template`: of a template that it does not know, the bare
-# prompt is left); on a server, vLLM serves the merged folder, an adapter only beside the
-# unquantized base (`--enable-lora`). (All above is tested. These four lines are from the projects'
+# prompt is left); on a server, vLLM serves the merged folder, or an adapter beside its base
+# (`--enable-lora`). (All above is tested. These four lines are from the projects'
 # manuals, and were not run by us; and llama.cpp knows the tokenizers of models on the hub, not that
 # of the course's small one.)
 #
@@ -450,14 +450,15 @@ for way, (folder, more) in ways.items():
 # %% [markdown]
 # ## In your script
 # The training, without this course (`pip install trl bitsandbytes` on Colab); started again, it
-# goes on from the last checkpoint in `out` (other data: another folder; on Colab one on the Drive).
-# Left out: held-out rows, the control, the merge. Your file:
+# goes on from the last checkpoint in `out` (torn by a kill: delete it; other data: another folder;
+# on Colab one on the Drive). Two steps are for a try: say `num_train_epochs=3`. Left out: held-out
+# rows, the control, the merge, the levers. Your file:
 # `load_dataset("json", data_files="my.jsonl", split="train")`, with lists of messages as here. TRL
 # gives plain strings no chat template, and of `messages` it learns the questions too, unless you
-# say `assistant_only_loss=True` (where TRL knows the template); `max_length`, 1024 tokens, cuts the
-# end of a long row, which is the answer. Its own learning rate would be a tenth of this one. It
-# also makes adapters beside 4 bits bfloat16, which a T4's loss scaler refuses (lesson 05), so they
-# are made float32 again. [TRL, sft_config.py, sft_trainer.py]
+# say `assistant_only_loss=True` (which Llama 3.1's template refuses: split them as here);
+# `max_length`, 1024 tokens, cuts the end of a long row, which is the answer. Its own learning rate
+# would be a tenth of this one. It also makes adapters beside 4 bits bfloat16, which a T4's loss
+# scaler refuses (lesson 05), so they are made float32 again. [TRL, sft_config.py, sft_trainer.py]
 #
 # ```python
 # import os

@@ -232,8 +232,8 @@ recorded.show("cards", bus.card)
 # moves the most. 32 billion weights, which ran out of memory on the two cards alone, trained with
 # it, and also with nothing but the embedding on the host.
 #
-# So, lesson 07's run on two: nearly twice as fast under DDP ("Go further" has it, padded). A model
-# that one card cannot hold: FSDP2.
+# So, a run like lesson 07's on two: faster under DDP, but less than twice ("Go further" has it,
+# padded). A model that one card cannot hold: FSDP2.
 
 # %% [markdown]
 # ## 4 · Three things that must be right, and a trap
@@ -324,10 +324,10 @@ for n in (1, 2):
 
 # %% [markdown]
 # ## 5 · On two T4s
-# The run of lesson 07 as a script; `accelerate launch` starts processes as `torchrun` does, and
-# reads from a file under `configs/` how. Accumulation is divided by the processes: 8 x 4
-# x 1 becomes 8 x 2 x 2, the same 32 sequences behind a step. This cell starts it as it stands,
-# where two GPUs are (on Kaggle: *Settings > Accelerator > GPU T4 x2*):
+# The run of lesson 07 as a script (`--data my.jsonl` for yours); `accelerate launch` starts
+# processes as `torchrun` does, and reads from a file under `configs/` how. Accumulation is divided
+# by the processes: 8 x 4 x 1 becomes 8 x 2 x 2, the same 32 sequences behind a step. This cell
+# starts it as it stands, where two GPUs are (on Kaggle: *Settings > Accelerator > GPU T4 x2*):
 
 # %% tags=["run"]
 bus.on_two_gpus(
@@ -340,8 +340,8 @@ bus.on_two_gpus(
 # %% [markdown]
 # ## In your script
 # One file for one process or many: `python mine.py`, which hides the other cards, or `torchrun
-# --nproc-per-node 2 mine.py`. With a base in 4 bits: `quantization_config=` as in lesson 07's
-# script, and its two lines behind `trainer = ...` that make adapters float32 again. (On Colab
+# --nproc-per-node 2 mine.py`. With a base in 4 bits: `dtype` and `quantization_config=` of lesson
+# 07's script, and its two lines behind `trainer = ...` that make adapters float32 again. (On Colab
 # `!pip uninstall -qy torchao` before, as in lesson 04.)
 #
 # ```python

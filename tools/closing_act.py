@@ -86,6 +86,15 @@ RACERS = {
 VERSIONS = ("torch", "transformers", "unsloth", "bitsandbytes")
 
 
+def _versions(rows: dict[str, Any], where: str) -> str:
+    """Of Unsloth's process, and of TRL where it raced: Unsloth brings one of its own."""
+    found = {name: rows[f"{where}, unsloth"]["versions"][name] for name in VERSIONS}
+    trl = rows.get(f"{where}, trl", {})
+    if trl.get("tokens_per_second"):
+        found["trl"] = trl["versions"]["trl"]
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
 def race() -> str:
     """README's table of the race: tokens a second and peaks; each host's rows stand together."""
     rows = {row["name"]: row for row in recorded.rows("race")}
@@ -96,9 +105,7 @@ def race() -> str:
         first = rows[f"{where}, unsloth"]
         here = (
             f"{first['gpu']} with a T4's kernels, {first['cpu']}, {first['launch_microseconds']} "
-            f"microseconds a launch, {first['date']}; "
-            + ", ".join(f"{name} {first['versions'][name]}" for name in VERSIONS)
-            + ":"
+            f"microseconds a launch, {first['date']}; {_versions(rows, where)}:"
         )
         if here != host:
             lines += [*[""][: len(lines)], here, "", *head]

@@ -75,6 +75,7 @@ def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=sources.AUTO, help="as in the lesson's first cell")
+    parser.add_argument("--data", default=sources.AUTO, help="likewise: a file, or a set's id")
     parser.add_argument("--out", type=Path, default=Path("run"), help="checkpoints and adapter")
     parser.add_argument("--drive", type=Path, help="a mounted folder for copies of checkpoints")
     parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp")
@@ -113,7 +114,7 @@ def main() -> None:
     if on_gpus:
         torch.accelerator.set_device_index(local_rank)  # before anything lands on a GPU
     gpu = gpus.detect()
-    source = sources.choose(gpu, options.model)
+    source = sources.choose(gpu, options.model, options.data)
     recipe = asked(shared(lesson_recipe(source).for_gpu(gpu), world_size), options)
     tokenizer = source.tokenizer()
     rows = data.encode(source.conversations()[0], tokenizer, recipe.sequence_length)

@@ -21,7 +21,7 @@ from course_utils.exercises.checks import (
     right,
 )
 from course_utils.exercises.self_check import Question, SelfCheck
-from course_utils.topics.precision import FORMATS, OperationLog
+from course_utils.topics.precision import FORMATS, Products, products_of_4_bits
 from fitcast import gpus
 from fitcast.forecasting.fake import fake_model, fake_tensors
 from fitcast.memory.ledger import MemoryLedger
@@ -80,11 +80,11 @@ QUESTIONS = SelfCheck(
         "fp16=True and a 4-bit base with bnb_4bit_compute_dtype=bfloat16. What happens?",
         (
             "an error",
-            "forward is repaired by casts, backward's products run in bfloat16",
+            "forward's operands become bfloat16, and are cast to float16 for each product",
             "nothing: the compute dtype is ignored",
         ),
         "b",
-        "Autocast covers forward only; backward follows the compute dtype, which a T4 emulates.",
+        "The layer casts to the compute dtype, autocast casts back: time, and three bits.",
     ),
 )
 
@@ -210,8 +210,8 @@ def _amp_dtype(settings: Mapping[str, Any]) -> Literal["float16", "bfloat16"] | 
     return "bfloat16" if settings["bf16"] else None
 
 
-def run_published(settings: Mapping[str, Any]) -> OperationLog:
-    """One training step of the bundled model with published settings, its operations logged."""
+def run_published(settings: Mapping[str, Any]) -> Products:
+    """One training step of the bundled model with published settings: its 4-bit products."""
     from transformers import BitsAndBytesConfig
 
     recipe = TrainRecipe(
@@ -228,9 +228,9 @@ def run_published(settings: Mapping[str, Any]) -> OperationLog:
     model = qlora.add_adapters(base, recipe)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     batches = measurement.random_batches(recipe, gpus.device())
-    with OperationLog() as log:
+    with products_of_4_bits() as products:
         qlora.training_step(model, optimizer, batches, recipe)
-    return log
+    return products
 
 
 @check()
@@ -253,11 +253,10 @@ def check_published(answer: Mapping[str, Any]) -> Verdict:
         TrainRecipe(model=BUNDLED, amp_dtype=amp_dtype).check_on(gpus.T4)
     except ValueError as error:
         return not_yet(f"{error}.")
-    log = run_published(answer)
-    if set(log.matmuls) != {amp_dtype}:
-        said = " and ".join(f"{count} in {name}" for name, count in log.matmuls.items())
+    products = run_published(answer)
+    if products.detours:
         why = "nothing has changed; " if not changed else ""
-        return not_yet(f"{why}a step's products with weights still run {said}.")
+        return not_yet(f"{why}of a step's products with 4-bit weights {products}.")
     if len(changed) > 1:
         return not_yet(f"that works, but one change is enough; you changed {', '.join(changed)}.")
-    return right(f"all {log.matmuls[amp_dtype]} products with weights run in {amp_dtype}.")
+    return right(f"of a step's products with 4-bit weights {products}.")

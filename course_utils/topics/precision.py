@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,57 @@ def moved_share(weights: Iterable[torch.Tensor], update: float, name: str) -> fl
         moved += int(((before.double() + update).to(before.dtype) != before).sum())
         total += before.numel()
     return moved / total
+
+
+@dataclass
+class Products:
+    """A step's products with 4-bit weights: in which format their input came, and ran.
+
+    Attributes:
+        seen: (format of the input, of the result) to how often, forward and backward.
+    """
+
+    seen: Counter[tuple[str, str]]
+
+    @property
+    def detours(self) -> int:
+        """Products whose operands came in another format than the one in which they ran."""
+        return sum(count for (came, ran), count in self.seen.items() if came != ran)
+
+    def __str__(self) -> str:
+        return " and ".join(
+            f"{count} get {came} and run in {ran}" if came != ran else f"{count} run in {ran}"
+            for (came, ran), count in sorted(self.seen.items())
+        )
+
+
+@contextlib.contextmanager
+def products_of_4_bits() -> Iterator[Products]:
+    """Inside, products with bitsandbytes' 4-bit weights are noted.
+
+    At the layer's own function: under a dispatch mode autocast does not reach what the operation
+    does inside, and the formats would be others than those of a run.
+    """
+    from bitsandbytes.autograd._functions import MatMul4Bit
+
+    products = Products(Counter())
+
+    def noted(function: Callable) -> Any:
+        def call(ctx: Any, given: torch.Tensor, *rest: Any, **more: Any) -> Any:
+            found = function(ctx, given, *rest, **more)
+            result = found[0] if isinstance(found, tuple) else found
+            if result is not None:
+                products.seen[name_of(given.dtype), name_of(result.dtype)] += 1
+            return found
+
+        return staticmethod(call)
+
+    forward, backward = noted(MatMul4Bit.forward), noted(MatMul4Bit.backward)
+    with (
+        mock.patch.object(MatMul4Bit, "forward", forward),
+        mock.patch.object(MatMul4Bit, "backward", backward),
+    ):
+        yield products
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from course_utils.data import BUNDLED
 from course_utils.exercises import lesson_04
 from course_utils.exercises.lesson_04 import PUBLISHED
 from course_utils.figures import widgets
+from course_utils.topics.precision import OperationLog, products_of_4_bits
 from fitcast import gpus
 from fitcast.forecasting.forecast import forecast
 from fitcast.recipe import TrainRecipe
@@ -97,7 +98,8 @@ EXERCISES = {
         {
             "unchanged": (
                 dict(PUBLISHED),
-                "nothing has changed; a step's products with weights still run",
+                "nothing has changed; of a step's products with 4-bit weights 28 get bfloat16 and "
+                "run in float16",
             ),
             "bf16 on a T4": (
                 PUBLISHED | {"fp16": False, "bf16": True},
@@ -105,7 +107,7 @@ EXERCISES = {
             ),
             "float32 compute dtype": (
                 PUBLISHED | {"bnb_4bit_compute_dtype": "float32"},
-                "in float32",
+                "28 get float32 and run in float16",
             ),
             "no 4 bits": (PUBLISHED | {"load_in_4bit": False}, "gives up the 4 bits"),
             "no mixed precision": (
@@ -133,14 +135,28 @@ def test_check_knows_right_from_wrong(name, monkeypatch):
     assert complaints(getattr(lesson_04, name), name, *EXERCISES[name]) == []
 
 
-def test_one_format_needs_fewer_casts():
+def test_a_compute_dtype_of_its_own_is_a_detour_of_forward():
+    """By bitsandbytes' source: the layer casts its input, backward takes the gradient's format."""
     mixed, one = (
         lesson_04.run_published(PUBLISHED | {"bnb_4bit_compute_dtype": name})
         for name in ("bfloat16", "float16")
     )
-    assert set(mixed.matmuls) == {"bfloat16", "float16"} and set(one.matmuls) == {"float16"}
-    assert sum(mixed.matmuls.values()) == sum(one.matmuls.values())
-    assert mixed.copied_bytes > 2 * one.copied_bytes
+    half = 4 * 7  # of four layers' products, forward or backward
+    assert mixed.seen == {("bfloat16", "float16"): half, ("float16", "float16"): half}
+    assert mixed.detours == half and one.seen == {("float16", "float16"): 2 * half}
+
+
+def test_watching_products_changes_none():
+    """A dispatch mode does: under one, forward's products run in bfloat16, and backward's too."""
+    from bitsandbytes.autograd._functions import MatMul4Bit
+
+    own = vars(MatMul4Bit)["forward"]
+    with products_of_4_bits() as quiet:
+        lesson_04.run_published(PUBLISHED)
+        assert vars(MatMul4Bit)["forward"] is not own
+    assert vars(MatMul4Bit)["forward"] is own and quiet.detours == 28
+    with OperationLog():
+        assert ("bfloat16", "bfloat16") in lesson_04.run_published(PUBLISHED).seen
 
 
 LORA = TrainRecipe(
