@@ -7,8 +7,8 @@
 # **30 min**, 40 if you read every line · optional, runs anywhere; two GPUs fill in section 5.
 #
 # Kaggle lends you two T4s. Does lesson 07's run go twice as fast on them, or may the model be twice
-# as large? Either can be had, not both, and the price is what goes over the bus between the cards.
-# Two processes on your CPU will train a small model, and you count each byte that they exchange.
+# as large? Either, not both, and the price goes over the bus between the cards. Two processes on
+# your CPU will train a small model, and you count each byte that they exchange.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -72,8 +72,8 @@ before = ...  # for example "abcda"
 # | all-reduce | a whole tensor | their sum, whole | both in turn: 2 S (n - 1) / n |
 #
 # [NVIDIA, nccl-tests: ring algorithms] **DDP**, distributed data parallel, puts the whole model on
-# each rank, gives each its own rows, and averages gradients. By hand that is a loop. It stands in a
-# file: `torchrun` starts processes from files, and one that is forked off a notebook may hang.
+# each rank, gives each its own rows, and averages gradients. By hand that is a loop, in a file:
+# `torchrun` starts processes from files.
 
 # %% tags=["run"]
 with open("three_ways.py", "w") as file:
@@ -215,25 +215,22 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also=figure,
 # %% [markdown]
 # ### Explain
 # DDP saves nothing: a rank holds the whole model, and the buckets. FSDP2 halves what lies still
-# (adapters, optimizer state, and the layers' weights) and pays part of it back: the layer at work
-# and the next one lie there whole, and so does the head, which the chunked loss multiplies with.
-# Activations follow the rows of this card, and nobody halves them. So **FSDP2 pays when weights are
-# what is large**. Measured, on two cards held to a T4's memory:
+# (adapters, optimizer state, layers' weights) and pays part of it back: the layer at work and the
+# next one lie there whole, and so does the head, which the chunked loss multiplies with. Nobody
+# halves activations. So **FSDP2 pays when weights are what is large**. Measured, on two cards held
+# to a T4's memory:
 
 # %% tags=["recorded"]
 from course_utils.topics import recorded
 recorded.show("cards", bus.card)
 
 # %% [markdown]
-# Speeds are ratios of these cards, without a mask. Their link (NVLink) is faster than a T4's slot
-# (PCIe), their arithmetic is faster by more: so what is not arithmetic weighs more here than beside
-# a T4's. Two T4s have not been timed. DDP is the fast one, though not twice as fast as one card; we
-# have not looked into why. *Offload*, parts that wait in the host's memory, holds the least and
-# moves the most. 32 billion weights, which ran out of memory on the two cards alone, trained with
-# it, and also with nothing but the embedding on the host.
+# Speeds are ratios of these cards, without a mask; two T4s have not been timed. *Offload*, parts
+# that wait in the host's memory, holds the least and moves the most. 32 billion weights ran out of
+# memory on the two cards alone, and trained with it, or with only the embedding there.
 #
-# So, a run like lesson 07's on two: faster under DDP, but less than twice ("Go further" has it,
-# padded). A model that one card cannot hold: FSDP2.
+# So, a run like lesson 07's on two: under DDP faster, less than twice ("Go further"). A model that
+# one card cannot hold: FSDP2.
 
 # %% [markdown]
 # ## 4 · Three things that must be right, and a trap
@@ -273,15 +270,14 @@ show_prediction(predicted_beside, show="{:g} KiB".format, counted=beside[0]["sen
 
 # %% [markdown]
 # ### Explain
-# Nothing, and no word about it. Two gradients, two updates, two models, and rank 0's is saved,
-# which has seen half of your data. In a script of yours, look once whether all ranks have one
-# gradient.
+# Nothing, and no word about it. Two gradients, two models, and rank 0's is saved, which has seen
+# half of your data. In a script of yours, look once whether all ranks have one gradient.
 #
-# **Tokens, not means.** DDP takes the mean of the ranks' gradients. Where each rank divided by its
-# own labelled tokens, an answer counts more on the rank that got the short ones (lesson 03).
+# **Tokens, not means.** DDP takes the mean of the ranks' gradients. Where each divided by its own
+# labelled tokens, an answer counts more on the rank with the short ones (lesson 03).
 #
-# Trainer and TRL's SFTTrainer are right on both: they call the wrapper, and count the tokens of all
-# ranks (`average_tokens_across_devices=True`, the default). A loop of your own has to be.
+# Trainer and SFTTrainer are right on both: they call the wrapper and count all ranks' tokens
+# (`average_tokens_across_devices`, the default). A loop of your own has to be.
 #
 # ## Exercise 08.2 · A loss for each rank
 # *Medium, 4 minutes.* A rank has the *sum* of its tokens' losses. `all_reduce(tensor)` adds up over
@@ -305,9 +301,9 @@ exercises.check_loss(loss_of_rank)
 
 # %% [markdown]
 # **The trap: `DataParallel`.** Start a script with plain `python` where two GPUs are visible, as in
-# a Kaggle notebook, and `Trainer` counts both in *one* process. Your batch is another one; it is
-# split between threads, and the model copied for each of them. A model in 4 bits is not copied: one
-# card gets both shares, and what was forecast to fit may not. (TRL's trainers refuse.)
+# a Kaggle notebook, and `Trainer` counts both in *one* process. Your batch doubles, and threads
+# share it, with a copy of the model each. A model in 4 bits is not copied: one card gets both, and
+# what was forecast to fit may not. (TRL's trainers refuse.)
 
 # %% tags=["run"]
 from transformers import TrainingArguments
@@ -319,15 +315,15 @@ for n in (1, 2):
           f"{arguments.train_batch_size * arguments.gradient_accumulation_steps} behind a step")
 
 # %% [markdown]
-# Hide one (`CUDA_VISIBLE_DEVICES=0`, before torch is imported), or start a process for each, which
-# is next. `fitcast doctor` says which it will be.
+# Hide one (`CUDA_VISIBLE_DEVICES=0`, before torch is imported), or start a process for each, as
+# below. `fitcast doctor` tells.
 
 # %% [markdown]
 # ## 5 · On two T4s
 # The run of lesson 07 as a script (`--data my.jsonl` for yours); `accelerate launch` starts
-# processes as `torchrun` does, and reads from a file under `configs/` how. Accumulation is divided
-# by the processes: 8 x 4 x 1 becomes 8 x 2 x 2, the same 32 sequences behind a step. This cell
-# starts it as it stands, where two GPUs are (on Kaggle: *Settings > Accelerator > GPU T4 x2*):
+# processes as `torchrun` does, and reads how from `configs/`. Accumulation is divided by the
+# processes: 8 x 4 x 1 becomes 8 x 2 x 2, the same 32 sequences. This cell runs where two GPUs are
+# (on Kaggle: *Settings > Accelerator > GPU T4 x2*):
 
 # %% tags=["run"]
 bus.on_two_gpus(
