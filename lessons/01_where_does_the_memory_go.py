@@ -422,11 +422,11 @@ exercises.check_logits_at_peak(logits_at_peak, full, vocab_size=1280)
 #
 # on_gpu = torch.cuda.is_available()
 # model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.float32)
+# if on_gpu:
+#     torch.cuda.memory._record_memory_history(max_entries=100_000)
 # model = model.to("cuda" if on_gpu else "cpu").train()
 # ids = torch.randint(0, model.config.vocab_size, (1, 512), device=model.device)
 # optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-# if on_gpu:
-#     torch.cuda.memory._record_memory_history(max_entries=100_000)
 # for _ in range(2):
 #     model(input_ids=ids, labels=ids).loss.backward()
 #     optimizer.step()

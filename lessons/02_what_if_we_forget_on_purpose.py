@@ -335,7 +335,7 @@ figures.forgetting_explorer()
 # model.config.use_cache = False
 # model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
 # model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-# for layer in model.get_base_model().model.layers[12:]:  # the first 12 of 24 forget
+# for layer in (layers := model.get_base_model().model.layers)[12:]:  # the first 12 of 24 forget
 #     layer.gradient_checkpointing = False
 # rows = [{"input_ids": list(range(128)), "labels": list(range(128))}] * 8
 # arguments = TrainingArguments("out", max_steps=2, per_device_train_batch_size=2,
@@ -346,6 +346,7 @@ figures.forgetting_explorer()
 # model(**batch).loss.backward()
 # missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 # print("trained tensors without a gradient (should be []):", missing)
+# print("layers that forget:", sum(x.training and x.gradient_checkpointing for x in layers))
 # ```
 #
 # ## And now?

@@ -351,8 +351,8 @@ figures.split_explorer()
 # %% [markdown]
 # ## In your script
 # The three numbers in Trainer, a `compute_loss` that hands the count on, and the first thing to
-# look at in the log. (With rows of your own evaluate a first update's 32, or any few hundred: not
-# equal to the last digit then, but not 16 times off.)
+# look at in the log. (With rows of your own evaluate a few hundred: not equal to the last digit
+# then, but not 16 times off.)
 #
 # ```python
 # import torch
