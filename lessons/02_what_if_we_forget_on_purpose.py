@@ -345,8 +345,7 @@ figures.forgetting_explorer()
 # batch = {name: torch.tensor([row], device=model.device) for name, row in rows[0].items()}
 # model(**batch).loss.backward()
 # missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-# print("trained tensors without a gradient (should be []):", missing)
-# print("layers that forget:", sum(x.training and x.gradient_checkpointing for x in layers))
+# print(sum(x.gradient_checkpointing for x in layers), "layers forget; no gradient ([]?):", missing)
 # ```
 #
 # ## And now?
