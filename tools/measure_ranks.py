@@ -321,14 +321,23 @@ def one_rank(spec: dict, part: Path) -> None:
 # --- all rows ----------------------------------------------------------------------------------
 
 
+# What a row's process is told, and no launcher that it starts.
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SMOKE")
+
+
+def free_port() -> str:
+    """One that nobody listens on: rows run side by side."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 class Running:
     """The processes of a row."""
 
     def __init__(self, spec: dict, folder: Path):
         self.spec, self.started = spec, time.monotonic()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = free_port()
         self.parts = [
             folder / f"{abs(hash(spec['name']))}-{i}.json" for i in range(spec["processes"])
         ]
@@ -364,7 +373,7 @@ def kill_one_rank(folder: Path) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", str(ROOT / "tools" / "train_many_gpus.py"), "--strategy", "fsdp2", "--model",
                "bundled", "--out", str(out), "--steps", "12", "--save-steps", "2"]  # fmt: skip
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SMOKE"):
+    for name in OF_A_RANK:
         os.environ.pop(name, None)
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, killed = [], None
@@ -390,14 +399,10 @@ def launch(spec: dict, folder: Path) -> dict:
     options += ["--strategy", "fsdp2"] if "fsdp2" in spec["name"] else []
     options += ["--offload"] if spec["offload"] else []
     options += ["--embedding", "host"] if recipe.get("embedding") == "host" else []
-    with socket.socket() as free:  # several run side by side
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-               str(ROOT / "configs" / f"{spec['name']}.yaml"), "--main_process_port", port,
+               str(ROOT / "configs" / f"{spec['name']}.yaml"), "--main_process_port", free_port(),
                str(ROOT / "tools" / "train_many_gpus.py"), *options]  # fmt: skip
-    ranked = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SMOKE")
-    around = {k: v for k, v in os.environ.items() if k not in ranked} | {EMULATE_VARIABLE: "T4"}
+    around = {k: v for k, v in os.environ.items() if k not in OF_A_RANK} | {EMULATE_VARIABLE: "T4"}
     ran = subprocess.run(command, cwd=os.environ["WEIGHTS"], env=around, capture_output=True,
                          text=True, timeout=TIMEOUT - 5)  # fmt: skip
     return {"said": ran.stdout.splitlines()[-12:], "rc": ran.returncode,
