@@ -13,6 +13,8 @@ Not modelled: private repositories, other hubs, a download that breaks off half-
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 AUTO, BUNDLED_NAME = "auto", "bundled"
 MODELS = ("llama-3.2-1b", "qwen3-1.7b", "phi-4-mini")  # the first is the default
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 HELDOUT_EXAMPLES = 64  # enough for an interval
 LONGEST = 1024  # tokens of a row, if the data have longer ones
 # Optimizer steps for data of one's own: three epochs, of few examples up to ten, but no more than
@@ -189,7 +192,7 @@ def _with_model(gpu: Gpu | None, model: str, folder: str | Path) -> Source:
         )
     if answer == "silent":
         return Source(
-            model=str(random_weights.write(model, folder).resolve()),
+            model=str(_with_tokenizer(random_weights.write(model, folder).resolve())),
             weights="random",
             data="bundled",
             settings=settings,
@@ -206,3 +209,13 @@ def _with_model(gpu: Gpu | None, model: str, folder: str | Path) -> Source:
         tokenizer_from=repository,
         said=f"{repository} from the hub; data: {data}.",
     )
+
+
+def _with_tokenizer(folder: Path) -> Path:
+    """The folder with the bundled tokenizer in it: `pipeline` asks an adapter's base for one."""
+    for name in TOKENIZER_FILES:
+        if not (folder / name).exists():
+            part = folder / f"{name}.{os.getpid()}.part"
+            shutil.copyfile(bundled.bundled_model_dir() / name, part)
+            part.replace(folder / name)  # ranks write side by side, and see whole files only
+    return folder

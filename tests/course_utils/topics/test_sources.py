@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from course_utils import data
 from course_utils.data import BUNDLED
@@ -21,9 +22,13 @@ def hub(monkeypatch):
     """What the hub answers, by kind of repository; a test fills it in."""
     answers = {}
     monkeypatch.setattr(sources, "ask_hub", lambda _, kind="model": answers[kind])
-    monkeypatch.setattr(
-        random_weights, "write", lambda model, folder: Path(folder, f"{model}-random")
-    )
+
+    def made(model, folder):
+        found = Path(folder, f"{model}-random")
+        found.mkdir(exist_ok=True)
+        return found
+
+    monkeypatch.setattr(random_weights, "write", made)
     return answers
 
 
@@ -92,6 +97,9 @@ def test_a_silent_hub_gives_random_weights_and_says_so(hub, tmp_path):
     assert source.model == f"{tmp_path}/phi-4-mini-random"
     assert "Memory and speed hold, words and losses do not" in str(source)
     assert source.tokenizer_from == str(data.bundled_model_dir())
+    beside = AutoTokenizer.from_pretrained(source.model)  # as `pipeline` asks an adapter's base
+    assert beside.chat_template == source.tokenizer().chat_template
+    assert not list(Path(source.model).glob("*.part"))
 
 
 @pytest.mark.parametrize("model", ["phi-4-mini", "mine"])
