@@ -45,13 +45,14 @@ CONFIGS = ROOT / "tests" / "data" / "configs"
 T4_BYTES = int(14.42 * 2**30)
 STEPS = 5
 LANES = 4
-TIMEOUT = 170  # seconds of a row
+TIMEOUT = 400  # seconds of a row
 QLORA = {"base": "nf4", "amp_dtype": "float16", "lora_dropout": 0.0, "optimizer": "adamw",
          "attention": "explicit_kv", "loss": "lean", "norm": "native", "adapters": "lean",
          "checkpointed_layers": "all"}  # fmt: skip
 FULL = {"base": "float32", "amp_dtype": "float16", "lora_rank": None, "lora_dropout": 0.0,
         "optimizer": "adamw", "checkpointed_layers": 0, "loss": "full", "attention": "stock",
         "norm": "stock", "adapters": "stock"}  # fmt: skip
+LONG = {"mlp": "lean", "mlp_tile_tokens": 2048, "rotary": "lean", "offload_checkpoints": True}
 STOCK = {"attention": "stock", "loss": "full", "norm": "stock", "adapters": "stock"}
 
 
@@ -77,6 +78,11 @@ ROWS = [
     row("kill one rank", "kill", "llama-3.2-1b", 1, 256, processes=1),
     row("14b fsdp2 offload", "fsdp2", "qwen3-14b", 1, 2048, offload=True),
     row("8b fsdp2 16k", "fsdp2", "llama-3.1-8b", 1, 16384),
+    row("8b fsdp2 19k", "fsdp2", "llama-3.1-8b", 1, 19456),
+    row("8b fsdp2 20k", "fsdp2", "llama-3.1-8b", 1, 20480),
+    row("8b fsdp2 32k host checkpoints", "fsdp2", "llama-3.1-8b", 1, 32768, steps=3, **LONG),
+    row("8b fsdp2 96k host checkpoints", "fsdp2", "llama-3.1-8b", 1, 98304, steps=2, **LONG,
+        embedding="host"),
     row("0.6b ddp full", "ddp", "qwen3-0.6b", 2, 256, **FULL, layers=14, trace=True),
     row("1.7b fsdp2 full", "fsdp2", "qwen3-1.7b", 1, 256, **FULL, layers=12),
     row("1b fsdp2 nf4", "fsdp2", "llama-3.2-1b", 2, 512, trace=True),

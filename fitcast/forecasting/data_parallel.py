@@ -3,7 +3,7 @@
 Wrapping a model sends its weights to all processes, in the model's own order, through flat tensors
 of some 250 MiB or of what the last one of them brings, which go again, and makes one bucket a dtype
 for all gradients. From the second step on the buckets have 25 MiB, the first 1 MiB, in the order in
-which the gradients came. Which tensors share a bucket is PyTorch's own answer.
+which the gradients were whole. Which tensors share a bucket is PyTorch's own answer.
 
 As `torch.distributed` has it by default: `find_unused_parameters` and `gradient_as_bucket_view`
 off. The scales of 4-bit weights are no parameters and are not sent. Not modelled: NCCL's own
@@ -31,6 +31,7 @@ FLAT = 250 * MIB  # broadcast_bucket_size
 FIRST_BUCKET, BUCKET = 1 * MIB, 25 * MIB  # kDefaultFirstBucketBytes, kDefaultBucketBytesCap
 NO_LIMIT = 2**63 - 1
 IN_FLIGHT = 2  # flat tensors that are on their way at a time
+EMBEDDINGS_PART = "embedding_dense_backward"
 PHASE = "wrap"  # of what happens before the first step
 
 
@@ -100,10 +101,22 @@ def _in_the_models_order(stream: Stream, alive: list[int]) -> list[int]:
 
 
 def _gradients(stream: Stream) -> list[int]:
-    """The step's gradients in the order in which backward made them."""
-    step = stream.events[stream.marks["ready"] :]
-    made = [block for sign, block, _ in step if sign > 0]
-    return [block for block in made if stream.blocks[block].category == "gradients"]
+    """The step's gradients in the order in which they were whole.
+
+    One is whole where it is made, but that of a head tied to the embedding only once the
+    embedding's part, which comes last, is added.
+    """
+    whole: dict[int, None] = {}
+    for sign, block, _ in stream.events[stream.marks["ready"] :]:
+        made = stream.blocks[block]
+        if sign > 0 and made.category == "gradients":
+            whole[block] = None
+        elif sign < 0 and made.operation.startswith(EMBEDDINGS_PART) and block not in whole:
+            tied = [n for n in whole if stream.blocks[n].n_bytes == made.n_bytes][:1]
+            for n in tied:
+                del whole[n]
+                whole[n] = None
+    return list(whole)
 
 
 def _grouped(stream: Stream, blocks: list[int], limits: list[int]) -> list[list[int]]:

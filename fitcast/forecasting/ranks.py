@@ -53,7 +53,7 @@ from fitcast.forecasting.verdict import (
 from fitcast.gpus import Gpu
 from fitcast.memory.stream import DeviceLedger, Stream, later_step, work_recorder
 from fitcast.recipe import TrainRecipe
-from fitcast.step import qlora, ranks
+from fitcast.step import levers, qlora, ranks
 from fitcast.units import refusal
 
 STRATEGIES = ("ddp", "fsdp2", "device_map")
@@ -263,6 +263,7 @@ def step_stream(
     offload: bool = False,
     kernels: CudaKernels | None = None,
     device_of: Callable[[str], Any] = lambda _: "cpu",
+    warm_up: Callable[[], None] = lambda: None,
     loaded: Callable[[], None] = lambda: None,
 ) -> Stream:
     """What a ledger sees while a model on meta is placed and takes one optimizer step.
@@ -276,6 +277,7 @@ def step_stream(
         offload: Whether parts wait on the host.
         kernels: The card's, when they are of another kind.
         device_of: Called with each parameter's name before it is made.
+        warm_up: Called before the first one.
         loaded: Called once all weights are there.
     """
     kernels = kernels or CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
@@ -289,6 +291,7 @@ def step_stream(
     ):
         dtype = qlora.storage_dtype(recipe)
         with ledger.phase("load"):
+            warm_up()
             ranks.place(model, _without_numbers, dtype, device_of, offload=offload)
         loaded()
         ledger.mark("load")
@@ -302,7 +305,9 @@ def step_stream(
         ledger.mark("ready")
         qlora.training_step(model, optimizer, batches[:MICRO_BATCHES], recipe, scaler)
         ledger.mark("step")
-    return ledger.stream()
+    stream = ledger.stream()
+    stream.pinned_host_bytes = levers.pinned_host_bytes(model)
+    return stream
 
 
 def _without_numbers(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

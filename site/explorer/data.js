@@ -1,6 +1,6 @@
 window.FITCAST_DATA = {
  "stamp": {
-  "engine": "ab8a6077a406d4d48ff0d25710328db82832592ff67cb13f42400f67fa21e709",
+  "engine": "c110256a541633c2645d01905e754eb9f0ab2453f75b0f4a53d4e221f8da97b1",
   "versions": {
    "torch": "2.13.0+cpu",
    "transformers": "5.23.0",

@@ -59,7 +59,9 @@ def buckets_of_pytorch(recipe):
     ddp = DistributedDataParallel(qlora.apply_levers(model, recipe).train())
     ids = torch.zeros(1, recipe.sequence_length, dtype=torch.long)
     for _ in range(4):
-        ddp(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.amp_dtype is not None):
+            loss = ddp(input_ids=ids, labels=ids).loss
+        loss.backward()
         ddp.zero_grad(set_to_none=True)
     said = ddp._get_ddp_logging_data()
     return [
@@ -68,17 +70,20 @@ def buckets_of_pytorch(recipe):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "tied"),
     [
-        {},
+        ({}, False),
+        ({"amp_dtype": "float16"}, True),
         pytest.param(
             {"lora_rank": 256, "lora_targets": "all-linear", "checkpointed_layers": 3},
+            False,
             marks=pytest.mark.slow,
         ),
     ],
 )
-def test_buckets_are_pytorchs(tmp_path, alone_in_a_group, changes):
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+def test_buckets_are_pytorchs(tmp_path, alone_in_a_group, changes, tied):
+    """A tied embedding's gradient comes first from the head, and is whole at the end."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"tie_word_embeddings": tied}))
     recipe = dataclasses.replace(FULL, model=str(tmp_path), **changes)
     stream = data_parallel.wrapped(run_stream(recipe, T4))
     ours = [

@@ -36,10 +36,6 @@ def measured() -> list[dict]:
     return [row for row in every if row["strategy"] in ("auto", "balanced", "loaded auto")]
 
 
-# Its second card reserved 0.7 % less than the lower bound; the cause is not known.
-OUTSIDE = ("14b loaded auto",)
-
-
 @pytest.fixture(scope="module")
 def seen():
     """The events of four layers on two cards, and each block's card."""
@@ -48,13 +44,16 @@ def seen():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", measured(), ids=lambda row: row["name"])
-def test_each_card_needs_what_was_measured(spec, request):
+def test_each_card_needs_what_was_measured(spec):
     recipe, config = measure_ranks.recipe_of(spec), measure_ranks.config_of(spec)
     (first,) = spec["ranks"]
     if spec["strategy"] != "loaded auto":
         model = ranks.packed_model(recipe, config)
         assert cut(model, spec["strategy"], 2, measure_ranks.T4_BYTES) == first["device_map"]
-    stream, cards = device_map.stream_of_cards(recipe, CARD, config, first["device_map"])
+    loaded = spec["strategy"] == "loaded auto"
+    stream, cards = device_map.stream_of_cards(
+        recipe, CARD, config, first["device_map"], warmed=loaded
+    )
     reserved = []
     for number, card in enumerate((first, first["second_card"])):
         part = device_map.stream_of_card(stream, cards, number)
@@ -62,8 +61,6 @@ def test_each_card_needs_what_was_measured(spec, request):
         wanted = pytest.approx(card["peak_allocated_bytes"], rel=0.0025)
         assert report.peak_allocated_bytes == wanted
         reserved.append((report.peak_reserved_bytes, card["peak_reserved_bytes"]))
-    if spec["name"] in OUTSIDE:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="reserved less than forecast"))
     assert all(low <= there <= high for (low, high), there in reserved)
 
 
@@ -75,6 +72,17 @@ def test_weights_lie_where_the_map_says(seen):
     loaded = [ranks.report_rank(part, T4, RECIPE).loaded_bytes for part in parts]
     assert sum(loaded) == pytest.approx(alone.loaded_bytes, rel=0.001)
     assert loaded[0] == pytest.approx(loaded[1], rel=0.001)
+
+
+def test_transformers_asks_each_card_for_all_its_weights_at_once(seen):
+    """`caching_allocator_warmup`, seen in a run of 14B: they lie in one segment then."""
+    stream, cards = seen
+    for card in (0, 1):
+        part = device_map.stream_of_card(stream, cards, card)
+        (_, warm_up, _), (sign, gone, _) = part.events[:2]
+        assert sign < 0 and gone == warm_up
+        loaded = ranks.report_rank(part, T4, RECIPE).loaded_bytes
+        assert stream.blocks[warm_up].n_bytes == pytest.approx(loaded, rel=0.07)  # and scales
 
 
 def test_the_second_card_pays_for_the_loss_and_the_first_for_a_copy(seen):
