@@ -225,12 +225,11 @@ from course_utils.topics import recorded
 recorded.show("cards", bus.card)
 
 # %% [markdown]
-# Speeds are ratios of these cards, without a mask; two T4s have not been timed. *Offload*, parts
-# that wait in the host's memory, holds the least and moves the most. 32 billion weights ran out of
-# memory on the two cards alone, and trained with it, or with only the embedding there.
+# Speeds are ratios of these cards, without a mask; T4s have not been timed. *Offload*: parts
+# wait on the host. 32 billion weights need it, or only the embedding there. A rank's checkpoints
+# there take 8 GiB at 32 768 tokens, 24 at 98 304 (MLP in tiles): more than Kaggle has.
 #
-# So, a run like lesson 07's on two: under DDP faster, less than twice ("Go further"). A model that
-# one card cannot hold: FSDP2.
+# So: lesson 07's run is faster under DDP. What one card cannot hold takes FSDP2.
 
 # %% [markdown]
 # ## 4 · Three things that must be right, and a trap
@@ -315,8 +314,8 @@ for n in (1, 2):
           f"{arguments.train_batch_size * arguments.gradient_accumulation_steps} behind a step")
 
 # %% [markdown]
-# Hide one (`CUDA_VISIBLE_DEVICES=0`, before torch is imported), or start a process for each, as
-# below. `fitcast doctor` tells.
+# Hide one (`CUDA_VISIBLE_DEVICES=0`, before torch is imported), or start a process for each.
+# `fitcast doctor` tells.
 
 # %% [markdown]
 # ## 5 · On two T4s

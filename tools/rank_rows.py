@@ -3,8 +3,8 @@
     python -m tools.rank_rows     # group "cards" of course_utils/data/recorded_runs.json
 
 `tools/measure_ranks.py` measures, tests/data/h200_ranks.json keeps each rank's counters; lesson 08
-reads a line for each run. Left out: shortened models, and runs that only a test needs, as those
-with other levers, which its lines do not name.
+reads a line for each run, of several that differ in length alone the longest. Left out: shortened
+models, and runs that only a test needs, as those with other levers, which its lines do not name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
         measured: As `tools/measure_ranks.py` writes it. Speed is told of runs that had the GPUs
             for themselves.
     """
-    return [
+    lines = [
         {
             "group": GROUP,
             "name": run["name"],
@@ -58,14 +58,29 @@ def rows(measured: dict[str, Any]) -> list[dict[str, Any]]:
         and not run["layers"]
         and (run["recipe"]["loss"], run["recipe"]["checkpointed_layers"]) == LEVERS
     ]
+    longest = {
+        _apart_from_length(line): line
+        for line in sorted(lines, key=lambda line: line["sequence_length"])
+    }
+    return [line for line in lines if longest[_apart_from_length(line)] is line]
+
+
+def _apart_from_length(line: dict[str, Any]) -> tuple:
+    alone = line["tokens_per_second"] is not None
+    return line["model"], line["strategy"], line["micro_batch_size"], alone
 
 
 def _told(run: dict[str, Any]) -> str:
     """Strategy of a run, and what waits on the host."""
     if run["processes"] == 1:
         return "one card"
-    on_host = run["recipe"].get("embedding") == "host"
-    return run["strategy"] + ", offload" * run["offload"] + ", embedding on host" * on_host
+    recipe = run["recipe"]
+    parts = {
+        "embedding": recipe.get("embedding") == "host",
+        "checkpoints": recipe.get("offload_checkpoints"),
+    }
+    on_host = " and ".join(name for name, there in parts.items() if there)
+    return run["strategy"] + ", offload" * run["offload"] + (on_host and f", {on_host} on host")
 
 
 def main() -> int:

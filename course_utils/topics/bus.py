@@ -190,7 +190,7 @@ def card(row: dict[str, Any]) -> str:
     """A line about a run of the recorded group "cards": strategy, batch, peak of a rank, speed."""
     peak, speed = row["rank_peak_bytes"], row["tokens_per_second"]
     return (
-        f"{row['model']:14}{row['strategy']:26}{row['micro_batch_size']} x "
+        f"{row['model']:14}{row['strategy']:42}{row['micro_batch_size']} x "
         f"{row['sequence_length']:<7}"
         + (f"{peak / GIB:5.2f} GiB" if peak else row["outcome"])
         + (f"{speed:8,.0f} tokens/s" if speed else "")
