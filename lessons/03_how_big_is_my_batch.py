@@ -12,9 +12,9 @@
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *calculate* optimizer steps, warm-up and log lines of a run | B1 | exercise 03.1 (Go further) |
-# | *write* an accumulation whose gradient equals the full batch's | B2 | exercise 03.2 |
-# | *design* an effective batch of 32 that fits a T4 and loses little time | B2 | exercise 03.3 |
+# | *write* an accumulation whose gradient equals the full batch's | B2 | exercise 03.1 |
+# | *design* an effective batch of 32 that fits a T4 and loses little time | B2 | exercise 03.2 |
+# | *calculate* optimizer steps, warm-up and log lines of a run | B1 | exercise 03.3 (Go further) |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
@@ -206,8 +206,8 @@ show_prediction(predicted_error, show="{:.2f}".format, also=figure,
 # "Fixing Gradient Accumulation"].
 
 # %% [markdown]
-# ## Exercise 03.2 · Gradients that add up
-# *Medium, 7 minutes.* (03.1 is in Go further.) Write the accumulation.
+# ## Exercise 03.1 · Gradients that add up
+# *Medium, 7 minutes.* Write the accumulation.
 # `model(**micro_batch).loss` is the *mean* over the micro batch's labelled tokens. (Each token is
 # predicted from those before it, so a row's first one counts for nobody.) The check
 # compares with the full batch's gradient, in float64 to 1e-12, **and** wants the peak of a single
@@ -320,7 +320,7 @@ try_out(2, 28)
 try_out(2, 14)
 
 # %% [markdown]
-# ## Exercise 03.3 · Effective batch 32 on a T4
+# ## Exercise 03.2 · Effective batch 32 on a T4
 # *Medium, 8 minutes.* Choose the three numbers. The check wants 32 sequences behind an update, the
 # verdict *fits*, and an update that takes at most 10 % longer than the fastest plan that fits.
 #
@@ -343,7 +343,7 @@ exercises.check_effective_batch(plan, three, gpus.T4)
 # Move the controls (with the mouse, or Tab and the arrow keys); they begin with two at a time,
 # every layer forgetting. **Task:** at which lengths does a micro batch of 4 fit? And of 8?
 # <details><summary>Answer</summary>4 up to 1024 tokens, 8 up to 512: each needs what 2 x 2048
-# needs. Memory follows the tokens of a micro batch. (Loss and attention are lesson 06's.)</details>
+# needs. Memory follows the tokens of a micro batch.</details>
 
 # %% tags=["run"]
 figures.split_explorer()
@@ -395,7 +395,7 @@ exercises.QUESTIONS.score(before, after)
 # Everything from here on is beyond the 45 minutes: take what you like.
 
 # %% [markdown]
-# ## Exercise 03.1 · What a run counts
+# ## Exercise 03.3 · What a run counts
 # *Easy, 5 minutes.* Complete the function. (`ranks` is the number of processes that share the
 # work.) The check lets Trainer run, four times: with epochs that do not divide evenly, with several
 # of them, and as one of two processes. What is left at the end of an *epoch* makes an update, too,

@@ -57,10 +57,15 @@ QUESTIONS = SelfCheck(
         "An addition keeps nothing, a product both operands; gradients come only in backward.",
     ),
     Question(
-        "The text is twice as long, attention is eager. What a layer keeps grows",
-        ("by less than 2", "by 2", "by 4", "by a factor between 2 and 4"),
-        "d",
-        "Scores grow with the square, everything else in proportion.",
+        "Fused attention (SDPA) takes the place of eager attention. What is no longer kept?",
+        (
+            "queries, keys and values",
+            "the scores of every token with every other",
+            "the inputs of the MLP",
+            "nothing: it is faster, not smaller",
+        ),
+        "b",
+        "Backward computes the scores again, a block at a time.",
     ),
     Question(
         "Llama-3.2-1B has a vocabulary of 128 256 words. In come 4 x 1024 tokens. The largest "

@@ -87,7 +87,7 @@ QUESTIONS = SelfCheck(
 
 @check(asked=3)
 def check_schedule(answer: Callable) -> Verdict:
-    """Exercise 03.1: what Trainer counts, for runs with rests, epochs and two ranks."""
+    """Exercise 03.3: what Trainer counts, for runs with rests, epochs and two ranks."""
 
     def mistaken(
         steps: Callable = lambda batches, accumulation: math.ceil(batches / accumulation),
@@ -197,7 +197,7 @@ def uneven_batch(rows: int = 8, tokens: int = 64) -> dict[str, torch.Tensor]:
 
 @check(asked=2)
 def check_accumulation(answer: Callable) -> Verdict:
-    """Exercise 03.2: gradients equal to the full batch's to 1e-12, one micro batch in memory."""
+    """Exercise 03.1: gradients equal to the full batch's to 1e-12, one micro batch in memory."""
     model, batch = small_model(), uneven_batch()
     micro_batches = split(batch, 2)
     exact, whole_peak = _accumulated(accumulate, model, [batch])
@@ -490,7 +490,7 @@ def fastest_plan(recipe: TrainRecipe, gpu: Gpu) -> tuple[int, int, float]:
 
 @check(asked=3)
 def check_effective_batch(answer: Mapping[str, Any], recipe: TrainRecipe, gpu: Gpu) -> Verdict:
-    """Exercise 03.3: 32 sequences behind an update of one card, that fit and lose little time.
+    """Exercise 03.2: 32 sequences behind an update of one card, that fit and lose little time.
 
     Args:
         answer: Whole numbers under "micro_batch_size", "gradient_accumulation_steps" and

@@ -340,8 +340,6 @@ def split_explorer() -> Explorer:
         effective_batch=(32, 8, 16, 64),
         micro_batch=(2, 1, 4, 8),
         sequence_length=(2048, 256, 512, 1024),
-        loss=("full", "chunked"),
-        attention=("stock", "explicit_kv"),
         gpu=CARDS,
     )
 

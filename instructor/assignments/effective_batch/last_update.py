@@ -30,7 +30,7 @@ def epochs_without(draw):
 
 REST_MISTAKES = ("drops the rest", "runs on over epochs")
 EXERCISE = exercise(
-    last_update, title="Epochs with a rest", minutes=5, reread="lesson 03, exercise 03.1",
+    last_update, title="Epochs with a rest", minutes=5, reread="lesson 03, exercise 03.3",
     ideas=[
         Idea("a rest of 4, twice", (100, 32, 2), 0.5),
         Idea("no rest", (96, 32, 2), 0.5),
