@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/02_what_if_we_forget_on_purpose.ipynb)
 #
-# **45 min** for those who have trained a model before, 60 to 70 if it is new to you; half-way there
-# is a place to stop · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; a place to stop comes
+# after some 40 of those · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # Lesson 01 found who had the memory: each layer keeps some seventeen times its boundary, the tensor
 # that it hands to the next layer, until backward comes by. **Gradient checkpointing** keeps the
@@ -159,9 +159,11 @@ exercises.check_forget(Forget.apply)
 # %% [markdown]
 # PyTorch's own, `torch.utils.checkpoint.checkpoint`, also replays the random numbers, so that
 # dropout drops the same elements again. With `use_reentrant=True` it is your class;
-# `use_reentrant=False` is the one to use (why: Go further). [PyTorch: torch.utils.checkpoint]
+# `use_reentrant=False` is the one to use (why: Go further), and stops as soon as backward has what
+# it asked for (section 1's last step), where your class runs on to the end. [PyTorch:
+# torch.utils.checkpoint]
 #
-# *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
+# *A good place to stop. When you come back: run all cells above, then go on.*
 
 # %% [markdown]
 # ## 3 · On a real model
@@ -266,11 +268,18 @@ for predicted, rank in ((predicted_more_full, None), (predicted_more_lora, 16)):
 # %% [markdown]
 # ### Explain
 # All of forward again: that is one part of three (backward is two), a third more; with LoRA one of
-# two, a half more. But only two thirds of this small model's forward are run again. Its output head
-# is none of the layers (a seventh of the work), and the last product of each layer is the "last
-# step" of section 1 (a sixth). So: two thirds of a third, two thirds of a half.
-# A big model has a smaller head, and pays a little more for the layers: a LoRA step of an 8B model
-# a good third.
+# two, a half more. But not all of it is run again:
+#
+# | of this small model's forward | share |
+# |---|---|
+# | all | 1 |
+# | output head, none of the layers | − 1/7 |
+# | each layer's last product, the "last step" of section 1 | − 1/6 |
+# | run again | 0.69 |
+# | a third of that (all weights), a half (LoRA) | 0.23, 0.34 |
+#
+# Counted are 22 % and 32 %, because backward is a little more than two forwards, or one. A big
+# model has a smaller head, and pays a little more.
 
 # %% [markdown]
 # ## 5 · When is it needed, and how much of it?
@@ -280,12 +289,12 @@ for predicted, rank in ((predicted_more_full, None), (predicted_more_lora, 16)):
 #
 # ### Predict
 # One sequence of 2048 tokens, and one of 512. Llama-3.2-1B and Llama-3.1-8B, by **QLoRA**: the
-# frozen base in 4 bits, adapters beside it (its settings: lesson 07). How many of these four do
-# *not fit* on a T4 when no layer forgets? `forecast` runs the step on tensors without numbers, as a
-# T4 would.
+# frozen base in 4 bits, adapters beside it (its settings: lesson 07). *Which* of these four do not
+# fit on a T4 when no layer forgets? `forecast` runs the step on tensors without numbers, as a T4
+# would.
 
 # %% tags=["predict"]
-predicted_cases = ...
+predicted_cases = ...  # for example {"1B, 512", "8B, 2048"}
 
 # %% tags=["run"]
 usual = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16")
@@ -294,8 +303,9 @@ cases = {f"{size}, {length}: {name}": forecast(replace(
              usual, model=sizes[size], sequence_length=length, checkpointed_layers=k), gpus.T4)
          for size in sizes for length in (512, 2048)
          for name, k in (("kept", 0), ("forgets", "all"))}
-needs = sum(step.verdict == "does not fit" for name, step in cases.items() if "kept" in name)
-show_prediction(predicted_cases, show="{} of 4".format, forecast=needs,
+needs = {name.removesuffix(": kept") for name, step in cases.items()
+         if "kept" in name and step.verdict == "does not fit"}
+show_prediction(predicted_cases, forecast=needs,
                 also=figures.compare(cases, gpus.T4, "Peak of a QLoRA step by model and tokens"))
 
 # %% [markdown]
@@ -307,13 +317,15 @@ show_prediction(predicted_cases, show="{} of 4".format, forecast=needs,
 # If a T4 has room to spare with every layer forgetting, that room is speed not bought. Let only the
 # first *k* of *n* layers forget (**k of n layers**): each of the others costs the same memory and
 # saves its second forward. The *first* ones, because backward frees what the last ones had kept
-# before it comes to them. It is one attribute of the layers that remember,
+# before it comes to them (Go further counts it). It is one attribute of the layers that remember,
 # `layer.gradient_checkpointing = False`, set after the switch: the script below does it.
 #
 # Move the controls (with the mouse, or Tab and the arrow keys). **Task:** Llama-3.2-3B on a T4,
-# micro batch 1. Which share of the layers must forget at 2048 tokens? And at 1024?
+# micro batch 1. Which share of the layers must forget at 2048 tokens? And at 1024? What does each
+# layer that remembers cost at 2048?
 # <details><summary>Answer</summary>Three quarters: with half of them the tensors alone are too many
-# for the card. At 1024 tokens none: the upper bar says "fits".</details>
+# for the card. At 1024 tokens none: the upper bar says "fits". A layer: <code>(23.53 - 5.45) /
+# 28</code> GiB.</details>
 
 # %% tags=["run"]
 figures.forgetting_explorer()
@@ -396,6 +408,20 @@ smallest_k = ...
 exercises.check_smallest_k(smallest_k, eight, gpus.T4, budget_bytes)
 
 # %% [markdown]
+# ### The first or the last?
+# Two of our small model's four layers forget. Which two? The peak of forward and backward:
+
+# %% tags=["run"]
+from fitcast.step.levers import decoder_layers, unwrap
+for name, forget in {"first": (0, 1), "last": (2, 3)}.items():
+    model = build(replace(recipe, checkpointed_layers="all"))
+    for number, layer in enumerate(decoder_layers(model)):
+        layer.gradient_checkpointing = number in forget
+    with MemoryLedger(model, inputs=ids) as ledger:
+        model(input_ids=ids, labels=ids).loss.backward()
+    print(f"the {name} two forget: {show_bytes(ledger.report().peak_bytes)}")
+
+# %% [markdown]
 # ### "Memory grows like √N"
 # Here is where that is from: a chain of 64, cut into segments of *k* steps. The most that it holds
 # at once:
@@ -450,7 +476,6 @@ for layers in (8, 16, 32):
 # output: with it, either kind trains everything.)
 
 # %% tags=["run"]
-from fitcast.step.levers import decoder_layers, unwrap
 lora = replace(recipe, lora_rank=16, learning_rate=1e-2)
 def by_hand(layers_that_forget, use_reentrant):
     model = qlora.add_adapters(qlora.load_base(lora), lora).train()

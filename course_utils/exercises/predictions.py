@@ -13,7 +13,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from course_utils.exercises.answers import number
+from course_utils.exercises.answers import items, number
 from fitcast.units import show_bytes
 
 OPEN = "Write your guess in place of the `...` above, then run both cells."
@@ -52,7 +52,7 @@ def show_prediction(
     *,
     show: Callable[[Any], str] = show_bytes,
     also: object = (),
-    **values: float | None,
+    **values: float | set[str] | None,
 ) -> None:
     """Show a prediction above what forecast and instruments say, one a line.
 
@@ -61,21 +61,15 @@ def show_prediction(
         show: How to write a number; bytes by default, e.g. `"{:.1f} times".format`.
         also: What gives the answer away as well, a figure or a text or a list of these: it follows
             the numbers, and is folded with them.
-        values: Name to number; `None` is a quantity that nobody measured here.
+        values: Name to number, or to the set of the names that are asked for; `None` is a quantity
+            that nobody measured here.
     """
     more = list(also) if isinstance(also, (list, tuple)) else [also]
-    rows = {
-        name: show_bytes(None) if value is None else show(value) for name, value in values.items()
-    }
+    rows = {name: _value(value, show) for name, value in values.items()}
     if predicted is ... or predicted is None:
         _display(Folded(_table(rows), more))
         return
-    found = number(predicted)
-    if found is None:
-        said = f"{predicted!r}, which is not a number"
-    else:
-        said = show(found) + _beside(found, show, values)
-    print(_table({"predicted": said} | rows))
+    print(_table({"predicted": _guess(predicted, show, values)} | rows))
     for one in more:
         print(one) if isinstance(one, str) else _display(one)
 
@@ -102,6 +96,28 @@ def _display(shown: object) -> None:
     from IPython.display import display  # where there is no notebook, it prints
 
     display(shown)
+
+
+def _value(value: float | set[str] | None, show: Callable[[Any], str]) -> str:
+    if isinstance(value, set):
+        return "; ".join(sorted(value)) or "none"
+    return show_bytes(None) if value is None else show(value)
+
+
+def _guess(predicted: object, show: Callable[[Any], str], values: Mapping[str, Any]) -> str:
+    """A guess as it is shown: names as values are, a number with what stands beside it."""
+    if any(isinstance(value, set) for value in values.values()):
+        one = {predicted} if isinstance(predicted, str) else predicted
+        names = one if isinstance(one, (set, frozenset)) else items(one)
+        return (
+            f"{predicted!r}, which names none"
+            if names is None
+            else _value(set(map(str, names)), show)
+        )
+    found = number(predicted)
+    if found is None:
+        return f"{predicted!r}, which is not a number"
+    return show(found) + _beside(found, show, values)
 
 
 def _beside(found: float, show: Callable[[Any], str], values: Mapping[str, float | None]) -> str:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from course_utils.data import BUNDLED
 from course_utils.exercises import lesson_02
 from course_utils.figures import widgets
+from course_utils.topics.checkpointing import WorkCounter
 from fitcast import gpus
 from fitcast.forecasting.forecast import forecast
 from fitcast.recipe import TrainRecipe
@@ -312,6 +313,19 @@ def test_reentrant_checkpoints_lose_adapters_silently(forget):
     assert [g is not None for g in found] == 24 * [False] + 8 * [True]
     with pytest.raises(RuntimeError, match="does not require grad"):
         gradients(adapted(forget, layers=4))
+
+
+@pytest.mark.slow
+def test_the_learners_function_runs_on_where_pytorchs_stops():
+    """With all weights trained: each layer's last product once more, and nothing else."""
+    full, ids, flops = replace(RECIPE, lora_rank=None), torch.arange(64).view(2, 32), []
+    for forget in (Forget.apply, partial(checkpoint, use_reentrant=False)):
+        model = adapted(forget, 4, full)
+        with WorkCounter() as counter:
+            model(input_ids=ids, labels=ids).loss.backward()
+        flops.append(counter.flops)
+    down = unwrap(model).model.layers[0].mlp.down_proj.weight
+    assert flops[0] - flops[1] == 4 * 2 * ids.numel() * down.numel()
 
 
 def test_either_repair_brings_them_back():

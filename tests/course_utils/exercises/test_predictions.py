@@ -90,6 +90,24 @@ def test_prediction_of_a_share(predicted, words, capsys):
     assert capsys.readouterr().out.splitlines()[0] == f"predicted  {words}"
 
 
+@pytest.mark.parametrize(
+    ("predicted", "words"),
+    [
+        ({"8B", "1B, 512"}, "1B, 512; 8B"),
+        (["8B", "8B", 1], "1; 8B"),
+        ("8B", "8B"),
+        (set(), "none"),
+        (2, "2, which names none"),
+    ],
+)
+def test_prediction_of_names(predicted, words, capsys):
+    show_prediction(predicted, forecast={"8B", "1B, 2048"})
+    assert capsys.readouterr().out.splitlines() == [
+        f"predicted  {words}",
+        "forecast   1B, 2048; 8B",
+    ]
+
+
 def test_prediction_of_an_exponent_has_no_ratio(capsys):
     show_prediction(12, show="scale 2**{:.0f}".format, computed=16)
     assert capsys.readouterr().out.splitlines()[0] == "predicted  scale 2**12"
