@@ -229,10 +229,9 @@ def launch() -> list[dict]:
 
 
 def lessons() -> list[dict]:
-    return [
-        {"group": "lessons", "name": script.stem}
-        for script in sorted((ROOT / "lessons").glob("[0-9][0-9]_*.py"))
-    ]
+    scripts = sorted((ROOT / "lessons").glob("[0-9][0-9]_*.py"))
+    small = {"group": "lessons", "name": "07_qlora_on_a_t4, small model", "model": "bundled"}
+    return [*({"group": "lessons", "name": script.stem} for script in scripts), small]
 
 
 def gpus() -> list[dict]:
@@ -531,6 +530,9 @@ def run_lesson(spec: dict) -> dict:
     from tools.notebooks import LESSONS, LessonError, execute, from_script, lesson_scripts
 
     notebook = from_script(lesson_scripts([spec["name"][:2]])[0])
+    chosen = f'MODEL, DATA = "{spec.get("model", "auto")}"'
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('MODEL, DATA = "auto"', chosen)
     os.environ[EMULATE_VARIABLE] = "T4"
     start = time.monotonic()
     try:
