@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/03_how_big_is_my_batch.ipynb)
 #
-# **45 min** for those who have trained a model before, 60 to 70 if it is new to you; half-way there
-# is a place to stop · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; half-way there is a
+# place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # So you train a 3B model on two sequences at a time, sixteen times over: a T4 takes two if every
 # layer forgets, a third is *tight* (lesson 02). You hope that it is the same as 32 at
@@ -103,18 +103,16 @@ for four in (micro_batches[:4], micro_batches[4:8]):
 figures.updates(events, "two updates of 2 x 4 sequences")
 
 # %% [markdown]
-# Accumulate four times, update, clear. (The first one has made the gradient shorter.)
-# Forget *clear*, and the second update contains the first one's gradient again. The sequences
-# behind an update are the **effective batch**: micro batch (`per_device_train_batch_size`) x
-# accumulation steps (`gradient_accumulation_steps`) x world size, the number of processes that
-# share the work. Trainer has the three in three places, and their product in none.
-#
-# The *learning rate* is the length of an update's step; in *warm-up* it rises from zero, then the
-# *schedule* lets it fall.
+# Accumulate four times, update, clear. (The first update has made the second's gradient shorter:
+# comment `optimizer.step()` out and see.) Forget *clear*, and the second update contains the first
+# one's gradient again. The sequences behind an update are the **effective batch**: micro batch
+# (`per_device_train_batch_size`) x accumulation steps (`gradient_accumulation_steps`) x world size,
+# the number of processes that share the work. Trainer has the three in three places, and their
+# product in none.
 #
 # ### Predict
-# 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`. (Every four of what?)
-# How many lines does Trainer log?
+# 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`. How many lines does
+# Trainer log? (It trains twice for the answer: give it some seconds.)
 
 # %% tags=["predict"]
 predicted_lines = ...
@@ -132,8 +130,9 @@ show_prediction(predicted_lines, show="{:.0f} lines".format, logged=len(log),
 # ### Explain
 # 32 micro batches make 8 optimizer steps, and those are what Trainer counts: `logging_steps`,
 # `save_steps`, `eval_steps`, `warmup_steps` and `max_steps` alike. Only
-# `gradient_accumulation_steps` counts micro batches. The schedule moves once an update, too: half
-# of 8 is 4 steps of warm-up, and linear warm-up starts at **zero**, so the first update changes
+# `gradient_accumulation_steps` counts micro batches. The *learning rate* is the length of an
+# update's step; in *warm-up* it rises, then the *schedule* lets it fall, once an update, too. Half
+# of 8 is 4 steps of warm-up, and a linear one starts at **zero**, so the first update changes
 # nothing at all. (Go further has the rest: what is left at the end of an epoch.) [transformers:
 # `get_linear_schedule_with_warmup`]
 
@@ -198,7 +197,8 @@ show_prediction(predicted_error, show="{:.2f}".format, also=figure,
 # ### Explain
 # The error is longer than the gradient itself. The loss of the whole batch is a mean over *tokens*.
 # A mean of micro batches' means gives each *micro batch* the same say, so a token of a short answer
-# counts dozens of times as much as a token of a long one. The model learns first words.
+# counts dozens of times as much as a token of a long one: fourteen of sixteen shares go to
+# first words.
 #
 # The right way is **token weighting**: sum over a micro batch's tokens, divide by the labelled
 # tokens of *all* micro batches, which must be counted before the first backward. The bug was
@@ -296,16 +296,18 @@ show_prediction(predicted_fraction, show="{:.3f} of the peak".format, also=[meas
 
 # %% [markdown]
 # ### Explain
-# **Activations follow the micro batch.** Weights, gradients and optimizer state do not care, and
-# they are more than half of what 2 x 16 needs, so the peak falls by less than a factor of 16. The
-# timeline shows why the *number* of micro batches costs nothing: each one's tensors are gone before
-# the next one's come. Only the gradients stay between them.
+# **Activations follow the micro batch.** Weights and optimizer state do not care. Gradients do, the
+# other way round: 32 x 1 has none yet at its peak, at 2 x 16 they lie, 5.82 MiB, beside every later
+# forward. These three are more than half of what 2 x 16 needs, so the peak falls by less than a
+# factor of 16. The timeline shows why the *number* of micro batches costs nothing: each one's
+# tensors are gone before the next one's come.
 
 # %% [markdown]
 # ## 4 · Thirty-two on a T4
 # Llama-3.2-3B by QLoRA, 2048 tokens, a T4. Three numbers are yours: micro batch, accumulation
 # steps, and how many of the 28 layers forget. ("At best" are the seconds that the operations would
-# take at the card's peak rates; no step gets there, but the comparison is fair.)
+# take at the card's peak rates. No step gets there. What forgetting costs they compare fairly; that
+# larger micro batches run faster they hardly see: Go further measures it.)
 
 # %% tags=["run"]
 three = TrainRecipe(model="llama-3.2-3b", sequence_length=2048, amp_dtype="float16")
@@ -322,10 +324,11 @@ try_out(2, 14)
 # %% [markdown]
 # ## Exercise 03.2 · Effective batch 32 on a T4
 # *Medium, 8 minutes.* Choose the three numbers. The check wants 32 sequences behind an update, the
-# verdict *fits*, and an update that takes at most 10 % longer than the fastest plan that fits.
+# verdict *fits*, and an update that takes at most 10 % longer than the fastest plan that fits;
+# it forecasts other plans as well, give it some seconds.
 #
-# <details><summary>Hint 1</summary>What does a micro batch of 1 cost in time, with every layer
-# forgetting? <code>try_out(1, 28)</code></details>
+# <details><summary>Hint 1</summary>What does a micro batch of 1 cost in these seconds, with every
+# layer forgetting? <code>try_out(1, 28)</code></details>
 # <details><summary>Hint 2</summary>Half the sequences at a time free several GiB. What could they
 # buy?</details>
 # <details><summary>Hint 3</summary>Layers that remember save their second forward. Lower
