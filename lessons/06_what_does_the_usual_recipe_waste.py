@@ -3,7 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/06_what_does_the_usual_recipe_waste.ipynb)
 #
-# **45 min** · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others · runs anywhere; a GPU
+# fills in the lines that say "measured".
 #
 # Lesson 05 left every part working, on a model that fits anywhere. Now the model has 8 billion
 # weights, the card is a T4, the recipe is the one that the guides teach, and it runs out of memory.
@@ -73,7 +74,9 @@ before = ...  # for example "abcda"
 # the padding from attention. Rows that are **packed** (cut from one long text), of equal length, or
 # alone need no mask. Keep both in sight: it matters. (TRL's `packing=True` keeps examples apart by
 # a mask: for attention that is the padded world, in one long row. `packing_strategy="wrapped"` is
-# what we call packed.) [TRL, sft_config.py; transformers, masking_utils.py]
+# what we call packed. From 1.16 on its SFTTrainer takes the loss in chunks: your peaks are then
+# about those of section 3, and what is left to gain is speed.) [TRL, sft_config.py; transformers,
+# masking_utils.py]
 
 # %% tags=["setup"]
 no_mask = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", lora_rank=16, lora_dropout=0.05,
@@ -188,8 +191,7 @@ exercises.check_chunked(my_loss)
 # Yours computes each chunk's logits twice. Where the head is frozen even that can go: the gradient
 # of cross entropy is known as soon as the logits are (softmax minus one at the target), so take it
 # at once. That is `loss="lean"` in this course, `fitcast.chunked_loss(..., lean=True)` in a script.
-# TRL's SFTTrainer (from 1.16 on) takes its loss in chunks by itself. With transformers' Trainer, or
-# in a loop of your own, the logits are yours to take away.
+# With transformers' Trainer, or in a loop of your own, the logits are yours to take away.
 #
 # ### Predict
 # Now *only* the loss is chunked, attention stays as it was. How high is the peak, in GiB, without a
@@ -247,16 +249,20 @@ show_prediction(predicted_all_levers, show="{:.1f} times".format, forecast=faste
 # Nine GiB of fourteen: is that better than fourteen? Memory that is left over is speed that was not
 # bought. Spend it on layers that need not forget (k of n, lesson 02), smaller micro batches if need
 # be. `fitcast fit` tries what counts, one forecast each, and names what should be the fastest.
-# Recorded within a T4's memory, 4 sequences of 2048 behind each step, without a mask (padded rows
-# were not); times are of the usual recipe's speed. `fit` of that day picked the second row, which
-# is not the fastest, and *tight* by today's bounds, so that today's `fit` passes it over:
+# Recorded within a T4's memory, 8 sequences of 2048 behind each step, without a mask (padded rows
+# were not); times are of the usual recipe's speed:
 
 # %% tags=["run"]
 print(ladder.table(ladder.fastest("fit", 4)))
 
 # %% [markdown]
+# *What fit picks* was its pick on that day: 2 rows at a time, 17 layers forget. It was not the
+# fastest. Today's `fit` calls it *tight*, and picks as in the first row, with more levers; ask it
+# (a minute or two): `fitcast fit --model llama-3.1-8b --sequence-length 2048
+# --target-effective-batch 8 --lora-dropout 0`.
+#
 # A small model makes it plain. Llama-3.2-1B, 8 padded rows of 512 tokens, with the levers: should
-# its layers forget?
+# its layers forget? Say yes or no before you look.
 
 # %% tags=["run"]
 levers = dict(attention="explicit_kv", loss="lean", norm="native", lora_dropout=0.0)
@@ -296,8 +302,7 @@ exercises.check_phi(phi_recipe)
 # %% [markdown]
 # ## In your script
 # Two lines, on TRL's own trainer; `apply_levers` says what it changed and what it left, and why
-# (`checkpointed_layers=18` is section 5). With a base in 4 bits take lesson 07's two lines that
-# make adapters float32, too, or fp16 stops. (Where `trl` or `fitcast` is missing, as on Colab:
+# (`checkpointed_layers=18` is section 5). (Where `trl` or `fitcast` is missing, as on Colab:
 # `!pip install trl git+https://github.com/course-authors/fit-the-fine-tune`, and
 # `!pip uninstall -qy torchao`, which is too old for PEFT there.)
 #
@@ -315,17 +320,17 @@ exercises.check_phi(phi_recipe)
 # model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.float32)
 # rows = Dataset.from_list([{"text": "A row of your own text. " * 20}] * 8)
 # arguments = SFTConfig("out", max_steps=2, per_device_train_batch_size=2, max_length=128,
-#                       report_to="none", save_strategy="no",
 #                       bf16=False, fp16=torch.cuda.is_available())  # bf16 is TRL's default
 # adapters = LoraConfig(target_modules=["q_proj", "v_proj"])
 # trainer = SFTTrainer(model, arguments, train_dataset=rows, peft_config=adapters)
+# for weight in filter(lambda weight: weight.requires_grad, trainer.model.parameters()):
+#     weight.data = weight.data.float()  # beside 4 bits TRL makes it bfloat16, where fp16 stops
 # print(fitcast.apply_levers(trainer.model))
 # trainer.train()
 #
 # llama = trainer.model.get_base_model()  # and in a loop of your own, without a trainer:
 # ids = torch.arange(64, device=llama.device).view(1, 64)
-# hidden = llama.model(input_ids=ids).last_hidden_state
-# loss = fitcast.chunked_loss(hidden, llama.lm_head, labels=ids)
+# loss = fitcast.chunked_loss(llama.model(ids).last_hidden_state, llama.lm_head, labels=ids)
 # print(f"the same loss, in chunks: {loss:.2f}")
 # ```
 #
@@ -429,8 +434,8 @@ for name, change in changes.items():
 
 # %% [markdown]
 # ## What this lesson left out
-# Kernels of one's own (Triton, Liger, Unsloth's), `torch.compile`, attention with a sliding window,
-# models whose head is trained.
+# Kernels of one's own (Triton, Liger, Unsloth's), `torch.compile` (`fitcast fit` may pick it),
+# attention with a sliding window, models whose head is trained.
 #
 # ## Sources
 # - PEFT, [Quantization](https://huggingface.co/docs/peft/developer_guides/quantization), and
