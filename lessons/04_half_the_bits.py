@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/04_half_the_bits.ipynb)
 #
-# **45 min** for those who have trained a model before, 60 to 75 if it is new to you; two thirds in
-# is a place to stop · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; two thirds in is a
+# place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # Checkpointing shrank what layers keep (lesson 02), small micro batches shrank it again (03), and
 # neither changed a single gradient. One factor is still untouched: every number has 4 bytes. Mixed
@@ -15,7 +15,7 @@
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
 # | *explain* what a format's bits buy: range, and spacing | B1 | section 1 |
-# | *predict* what autocast runs in 16 bits, and *find* the copies it makes | B2 | exercise 04.3 |
+# | *predict* what autocast runs in 16 bits, and *find* the copies it makes | B2 | exercise 04.1 |
 # | *explain* why trained weights stay in float32 | B1 | section 4 |
 # | *choose* formats for a GPU, and *find* the mistake in a published recipe | B2 | exercise 04.2 |
 #
@@ -88,7 +88,7 @@ figures.bit_fields()
 
 # %% [markdown]
 # **Exponent bits buy range, fraction bits buy spacing.** bfloat16 is float32 with its fraction cut
-# off; float16 trades three exponent bits for three more of fraction. In numbers:
+# short and rounded; float16 trades three exponent bits for three more of fraction. In numbers:
 
 # %% tags=["run"]
 FORMATS = precision.FORMATS
@@ -121,8 +121,8 @@ figures.magnitudes({"weights": list(model.parameters()), "activations": watched.
 # precision lies in the middle of them.
 #
 # ### Predict
-# Which share of the gradients, the third histogram, becomes exactly zero in float16? (0.1 for 10
-# %.)
+# Which share of the gradients, the third histogram, becomes exactly zero in float16? (0.5 for half.
+# Those that are zero in float32 already do not count.)
 
 # %% tags=["predict"]
 predicted_lost = ...
@@ -173,7 +173,7 @@ print("the same loss under torch.autocast:", losses[0] == losses[1])
 # ### Predict
 # Twelve operations are each given a float32 matrix under float16 autocast: linear, matmul, softmax,
 # layer_norm, rms_norm, cross_entropy, sum, pow, exp, silu, embedding, and an addition to float32.
-# How many return float16, on a GPU? (Guess by kind: which of them are products?)
+# How many return float16, on a GPU?
 
 # %% tags=["predict"]
 predicted_count = ...
@@ -291,10 +291,11 @@ for name, report in {"float32": full, f"autocast {sixteen}": half}.items():
     print(f"{name:19}", ", ".join(f"{show_bytes(n)} {kind}" for kind, n in kept.items() if n))
 
 # %% [markdown]
-# Norms, loss and boundaries stay in float32. The rest is in 16 bits, but some tensors are now kept
-# twice, before and after a cast. And there is a new kind: to multiply in 16 bits, each float32
-# weight needs a **16-bit copy**, alive until backward has used it. That is 2 bytes *more* for a
-# weight, not 2 instead of 4. It can be worse.
+# Norms, loss and boundaries stay in float32. The rest is in 16 bits, but a norm's output, kept once
+# in float32, is now kept once for *each* product that reads it: three times for query, key and
+# value, twice for gate and up. And there is a new kind: each float32 weight that a product reads
+# needs a **16-bit copy**, alive until backward has used it. That is 2 bytes *more* for a weight,
+# not 2 instead of 4. It can be worse.
 #
 # ### Predict
 # Llama-3.2-1B in float32, frozen, adapters beside it, 512 tokens without checkpointing, on a T4.
@@ -315,15 +316,15 @@ show_prediction(predicted_times, show="{:.2f} x".format, forecast=with_autocast 
 
 # %% [markdown]
 # ### Explain
-# Mixed precision made it *larger*: 16-bit copies of all frozen weights, on top of the float32
-# originals, to save a part of the activations. With checkpointing only one layer's copies live at a
-# time. (The figure books the copies under activations.) What does save memory is something else,
-# the third bar: **loading the frozen base in 16 bits** (`dtype=torch.float16`) halves *the
-# weights*, and leaves nothing to copy. Autocast is for speed; the storage format is for memory.
-# Lesson 07 stores the base in 4 bits.
+# Mixed precision made it *larger*: 16-bit copies of every frozen weight that a product reads, on
+# top of the float32 originals, to save a part of the activations. With checkpointing only one
+# layer's copies live at a time, or the head's, which is larger than a layer. (The figure books the
+# copies under activations.) What does save memory is something else, the third bar: **loading the
+# frozen base in 16 bits** (`dtype=torch.float16`) halves *the weights*, and leaves nothing to copy.
+# Autocast is for speed; the storage format is for memory. Lesson 07 stores the base in 4 bits.
 
 # %% [markdown]
-# ## Exercise 04.3 · Count the copies
+# ## Exercise 04.1 · Count the copies
 # *Medium, 6 minutes.* Given a float32 model, how many bytes of 16-bit copies does autocast make in
 # one forward pass? (The 2 + 2 + 12 bytes a parameter that you may have read count another scheme,
 # 16-bit weights and gradients beside a float32 copy. [ZeRO, section 3.1]) Write the function; the
@@ -388,8 +389,11 @@ stored = {f"stored in {name}": fifteen_steps(recipe, stored=name, learning_rate=
 figures.losses(stored, "all weights trained, learning rate 2e-5")
 
 # %% [markdown]
-# That is the run that hardly learns. No error, no NaN, a loss that looks a little tired. So: **what
-# is frozen, in 16 bits or fewer; what is trained, in float32.** [Micikevicius et al., section 3.1]
+# Stored in bfloat16 the model hardly learns: no error, no NaN, a loss that looks a little tired.
+# Did range not matter more than precision (section 1)? For gradients it does: they are summed and
+# thrown away. A stored weight needs spacing, because what is rounded off is gone. bfloat16 makes
+# the better gradient and the worse weight. So: **what is frozen, in 16 bits or fewer; what is
+# trained, in float32.** [Micikevicius et al., section 3.1]
 # With adapters, which are small (in section 3, 13.00 MiB beside 4.60 GiB of weights), that costs
 # next to nothing, and PEFT does it by default.
 
@@ -456,8 +460,8 @@ show_prediction(predicted_products, show="{:.0f}".format, counted=products.detou
 # nn/modules.py, autograd/\_functions.py]
 #
 # ## Exercise 04.2 · Find the mistake
-# *Medium, 6 minutes.* (04.1 is in Go further.) Change **one** setting so that the
-# recipe is right for a T4. The check runs a step and looks at every product with a 4-bit weight.
+# *Easy, 3 minutes.* Change **one** setting so that the recipe is right for a T4. The check runs a
+# step and looks at every product with a 4-bit weight.
 #
 # <details><summary>Hint 1</summary>Which settings name a format?</details>
 # <details><summary>Hint 2</summary>Two of them must agree, and a T4 has only one fast 16-bit
@@ -524,7 +528,7 @@ print(f"{smallest:.2e}")
 # Everything from here on is beyond the 45 minutes: take what you like.
 
 # %% [markdown]
-# ## Exercise 04.1 · How far to the next number?
+# ## Exercise 04.3 · How far to the next number?
 # *Medium, 6 minutes.* Complete `spacing`: the distance from a positive normal number to the next
 # larger one. `torch.finfo(dtype).eps` is the distance at 1; `math` has what else you need. The
 # check compares with the next pattern of bits, in all three formats.

@@ -91,7 +91,7 @@ QUESTIONS = SelfCheck(
 
 @check()
 def check_spacing(answer: Callable) -> Verdict:
-    """Exercise 04.1: distance from a positive number to the next larger one of a format."""
+    """Exercise 04.3: distance from a positive number to the next larger one of a format."""
     cases = [(x, dtype) for dtype in FORMATS.values() for x in NUMBERS]
     cases = [(torch.tensor(x, dtype=dtype).item(), dtype) for x, dtype in cases]
 
@@ -171,7 +171,7 @@ def copies(model: torch.nn.Module) -> int:
 
 @check()
 def check_copies(answer: Callable) -> Verdict:
-    """Exercise 04.3: bytes of 16-bit copies that autocast adds to a float32 model."""
+    """Exercise 04.1: bytes of 16-bit copies that autocast adds to a float32 model."""
     for name in COPIED:
         model = fake_model(name)
         result, wanted = call(answer, model), copies(model)

@@ -177,6 +177,16 @@ def test_autocast_over_a_frozen_float32_base_costs_its_copies():
     assert 0.9 * 2 * linear < mixed - plain < 2 * linear
 
 
+@pytest.mark.slow
+def test_with_checkpointing_the_heads_copy_is_what_autocast_adds():
+    plain, mixed = (
+        forecast(replace(LORA, amp_dtype=amp, checkpointed_layers=16), gpus.T4).peak_bytes
+        for amp in (None, "float16")
+    )
+    assert mixed - plain == pytest.approx(2 * 128_256 * 2048, rel=0.05)
+
+
+@functools.cache
 def step(amp_dtype):
     """Live bytes at the peak of a real step of the bundled model, all weights trained."""
     recipe = TrainRecipe(
@@ -200,6 +210,19 @@ def test_float16_and_bfloat16_take_the_same_bytes():
     assert half.saved_activation_bytes == other.saved_activation_bytes
     for holder in ("weights", "optimizer state"):
         assert half.composition[holder] == full.composition[holder]
+
+
+def test_autocast_keeps_a_norms_output_once_for_each_product_that_reads_it():
+    def kept(report, operation):
+        return sum(
+            block.shape == (1, 32, 192) and block.operation.startswith(operation)
+            for block in report.saved
+        )
+
+    norms, readers = 4 * 2 + 1, 4 * (3 + 2) + 1  # query, key, value; gate, up; the head
+    assert kept(step(None), "mul") == 2 * norms  # normalised, and then times the norm's weight
+    assert kept(step("bfloat16"), "mul") == norms
+    assert kept(step("bfloat16"), "_to_copy") == readers
 
 
 @pytest.mark.slow

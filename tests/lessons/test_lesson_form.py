@@ -87,7 +87,7 @@ def test_lesson_has_the_form(path):
         ("**45 min**", "**50 min**", "50 minutes"),
         ("import TrainRecipe, gpus,", "import GIB, TrainRecipe, gpus,", "9 names from this"),
         ("memory_before = gpus", "before = gpus", "takes the name 'before' away"),
-        ("6 minutes.* Given", "40 minutes.* Given", "45 minutes, 52 of them"),
+        ("6 minutes.* Given", "40 minutes.* Given", "45 minutes, 49 of them"),
     ],
 )
 def test_planted_fault_is_caught(old, new, fault):

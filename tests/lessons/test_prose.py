@@ -46,7 +46,6 @@ CALCULATED = {
     "04_half_the_bits": {
         "0.4 %": "100 * 2**-8",  # half a step of bfloat16's seven fraction bits
         "0.05 %": "100 * 2**-11",
-        "10 %": "100 * 0.1",
     },
     "05_where_did_my_gradient_go": {"10 %": "100 * 0.1"},
     "06_what_does_the_usual_recipe_waste": {
