@@ -3,13 +3,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/05_where_did_my_gradient_go.ipynb)
 #
-# **45 min** for those who have trained a model before, 60 to 70 if it is new to you; half-way there
-# is a place to stop · runs anywhere; a GPU runs the same cells faster.
+# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; half-way there is a
+# place to stop · runs anywhere; a GPU runs the same cells faster.
 #
 # A part of a step's gradients is below half of float16's smallest number, 5.96e-08 (lesson 04), and
 # becomes zero. In this lesson you find out how many vanish, get them back with one multiplication,
-# and write the machine that does it in every fp16 run. Then you break it in the four ways in which
-# people break it.
+# and write the machine that does it in every fp16 run. People break it in four ways: two you run,
+# the other two in "Go further".
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -88,8 +88,8 @@ before = ...  # for example "abcda"
 # `watch_linears` collects those that arrive at each linear layer's output), and those that stay, at
 # the trained weights (the *adapters'*). Under fp16 autocast both are computed in float16; the
 # second kind is then stored in float32. Here all is float32 first, so that nothing is lost yet.
-# (The loss of a micro batch is its share of the whole step, lesson 03: all are 16 times smaller
-# than this micro batch's alone.)
+# (This micro batch is one of 16, and its loss is its share of the step's, lesson 03. So gradients
+# are 16 times smaller than if it were alone, and more of them vanish than in lesson 04.)
 
 # %% tags=["setup"]
 from course_utils.topics import precision
@@ -109,7 +109,8 @@ figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 
 # %% [markdown]
 # The first dotted line is float16's smallest number; down to half of it numbers still round up.
-# Those that are smaller are **flushed to zero**.
+# Those that are smaller are **flushed to zero**. (Those that are zero in float32 already do not
+# count.)
 # Between the first and the second line they are *subnormal*, with fewer bits the further left.
 #
 # On the right there is room: the whole picture is shifted to the left of float16's range.
@@ -170,8 +171,8 @@ else:
 
 # %% [markdown]
 # Move the scale. When do the last ones leave the left, when do the first ones leave on the right?
-# <details><summary>Answer</summary>At 2²⁰ hardly one is left of the range (the text for screen
-# readers says how many); at 2²⁴ the first ones overflow, the adapters'.</details>
+# <details><summary>Answer</summary>At 2²⁰ hardly one is left of the range; at 2²⁴ the first ones
+# overflow, the adapters'.</details>
 
 # %% tags=["run"]
 figures.scale_explorer(groups)
@@ -210,7 +211,10 @@ show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0
 # At scale 1 the numbers that vanish are the small ones, and they carry little of the
 # sum: this model's gradient is nearly right *without* any scaling. But look at the slope on the
 # left: a gradient 16 times smaller, after more accumulation or at a lower loss, is as badly off as
-# this one at a scale of 2⁻⁴; 256 times smaller, and it is noise. No error, no warning.
+# this one at a scale of 2⁻⁴; 256 times smaller, and it is noise. No error, no warning. (How can it
+# be wrong by more than its length, if numbers vanish? At the head a token's gradients sum to zero:
+# one is large and negative, the others small and positive. The small ones vanish, and nothing
+# balances the large one.)
 #
 # The grey window is many powers of two wide, and scale 1 stands
 # just left of it. Loss scaling means: stay in it, near its right edge, whatever the model does.
@@ -285,12 +289,12 @@ run(theirs)
 print(f"after 60 steps: 2**{math.log2(mine.number):.0f}, 2**{math.log2(theirs.get_scale()):.0f}")
 
 # %% [markdown]
-# Both stop where the scaled gradient is no longer too large for float16: 0.25 x 2¹⁷ = 32 768 is.
-# With number 4 the scale never stops moving.
+# Both stop where the scaled gradient fits below 65 504: 0.25 x 2¹⁷ = 32 768 does, 0.25 x 2¹⁸ =
+# 65 536 does not. With number 4 the scale never stops moving.
 #
 # ### Predict
 # PyTorch's scaler starts at 2¹⁶ and, so that we see it, grows after 10 good steps instead of 2000;
-# in step 25 we inject an overflow. 0.25 x 2¹⁸ is too large. How many of the 60 steps are skipped?
+# in step 25 we inject an overflow. How many of the 60 steps are skipped?
 
 # %% tags=["predict"]
 predicted_skipped = ...
@@ -305,7 +309,8 @@ show_prediction(predicted_skipped, show="{:.0f} steps".format, measured=skipped,
 # %% [markdown]
 # ### Explain
 # The scaler finds the ceiling by bumping into it: a skipped step at each bump, then one power of
-# two below. [torch/amp/grad_scaler.py]
+# two below. With 2000 in place of 10 that costs a run at its ceiling one step in 2001.
+# [torch/amp/grad_scaler.py]
 #
 # ## Exercise 05.2 · Your own scaler
 # *Medium, 10 minutes.* Write the rule. Given the scale, how many good steps in a row there have
@@ -349,17 +354,19 @@ returned = torch.nn.utils.clip_grad_norm_(wrong, max_norm=1.0)  # clip, unscale
 wrong.grad /= 65536
 right.grad /= 65536                                             # unscale, clip
 torch.nn.utils.clip_grad_norm_(right, max_norm=1.0)
-show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm().item())
+show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm().item(),
+                unscale_first=right.grad.norm().item(),
+                also=f"clip_grad_norm_, called first, returned {returned:,.0f}")
 
 # %% [markdown]
 # ### Explain
 # Clipping compared 65 536 times the norm with 1. Adam half *hides* the bug (it divides by the
-# gradient's own size: Go further); the norm that `clip_grad_norm_` returns shows it. Call
+# gradient's own size: Go further); the norm that `clip_grad_norm_` returned shows it. Call
 # `scaler.unscale_(optimizer)` before you clip.
 #
 # ### The other three
-# (b) **Step despite infinity.** `scaler.step(optimizer)` looks
-# first, `optimizer.step()` does not.
+# (b) **Step despite infinity**, as in section 3. `scaler.step(optimizer)` looks first,
+# `optimizer.step()` does not.
 #
 # (c) **The scaler is not in the checkpoint.** A new one starts at 65 536, and a resumed run loses
 # the same steps again. `scaler.state_dict()` is five numbers: save them.
@@ -605,8 +612,8 @@ print("losses in the log:", [log["loss"] for log in ruined.state.log_history if 
 
 # %% [markdown]
 # ### For those who struggle
-# Three numbers by hand. The gradients are 3e-8, 2e-6 and 0.5; float16 keeps nothing below 3e-8
-# (half its smallest number rounds to zero), and nothing above 65 504.
+# Three numbers by hand. The gradients are 3e-8, 2e-6 and 0.5; float16 keeps nothing below 2.98e-8,
+# half its smallest number (from there up 5.96e-8 is nearer), and nothing above 65 504.
 #
 # | scale | 3e-8 becomes | 2e-6 becomes | 0.5 becomes |
 # |---|---|---|---|

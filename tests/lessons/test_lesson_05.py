@@ -225,6 +225,31 @@ def test_clipped_before_unscaling_a_gradient_is_the_scale_times_too_small():
     assert weight.grad.norm().item() == pytest.approx(1 / 65536, rel=1e-3)
 
 
+def test_small_gradients_that_vanish_leave_the_large_one_unbalanced():
+    """Those of a token's logits sum to zero; 256 times smaller, float16 keeps one of them."""
+    logits = torch.randn(1280, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(7)) / 3000  # tokens in a step
+    (loss * 2.0**-8).backward()
+    right, kept = logits.grad.double(), logits.grad.half().double()
+    assert abs(right.sum()) < 1e-4 * abs(right[7])
+    assert (right > 0).sum() == 1279 and abs(kept.sum()) > 0.9 * abs(right[7])
+
+
+def test_a_run_at_its_ceiling_loses_one_step_in_2001():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=2000)
+    optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.zeros(1))])
+    scales = []
+    for _ in range(4002):
+        scaler.scale(weight.sum()).backward()
+        weight.grad = (weight.grad * 0.25).half().float()  # what float16 makes of it
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    lost = [step for step in range(1, 4002) if scales[step] < scales[step - 1]]
+    assert lost == [2000, 4001]
+
+
 def test_float16_weights_cannot_be_unscaled():
     weight = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
