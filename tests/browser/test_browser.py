@@ -44,6 +44,10 @@ EXERCISES = {
             "        return 2 * scale, 0, False\n"
             "    return scale, good_steps + 1, False"},
            "an overflow starts the count of good steps again at 0"),
+    "06": ("phi_recipe", {"...  #": "exercises.PHI  #"},
+           {"...  #": "replace(exercises.PHI, attention='explicit_kv', loss='chunked',\n"
+                      "                     norm='native', lora_dropout=0.0)  #"},
+           "the peak is"),
     "07": ("lora_parameters", {"return ...": "return layers * r * 8 * hidden"},
            {"return ...": "return layers * r * (4 * hidden + 2 * (hidden + kv))"},
            "key and value come out kv wide"),
@@ -137,6 +141,7 @@ def test_nothing_in_the_console(lesson):
     assert lesson.complaints == []
 
 
-def test_nothing_is_fetched_but_the_badge(lesson):
-    badge = "https://colab.research.google.com/assets/colab-badge.svg"
-    assert lesson.foreign <= {badge}
+def test_nothing_is_fetched_but_the_badges(lesson):
+    colab = "https://colab.research.google.com/assets/colab-badge.svg"
+    kaggle = "https://kaggle.com/static/images/open-in-kaggle.svg"
+    assert lesson.foreign <= {colab, kaggle}
