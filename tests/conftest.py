@@ -59,9 +59,16 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """In the order of `LONGEST`."""
+    """In the order of `LONGEST`; of a test marked `one_fast` all cases but one are slow."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    kept: dict[str, str] = {}
+    for item in items:
+        for mark in [] if item.get_closest_marker("slow") else item.iter_markers("one_fast"):
+            test, case = item.nodeid.partition("[")[::2]
+            kept.setdefault(test, f"{mark.args[0]}]" if mark.args else case)
+            if case != kept[test]:
+                item.add_marker("slow")
 
 
 @pytest.hookimpl(optionalhook=True)

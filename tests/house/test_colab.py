@@ -121,6 +121,7 @@ def runtime(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_set_up_cell_fetches_once(runtime, tmp_path):
     first, asked = runtime(TWICE + SHOW)
     assert first.returncode == 0, first.stderr
@@ -388,6 +389,7 @@ def test_changelog_begins_with_this_version():
     assert re.fullmatch(rf"## {re.escape(NOW.version)} \(\d{{4}}-\d\d-\d\d\)", first)
 
 
+@pytest.mark.slow
 def test_leg_runs_a_lesson_on_the_kernel_of_its_environment(tmp_path, monkeypatch):
     """Here that kernel is this Python, in a runtime that says it is Colab's."""
     (tmp_path / "content").mkdir()

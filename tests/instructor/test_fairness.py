@@ -154,6 +154,7 @@ def test_one_endless_cell_costs_a_notebook_nothing(tmp_path):
     assert result.score == TINY.points, lost(result)
 
 
+@pytest.mark.slow
 def test_many_endless_cells_leave_what_a_function_needs(tmp_path):
     cells = ["FACTOR = 1\nwhile True: pass"] + ["import os; os._exit(3)"] * 6
     cells += ["def effective_batch(a, b, c): return a * b * c * FACTOR"]
@@ -181,6 +182,7 @@ def spoilt(function, number):
     return text
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("name", ["chunked_loss", "qlora_labels"])
 def test_forms_of_the_newest_assignments(name, tmp_path):
     """Five right forms of each function get everything, four wrong ones their mistake's name."""

@@ -81,6 +81,7 @@ def test_scores_are_the_truth(graded):
         assert float(table[made.student_id]["score"]) == sum(made.points.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "runs", [("second",), pytest.param(("second", "third"), marks=pytest.mark.slow)], ids=len
 )

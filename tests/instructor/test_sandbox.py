@@ -61,6 +61,7 @@ def box(request):
         pytest.skip(str(error))
 
 
+@pytest.mark.one_fast
 def test_answers_and_ends(box):
     (job,) = ask(box, "def f(): return [1, 2.5, None, True, 'x', {'a': (1,)}]")
     assert job.reply["value"] == [1, 2.5, None, True, "x", {"a": [1]}]

@@ -190,6 +190,7 @@ def lines(usual):
     }
 
 
+@pytest.mark.slow
 def test_refused_lines_are_refused_by_transformers(lines):
     from transformers import TrainingArguments
 

@@ -203,6 +203,7 @@ DRAWN = {
 }
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(("draw", "words"), DRAWN.values(), ids=DRAWN)
 def test_figure_says_what_it_shows(draw, words):
     figure = draw()

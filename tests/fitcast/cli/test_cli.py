@@ -71,6 +71,7 @@ def test_forecast_that_fits_exits_0_and_shows_where_bytes_go(capsys):
     assert "\n  weights " in out and "\n  peak in backward " in out
 
 
+@pytest.mark.slow
 def test_images_run_through_the_tower_with_the_step(capsys, tmp_path):
     from tests.fitcast.forecasting.test_images import FAMILIES
 

@@ -47,6 +47,7 @@ def test_what_cannot_be_is_one_sentence(capsys, words, answer):
     assert re.match(f"error: {answer}", said), said
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(
     ("model", "words", "gib", "within"),
     [

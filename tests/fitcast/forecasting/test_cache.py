@@ -34,6 +34,7 @@ def test_what_needs_no_memory_is_answered_from_memory(recipe, no_more_runs):
     assert forecast(dataclasses.replace(recipe, learning_rate=1e-5, seed=7, max_steps=3)) == first
 
 
+@pytest.mark.slow
 def test_growing_segments_are_another_question_about_the_same_run(tmp_path, no_more_runs):
     """Only the allocator's replay knows of them: `fit`, which always has them, is spared a run."""
     write_config(tmp_path, num_hidden_layers=8)

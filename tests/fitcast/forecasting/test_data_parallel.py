@@ -99,6 +99,7 @@ def test_buckets_are_pytorchs(tmp_path, alone_in_a_group, changes, tied):
     assert ours == [first, rebuilt] and len(rebuilt) > 3
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("lora_rank", [None, 16])
 def test_each_process_of_several_holds_its_gradients_twice(lora_rank):
     recipe = dataclasses.replace(FULL, lora_rank=lora_rank)

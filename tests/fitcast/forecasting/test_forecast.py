@@ -124,11 +124,13 @@ def assert_reserved_is_held(forecasts, rows):
     assert max(widths) <= 0.2
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("row", sampled(ROWS, name=row_id, every=16))
 def test_peak_of_a_row(row, untied):
     assert errors([forecast_of(row, untied)], [row])[0] <= 0.002
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("row", sampled(HELD, name=row_id, every=8))
 def test_peak_of_a_row_that_was_forecast_before_it_was_measured(row):
     assert errors([forecast_of_held(row)], [row])[0] <= 0.02
@@ -161,6 +163,7 @@ def test_rows_that_were_forecast_before_they_were_measured(held):
         assert f.resident_bytes == pytest.approx(row["adapters_added_bytes"], rel=0.003)
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(
     ("group", "name"),
     [
@@ -194,6 +197,7 @@ def test_resident_of_the_rows_that_tell(forecasts):
             assert f.resident_bytes + there == pytest.approx(row["adapters_added_bytes"], rel=0.003)
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(
     "row",
     sampled(
@@ -243,6 +247,7 @@ def test_events_of_a_step_are_those_of_the_gpu(number):
     assert large(ours) == large(measured)
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(
     ("changes", "layers", "checkpointed"),
     [
@@ -455,6 +460,7 @@ def test_libraries_are_left_as_they_were():
     assert gpus.device() == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(("rows", "seen"), [(1, False), (2, True)])
 def test_a_row_alone_has_nothing_to_hide(rows, seen):
     """What transformers hands to SDPA for a padded batch, and what the forecast says of it."""

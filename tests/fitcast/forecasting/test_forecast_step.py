@@ -158,6 +158,7 @@ def test_an_8_bit_base():
     assert min(peaks) > forecast(QLORA, T4).peak_bytes
 
 
+@pytest.mark.slow
 def test_a_compute_dtype_apart_from_autocast():
     """A 4-bit product dequantizes its weight to a dtype of its own: float32 is twice float16."""
 
@@ -196,6 +197,7 @@ def test_an_output_that_is_kept_holds_its_logits():
     assert kept - dropped == pytest.approx(logits, rel=0.2)  # a freed hole may be larger
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "real", [pytest.param(True, marks=pytest.mark.slow), False], ids=["loaded", "fake"]
 )

@@ -237,6 +237,7 @@ def test_target_is_kept_and_hours_follow(monkeypatch, recipe, small_gpu):
     assert speed == again and fewest == most == pytest.approx(1_000_000 / 2 / speed / 3600)
 
 
+@pytest.mark.slow
 def test_nothing_fits_says_how_much_it_would_take(recipe, small_gpu):
     tiny = dataclasses.replace(small_gpu, total_bytes=900 * MIB)
     one = dataclasses.replace(recipe, gradient_accumulation_steps=1)

@@ -144,6 +144,7 @@ def gemma3(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["levers", pytest.param("fit", marks=pytest.mark.slow)])
 def test_the_command_line_weighs_gemma_3(verb, gemma3, capsys, monkeypatch):
     names = {"explicit K/V attention", "lean rotary embedding", "native RMSNorm", "lean MLP"}

@@ -188,6 +188,7 @@ def test_a_resumed_run_repeats_the_losses_bit_for_bit(recipe, tmp_path, changes)
     assert len(set(whole.losses)) == 12  # dropout and data make every step another
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_loaded_not_repeated(recipe, tmp_path):
     first = training.build_model(recipe)
     done = training.train(recipe, first, ROWS, TOKENIZER, tmp_path)
@@ -231,6 +232,7 @@ def test_the_drive_has_what_the_machine_lost(recipe, tmp_path):
     assert rest.resumed_from == drive / "checkpoint-8" and rest.losses == whole.losses
 
 
+@pytest.mark.slow
 def test_a_drive_that_vanishes_in_a_run_costs_a_warning(recipe, tmp_path, monkeypatch, capsys):
     (tmp_path / "MyDrive").mkdir()
     monkeypatch.setattr(checkpoints, "MOUNTED_DRIVE", tmp_path / "MyDrive")
