@@ -57,7 +57,8 @@ QUESTIONS = SelfCheck(
         "An addition keeps nothing, a product both operands; gradients come only in backward.",
     ),
     Question(
-        "Fused attention (SDPA) takes the place of eager attention. What is no longer kept?",
+        "Flash or memory-efficient SDPA takes the place of eager attention. What is no longer "
+        "kept?",
         (
             "queries, keys and values",
             "the scores of every token with every other",
