@@ -235,6 +235,7 @@ def test_small_gradients_that_vanish_leave_the_large_one_unbalanced():
     assert (right > 0).sum() == 1279 and abs(kept.sum()) > 0.9 * abs(right[7])
 
 
+@pytest.mark.slow
 def test_a_run_at_its_ceiling_loses_one_step_in_2001():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=2000)
     optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.zeros(1))])
