@@ -120,6 +120,7 @@ def test_readme_shows_each_of_the_questions():
         assert len(code) <= 12 and said(example)
 
 
+@pytest.mark.one_fast
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 asks
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def lessons(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_execute_is_repeatable_and_keeps_cell_ids(lessons):
     assert execute.main([]) == 0
     first = (lessons / "01_try.ipynb").read_text("utf-8")

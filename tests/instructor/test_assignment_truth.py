@@ -48,6 +48,7 @@ def test_learning_rate_is_transformers():
         assert case.expected == pytest.approx(peak * schedule.lr_lambdas[0](step), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_steps_and_lines_are_trainers():
     """`scheduled` lets Trainer run; small runs, as it takes a while."""
     from course_utils.topics.trainer_log import scheduled

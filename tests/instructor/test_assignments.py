@@ -48,6 +48,7 @@ def a_few_or(many: int) -> list:
     return [5, pytest.param(many, marks=pytest.mark.slow)]
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("students", a_few_or(20))
 @pytest.mark.parametrize(("name", "exercise"), EXERCISES)
 def test_self_check_accepts_the_solution_and_names_each_mistake(name, exercise, students):
@@ -70,6 +71,7 @@ def test_self_check_knows_what_is_not_attempted(name, exercise):
     assert "should give" in said(exercise, lambda *_: "a sentence")
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(("name", "exercise"), EXERCISES)
 def test_every_mistake_loses_points_in_a_hidden_case_and_the_solution_none(name, exercise):
     """A student whose self-check is silenced still loses points for each mistake."""
@@ -96,6 +98,7 @@ def answer(function, case):
     return json.loads(json.dumps(function(*case.arguments, *extra)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[] if n == "activation_memory" else pytest.mark.slow) for n in names()],
@@ -247,6 +250,7 @@ def test_no_torch_is_needed():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_cases_are_the_same_on_every_python(version):
     python = shutil.which(f"python{version}")

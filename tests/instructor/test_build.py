@@ -53,6 +53,7 @@ def check_cells(notebook) -> int:
     return sum("check" in cell.metadata.get("tags", []) for cell in notebook.cells)
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("name", names())
 def test_untouched_notebook_raises_nothing_and_says_not_attempted(name):
     notebook = student_notebook(load(name))
@@ -78,6 +79,7 @@ def test_student_notebook_needs_the_standard_library_only(name, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("name", names())
 def test_key_passes_every_check(name):
     key = answer_key(load(name))
@@ -112,6 +114,7 @@ def leaks(notebook, name: str, student: str | None) -> list[str]:
     return sorted(one for one in private if one in text)
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("student", [None, "s1", "s2"])
 @pytest.mark.parametrize("name", names())
 def test_student_notebook_keeps_every_secret(name, student):

@@ -235,6 +235,7 @@ FORGERIES |= {
 }
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("name", FORGERIES)
 def test_no_way_leads_a_hidden_number_to_the_page(tmp_path, name):
     """What a child says of a hidden case is told in the grader's words, never in its own."""

@@ -196,6 +196,7 @@ def test_canvas_there_and_back(tmp_path):
         assert len(pages.namelist()) == COUNT - 2
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(("folder", "new"), [(True, False), (True, True), (False, False)])
 def test_moodle_there_and_back(tmp_path, folder, new):
     few = range(COUNT if folder and not new else 4)
@@ -223,6 +224,7 @@ def test_moodle_there_and_back(tmp_path, folder, new):
             assert int(participant) - 700 in work and (kind, plugin) == ("assignsubmission", "file")
 
 
+@pytest.mark.slow
 def test_moodle_of_any_release_scales_to_its_maximum(tmp_path):
     """English Moodle calls the column `Maximum Grade`; a worksheet without it keeps its columns."""
     for most, factor in (("Maximum Grade", 10), ("Maximum grade", 10), ("Group", 1)):
@@ -234,6 +236,7 @@ def test_moodle_of_any_release_scales_to_its_maximum(tmp_path):
         assert [*row] == export.splitlines()[0].split(",")
 
 
+@pytest.mark.slow
 def test_github_there_and_back(tmp_path):
     users = [row["github_username"] for row in csv.DictReader(io.StringIO(github_export()))]
     work = {number: student_with(f"g{number}", number) for number in range(6)}
@@ -268,6 +271,7 @@ def test_names_are_known_and_formulas_are_text(tmp_path, make):
     assert len({row["student_id"] for row in rows}) == COUNT
 
 
+@pytest.mark.slow
 def test_moodle_without_id_numbers_takes_the_address(tmp_path):
     path = tmp_path / "roster.csv"
     path.write_text(moodle_export(number_ids=False), "utf-8")
@@ -315,6 +319,7 @@ def test_platforms_number_goes_before_every_name(tmp_path):
     assert names.stranger("4024.ipynb") == ""
 
 
+@pytest.mark.slow
 def test_zip_of_a_platform_with_a_plain_roster(tmp_path):
     """Names tell whose it is; feedback still goes where the platform looks."""
     (tmp_path / "plain.csv").write_text("student_id,name\ns1,Ann Lee\n", "utf-8")
@@ -385,6 +390,7 @@ def test_missing_refused_and_zero_are_three_things(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_an_exercise_is_dropped_or_counts_twice(tmp_path):
     text = "student_id,exercise,weight,comment\n*,effective_batch,0,not taught\n*,largest,2,\n"
     found, rows = changed(tmp_path, text)
@@ -396,6 +402,7 @@ def test_an_exercise_is_dropped_or_counts_twice(tmp_path):
     assert "lesson 00, section 1</li>" not in page, "nothing to reread for what is dropped"
 
 
+@pytest.mark.slow
 def test_late_costs_by_the_day_and_extensions_count(tmp_path):
     text = "student_id,due,handed_in\ns2,2026-11-02T12:00,\n"
     noon = {"due": datetime(2026, 11, 1, 11, 50), "late_percent": 20}
@@ -415,6 +422,7 @@ def test_late_costs_by_the_day_and_extensions_count(tmp_path):
     assert (rows["s1"]["score"], rows["s1"]["penalty"]) == ("5", "50")
 
 
+@pytest.mark.slow
 def test_canvas_mark_knows_nothing_of_an_extension(tmp_path):
     """Whom the instructor gave more time loses nothing by the mark, and is to be looked at."""
     files = {canvas_path(number, late=True): honest(str(4000 + number)) for number in range(3)}
@@ -459,6 +467,7 @@ def test_a_groups_file_brings_its_owner_the_owners_page(tmp_path):
         assert f"({own})" in sent[f"tiny_{own}.html"]
 
 
+@pytest.mark.slow
 def test_what_came_by_mail_beside_a_platforms_zip(tmp_path):
     archive, *rest = a_class(tmp_path, canvas_export(), {canvas_path(0): honest("4000")})
     (tmp_path / "mailed").mkdir()
@@ -470,6 +479,7 @@ def test_what_came_by_mail_beside_a_platforms_zip(tmp_path):
         grade(TINY, [archive, tmp_path / "mailed"], *rest[:2], tmp_path / "mailed/grades.csv")
 
 
+@pytest.mark.slow
 def test_a_student_may_write_what_the_platform_calls_them_otherwise(tmp_path):
     """Nobody knows their number in Canvas: login, SIS user or name say as well who it is."""
     files = {canvas_path(n): notebook(SOLUTIONS, own) for n, own in enumerate(["login0", "U1"])}
@@ -480,6 +490,7 @@ def test_a_student_may_write_what_the_platform_calls_them_otherwise(tmp_path):
     assert "the notebook says STUDENT_ID 'login1', the file's name says 4002" in flag
 
 
+@pytest.mark.slow
 def test_best_of_several_files_is_the_best_after_the_penalty(tmp_path):
     wrong = ["def effective_batch(*_): return 0", *SOLUTIONS[1:]]
     arguments = a_class(tmp_path, "student_id,name\ns1,A\n", {})
@@ -534,6 +545,7 @@ def test_policy_that_makes_no_sense_is_refused(how, complaint):
         Policy(**how)
 
 
+@pytest.mark.slow
 def test_one_student_is_asked_again(tmp_path, monkeypatch):
     """`--again` for what went wrong on the grader's side; all others come from the journal."""
     from instructor.grade import grading
@@ -594,6 +606,7 @@ def test_command_line_takes_all_of_it(tmp_path, monkeypatch, capsys):
     assert "1 graded, 0 refused, 28 missing, 1 by hand" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_cells_that_nobody_changed_come_back(tmp_path):
     """A dash, a comment of several lines: as the platform wrote them, but on one line."""
     rows = [*csv.reader(io.StringIO(moodle_export()))]

@@ -42,6 +42,7 @@ def test_a_right_notebook_is_run_twice(tmp_path, children):
     assert [name for name in children if name in ("Round", "Exam")] == ["Round", "Round"]
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(
     ("spoils", "first"),
     [
@@ -90,6 +91,7 @@ def test_no_later_exercise_can_show_a_hidden_number(tmp_path):
     assert f"Your answer {naive!r} should be" in page.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_slow_exercises_get_no_more_time_than_alone(tmp_path, children):
     """Each takes most of its own second, at its first call: together they end the round."""
     burn = """

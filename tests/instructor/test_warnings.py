@@ -38,6 +38,7 @@ def test_a_usual_class_has_none(tmp_path):
     assert graded(tmp_path, files).warnings == []
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("count", [1, 3])
 def test_wrong_assignment(tmp_path, count):
     files = {f"{own}.ipynb": built(SECRET, own) for own in STUDENTS[:count]}
@@ -48,6 +49,7 @@ def test_wrong_assignment(tmp_path, count):
     )
 
 
+@pytest.mark.slow
 def test_one_student_with_another_assignments_notebook(tmp_path):
     """No warning for the class; but one student's 0 is to be looked at."""
     files = {f"tiny_{own}.ipynb": honest(own) for own in STUDENTS[:4]}
@@ -59,6 +61,7 @@ def test_one_student_with_another_assignments_notebook(tmp_path):
     assert not found.results[0].flags and not any("assignment" in w for w in found.warnings)
 
 
+@pytest.mark.slow
 def test_what_stopped_in_a_notebook_is_to_be_looked_at(tmp_path):
     """Right functions earn their points beside a cell that fills the memory or never ends."""
     cells = "x = [0] * 10**11", "while True:\n    pass", "y = 1"
@@ -89,6 +92,7 @@ def test_wrong_secret(tmp_path):
         assert [r.score for r in found.results[:2]] == [load(NAME).points] * 2
 
 
+@pytest.mark.slow
 def test_ids_that_look_alike(tmp_path):
     people = {"josé": "A", "JOSÉ": "B", unicodedata.normalize("NFD", "josé"): "C", "x": "D"}
     found = graded(tmp_path, {"tiny_x.ipynb": honest("x")}, people)
@@ -96,6 +100,7 @@ def test_ids_that_look_alike(tmp_path):
     assert "'jos\\xe9'" in warning and "'JOS\\xc9'" in warning and "u0301" in warning
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_a_file_name_of_another_unicode_form_is_known(tmp_path, form):
     """macOS takes names apart: an accented id in a zip from there is the same id."""
@@ -111,6 +116,7 @@ def test_exact_spelling_decides_between_ids_that_look_alike(tmp_path):
     assert [result.score for result in found.results] == [10, 10]
 
 
+@pytest.mark.slow
 def test_nobody_right_and_everybody_equal(tmp_path):
     wrong = ["def effective_batch(*_): return 0", *SOLUTIONS[1:]]
     nothing = ["def effective_batch(*_): return 0"]
@@ -125,6 +131,7 @@ def test_nobody_right_and_everybody_equal(tmp_path):
         assert all(w.startswith(s) for w, s in zip(found, says, strict=True)), found
 
 
+@pytest.mark.slow
 def test_many_files_that_were_not_graded(tmp_path):
     files = {f"tiny_{own}.ipynb": honest(own) for own in STUDENTS[:2]}
     files |= {f"x{n}.pdf": b"%PDF" for n in range(3)}
@@ -132,6 +139,7 @@ def test_many_files_that_were_not_graded(tmp_path):
     assert "3 of 5 files were not graded; 3 times: it is no notebook (.ipynb)" in found.warnings
 
 
+@pytest.mark.slow
 def test_newer_python(tmp_path):
     files = {}
     for number, own in enumerate(STUDENTS):
@@ -172,6 +180,7 @@ def test_thirty_thousand_broken_cells_make_no_long_report(tmp_path):
             assert path.stat().st_size < 50_000, path
 
 
+@pytest.mark.slow
 def test_thousands_of_strange_files_make_no_long_report(tmp_path):
     files = {f"tiny_{STUDENTS[0]}/{n}.pdf": b"%PDF" for n in range(3000)}
     graded(tmp_path, files)

@@ -111,6 +111,7 @@ def test_logits_at_peak(full):
     assert complaints(check, "check_logits_at_peak", right, wrong) == []
 
 
+@pytest.mark.slow
 def test_largest_batch_is_what_the_budget_allows():
     two_steps(replace(FULL, micro_batch_size=12), BUDGET)
     with pytest.raises(torch.OutOfMemoryError, match="The budget is 120.00 MiB"):

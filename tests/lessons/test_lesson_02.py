@@ -193,6 +193,7 @@ def test_traces():
     assert complaints(lesson_02.check_traces, "check_traces", right, wrong) == []
 
 
+@pytest.mark.slow
 def test_a_trace_is_drawn_beside_the_right_one_when_it_is_there():
     folded = lesson_02.draw_traces(..., SOME)
     assert "keep a1, a3, a5: 4, 3, 3, 2, 2, 1 held" in folded._repr_html_()
@@ -238,7 +239,6 @@ def test_forget():
 def test_smallest_k():
     wrong = {
         "rounded up": (17, "that runs out of memory. Its peak is 12.02 GiB"),
-        "one too many": (19, "18 fit as well."),
         "too many": (33, "from 0 to 32"),
         "half a layer": (17.5, "a whole number"),
         "text": ("18 layers", "a whole number"),
@@ -249,6 +249,7 @@ def test_smallest_k():
 @pytest.mark.slow
 def test_smallest_k_knows_where_a_wrong_one_comes_from():
     wrong = {
+        "one too many": (19, "18 fit as well."),
         "the ones that remember": (14, "runs out of memory; it is how many layers may *remember*"),
         "GB for GiB": (20, "19 fit as well; it comes out when GB (10**9) are used"),
         "every layer": (32, "each layer that remembers saves time"),
@@ -279,6 +280,7 @@ def test_two_long_sequences_of_3b_are_safe_on_a_t4_and_three_are_not():
     assert steps[0].margin_bytes > GIB and steps[1].margin_bytes < -GIB
 
 
+@pytest.mark.slow
 def test_rule_of_three_billion_is_wrong_on_both_sides():
     def fits(model, length):
         return forecast(

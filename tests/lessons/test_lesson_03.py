@@ -393,6 +393,7 @@ def test_a_search_may_look_at_other_errors_and_raise_them_again():
     assert lesson_03.check_search(careful).passed
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(
     ("case", "counted"),
     [

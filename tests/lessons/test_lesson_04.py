@@ -168,6 +168,7 @@ LORA = TrainRecipe(
 )
 
 
+@pytest.mark.slow
 def test_autocast_over_a_frozen_float32_base_costs_its_copies():
     """2 bytes for each weight of a linear layer, but for what activations save."""
     plain, mixed = (

@@ -77,6 +77,7 @@ def painted(figure, holder: str) -> np.ndarray:
     return (np.abs(pixels(figure)[..., :3] - wanted) < 3).all(axis=-1)
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
 def test_every_figure_is_png_with_words_on_white(draw):
     before = dict(matplotlib.rcParams)

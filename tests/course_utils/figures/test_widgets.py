@@ -270,6 +270,7 @@ def misplaced(canvas) -> list[str]:
     return found
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("make", EXPLORERS, ids=lambda make: make.__name__)
 def test_no_label_is_cut_off_or_covered_at_either_end(make, forecasts, monkeypatch):
     seen = []

@@ -159,6 +159,7 @@ def test_a_budgets_rows_add_up_to_the_peak(usual, capsys):
     assert counted == rows and measured == 7 * GIB
 
 
+@pytest.mark.slow
 def test_formulas_give_what_is_counted_where_they_hold():
     recipe = TrainRecipe(model="llama-3.2-1b", amp_dtype="float16", sequence_length=512)
     model = qlora.add_adapters(qlora.prepare_base(_quantized(recipe), recipe), recipe)

@@ -56,6 +56,7 @@ def test_a_config_in_two_places_is_one_question(tmp_path, recipe, no_more_runs):
     assert forecast(dataclasses.replace(recipe, model=str(other / "config.json"))) == first
 
 
+@pytest.mark.slow
 def test_an_edited_config_is_another_question(tmp_path, recipe):
     two_layers = forecast(recipe).resident_bytes
     write_config(tmp_path, num_hidden_layers=40, vocab_size=50_000)

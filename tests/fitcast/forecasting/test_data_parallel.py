@@ -69,6 +69,7 @@ def buckets_of_pytorch(recipe):
     ]
 
 
+@pytest.mark.one_fast("changes1-True")
 @pytest.mark.parametrize(
     ("changes", "tied"),
     [

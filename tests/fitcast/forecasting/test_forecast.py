@@ -450,6 +450,7 @@ def test_model_that_is_no_decoder_is_refused(tmp_path, config):
         forecast(dataclasses.replace(SMALL, model=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_libraries_are_left_as_they_were():
     """A fake tensor left in a library's cache would break the next real run."""
     from bitsandbytes import functional as bnb

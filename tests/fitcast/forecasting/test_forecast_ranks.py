@@ -151,6 +151,7 @@ def test_parts_on_the_host_take_nothing_of_the_card():
     assert "optimizer state" not in {b.category for b in host.blocks}
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_less_than_one(tmp_path):
     config = models.config(RECIPE.model)
     config.num_hidden_layers, config.vocab_size = 4, 1024
@@ -161,6 +162,7 @@ def test_two_ranks_hold_less_than_one(tmp_path):
     assert two.peak_allocated_bytes < alone.peak_allocated_bytes
 
 
+@pytest.mark.slow
 def test_an_embedding_on_the_host_is_neither_held_nor_gathered():
     """Llama-3.1-8B's has 128 256 rows of 4 096 numbers, and the head another weight."""
     table = 128256 * 4096 * 2
@@ -198,6 +200,7 @@ def test_what_cannot_be_sharded_is_said_in_a_sentence(options, said):
         forecast(recipe, gpu=T4, **options)
 
 
+@pytest.mark.slow
 def test_ddp_is_the_recipes_own_world_size():
     many = dataclasses.replace(RECIPE, world_size=2)
     assert forecast(RECIPE, gpu=T4, strategy="ddp") == forecast(many, T4)

@@ -46,6 +46,7 @@ def forecasts():
     return {row["name"]: forecast(row) for row in MEASURED}
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("row", [r for r in MEASURED if r["name"] in FAST], ids=lambda r: r["name"])
 def test_peak_and_weights_are_those_of_the_gpu(row):
     seen = forecast(row)
@@ -81,6 +82,7 @@ def test_reserved_memory_is_within_bounds_that_are_narrow(forecasts):
         assert high - low < 0.2 * row["peak_reserved_bytes"], row["name"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row",
     [pytest.param(row, marks=() if row["padded"] else pytest.mark.slow) for row in REFUSED],

@@ -93,6 +93,7 @@ def answers(kind, tmp_path):
                 yield str(error)
 
 
+@pytest.mark.one_fast
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=() if k in FAST else pytest.mark.slow) for k in FAMILIES]

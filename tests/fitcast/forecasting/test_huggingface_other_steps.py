@@ -57,6 +57,7 @@ def real_evaluation(arguments, rows, compute_metrics):
     return ledger.report().peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metrics", "rows", "changes"),
     [
@@ -140,6 +141,7 @@ def test_preferences_are_those_of_a_real_trainer(tmp_path, peft_config, precompu
     assert seen.phase_peaks["backward"] - WORKSPACES == pytest.approx(measured, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_a_second_model_costs_its_weights(tmp_path):
     """Reference log-probabilities that are computed before save it; adapters need none."""
     weights = sum(p.nbytes for p in real_model().parameters())

@@ -31,6 +31,7 @@ def seen(row):
     return error, low <= reserved <= high, (high - low) / reserved
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("name", ["generation: 8B nf4", "merge: 1B", "levers: 8B, Trainer"])
 def test_what_a_gpu_did_to_the_byte_or_nearly(name):
     (row,) = (row for row in ROWS if row["name"] == name)

@@ -49,6 +49,7 @@ def test_another_process_reads_what_one_worked_out(recipe, tmp_path, monkeypatch
         forecast(recipe, L4)
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("change", ["engine", "config", "recipe"])
 def test_what_a_forecast_depends_on_is_asked_anew(recipe, tmp_path, monkeypatch, change):
     forecast(recipe)
@@ -72,6 +73,7 @@ def test_the_engines_checksum_sees_every_source_and_version(monkeypatch):
     store.engine.cache_clear()
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("damage", [b"", b"not gzip", None])
 def test_a_damaged_file_is_made_anew(recipe, tmp_path, monkeypatch, damage):
     first = forecast(recipe)

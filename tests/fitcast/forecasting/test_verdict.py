@@ -148,6 +148,7 @@ def test_verdicts_of_a_real_t4_at_its_boundary(tmp_path, model, micro_batch_size
     assert report(stream_of_their_loop(recipe, T4), T4).fits is ran
 
 
+@pytest.mark.slow
 def test_the_course_step_does_not_fit_where_theirs_ran_out(tmp_path):
     """Its first step would; in the second, AdamW's state lies where the logits were."""
     f = forecast(recipe_of("qwen2.5-7b", 2, tmp_path), T4)
@@ -212,6 +213,7 @@ MEASURED_TIGHT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "micro_batch_size", "length", "gib"), MEASURED_TIGHT)
 def test_tight_runs_are_called_so_with_their_retry(model, micro_batch_size, length, gib):
     recipe = TrainRecipe(

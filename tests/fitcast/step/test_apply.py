@@ -198,6 +198,7 @@ def test_the_head_s_logits_are_there_outside_of_training():
     assert twin.forward.__self__ is twin and twin._stock_forward.__self__ is twin
 
 
+@pytest.mark.slow
 def test_a_script_is_forecast_with_its_levers(tmp_path):
     from course_utils.data import BUNDLED
 

@@ -67,6 +67,7 @@ def losses(model, recipe, count=20):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "which"),
     [
@@ -345,6 +346,7 @@ def test_a_profiled_peak_is_forecast(name):
     assert said + timed == pytest.approx(peak, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_short_steps_time_is_the_hosts_and_follows_the_operations():
     """Fewer operations, and compiled calls at their price: all within an eighth of one rate."""
     short = {name: row for name, row in STEPS.items() if "1 x 512" in name}

@@ -88,6 +88,7 @@ def test_target_that_matches_no_layer_lists_those_there_are(recipe):
         )
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 def test_steps_learn_and_leave_no_gradients(recipe, optimizer):
     recipe = dataclasses.replace(recipe, optimizer=optimizer, learning_rate=5e-3)

@@ -53,6 +53,7 @@ def test_a_healthy_model_passes_and_stays_as_it_was(recipe, rows, attention):
         assert torch.equal(parameter, before[name]) and parameter.grad is None, name
 
 
+@pytest.mark.slow
 def test_trained_adapters_shut_the_first_gate(recipe, rows, quick):
     model = trainer.build_model(recipe)
     with torch.no_grad():
@@ -97,6 +98,7 @@ def test_labels_that_cannot_be_learned_shut_the_third_gate(recipe, rows):
     assert verdicts(model, recipe, rows)[0]["overfit"]
 
 
+@pytest.mark.slow
 def test_written_scores_shut_the_fourth_gate(recipe, rows, quick):
     recipe = dataclasses.replace(recipe, attention="eager")
     model = trainer.build_model(recipe)

@@ -282,6 +282,7 @@ def test_host_memory_is_what_the_system_says():
     assert 0 < free <= total <= pages
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(
     "free_gib, words",
     [(6, "GiB free"), (3, "cpu_ram_efficient_loading rank 0 alone"), (1, "one tensor at a time")],

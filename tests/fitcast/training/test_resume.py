@@ -63,6 +63,7 @@ def test_a_run_that_stops_before_its_first_step_is_refused(recipe, tmp_path, ste
         train(recipe, tmp_path, stop_at=step)
 
 
+@pytest.mark.slow
 def test_a_path_is_a_model_too(recipe, tmp_path):
     run = train(dataclasses.replace(recipe, model=Path(recipe.model)), tmp_path)
     assert len(run.steps) == 4 and checkpoints.find_last(tmp_path).name == "checkpoint-4"
@@ -102,6 +103,7 @@ def test_a_step_without_labels_says_so_and_changes_nothing(recipe, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_old_checkpoints_that_cannot_be_deleted_only_warn(recipe, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise OSError(errno.ENOTEMPTY, "Directory not empty")

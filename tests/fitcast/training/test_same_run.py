@@ -67,6 +67,7 @@ def test_a_resumed_run_saves_when_its_own_recipe_says(recipe, tmp_path):
     assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
 
 
+@pytest.mark.one_fast
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -106,6 +107,7 @@ def test_a_checkpoint_from_before_rows_were_noted_is_resumed(recipe, tmp_path):
 # --- what trains ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_longer_than_the_recipe_says_are_refused(recipe, tmp_path):
     longest = max(map(len, ROWS["input_ids"]))
     short = dataclasses.replace(recipe, sequence_length=longest - 1)
@@ -136,6 +138,7 @@ def test_padding_that_the_recipe_denies_is_said(recipe, tmp_path, capsys):
         assert ("padded is False, but rows of" in capsys.readouterr().out) == said
 
 
+@pytest.mark.slow
 def test_checkpointing_is_the_recipes(recipe, tmp_path):
     """Trainer would switch every layer on, whatever the recipe and its forecast say."""
     none = dataclasses.replace(recipe, checkpointed_layers=0)
