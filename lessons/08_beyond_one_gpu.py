@@ -8,7 +8,7 @@
 #
 # Kaggle lends you two T4s. Does lesson 07's run go twice as fast on them, or may the model be twice
 # as large? Either, not both, and the price goes over the bus between the cards. Two processes on
-# your CPU will train a small model, and you count each byte that they exchange.
+# your CPU train a small model, and you count each byte between them.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -147,9 +147,8 @@ show_prediction(predicted_ddp, show="{:g} KiB".format, counted=told[0]["ddp"][0]
 # %% [markdown]
 # ### Explain
 # The adapters' gradients, once. The frozen matrices have none, the first micro batch sends
-# nothing. By hand it is the same gradient and the same bytes, in eight calls for eight tensors; DDP
-# fills one *bucket*. Both ranks now hold the same gradient, so they take the same step and stay
-# alike.
+# nothing. By hand: the same, in eight calls for eight tensors; DDP fills one *bucket*. Both
+# ranks now hold one gradient, take the same step and stay alike.
 
 # %% [markdown]
 # ## 2 · A part of each layer
@@ -168,7 +167,7 @@ show_prediction(predicted_fsdp2, show="{:g} KiB".format, counted=told[0]["fsdp2"
 # Four layers, gathered for forward, dropped, gathered again for backward, in both micro batches:
 # sixteen gathers of a whole layer, frozen matrix included. Then a reduce-scatter of each layer's
 # gradients, in the last micro batch. So accumulation, which costs DDP nothing, costs FSDP2 all its
-# weights twice for each micro batch: prefer large ones.
+# weights twice a micro batch: prefer large ones.
 #
 # ## Exercise 08.1 · Bytes over the bus
 # *Medium, 5 minutes.* What does a rank send in a step? `frozen` and `trained` are bytes of the
@@ -225,11 +224,12 @@ from course_utils.topics import recorded
 recorded.show("cards", bus.card)
 
 # %% [markdown]
-# Speeds are ratios of these cards, without a mask; T4s have not been timed. *Offload*: parts
-# wait on the host. 32 billion weights need it, or only the embedding there. A rank's checkpoints
-# there take 8 GiB at 32 768 tokens, 24 at 98 304 (MLP in tiles): more than Kaggle has.
+# The first three peaks lie 0.05 GiB above the forecast: cuBLAS takes more there. Speeds are both
+# cards' together, without a mask; only ratios count: T4s were not timed. *Offload*: parts wait on
+# the host. 32 billion weights need it, or only the embedding there. Both ranks' checkpoints there
+# take 16 GiB at 32 768 tokens, 48 at 98 304 (MLP in tiles): more than Kaggle has.
 #
-# So: lesson 07's run is faster under DDP. What one card cannot hold takes FSDP2.
+# So: DDP for lesson 07's run, FSDP2 for what one card cannot hold.
 
 # %% [markdown]
 # ## 4 · Three things that must be right, and a trap
@@ -270,13 +270,14 @@ show_prediction(predicted_beside, show="{:g} KiB".format, counted=beside[0]["sen
 # %% [markdown]
 # ### Explain
 # Nothing, and no word about it. Two gradients, two models, and rank 0's is saved, which has seen
-# half of your data. In a script of yours, look once whether all ranks have one gradient.
+# half of your data. In your own loop print once, on each rank,
+# `torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)`: it must be one number.
 #
 # **Tokens, not means.** DDP takes the mean of the ranks' gradients. Where each divided by its own
 # labelled tokens, an answer counts more on the rank with the short ones (lesson 03).
 #
 # Trainer and SFTTrainer are right on both: they call the wrapper and count all ranks' tokens
-# (`average_tokens_across_devices`, the default). A loop of your own has to be.
+# (`average_tokens_across_devices`, the default).
 #
 # ## Exercise 08.2 · A loss for each rank
 # *Medium, 4 minutes.* A rank has the *sum* of its tokens' losses. `all_reduce(tensor)` adds up over
@@ -319,10 +320,10 @@ for n in (1, 2):
 
 # %% [markdown]
 # ## 5 · On two T4s
-# The run of lesson 07 as a script (`--data my.jsonl` for yours); `accelerate launch` starts
-# processes as `torchrun` does, and reads how from `configs/`. Accumulation is divided by the
-# processes: 8 x 4 x 1 becomes 8 x 2 x 2, the same 32 sequences. This cell runs where two GPUs are
-# (on Kaggle: *Settings > Accelerator > GPU T4 x2*):
+# The run of lesson 07 as a script (yours: `--model`, `--data my.jsonl`); `accelerate launch` is a
+# `torchrun` that reads `configs/`. Accumulation is divided by the processes: 8 x 4 x 1 becomes
+# 8 x 2 x 2, the same 32 sequences. This cell runs where two GPUs are (on Kaggle: *Settings >
+# Accelerator > GPU T4 x2*):
 
 # %% tags=["run"]
 bus.on_two_gpus(
@@ -334,10 +335,11 @@ bus.on_two_gpus(
 
 # %% [markdown]
 # ## In your script
-# One file for one process or many: `python mine.py`, which hides the other cards, or `torchrun
-# --nproc-per-node 2 mine.py`. With a base in 4 bits: `dtype` and `quantization_config=` of lesson
-# 07's script, and its two lines behind `trainer = ...` that make adapters float32 again. (On Colab
-# `!pip uninstall -qy torchao` before, as in lesson 04.)
+# One file for one process or many: `python mine.py` or `torchrun --nproc-per-node 2 mine.py`. In a
+# notebook: `!pip install -q trl` (on Colab also `!pip uninstall -qy torchao`),
+# `%%writefile mine.py` as this cell's first line, `!` before the other. A base in 4 bits takes
+# lesson 07's `dtype`, `quantization_config=` and two float32 lines. For FSDP2 take section 5's
+# second line, in the folder `course`.
 #
 # ```python
 # import os
@@ -391,9 +393,6 @@ figures.ranks_explorer(recipe, steps)
 # For FSDP2, which cuts floating numbers, 4-bit weights are stored as float16, two bytes in each,
 # and the optimizer is plain AdamW: bitsandbytes' takes no parts. Checkpoints are whole or not there
 # (lesson 07): kill a rank, start again, with two processes or with one.
-#
-# The first three peaks of section 3 lie 0.05 GiB above the forecast: that card takes larger cuBLAS
-# workspaces than a T4, twice 32 MiB instead of twice 8.
 #
 # A DDP run, in the shape of Llama-3.2-1B with random weights and short, padded rows, so that all it
 # says is: how many times as fast, and to the same loss:
