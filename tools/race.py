@@ -448,7 +448,7 @@ def steps(
     optimizer = qlora.build_optimizer(model, recipe)
     for i in range(clock.wanted):
         clock.begin()
-        loss = qlora.training_step(model, optimizer, data[i % len(data)], recipe, scaler)
+        loss = qlora.training_step(model, optimizer, data[i], recipe, scaler)
         clock.end()
     if not torch.isfinite(loss):
         raise ValueError(f"loss must be finite, got {float(loss)}; the run is not a training run")
@@ -540,7 +540,7 @@ def take_turn(racer: Any, row: dict[str, Any], changes: dict[str, Any]) -> dict[
     done = range(clock.unseen, clock.unseen + len(clock.seconds))
     found |= {
         "seconds": [round(s, 4) for s in clock.seconds],
-        "tokens": [tokens_of(data[i % len(data)]) for i in done],
+        "tokens": [tokens_of(data[i]) for i in done],
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
     }

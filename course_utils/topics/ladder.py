@@ -1,38 +1,23 @@
 """The usual recipe out of memory, and lever by lever into it: 8B, 4 x 2048 tokens, on a T4.
 
 Each rung of the ladder keeps the changes of those before it. Forecasts are made here and now;
-measurements come from `recorded` (a GPU with a T4's kernels and memory), and from this machine when
-it has a GPU. Not modelled: what the levers do to the loss, which is nothing
-(tests/fitcast/step/test_levers.py).
+measurements come from `recorded` (a GPU with a T4's kernels and memory). Not modelled: what the
+levers do to the loss, which is nothing (tests/fitcast/step/test_levers.py).
 """
 
 from __future__ import annotations
 
-import gc
-import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
-
-import torch
-from transformers import default_data_collator
+from typing import Any
 
 from course_utils.topics import recorded
-from fitcast import gpus, models
 from fitcast.forecasting.forecast import Forecast, forecast
 from fitcast.forecasting.search import tokens_per_second
-from fitcast.gpus import T4, Gpu
+from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
-from fitcast.step import qlora
-from fitcast.training import random_weights
-from fitcast.training import trainer as training
 from fitcast.units import show_bytes
 
-MEASURED_STEPS, WARM_UP_STEPS = 5, 3  # the gradient scaler skips the first one or two
-SEQUENCES = 64
 USUAL, TRAINED = "the usual recipe", "trained"
 
 
@@ -185,19 +170,6 @@ def usual(model: str) -> Rung:
     return rungs(group, names=(name,))[0]
 
 
-def held_to_a_t4() -> str:
-    """How the ladder's two ends did when they had a T4's memory and no more, a line each."""
-
-    def line(row: dict[str, Any]) -> str:
-        said = f"{row['name']}: {row['outcome']}"
-        if row["outcome"] == TRAINED:
-            said += f", {show_bytes(row['peak_allocated_bytes'])}"
-            said += f", {row['tokens_per_second']:,.0f} tokens a second"
-        return said
-
-    return "\n".join(line(row) for row in recorded.rows("ladder") if row["limited"])
-
-
 def fastest(group: str, count: int) -> list[Rung]:
     """Those of a group that trained fastest within a T4's memory, the best one first."""
     fitting = [r for r in recorded.rows(group) if r["limited"] and r["outcome"] == TRAINED]
@@ -220,63 +192,3 @@ def table(rows: Sequence[Rung]) -> str:
             f"{speed:>9,.0f}  {speed / first:.2f}x"
         )
     return "\n".join((*lines, f"[measured: {recorded.stamp(row.measured for row in rows)}]"))
-
-
-def _sequences(recipe: TrainRecipe) -> list[dict[str, list[int]]]:
-    """Full-length sequences of random tokens, all labelled; no mask: nothing is padded."""
-    ids = torch.randint(
-        models.config(recipe.model).vocab_size,
-        (SEQUENCES, recipe.sequence_length),
-        generator=torch.Generator().manual_seed(recipe.seed),
-    ).tolist()
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def train_here(
-    recipe: TrainRecipe, gpu: Gpu | None, weights: Literal["random", "hub"] = "random"
-) -> str:
-    """Train a few steps of `recipe` on this machine's GPU; says so when there is none.
-
-    Args:
-        recipe: Full-length sequences of random tokens are trained.
-        gpu: What `gpus.detect()` found.
-        weights: "random" ones at the real shape, in a temporary folder, show the same memory and
-            the same speed as those of the "hub", 16 GB for an 8B model.
-    """
-    if gpu is None:
-        return f"{recipe.model}: not measured on cpu"
-    recipe = recipe.for_gpu(gpu)
-    planned, steps = forecast(recipe, gpu), []
-    with tempfile.TemporaryDirectory() as folder:
-        here = replace(recipe, max_steps=WARM_UP_STEPS + MEASURED_STEPS)
-        if weights == "random":
-            here = replace(
-                here,
-                model=str(random_weights.write(recipe.model, folder, qlora.storage_dtype(recipe))),
-            )
-        trainer = training.QLoRATrainer(
-            here,
-            training.build_model(here),
-            _sequences(here),
-            SimpleNamespace(pad_token_id=0),
-            Path(folder),
-            on_step=steps.append,
-            save_strategy="no",
-            remove_unused_columns=False,
-        )
-        trainer.data_collator = default_data_collator
-        trainer.train()
-    peak = max(step["peak_allocated_bytes"] for step in steps[WARM_UP_STEPS:])
-    speed = statistics.median(step["tokens_per_second"] for step in steps[WARM_UP_STEPS:])
-    return (
-        f"{recipe.model}, {len(steps)} steps on {gpu.name}: forecast "
-        f"{show_bytes(planned.peak_allocated_bytes)}, measured {show_bytes(peak)}, "
-        f"{speed:,.0f} tokens a second"
-    )
-
-
-def release() -> None:
-    """Give memory that no variable holds any more back to the GPU, before something large comes."""
-    gc.collect()
-    if gpus.device() != "cpu":
-        torch.accelerator.empty_cache()

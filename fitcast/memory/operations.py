@@ -24,13 +24,11 @@ class OperationLog(TorchDispatchMode):
 
     Attributes:
         counts: (operation, format) to how often; backward operations included.
-        copied_bytes: What casts from one 16- or 32-bit format to another wrote.
     """
 
     def __init__(self):
         super().__init__()
         self.counts: Counter[tuple[str, str]] = Counter()
-        self.copied_bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -38,9 +36,7 @@ class OperationLog(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         first = result[0] if isinstance(result, (tuple, list)) and result else result
         if isinstance(first, torch.Tensor) and first.is_floating_point():
-            name = func.__name__.split(".")[0]
-            self.counts[name, name_of(first.dtype)] += 1
-            self.copied_bytes += first.nbytes if name == "_to_copy" else 0
+            self.counts[func.__name__.split(".")[0], name_of(first.dtype)] += 1
         return result
 
     @property

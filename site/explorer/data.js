@@ -1,6 +1,6 @@
 window.FITCAST_DATA = {
  "stamp": {
-  "engine": "c110256a541633c2645d01905e754eb9f0ab2453f75b0f4a53d4e221f8da97b1",
+  "engine": "0ddcfb7fbae2fe8609797ef780e31380df38b245cbab75deebe8a0c2dac33ff2",
   "versions": {
    "torch": "2.13.0+cpu",
    "transformers": "5.23.0",

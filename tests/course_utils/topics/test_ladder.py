@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from course_utils.topics import budget, ladder, recorded, usual_recipe
-from fitcast import gpus, models
+from fitcast import models
 from fitcast.forecasting.forecast import forecast
 from fitcast.forecasting.load import blueprint
 from fitcast.gpus import L4, T4
@@ -69,62 +69,6 @@ def test_the_fastest_were_within_a_t4s_memory(monkeypatch):
     ]
     assert speeds[0] == max(limited)
     assert all(rung.measured["peak_allocated_bytes"] <= T4.usable_bytes for rung in best)
-
-
-def test_the_ladders_two_ends_held_to_a_t4s_memory():
-    first, last = ladder.held_to_a_t4().splitlines()
-    assert re.match(
-        r"the usual recipe on a T4: out of memory: .*Tried to allocate [\d.]+ GiB$", first
-    )
-    assert re.match(r"the last rung on a T4: trained, [\d.]+ GiB, [\d,]+ tokens a second$", last)
-
-
-def test_without_a_gpu_nothing_is_claimed():
-    assert (
-        ladder.train_here(TrainRecipe(model="llama-3.2-1b"), None)
-        == "llama-3.2-1b: not measured on cpu"
-    )
-
-
-@pytest.mark.slow
-def test_a_few_steps_are_really_trained(tmp_path, monkeypatch):
-    config = models.config("llama-3.2-1b")
-    config.update(
-        {
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "vocab_size": 128,
-        }
-    )
-    config.save_pretrained(tmp_path)
-    monkeypatch.setattr(gpus, "peak_allocated_bytes", lambda: 123 * MIB)  # as on a GPU
-    recipe = TrainRecipe(
-        model=str(tmp_path),
-        micro_batch_size=2,
-        sequence_length=16,
-        loss="chunked",
-        attention="explicit_kv",
-        optimizer="adamw",
-    )
-    trained, build = [], ladder.training.build_model
-    monkeypatch.setattr(
-        ladder.training, "build_model", lambda asked: trained.append(asked) or build(asked)
-    )
-    monkeypatch.setattr(
-        TrainRecipe,
-        "for_gpu",  # a CPU trains neither float16 nor bfloat16
-        lambda self, gpu: dataclasses.replace(self, seed=3),
-    )
-    said = ladder.train_here(recipe, T4)
-    assert [one.seed for one in trained] == [3], "what is forecast is trained"
-    assert re.search(
-        r"8 steps on T4: forecast [\d.]+ MiB, measured 123.00 MiB, [\d,]+ tokens", said
-    ), said
-    ladder.release()
 
 
 # --- budgets -------------------------------------------------------------------------------------

@@ -131,11 +131,9 @@ def test_log_counts_products_forward_and_backward():
     with precision.OperationLog() as log:
         model(torch.ones(3, 4)).sum().backward()
     assert log.matmuls == {"float32": 5}  # 2 forward, 2 weights' gradients, 1 hidden gradient
-    assert log.copied_bytes == 0
     with precision.OperationLog() as log, torch.autocast("cpu", dtype=torch.bfloat16):
         model(torch.ones(3, 4))
     assert log.matmuls == {"bfloat16": 2}
-    assert log.copied_bytes == 2 * (3 * 4 + 4 * 8 + 8 + 8 * 2 + 2)  # input, weights, biases
 
 
 def rule(scale: float, good_steps: int, overflow: bool, interval: int) -> tuple[float, int]:
