@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 
 from course_utils import data
 from course_utils.exercises import lesson_07 as exercises
+from course_utils.topics import recorded, sources
+from fitcast.cli import main as cli
 from fitcast.training.data import labelled
 from tests.lessons.exercises import complaints
 from tools.notebooks import LESSONS
@@ -121,6 +123,52 @@ def test_the_budgets_on_paper_are_judged(shown):
     assert said.count("missing on paper") == 2
     assert "19.28 GiB   19.28 GiB   1.5 times as much" in said
     assert "22.66 GiB   22.66 GiB   3.5 times as much" in said
+
+
+# --- what the prose says -------------------------------------------------------------------------
+
+
+def prose() -> str:
+    """The lesson's script in one line, without the marks of comments."""
+    text = (LESSONS / "07_qlora_on_a_t4.py").read_text("utf-8")
+    return " ".join(re.sub(r"^# ?", "", text, flags=re.MULTILINE).split())
+
+
+def test_what_it_says_of_its_runs_on_a_gpu_is_recorded():
+    printed = {
+        row.get("model"): "\n".join(one["printed"] for one in row["measured"])
+        for row in recorded.rows("lessons")
+        if row["name"].startswith("07")
+    }
+    said = re.search(
+        r"ended at ([\d.]+) on held-out answers, its control at ([\d.]+); of its answers (\d+) %",
+        prose(),
+    )
+    after, control, right = said.groups()
+    assert (
+        f"\nafter: held-out loss {after}\ncontrol: held-out loss {control}\n" in printed["bundled"]
+    )
+    assert re.search(
+        rf"after: .*, {right}% are right\ncontrol: .*, 0% are right", printed["bundled"]
+    )
+    assert "interval: +0.00 [-0.00, +0.00]" in printed[None]  # random weights, level
+
+
+def test_its_learning_rate_is_the_small_models_alone():
+    assert sources.SETTINGS[sources.BUNDLED_NAME]["learning_rate"] == 0.007
+    others = {*sources.SETTINGS, "llama-3.2-1b", "someone/else"} - {sources.BUNDLED_NAME}
+    assert {sources.settings_of(name)["learning_rate"] for name in others} == {2e-4}
+    assert "A learning rate of 0.007 suits" in prose() and "any other model gets 2e-4" in prose()
+
+
+@pytest.mark.slow
+def test_its_script_holds_8b_as_it_says(capsys):
+    peak, line = re.search(
+        r"8B peaks at ([\d.]+) GiB by forecast: `fitcast (.*?)`", prose()
+    ).groups()
+    assert cli.main([*line.split(), "--gpu", "T4"]) == 0
+    found = re.search(r"peak ([\d.]+) GiB in tensors", capsys.readouterr().out)
+    assert f"{float(found[1]):.1f}" == peak
 
 
 # --- exercises -----------------------------------------------------------------------------------
