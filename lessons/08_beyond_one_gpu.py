@@ -339,7 +339,7 @@ bus.on_two_gpus(
 # notebook: `!pip install -q trl` (on Colab also `!pip uninstall -qy torchao`),
 # `%%writefile mine.py` as this cell's first line, `!` before the other. A base in 4 bits takes
 # lesson 07's `dtype`, `quantization_config=` and two float32 lines. For FSDP2 take section 5's
-# second line, in the folder `course`.
+# second line, on Kaggle in `/kaggle/working/course`.
 #
 # ```python
 # import os
