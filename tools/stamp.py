@@ -139,11 +139,11 @@ def lesson_notebook(notebook: NotebookNode, lesson: str, now: Facts) -> None:
 
 
 def opening(lesson: str) -> dict[str, str]:
-    """Number, question, minutes (+: and the machine's) and hardware, as its first cell says."""
+    """Number, question, minutes (+: and the card's) and hardware, as its first cell says."""
     number, question = re.search(r"^# # (\d\d) · (.+)$", lesson, re.MULTILINE).groups()
     stated = re.search(r"\*\*(\d+) min\*\*([^·]*) · ([^;.]+)", lesson)
     minutes, more, hardware = stated.groups()
-    minutes += " +" if "the machine's time" in more else ""
+    minutes += " +" if "T4's own time" in more else ""
     return dict(number=number, question=question, minutes=minutes, hardware=hardware)
 
 
