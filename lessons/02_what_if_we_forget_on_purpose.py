@@ -3,8 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/02_what_if_we_forget_on_purpose.ipynb)
 #
-# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; a place to stop comes
-# after some 40 of those · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have fine-tuned a transformer (55 if `autograd.Function` is new), 60 to
+# 75 for others; a place to stop comes after some 40 of those · runs anywhere; a GPU fills in the
+# lines that say "measured".
 #
 # Lesson 01 found who had the memory: each layer keeps some seventeen times its boundary, the tensor
 # that it hands to the next layer, until backward comes by. **Gradient checkpointing** keeps the
@@ -129,10 +130,11 @@ show_prediction(predicted_steps, show="{} forward steps".format, counted=runs["k
 # `function(x)`, but of all that the function computes only `x` waits for backward. Write both
 # methods. What an `autograd.Function` gives you: inside both methods no graph (autograd's record of
 # what was computed) is built, so nothing else is kept. `ctx` is an object that both share:
-# `ctx.save_for_backward(x)` keeps a tensor, `ctx.saved_tensors` is it again, `ctx.anything = ...`
-# keeps any object. `grad` is the gradient of your output; return one gradient for each argument of
-# `forward`, `None` for those that have none. (Hints are there to be opened.) The check wants
-# gradients equal **to the bit**, **and** no more bytes waiting for backward than `x`.
+# `ctx.save_for_backward(x)` keeps a tensor, `(x,) = ctx.saved_tensors` is it again,
+# `ctx.anything = ...` keeps any object. `grad` is the gradient of your output; return one gradient
+# for each argument of `forward`, `None` for those that have none. (Hints are there to be opened.)
+# The check wants gradients equal **to the bit**, **and** no more bytes waiting for backward than
+# `x`.
 #
 # <details><summary>Hint 1</summary>Forward keeps the function and <code>x</code>. Backward runs the
 # function once more, this time with a graph, and then backward through that graph.</details>
@@ -311,8 +313,9 @@ show_prediction(predicted_cases, forecast=needs,
 # %% [markdown]
 # ### Explain
 # The 8B model does without it, at 512 tokens; the 1B model needs it, at 2048. What forgetting saves
-# are activations, and they follow the *tokens* and the layers' width (here faster than the tokens:
-# without a mask a T4's kernel keeps the scores of every pair, lesson 06).
+# are activations, and they follow micro batch, *length* and the layers' width. Length counts most:
+# without a mask a T4's kernel keeps the scores of every pair (lesson 06), so the 1B model has room
+# for the same tokens as 4 x 512, and as 2 x 1024.
 #
 # If a T4 has room to spare with every layer forgetting, that room is speed not bought. Let only the
 # first *k* of *n* layers forget (**k of n layers**): each of the others costs the same memory and
@@ -323,9 +326,9 @@ show_prediction(predicted_cases, forecast=needs,
 # Move the controls (with the mouse, or Tab and the arrow keys). **Task:** Llama-3.2-3B on a T4,
 # micro batch 1. Which share of the layers must forget at 2048 tokens? And at 1024? What does each
 # layer that remembers cost at 2048?
-# <details><summary>Answer</summary>Three quarters: with half of them the tensors alone are too many
-# for the card. At 1024 tokens none: the upper bar says "fits". A layer: <code>(23.53 - 5.45) /
-# 28</code> GiB.</details>
+# <details><summary>Answer</summary>Of these, three quarters (02.3 finds the smallest number): with
+# half of them the tensors alone are too many for the card. At 1024 tokens none: the upper bar says
+# "fits". A layer: <code>(23.53 - 5.45) / 28</code> GiB.</details>
 
 # %% tags=["run"]
 figures.forgetting_explorer()

@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/03_how_big_is_my_batch.ipynb)
 #
-# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; half-way there is a
+# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; two thirds in is a
 # place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # So you train a 3B model on two sequences at a time, sixteen times over: a T4 takes two if every
@@ -233,8 +233,10 @@ exercises.check_accumulation(add_gradients)
 # %% [markdown]
 # Trainer counts an update's labelled tokens first and hands them to the loss as
 # **`num_items_in_batch`**. Whoever writes their own `compute_loss` and does not hand that argument
-# on is on their own: Trainer believes that the loss is divided already, and no longer divides. The
-# usual override, and the repaired one:
+# on is on their own: Trainer believes that the loss is divided already, and no longer divides. (So
+# are many heads for *classification*, which take the argument and ignore it: with plain Trainer
+# BERT's loss is 16 times too large at 16 steps of accumulation [transformers issue 47688]. Set
+# `trainer.model_accepts_loss_kwargs = False`.) The usual override, and the repaired one:
 
 # %% tags=["run"]
 class Forgetful(Trainer):
@@ -258,7 +260,7 @@ for name, log in logs.items():
 # loss is not that of an evaluation on the same rows, look here first.
 
 # %% [markdown]
-# *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
+# *A good place to stop. When you come back: run all cells above, then go on.*
 #
 # ## 3 · What does memory see?
 # ### Predict
@@ -324,8 +326,8 @@ try_out(2, 14)
 # %% [markdown]
 # ## Exercise 03.2 · Effective batch 32 on a T4
 # *Medium, 8 minutes.* Choose the three numbers. The check wants 32 sequences behind an update, the
-# verdict *fits*, and an update that takes at most 10 % longer than the fastest plan that fits;
-# it forecasts other plans as well, give it some seconds.
+# verdict *fits*, and an update that, by forecast, takes at most 10 % longer than the fastest plan
+# that fits; it forecasts other plans as well, give it some seconds.
 #
 # <details><summary>Hint 1</summary>What does a micro batch of 1 cost in these seconds, with every
 # layer forgetting? <code>try_out(1, 28)</code></details>

@@ -3,8 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/04_half_the_bits.ipynb)
 #
-# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; two thirds in is a
-# place to stop · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have fine-tuned a transformer (the longest of seven: some take 55), 60 to
+# 75 for others; two thirds in is a place to stop · runs anywhere; a GPU fills in the lines that say
+# "measured".
 #
 # Checkpointing shrank what layers keep (lesson 02), small micro batches shrank it again (03), and
 # neither changed a single gradient. One factor is still untouched: every number has 4 bytes. Mixed
@@ -392,10 +393,11 @@ figures.losses(stored, "all weights trained, learning rate 2e-5")
 # Stored in bfloat16 the model hardly learns: no error, no NaN, a loss that looks a little tired.
 # Did range not matter more than precision (section 1)? For gradients it does: they are summed and
 # thrown away. A stored weight needs spacing, because what is rounded off is gone. bfloat16 makes
-# the better gradient and the worse weight. So: **what is frozen, in 16 bits or fewer; what is
-# trained, in float32.** [Micikevicius et al., section 3.1]
-# With adapters, which are small (in section 3, 13.00 MiB beside 4.60 GiB of weights), that costs
-# next to nothing, and PEFT does it by default.
+# the better gradient and the worse weight. (float16 loses less here, its steps being eight times
+# finer; but loss scaling refuses weights stored in it, lesson 05.) So: **what is frozen, in 16 bits
+# or fewer; what is trained, in float32.** [Micikevicius et al., section 3.1] With adapters, which
+# are small (in section 3, 13.00 MiB beside 4.60 GiB of weights), that costs next to nothing, and
+# PEFT does it by default.
 
 # %% [markdown]
 # ## 5 · Which 16 bits, on which card?

@@ -368,8 +368,9 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # (b) **Step despite infinity**, as in section 3. `scaler.step(optimizer)` looks first,
 # `optimizer.step()` does not.
 #
-# (c) **The scaler is not in the checkpoint.** A new one starts at 65 536, and a resumed run loses
-# the same steps again. `scaler.state_dict()` is five numbers: save them.
+# (c) **The scaler is not in the checkpoint.** A new one starts at 65 536: a resumed run
+# whose scale was lower loses steps again, one whose scale was higher works below it for thousands
+# of steps. `scaler.state_dict()` is five numbers: save them.
 #
 # (d) **The schedule moves on in skipped steps.** The warm-up may be over before training has begun.
 # (Numbers, and a step for you to put in order: Go further.)
@@ -653,9 +654,9 @@ for scale in (1, 1024, 262144):
 # A right answer finds three mistakes about the scale: clipping before `unscale_` (the norm that
 # reaches the optimizer is at most 1 / scale, however large the gradient); the schedule in skipped
 # steps (after a start at 2²⁴ the first update has most of the full rate); no scaler in the
-# checkpoint (the same steps are lost again after each resume). `scaler.step` does look for
-# infinities. (It also saves over its only good checkpoint, and without the random state and the
-# position in the data.) For the runs of this lesson the numbers are:
+# checkpoint (steps are lost again after a resume where the scale was lower). `scaler.step` does
+# look for infinities. (It also saves over its only good checkpoint, and without the random state
+# and the position in the data.) For the runs of this lesson the numbers are:
 
 # %% tags=["run"]
 print(f"norm when clipped first:    {wrong.grad.norm():.1e}, and 1 / scale is {1 / 65536:.1e}")

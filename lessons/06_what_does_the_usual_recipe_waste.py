@@ -75,7 +75,8 @@ before = ...  # for example "abcda"
 # alone need no mask. Keep both in sight: it matters. (TRL's `packing=True` keeps examples apart by
 # a mask: for attention that is the padded world, in one long row. `packing_strategy="wrapped"` is
 # what we call packed. From 1.16 on its SFTTrainer takes the loss in chunks: your peaks are then
-# about those of section 3, and what is left to gain is speed.) [TRL, sft_config.py; transformers,
+# about those of section 3: padded it fits, and little is left to gain; without a mask section 2's
+# repair makes it fit, and faster.) [TRL, sft_config.py; transformers,
 # masking_utils.py]
 
 # %% tags=["setup"]
@@ -224,7 +225,8 @@ for predicted, (name, step) in zip((predicted_gib_no_mask, predicted_gib_padded)
 # adapter dropout, which regularizes.
 #
 # ### Predict
-# Padded rows. How many times as fast as the usual recipe is the step with all levers but the last?
+# Padded rows. How many times as fast as the usual recipe is the step with all levers except
+# checkpoints on the host?
 
 # %% tags=["predict"]
 predicted_all_levers = ...
@@ -301,9 +303,10 @@ exercises.check_phi(phi_recipe)
 
 # %% [markdown]
 # ## In your script
-# Two lines, on TRL's own trainer; `apply_levers` says what it changed and what it left, and why
-# (`checkpointed_layers=18` is section 5). (Where `trl` or `fitcast` is missing, as on Colab:
-# `!pip install trl git+https://github.com/course-authors/fit-the-fine-tune`, and
+# Two lines, on TRL's own trainer; `apply_levers` says what it changed and what it left, and why.
+# From a Trainer it takes the logits away, too; where TRL has done so, section 2's kernel is the
+# gain. (`checkpointed_layers=18` is one of section 5's.) (Where `trl` or `fitcast` is missing, as
+# on Colab: `!pip install trl git+https://github.com/course-authors/fit-the-fine-tune`, and
 # `!pip uninstall -qy torchao`, which is too old for PEFT there.)
 #
 # ```python

@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/07_qlora_on_a_t4.ipynb)
 #
-# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others, and about an hour of a
-# T4's own time, by forecast · runs anywhere; a GPU fills in the lines that say "measured".
+# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others, and about an hour of
+# a T4's own time, by forecast · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # You have a model, a file of examples and a free T4. You want a folder that other tools load, and a
 # reason to believe that what is in it was learned. This is the whole run; you try to break it on
@@ -459,8 +459,9 @@ for way, (folder, more) in ways.items():
 # ## In your script
 # The training, without this course (`pip install trl bitsandbytes` on Colab); started again, it
 # goes on from the last checkpoint in `out` (torn by a kill: delete it; other data: another folder;
-# on Colab one on the Drive). Two steps are for a try: say `num_train_epochs=3`. Left out: held-out
-# rows, the control, the merge, the levers. 8B peaks at 7.1 GiB by forecast: `fitcast forecast
+# on Colab one on the Drive). Two steps are for a try: `num_train_epochs=3` takes the *place* of
+# `max_steps=2`, which would win. Left out: held-out rows, the control, the merge, the levers. 8B
+# peaks at 7.1 GiB by forecast: `fitcast forecast
 # --model llama-3.1-8b --micro-batch-size 2 --sequence-length 1024 --padded --lora-dropout 0
 # --lora-targets all-linear --loss chunked --optimizer adamw`. Your file:
 # `load_dataset("json", data_files="my.jsonl", split="train")`, with lists of messages as here. TRL

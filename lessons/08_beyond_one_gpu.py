@@ -8,7 +8,7 @@
 #
 # Kaggle lends you two T4s. Does lesson 07's run go twice as fast on them, or may the model be twice
 # as large? Either, not both, and the price goes over the bus between the cards. Two processes on
-# your CPU train a small model, and you count each byte between them.
+# your CPU train, and you count each byte between them.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -72,8 +72,8 @@ before = ...  # for example "abcda"
 # | all-reduce | a whole tensor | their sum, whole | both in turn: 2 S (n - 1) / n |
 #
 # [NVIDIA, nccl-tests: ring algorithms] **DDP**, distributed data parallel, puts the whole model on
-# each rank, gives each its own rows, and averages gradients. By hand that is a loop, in a file:
-# `torchrun` starts processes from files.
+# each rank, gives each its own rows, and averages gradients. By hand that is a loop, in a file
+# for `torchrun`.
 
 # %% tags=["run"]
 with open("three_ways.py", "w") as file:
@@ -215,19 +215,18 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also=figure,
 # ### Explain
 # DDP saves nothing: a rank holds the whole model, and the buckets. FSDP2 halves what lies still
 # (adapters, optimizer state, layers' weights) and pays part of it back: the layer at work and the
-# next one lie there whole, and so does the head, which the chunked loss multiplies with. Nobody
-# halves activations. So **FSDP2 pays when weights are what is large**. Measured, on two cards held
-# to a T4's memory:
+# next one lie there whole, and so does the head. Nobody halves activations. So **FSDP2 pays when
+# weights are what is large**. Measured, on two cards held to a T4's memory:
 
 # %% tags=["recorded"]
 from course_utils.topics import recorded
 recorded.show("cards", bus.card)
 
 # %% [markdown]
-# The first three peaks lie 0.05 GiB above the forecast: cuBLAS takes more there. Speeds are both
-# cards' together, without a mask; only ratios count: T4s were not timed. *Offload*: parts wait on
-# the host. 32 billion weights need it, or only the embedding there. Both ranks' checkpoints there
-# take 16 GiB at 32 768 tokens, 48 at 98 304 (MLP in tiles): more than Kaggle has.
+# (cuBLAS takes 0.05 GiB more here than on T4s.) Speeds are both cards' together, without a mask;
+# two T4s and their bus will differ, in the ratios, too. *Offload*: parts wait on the host.
+# 32 billion weights need it, or the embedding there. Both ranks' checkpoints there take 16 GiB at
+# 32 768 tokens; at 98 304 (MLP in tiles) 48, which Kaggle lacks.
 #
 # So: DDP for lesson 07's run, FSDP2 for what one card cannot hold.
 
@@ -235,7 +234,7 @@ recorded.show("cards", bus.card)
 # ## 4 · Three things that must be right, and a trap
 # **One GPU each, before anything is loaded**: `torchrun` tells each process its number as
 # `LOCAL_RANK`; `torch.cuda.set_device` of it is the first line that touches a GPU, or every rank
-# loads its model onto GPU 0. That raises an error, if you are lucky. The other two do not.
+# loads its model onto GPU 0. That raises an error. The other two do not.
 #
 # **The loss inside the wrapper's forward.** DDP and FSDP2 do their work around *their* forward. A
 # chunked loss likes to call the model inside, for its hidden states:
@@ -323,7 +322,7 @@ for n in (1, 2):
 # The run of lesson 07 as a script (yours: `--model`, `--data my.jsonl`); `accelerate launch` is a
 # `torchrun` that reads `configs/`. Accumulation is divided by the processes: 8 x 4 x 1 becomes
 # 8 x 2 x 2, the same 32 sequences. This cell runs where two GPUs are (on Kaggle: *Settings >
-# Accelerator > GPU T4 x2*):
+# Accelerator > GPU T4 x2*), some minutes beyond the 30:
 
 # %% tags=["run"]
 bus.on_two_gpus(
@@ -335,11 +334,11 @@ bus.on_two_gpus(
 
 # %% [markdown]
 # ## In your script
-# One file for one process or many: `python mine.py` or `torchrun --nproc-per-node 2 mine.py`. In a
-# notebook: `!pip install -q trl` (on Colab also `!pip uninstall -qy torchao`),
-# `%%writefile mine.py` as this cell's first line, `!` before the other. A base in 4 bits takes
-# lesson 07's `dtype`, `quantization_config=` and two float32 lines. For FSDP2 take section 5's
-# second line, on Kaggle in `/kaggle/working/course`.
+# `python mine.py` or `torchrun --nproc-per-node 2 mine.py`. In a notebook: `!pip install -q trl`
+# (on Colab also `!pip uninstall -qy torchao`), `%%writefile mine.py` as this cell's first line, `!`
+# before the other. A base in 4 bits takes lesson 07's `dtype`, `quantization_config=` and, before
+# the last two, its two float32 lines. For FSDP2 take section 5's second line, on Kaggle in
+# `/kaggle/working/course`.
 #
 # ```python
 # import os
@@ -352,18 +351,18 @@ bus.on_two_gpus(
 # from trl import SFTConfig, SFTTrainer
 #
 # rank, ranks = (int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-# on_gpu = torch.cuda.is_available()
-# if on_gpu:
+# if on_gpu := torch.cuda.is_available():
 #     torch.cuda.set_device(rank)  # before anything is loaded
 # model = AutoModelForCausalLM.from_pretrained(
 #     "Qwen/Qwen2.5-0.5B", dtype=torch.float32, device_map={"": rank} if on_gpu else None)
 # rows = Dataset.from_list([{"text": "A row of your own text. " * 20}] * 32)
-# arguments = SFTConfig("out", max_steps=1, per_device_train_batch_size=2,
+# arguments = SFTConfig("out_08", max_steps=1, per_device_train_batch_size=2,
 #                       gradient_accumulation_steps=16 // ranks, ddp_find_unused_parameters=False,
 #                       learning_rate=2e-4, max_length=128, bf16=False, fp16=on_gpu)
-# adapters = LoraConfig(target_modules=["q_proj", "v_proj"])
-# trainer = SFTTrainer(model, arguments, train_dataset=rows, peft_config=adapters)
+# trainer = SFTTrainer(model, arguments, train_dataset=rows,
+#                      peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]))
 # print(f"rank {rank} of {ranks}: loss {trainer.train().training_loss:.2f}")
+# trainer.save_model("adapter_08")
 # ```
 #
 # ## And now?

@@ -59,11 +59,11 @@ QUESTIONS = SelfCheck(
         "What decides whether a QLoRA run on a T4 needs checkpointing?",
         (
             "the number of weights alone",
-            "tokens in the micro batch, and the layers' widths",
+            "micro batch, sequence length and the layers' widths",
             "the rank of the adapters",
         ),
         "b",
-        "It saves activations, and those follow the tokens.",
+        "It saves activations, and those follow all three, on a T4 the length most.",
     ),
     Question(
         "12 of 32 layers may remember. Which ones?",

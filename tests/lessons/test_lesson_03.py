@@ -9,7 +9,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from course_utils.data import BUNDLED
 from course_utils.exercises import lesson_03
@@ -404,6 +409,25 @@ def test_a_search_may_look_at_other_errors_and_raise_them_again():
 )
 def test_trainer_counts_as_by_hand(case, counted):
     assert trainer_log.scheduled(*case) == counted
+
+
+@pytest.mark.parametrize(("told", "times"), [(None, 16), (False, 1)])
+def test_a_classifiers_head_ignores_the_count(tmp_path, told, times):
+    """Plain Trainer on BERT, and what the lesson sets. transformers issue 47688."""
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    config = BertConfig(vocab_size=100, hidden_dropout_prob=0, **sizes)
+    rows = [{"input_ids": [n] * 8, "labels": n % 2} for n in range(32)]
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=16, max_steps=1,
+        logging_steps=1, learning_rate=0.0, report_to="none", use_cpu=True, save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(BertForSequenceClassification(config), arguments, train_dataset=rows)
+    if told is not None:
+        trainer.model_accepts_loss_kwargs = told
+    trainer.train()
+    logged = trainer.state.log_history[0]["loss"]
+    assert logged == pytest.approx(times * trainer.evaluate(rows)["eval_loss"], rel=0.05)
 
 
 def test_trainer_log_has_trainers_own_lines():
