@@ -213,9 +213,10 @@ def _with_model(gpu: Gpu | None, model: str, folder: str | Path) -> Source:
 
 def _with_tokenizer(folder: Path) -> Path:
     """The folder with the bundled tokenizer in it: `pipeline` asks an adapter's base for one."""
+    source = bundled.bundled_model_dir()  # checks every file
     for name in TOKENIZER_FILES:
         if not (folder / name).exists():
             part = folder / f"{name}.{os.getpid()}.part"
-            shutil.copyfile(bundled.bundled_model_dir() / name, part)
+            shutil.copyfile(source / name, part)
             part.replace(folder / name)  # ranks write side by side, and see whole files only
     return folder

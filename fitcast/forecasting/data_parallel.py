@@ -112,10 +112,9 @@ def _gradients(stream: Stream) -> list[int]:
         if sign > 0 and made.category == "gradients":
             whole[block] = None
         elif sign < 0 and made.operation.startswith(EMBEDDINGS_PART) and block not in whole:
-            tied = [n for n in whole if stream.blocks[n].n_bytes == made.n_bytes][:1]
-            for n in tied:
-                del whole[n]
-                whole[n] = None
+            tied = next((n for n in whole if stream.blocks[n].n_bytes == made.n_bytes), None)
+            if tied is not None:
+                whole[tied] = whole.pop(tied)  # to the end
     return list(whole)
 
 

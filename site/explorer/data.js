@@ -1,6 +1,6 @@
 window.FITCAST_DATA = {
  "stamp": {
-  "engine": "0ddcfb7fbae2fe8609797ef780e31380df38b245cbab75deebe8a0c2dac33ff2",
+  "engine": "53fb96c9b06e548a4ff0028af516fdbd06aa47b09b00dd10655a429d79802d2f",
   "versions": {
    "torch": "2.13.0+cpu",
    "transformers": "5.23.0",

@@ -112,9 +112,13 @@ def test_ranks_on_one_card_measure_what_two_cards_do():
         assert here == pytest.approx(there, rel=0.001)
 
 
+# Below the lower bound by up to 8 % through gloo, whose own tensors lie between two holes, or not.
+OUTSIDE = ("0.6b ddp full", "0.6b ddp full, accumulated")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", replicated(), ids=lambda row: row["name"])
-def test_a_replica_needs_what_was_measured(spec):
+def test_a_replica_needs_what_was_measured(spec, request):
     recipe, config = measure_ranks.recipe_of(spec), measure_ranks.config_of(spec)
     stream = ranks.whole_stream(recipe, CARD, config)
     if spec["processes"] > 1:
@@ -126,8 +130,8 @@ def test_a_replica_needs_what_was_measured(spec):
         if spec["processes"] > 1:
             wrapping = rank["loaded"]["peak_allocated_bytes"]
             assert seen.phase_peaks["wrap"] == pytest.approx(wrapping, rel=0.0001)
-    if spec not in over_nccl():  # gloo's own tensors lie between two holes, or do not
-        return
+    if spec["name"] in OUTSIDE and spec not in over_nccl():
+        request.applymarker(pytest.mark.xfail(strict=True, reason="reserved less than forecast"))
     low, high = seen.peak_reserved_bytes
     assert all(low <= rank["peak_reserved_bytes"] <= high for rank in spec["ranks"])
 
