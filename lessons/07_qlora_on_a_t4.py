@@ -108,7 +108,7 @@ sources.choose(None, data=[{"messages": [{"role": "user", "content": "Where is o
 recipe = TrainRecipe(
     model=source.model, base="nf4", double_quant=True,        # 4-bit weights, frozen
     lora_rank=16, lora_alpha=32, lora_dropout=0.0,
-    gradient_accumulation_steps=4, padded=True,               # texts of different lengths
+    padded=True,                                              # texts of different lengths
     attention="explicit_kv", loss="lean", norm="native", adapters="lean",
     optimizer="paged_adamw_8bit", warmup_fraction=0.05, save_steps=32, seed=1,
     **source.settings,

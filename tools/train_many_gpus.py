@@ -1,4 +1,4 @@
-"""Lesson 07's run on several GPUs: the same recipe, the same 32 sequences behind each step.
+"""Lesson 07's run on several GPUs: the same recipe, the same sequences behind each step.
 
     torchrun --nproc-per-node 2 tools/train_many_gpus.py --out run          # 2 x T4 on Kaggle
     accelerate launch --num_processes 2 tools/train_many_gpus.py --out run
@@ -37,8 +37,6 @@ def lesson_recipe(source: sources.Source) -> TrainRecipe:
         "lora_rank": 16,
         "lora_alpha": 32,
         "lora_dropout": 0.0,
-        "micro_batch_size": 8,
-        "gradient_accumulation_steps": 4,
         "padded": True,
         "attention": "explicit_kv",
         "loss": "lean",
@@ -46,7 +44,6 @@ def lesson_recipe(source: sources.Source) -> TrainRecipe:
         "adapters": "lean",
         "optimizer": "paged_adamw_8bit",
         "warmup_fraction": 0.05,
-        "max_steps": 56,
         "save_steps": 32,
         "seed": 1,
     }
@@ -61,9 +58,10 @@ def shared(recipe: TrainRecipe, world_size: int) -> TrainRecipe:
     """
     steps = recipe.gradient_accumulation_steps
     if world_size < 1 or steps % world_size:
+        possible = " or ".join(str(n) for n in range(1, steps + 1) if steps % n == 0)
         raise ValueError(
             f"world_size must divide gradient_accumulation_steps ({steps}), got "
-            f"{world_size}; start 1, 2 or {steps} processes, or halve "
+            f"{world_size}; start {possible} processes, or halve "
             "micro_batch_size and double the accumulation"
         )
     return dataclasses.replace(

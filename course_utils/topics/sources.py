@@ -38,12 +38,12 @@ LONGEST = 1024  # tokens of a row, if the data have longer ones
 # Optimizer steps for data of one's own: three epochs, of few examples up to ten, but no more than
 # FEW_STEPS for those.
 EPOCHS, MOST_EPOCHS, FEW_STEPS = 3, 10, 30
-ACCUMULATED = 4  # micro batches behind a step, in lesson 07
 SETTINGS = {  # what a recipe needs to know about its model, beyond the name
     BUNDLED_NAME: {
         "lora_targets": "all-linear",
         "sequence_length": 104,
-        "micro_batch_size": 4,
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 2,
         "checkpointed_layers": 0,
         "learning_rate": 7e-3,
         "max_grad_norm": 0.3,
@@ -55,6 +55,7 @@ DEFAULTS = {
     "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "sequence_length": 1024,
     "micro_batch_size": 8,
+    "gradient_accumulation_steps": 4,
     "checkpointed_layers": "all",
     "learning_rate": 2e-4,
     "max_steps": 60,
@@ -140,7 +141,10 @@ def _with_data(source: Source, data: Any) -> Source:
     tokenizer = source.tokenizer()
     longest = max(len(labelled(one, tokenizer)[0]) for one in own["messages"])
     length = min(8 * math.ceil(longest / 8), LONGEST)
-    epoch = len(split_heldout(own)[0]) / (ACCUMULATED * source.settings["micro_batch_size"])
+    behind_a_step = math.prod(
+        source.settings[name] for name in ("micro_batch_size", "gradient_accumulation_steps")
+    )
+    epoch = len(split_heldout(own)[0]) / behind_a_step
     steps = math.ceil(max(EPOCHS * epoch, min(FEW_STEPS, MOST_EPOCHS * epoch)))
     settings = {"sequence_length": length, "max_steps": steps}
     said = (

@@ -18,11 +18,11 @@ from tools.notebooks import LESSONS, ROOT
 
 def test_the_effective_batch_is_kept():
     recipe = train_many_gpus.lesson_recipe(sources.choose(None))
-    for world_size in (1, 2, 4):
+    for world_size in (1, 2):
         many = train_many_gpus.shared(recipe, world_size)
         assert many.effective_batch_size == recipe.effective_batch_size == 16
         assert many.micro_batch_size == recipe.micro_batch_size
-    with pytest.raises(ValueError, match="world_size must divide gradient_accumulation_steps"):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps \(2\), got 3; start 1 or 2"):
         train_many_gpus.shared(recipe, 3)
 
 
@@ -74,7 +74,7 @@ def test_two_processes_train_the_adapters_of_one(tmp_path):
         "--rdzv-endpoint",
         f"{LOOPBACK}:0",
     )
-    assert "2 x 8 x 2 = 32 sequences of 104 tokens a step" in two["said"]
+    assert "2 x 8 x 1 = 16 sequences of 104 tokens a step" in two["said"]
     assert two["said"].count("step 1:") == 1, "one process speaks"
     moved = max(t.abs().max() for name, t in one["adapter"].items() if "lora_B" in name)
     apart = max((t - two["adapter"][name]).abs().max() for name, t in one["adapter"].items())
