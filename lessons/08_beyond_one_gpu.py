@@ -7,8 +7,8 @@
 # **30 min**, 40 if you read every line · optional, runs anywhere; two GPUs fill in section 5.
 #
 # Kaggle lends you two T4s. Does lesson 07's run go twice as fast on them, or may the model be twice
-# as large? Either, not both, and the price goes over the bus between the cards. Two processes on
-# your CPU train, and you count each byte between them.
+# as large? Nearly either, not both, and the price goes over the bus between the cards. Two
+# processes on your CPU train, and you count each byte between them.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -63,7 +63,7 @@ before = ...  # for example "abcda"
 # %% [markdown]
 # ## 1 · Two processes, one update
 # *Ranks* are processes that train together, one a GPU. They talk in **collectives**, calls that
-# every rank has to make. For a tensor of S bytes and n ranks:
+# every rank has to make. For a tensor of S bytes and n ranks [NVIDIA, nccl-tests: ring algorithms]:
 #
 # | collective | a rank brings | a rank takes home | it sends |
 # |---|---|---|---|
@@ -71,9 +71,8 @@ before = ...  # for example "abcda"
 # | all-gather | its part | the whole tensor | S (n - 1) / n |
 # | all-reduce | a whole tensor | their sum, whole | both in turn: 2 S (n - 1) / n |
 #
-# [NVIDIA, nccl-tests: ring algorithms] **DDP**, distributed data parallel, puts the whole model on
-# each rank, gives each its own rows, and averages gradients. By hand that is a loop, in a file
-# for `torchrun`.
+# **DDP**, distributed data parallel, puts the whole model on each rank, gives each its own rows,
+# and averages gradients. By hand that is a loop, in a file for `torchrun`.
 
 # %% tags=["run"]
 with open("three_ways.py", "w") as file:
@@ -90,8 +89,8 @@ def by_hand(model, batches):
 ''')
 
 # %% [markdown]
-# PyTorch's wrapper does that while backward still runs, for many gradients at a time. With several
-# micro batches a step, `no_sync` keeps it quiet until the last (Trainer does so).
+# PyTorch's wrapper does that while backward still runs, many gradients at a time; `no_sync` keeps
+# it quiet until a step's last micro batch (Trainer does so).
 #
 # **FSDP2**, fully sharded data parallel, gives each rank a *part* of every parameter, gradient and
 # optimizer state. Before a layer computes, its parts are gathered; then the whole is dropped. Each
@@ -104,7 +103,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 def ddp(model, batches):
-    bus.backward(DistributedDataParallel(model), batches)
+    bus.backward(DistributedDataParallel(model), batches)    # no_sync but for the last
 
 def fsdp2(model, batches):
     for layer in model.layers:
@@ -113,9 +112,8 @@ def fsdp2(model, batches):
 ''')
 
 # %% [markdown]
-# The model has four layers, each with a frozen matrix of 256 KiB and an adapter of 32 KiB that is
-# trained. A step has two micro batches. `bus.Bus()` notes every collective of a rank, with its
-# bytes.
+# The model has four layers, each with a frozen matrix of 256 KiB and a trained adapter of 32 KiB. A
+# step has two micro batches. `bus.Bus()` notes a rank's collectives, with their bytes.
 
 # %% tags=["run"]
 with open("three_ways.py", "a") as file:
@@ -191,8 +189,8 @@ exercises.check_sent(sent_bytes)
 
 # %% [markdown]
 # ## 3 · What does each save?
-# Llama-3.1-8B, the levers of lesson 06, 2 rows of 2048 tokens on each card. `forecast` runs the
-# code of PyTorch's wrappers, as one of two ranks that only pretend to talk.
+# Llama-3.1-8B, the levers of lesson 06, 2 rows of 2048 tokens on each card. `forecast` adds DDP's
+# buckets, and runs FSDP2's own code as one of two ranks that only pretend to talk.
 #
 # ### Predict
 # One T4 alone needs 7.36 GiB. How many does each of two need under FSDP2?
@@ -204,31 +202,36 @@ predicted_gib = ...
 recipe = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", lora_dropout=0.0, loss="lean",
                      attention="explicit_kv", norm="native", adapters="lean", optimizer="adamw",
                      micro_batch_size=2, sequence_length=2048)
-steps = {"one card": forecast(recipe, T4)} | {
-    f"{strategy} on 2": forecast(recipe, T4, strategy=strategy, world_size=2)
-    for strategy in ("ddp", "fsdp2")}
-figure = figures.compare(steps, T4, "Llama-3.1-8B, 2 x 2048 tokens, what each rank holds")
-show_prediction(predicted_gib, show="{:.2f} GiB".format, also=figure,
-                **{name: step.peak_allocated_bytes / GIB for name, step in steps.items()})
+with bus.Bus() as seen:  # only FSDP2's code talks
+    steps = {"one card": forecast(recipe, T4)} | {
+        f"{strategy} on 2": forecast(recipe, T4, strategy=strategy, world_size=2)
+        for strategy in ("ddp", "fsdp2")}
+show_prediction(predicted_gib, show="{:.2f} GiB".format, also=[
+    f"sent by a rank of fsdp2, one micro batch: {seen.sent_bytes / GIB:.2f} GiB",
+    figures.compare(steps, T4, "Llama-3.1-8B, 2 x 2048 tokens, what each rank holds")],
+    **{name: step.peak_allocated_bytes / GIB for name, step in steps.items()})
 
 # %% [markdown]
 # ### Explain
 # DDP saves nothing: a rank holds the whole model, and the buckets. FSDP2 halves what lies still
-# (adapters, optimizer state, layers' weights) and pays part of it back: the layer at work and the
-# next one lie there whole, and so does the head. Nobody halves activations. So **FSDP2 pays when
-# weights are what is large**. Measured, on two cards held to a T4's memory:
+# (adapters, optimizer state, all weights but the head) and pays part of it back: the layer at work
+# and the next one lie there whole. Nobody halves activations. So **FSDP2 pays when weights are what
+# is large**. Its price: 4.31 GiB a micro batch, where DDP sends the adapters' 52.00 MiB a step.
+#
+# Measured, on two cards held to a T4's memory; speeds are both cards' together, without a mask:
 
 # %% tags=["recorded"]
 from course_utils.topics import recorded
 recorded.show("cards", bus.card)
 
 # %% [markdown]
-# (cuBLAS takes 0.05 GiB more here than on T4s.) Speeds are both cards' together, without a mask;
-# two T4s and their bus will differ, in the ratios, too. *Offload*: parts wait on the host.
-# 32 billion weights need it, or the embedding there. Both ranks' checkpoints there take 16 GiB at
-# 32 768 tokens; at 98 304 (MLP in tiles) 48, which Kaggle lacks.
+# On T4s cuBLAS takes 0.05 GiB less; speeds differ there, even their ratios. *Offload*: parts wait
+# on the host. 32 billion weights need it, or the embedding there. Both ranks' checkpoints there
+# take 16 GiB at 32 768 tokens; at 98 304 (MLP in tiles of tokens, lesson 06) 48, which Kaggle
+# lacks.
 #
-# So: DDP for lesson 07's run, FSDP2 for what one card cannot hold.
+# So: DDP for lesson 07's run, FSDP2 for what one card cannot hold. For yours, put another `model=`
+# and your rows into the cell above.
 
 # %% [markdown]
 # ## 4 · Three things that must be right, and a trap
@@ -269,7 +272,7 @@ show_prediction(predicted_beside, show="{:g} KiB".format, counted=beside[0]["sen
 # %% [markdown]
 # ### Explain
 # Nothing, and no word about it. Two gradients, two models, and rank 0's is saved, which has seen
-# half of your data. In your own loop print once, on each rank,
+# half of your data. In your own loop under DDP print once, on each rank,
 # `torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)`: it must be one number.
 #
 # **Tokens, not means.** DDP takes the mean of the ranks' gradients. Where each divided by its own
@@ -299,29 +302,18 @@ def loss_of_rank(loss_sum, my_tokens, all_reduce, ranks):
 exercises.check_loss(loss_of_rank)
 
 # %% [markdown]
-# **The trap: `DataParallel`.** Start a script with plain `python` where two GPUs are visible, as in
-# a Kaggle notebook, and `Trainer` counts both in *one* process. Your batch doubles, and threads
-# share it, with a copy of the model each. A model in 4 bits is not copied: one card gets both, and
-# what was forecast to fit may not. (TRL's trainers refuse.)
-
-# %% tags=["run"]
-from transformers import TrainingArguments
-arguments = TrainingArguments("out", per_device_train_batch_size=8,
-                              gradient_accumulation_steps=4, report_to="none")
-for n in (1, 2):
-    arguments._n_gpu = n  # as Trainer counts the GPUs that it sees
-    print(f"{n} visible: {arguments.train_batch_size} rows a micro batch, "
-          f"{arguments.train_batch_size * arguments.gradient_accumulation_steps} behind a step")
-
-# %% [markdown]
-# Hide one (`CUDA_VISIBLE_DEVICES=0`, before torch is imported), or start a process for each.
-# `fitcast doctor` tells.
+# **The trap: `DataParallel`.** Where plain `python`, or a Kaggle notebook, sees two GPUs, `Trainer`
+# counts both in *one* process. Your batch doubles, and threads share it, with a copy of the model
+# each. A model in 4 bits is not copied: one card computes all of the doubled batch, and what was
+# forecast to fit may not. (TRL's trainers refuse.)
+#
+# Hide one: `CUDA_VISIBLE_DEVICES=0` before torch is imported (restart a notebook that has imported
+# it). Or start a process for each. `fitcast doctor` tells.
 
 # %% [markdown]
 # ## 5 · On two T4s
-# The run of lesson 07 as a script (yours: `--model`, `--data my.jsonl`); `accelerate launch` is a
-# `torchrun` that reads `configs/`. Accumulation is divided by the processes: 8 x 4 x 1 becomes
-# 8 x 2 x 2, the same 32 sequences. This cell runs where two GPUs are (on Kaggle: *Settings >
+# Lesson 07's run as a script (yours: `--model`, `--data my.jsonl`); `accelerate launch` is a
+# `torchrun` that reads `configs/`. This cell runs where two GPUs are (on Kaggle: *Settings >
 # Accelerator > GPU T4 x2*), some minutes beyond the 30:
 
 # %% tags=["run"]
@@ -333,12 +325,21 @@ bus.on_two_gpus(
 )
 
 # %% [markdown]
+# What it says, recorded on one GPU, then on two under DDP (shape of Llama-3.2-1B, random weights,
+# short padded rows):
+
+# %% tags=["recorded"]
+recorded.show("gpus", bus.launched)
+
+# %% [markdown]
+# Accumulation is divided by the processes: one batch, one loss; faster, but not twice.
+#
 # ## In your script
-# `python mine.py` or `torchrun --nproc-per-node 2 mine.py`. In a notebook: `!pip install -q trl`
-# (on Colab also `!pip uninstall -qy torchao`), `%%writefile mine.py` as this cell's first line, `!`
-# before the other. A base in 4 bits takes lesson 07's `dtype`, `quantization_config=` and, before
-# the last two, its two float32 lines. For FSDP2 take section 5's second line, on Kaggle in
-# `/kaggle/working/course`.
+# Saved as `mine.py`: `python mine.py` takes one card, `torchrun --nproc-per-node 2 mine.py` two. In
+# a notebook: `!pip install -q trl` (on Colab also `!pip uninstall -qy torchao`), `%%writefile
+# mine.py` above this code, `!` before either command. A base in 4 bits takes lesson 07's `dtype`,
+# `quantization_config=` and, above `print`, its two float32 lines. For FSDP2 take section 5's
+# second command, on Kaggle in `/kaggle/working/course`.
 #
 # ```python
 # import os
@@ -387,20 +388,23 @@ exercises.QUESTIONS.score(before, after)
 figures.ranks_explorer(recipe, steps)
 
 # %% [markdown]
-# ### How two cards are told, and how they went
+# ### DataParallel's doubled batch
+# Without two GPUs, we say to `Trainer`'s arguments what they would count:
+
+# %% tags=["run"]
+from transformers import TrainingArguments
+arguments = TrainingArguments("out", per_device_train_batch_size=8, report_to="none")
+for n in (1, 2):
+    arguments._n_gpu = n  # as Trainer counts the GPUs that it sees
+    print(f"{n} visible: {arguments.train_batch_size} rows a micro batch")
+
+# %% [markdown]
+# ### FSDP2's options, and checkpoints
 # (`configs/fsdp2_offload_2xt4.yaml` with `--strategy fsdp2 --offload` lets parts wait on the host.)
 # For FSDP2, which cuts floating numbers, 4-bit weights are stored as float16, two bytes in each,
 # and the optimizer is plain AdamW: bitsandbytes' takes no parts. Checkpoints are whole or not there
 # (lesson 07): kill a rank, start again, with two processes or with one.
 #
-# A DDP run, in the shape of Llama-3.2-1B with random weights and short, padded rows, so that all it
-# says is: how many times as fast, and to the same loss:
-
-# %% tags=["recorded"]
-recorded.show("gpus", lambda row: f"{row['name']}: {row['tokens_per_second']:,.0f} tokens/s, "
-                                  f"loss {row['losses'][-1]:.4f} after {row['steps']} steps")
-
-# %% [markdown]
 # ### Cut in two: a device map
 # `device_map="auto"` is no training of two cards: the first layers lie on one, the last on the
 # other, and while one works the other waits. Memory is shared out, time is not. The card with the

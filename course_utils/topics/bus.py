@@ -51,6 +51,7 @@ class Bus(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, int]] = []
+        self._ranks = 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence = (), kwargs: dict | None = None
@@ -58,12 +59,13 @@ class Bus(TorchDispatchMode):
         name = func.overloadpacket.__name__ if func.namespace == "c10d" else ""
         if name in COLLECTIVES:
             self.seen.append((COLLECTIVES[name][0], max(map(_bytes, args))))
+            self._ranks = dist.get_world_size()  # a forecast's group is gone when it answers
         return func(*args, **(kwargs or {}))
 
     @property
     def sent_bytes(self) -> int:
         """What this rank sends in all that was seen, in whole bytes."""
-        n = dist.get_world_size()
+        n = self._ranks
         factors = dict(COLLECTIVES.values())
         return sum(factors[name] * size * (n - 1) // n for name, size in self.seen)
 
@@ -194,6 +196,15 @@ def card(row: dict[str, Any]) -> str:
         f"{row['sequence_length']:<7}"
         + (f"{peak / GIB:5.2f} GiB" if peak else row["outcome"])
         + (f"{speed:8,.0f} tokens/s" if speed else "")
+    )
+
+
+def launched(row: dict[str, Any]) -> str:
+    """What tools/train_many_gpus.py said in a run of the group "gpus": its batch, its last step."""
+    _, _, batch = row["shared"].rpartition(". ")
+    return (
+        f"{batch}\nstep {row['steps']}: loss {row['losses'][-1]:.4f}, "
+        f"{row['tokens_per_second']:,.0f} tokens/s"
     )
 
 

@@ -53,6 +53,18 @@ def test_two_processes_sent_what_the_check_counts(shown):
     ] + ["0"]
 
 
+def test_what_an_8b_model_sends_follows_from_its_shapes(shown):
+    width, wide, keys, vocabulary, layers = 4096, 14336, 1024, 128_256, 32  # Llama-3.1-8B
+    in_4_bits = (2 * width * width + 2 * width * keys + 3 * width * wide) // 2
+    frozen = layers * (in_4_bits + 2 * width * 2) + vocabulary * width * 2  # norms, embedding
+    trained = layers * 16 * (2 * (width + width) + 2 * (width + keys)) * 4
+    sent = exercises.sent("fsdp2", frozen, trained, micro_batches=1, ranks=2)
+    text = " ".join(SCRIPT.read_text("utf-8").split("### Explain\n")[3].split())
+    assert f"one micro batch: {sent / GIB:.2f} GiB" in shown
+    assert f"{sent / GIB:.2f} GiB a micro batch" in text
+    assert f"{exercises.sent('ddp', frozen, trained, 1, 2) / 2**20:.2f} MiB a step" in text
+
+
 def test_the_lines_for_two_gpus_are_lines_of_the_script(monkeypatch):
     (call,) = re.findall(r"^bus\.on_two_gpus\((.*?)^\)", SCRIPT.read_text("utf-8"), re.M | re.S)
     lines = eval(f"({call})")

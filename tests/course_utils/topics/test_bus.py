@@ -21,10 +21,11 @@ def test_a_bus_notes_each_collective_with_the_bytes_of_the_whole_tensor():
         dist.reduce_scatter_tensor(torch.zeros(64), torch.zeros(256))
         dist.broadcast(torch.zeros(8), 0)  # no model moves
         torch.zeros(3).add(1)
-        said, sent = str(seen), seen.sent_bytes
-    assert said == "2 x all-reduce of 1 KiB; 1 x all-gather of 2 KiB; 1 x reduce-scatter of 1 KiB"
+    assert (
+        str(seen) == "2 x all-reduce of 1 KiB; 1 x all-gather of 2 KiB; 1 x reduce-scatter of 1 KiB"
+    )
     # nccl-tests' factors for 4 ranks: 1.5, 0.75 and 0.75
-    assert sent == 2 * 1024 * 1.5 + 2048 * 0.75 + 1024 * 0.75
+    assert seen.sent_bytes == 2 * 1024 * 1.5 + 2048 * 0.75 + 1024 * 0.75
 
 
 def test_the_small_model_is_the_same_in_each_process_and_as_large_as_said():
@@ -79,6 +80,13 @@ def test_the_lessons_rows_are_those_that_were_measured():
     assert recorded.rows("cards") == rank_rows.rows(measured), "run python -m tools.rank_rows"
     lines = [bus.card(row) for row in recorded.rows("cards")]
     assert " ".join(lines[1].split()) == "llama-3.1-8b ddp 2 x 2048 7.45 GiB 15,824 tokens/s"
+
+
+def test_a_launched_run_reads_as_the_script_writes():
+    assert [bus.launched(row) for row in recorded.rows("gpus")] == [
+        "1 x 8 x 4 = 32 sequences of 1024 tokens a step\nstep 12: loss 11.1190, 3,977 tokens/s",
+        "2 x 8 x 2 = 32 sequences of 1024 tokens a step\nstep 12: loss 11.1191, 6,662 tokens/s",
+    ]
 
 
 @pytest.mark.slow
