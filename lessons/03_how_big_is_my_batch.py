@@ -6,9 +6,9 @@
 # **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; two thirds in is a
 # place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
-# So you train a 3B model on two sequences at a time, sixteen times over: a T4 takes two if every
-# layer forgets, a third is *tight* (lesson 02). You hope that it is the same as 32 at
-# once. It is, if you divide by the right number. Many loops do not.
+# A T4 trains a 3B model on two sequences at a time if every layer forgets; a third is *tight*
+# (lesson 02). You want 32 behind each update, so you add up sixteen times two. Is that the same as
+# 32 at once? It is, if you divide by the right number. Many loops do not.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -82,8 +82,8 @@ before = ...  # for example "abcda"
 # An update needs the gradient of many sequences; memory wants few at once. PyTorch has the way out
 # built in: `backward()` *adds* to `.grad`. So micro batch after micro batch goes forward and
 # backward, the gradients pile up, and then comes one **optimizer step** for all of them. Two
-# updates of 2 x 4 sequences; after each event we measure the length of what lies in `.grad` (all of
-# it as one long vector: its norm):
+# updates of 2 x 4 sequences; after each `backward()` we measure the length of what lies in `.grad`
+# (all of it as one long vector: its norm):
 
 # %% tags=["run"]
 from fitcast.step import qlora
@@ -107,8 +107,8 @@ figures.updates(events, "two updates of 2 x 4 sequences")
 # comment `optimizer.step()` out and see.) Forget *clear*, and the second update contains the first
 # one's gradient again. The sequences behind an update are the **effective batch**: micro batch
 # (`per_device_train_batch_size`) x accumulation steps (`gradient_accumulation_steps`) x world size,
-# the number of processes that share the work. Trainer has the three in three places, and their
-# product in none.
+# the number of processes that share the work (or of cards, where one process takes all it sees, as
+# in a notebook with two). Trainer has an argument for two of them, and none for the product.
 #
 # ### Predict
 # 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`. How many lines does
@@ -130,11 +130,10 @@ show_prediction(predicted_lines, show="{:.0f} lines".format, logged=len(log),
 # ### Explain
 # 32 micro batches make 8 optimizer steps, and those are what Trainer counts: `logging_steps`,
 # `save_steps`, `eval_steps`, `warmup_steps` and `max_steps` alike. Only
-# `gradient_accumulation_steps` counts micro batches. The *learning rate* is the length of an
-# update's step; in *warm-up* it rises, then the *schedule* lets it fall, once an update, too. Half
-# of 8 is 4 steps of warm-up, and a linear one starts at **zero**, so the first update changes
-# nothing at all. (Go further has the rest: what is left at the end of an epoch.) [transformers:
-# `get_linear_schedule_with_warmup`]
+# `gradient_accumulation_steps` counts micro batches. The *learning rate* moves once an update, too:
+# it rises through the *warm-up*, here half of the run, 4 steps, then it falls. It starts at
+# **zero**, so the first update changes nothing at all. (Go further has the rest: what is left at
+# the end of an epoch.) [transformers: `get_linear_schedule_with_warmup`]
 
 # %% [markdown]
 # ## 2 · The same gradient?
@@ -190,15 +189,18 @@ whole = gradient_of(model, all_at_once, uneven)
 means = gradient_of(model, add_means, micro_batches)
 figure = figures.token_shares([batching.labelled_tokens(one) for one in micro_batches],
                               "28 short answers, 4 long ones")
-show_prediction(predicted_error, show="{:.2f}".format, also=figure,
-                mean_of_means=relative_error(means, whole))
+uncut = relative_error(gradient_of(model, add_means, batching.split(batch, 2)),
+                       gradient_of(model, all_at_once, batch))
+show_prediction(predicted_error, show="{:.2f}".format, mean_of_means=relative_error(means, whole),
+                also=[figure, f"no answer cut: {uncut:.2f}"])
 
 # %% [markdown]
 # ### Explain
 # The error is longer than the gradient itself. The loss of the whole batch is a mean over *tokens*.
 # A mean of micro batches' means gives each *micro batch* the same say, so a token of a short answer
 # counts dozens of times as much as a token of a long one: fourteen of sixteen shares go to
-# first words.
+# first words. Uncut, our answers are about equally long, and the error is 0.00: nobody would notice
+# this bug. How far apart are the lengths of yours?
 #
 # The right way is **token weighting**: sum over a micro batch's tokens, divide by the labelled
 # tokens of *all* micro batches, which must be counted before the first backward. The bug was
@@ -232,11 +234,12 @@ exercises.check_accumulation(add_gradients)
 
 # %% [markdown]
 # Trainer counts an update's labelled tokens first and hands them to the loss as
-# **`num_items_in_batch`**. Whoever writes their own `compute_loss` and does not hand that argument
-# on is on their own: Trainer believes that the loss is divided already, and no longer divides. (So
-# are many heads for *classification*, which take the argument and ignore it: with plain Trainer
-# BERT's loss is 16 times too large at 16 steps of accumulation [transformers issue 47688]. Set
-# `trainer.model_accepts_loss_kwargs = False`.) The usual override, and the repaired one:
+# **`num_items_in_batch`**. If your own `compute_loss` does not hand that argument on, Trainer still
+# believes that the loss is divided already, and no longer divides. (Many heads for *classification*
+# take the argument and ignore it: with plain Trainer BERT's loss is 16 times too large at 16 steps
+# of accumulation [transformers issue 47688]. Set `trainer.model_accepts_loss_kwargs = False`.) The
+# usual override, and the repaired one. It asks Trainer's own `compute_loss`, which hands the count
+# on, and on several GPUs multiplies by their number (Go further says why):
 
 # %% tags=["run"]
 class Forgetful(Trainer):
@@ -245,7 +248,7 @@ class Forgetful(Trainer):
 
 class Repaired(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return model(**inputs, num_items_in_batch=num_items_in_batch).loss
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 update = replace(recipe, max_steps=1)
 logs = {kind.__name__: trainer_log(update, rows[:32], tokenizer, kind, logging_steps=1)[0]
@@ -255,9 +258,9 @@ for name, log in logs.items():
     print(f"{name:9} gradient {factor:4.1f} x, loss {log['loss'] / logs['Trainer']['loss']:4.1f} x")
 
 # %% [markdown]
-# Times the accumulation steps. The update hardly shows it: Trainer shortens a gradient that is
-# longer than 1 (*clipping*, lesson 05), and Adam divides by its size. The log does: if its first
-# loss is not that of an evaluation on the same rows, look here first.
+# Sixteen times, once for each accumulation step. The update hardly shows it: Trainer shortens a
+# gradient that is longer than 1 (*clipping*, lesson 05), and Adam divides by its size. The log
+# does: if its first loss is not that of an evaluation on the same rows, look here first.
 
 # %% [markdown]
 # *A good place to stop. When you come back: run all cells above, then go on.*
@@ -307,9 +310,9 @@ show_prediction(predicted_fraction, show="{:.3f} of the peak".format, also=[meas
 # %% [markdown]
 # ## 4 · Thirty-two on a T4
 # Llama-3.2-3B by QLoRA, 2048 tokens, a T4. Three numbers are yours: micro batch, accumulation
-# steps, and how many of the 28 layers forget. ("At best" are the seconds that the operations would
-# take at the card's peak rates. No step gets there. What forgetting costs they compare fairly; that
-# larger micro batches run faster they hardly see: Go further measures it.)
+# steps, and how many of the 28 layers forget. ("At best" are the seconds at the card's peak rates,
+# which no step reaches. They are fair to what forgetting costs, and hardly see that larger micro
+# batches run faster: Go further measures that.)
 
 # %% tags=["run"]
 three = TrainRecipe(model="llama-3.2-3b", sequence_length=2048, amp_dtype="float16")
@@ -356,8 +359,9 @@ figures.split_explorer()
 # %% [markdown]
 # ## In your script
 # The three numbers in Trainer, a `compute_loss` that hands the count on, and the first thing to
-# look at in the log. (With rows of your own evaluate a few hundred: not equal to the last digit
-# then, but not 16 times off.)
+# look at: the script's own two lines, "before training" and "first update". (Trainer prints lines
+# in braces around them. With rows of your own evaluate a few hundred: the two are not equal to the
+# last digit then, but not 16 times off.)
 #
 # ```python
 # import torch
@@ -365,8 +369,9 @@ figures.split_explorer()
 #
 # class MyTrainer(Trainer):
 #     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-#         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)  # hand it on
-#         return (outputs.loss, outputs) if return_outputs else outputs.loss
+#         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+#         # here: what you do with them
+#         return (loss, outputs) if return_outputs else loss
 #
 # model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.float32)
 # rows = [{"input_ids": list(range(64)), "labels": list(range(64))}] * 32
@@ -378,7 +383,7 @@ figures.split_explorer()
 # print("before training:", trainer.evaluate(rows)["eval_loss"])  # the rows of the first update
 # trainer.train()
 # first = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
-# print("first line of the log:", first)  # the same, if all is right
+# print("first update:", first)  # the same, if all is right
 # ```
 #
 # ## And now?
@@ -392,8 +397,8 @@ exercises.QUESTIONS.score(before, after)
 
 # %% [markdown]
 # ## To lesson 04
-# Most of what a micro batch costs are numbers of 4 bytes. Would 2 do? Lesson 04 asks: half the
-# bits, all the quality?
+# The activations of section 3 are numbers of 4 bytes. Would 2 do? Lesson 04 asks: half the bits,
+# all the quality?
 
 # %% [markdown]
 # ## Go further (optional)
@@ -648,10 +653,10 @@ show_prediction(predicted_work, show="{:.2f} x".format, counted=work[2] / work[8
 
 # %% [markdown]
 # ### Explain
-# No more work. An *update* with accumulation 16 takes longer than one without, because it has
-# 16 times the tokens; a *token* does not. What accumulation does cost is the form of the work:
-# the same products in 16 pieces, so 16 times as many kernels to start, and all weights read 16
-# times an update. Whether you feel it depends on the size of a piece. Here, on this machine:
+# No more work. Accumulate 16 micro batches of the same size, and the *update* takes longer, because
+# it has 16 times the tokens; a *token* does not. What costs is cutting the same tokens into 16
+# pieces: 16 times as many kernels to start, and all weights read 16 times an update. Whether you
+# feel it depends on the size of a piece. Here, on this machine:
 
 # %% tags=["run", "nbval-ignore-output"]
 # loose: seconds of this machine
@@ -675,8 +680,8 @@ for row in recorded.rows("menu"):
 print(f"[recorded: {recorded.stamp(recorded.rows('menu'))}]")
 
 # %% [markdown]
-# Larger pieces are faster, and less and less so: once a piece fills the GPU, doubling it buys
-# nothing. So: the largest micro batch that fits *comfortably*, unless the room buys layers that
+# Larger pieces are faster, and less and less so: once a piece fills the GPU, doubling it buys next
+# to nothing. So: the largest micro batch that fits *comfortably*, unless the room buys layers that
 # need not forget (section 4); and accumulation for the rest.
 #
 # Now the two cards. The forecast gives the memory, and the time if every operation ran at the data
@@ -714,7 +719,7 @@ show_prediction(predicted_speedup, show="{:.1f} x".format,
 # and logits; and with the usual loss the A10's 8 x 4 does not even fit its 24 GB. "Larger card,
 # larger micro batch" has to be checked like anything else.
 #
-# **Is quality different?** Both update on 32 sequences, and section 2 asserted that the gradient is
+# **Is quality different?** Both update on 32 sequences, and section 2 showed that the gradient is
 # the same, to rounding. What differs is the 16-bit format, float16 on one, bfloat16 on the other.
 
 # %% [markdown]

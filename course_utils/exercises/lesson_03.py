@@ -57,8 +57,9 @@ QUESTIONS = SelfCheck(
         "the whole batch",
         (
             "always",
-            "never",
+            "when all micro batches have equally many sequences",
             "when all micro batches have equally many labelled tokens",
+            "never",
         ),
         "c",
         "A mean of means gives a token of a short answer more say; divide sums by all tokens.",

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from course_utils.data import BUNDLED
 from course_utils.exercises import lesson_03
@@ -24,6 +26,7 @@ from fitcast import gpus
 from fitcast.recipe import TrainRecipe
 from fitcast.training.batching import labelled_tokens
 from tests.lessons.exercises import complaints
+from tools.notebooks import lesson_scripts
 
 
 def schedule(epoch_steps, warmup_of=None, lines_of=None, ranks_of=lambda ranks: ranks):
@@ -428,6 +431,29 @@ def test_a_classifiers_head_ignores_the_count(tmp_path, told, times):
     trainer.train()
     logged = trainer.state.log_history[0]["loss"]
     assert logged == pytest.approx(times * trainer.evaluate(rows)["eval_loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["Repaired", "MyTrainer"])
+@pytest.mark.parametrize(("ranks", "cards"), [(1, 1), (2, 1), (1, 2)])
+def test_the_override_multiplies_by_the_gpus_as_trainer_does(name, ranks, cards):
+    """What averages over GPUs divides by their number. transformers/trainer.py, `compute_loss`."""
+    (path,) = lesson_scripts(["03"])
+    written = re.search(
+        rf"(?:# )?class {name}\(Trainer\):\n(?:(?:# )? {{4}}.*\n)+", path.read_text()
+    )
+    exec(re.sub("^# ", "", written[0], flags=re.M), {"Trainer": Trainer}, made := {})
+    trainer = made[name].__new__(made[name])
+    vars(trainer).update(
+        model=None, label_smoother=None, compute_loss_func=None, model_accepts_loss_kwargs=True,
+        is_deepspeed_enabled=False,
+        accelerator=SimpleNamespace(parallelism_config=None, num_processes=ranks),
+        args=SimpleNamespace(average_tokens_across_devices=True, n_gpu=cards),
+    )  # fmt: skip
+
+    def model(num_items_in_batch):
+        return CausalLMOutput(loss=torch.tensor(12.0) / num_items_in_batch)
+
+    assert trainer.compute_loss(model, {}, num_items_in_batch=4) == 3 * ranks * cards
 
 
 def test_trainer_log_has_trainers_own_lines():
