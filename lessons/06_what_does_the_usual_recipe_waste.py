@@ -3,8 +3,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/06_what_does_the_usual_recipe_waste.ipynb)
 #
-# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others · runs anywhere; a GPU
-# fills in the lines that say "measured".
+# **45 min** for those who have fine-tuned a transformer, 60 to 75 for others · runs anywhere; what
+# says "measured" was recorded on a GPU.
 #
 # Lesson 05 left every part working, on a model that fits anywhere. Now the model has 8 billion
 # weights, the card is a T4, the recipe is the one that the guides teach, and it runs out of memory.
@@ -72,11 +72,10 @@ before = ...  # for example "abcda"
 #
 # There are two worlds. Rows of different length are **padded** to the longest, and a *mask* hides
 # the padding from attention. Rows that are **packed** (cut from one long text), of equal length, or
-# alone need no mask. Keep both in sight: it matters. (TRL's `packing=True` keeps examples apart by
-# a mask: for attention that is the padded world, in one long row. `packing_strategy="wrapped"` is
-# what we call packed. From 1.16 on its SFTTrainer takes the loss in chunks: your peaks are then
-# about those of section 3: padded it fits, and little is left to gain; without a mask section 2's
-# repair makes it fit, and faster.) [TRL, sft_config.py; transformers,
+# alone need no mask. Keep both in sight: it matters. Which is yours? Where
+# `batch["attention_mask"].all()` is true, nothing is masked. (But TRL's `packing=True` keeps
+# examples apart by a mask of its own: for attention that is the padded world, in one long row;
+# `packing_strategy="wrapped"` is what we call packed.) [TRL, sft_config.py; transformers,
 # masking_utils.py]
 
 # %% tags=["setup"]
@@ -102,12 +101,12 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also=[where, logits, fi
 
 # %% [markdown]
 # ### Explain
-# A quarter of the peak is weights; adapters, gradients and optimizer are dust. The peak stands
+# A good quarter of the peak is weights; adapters, gradients and optimizer are dust. The peak stands
 # where the loss goes backward, and three float32 copies of the **logits**, of 3.91 GiB each, stand
 # there with it: more than twice the weights. (One waits for backward, so the figure books it with
 # the activations.) The rest of the activations are what forgetting layers keep, 32 boundaries. (The
 # line is at 14.42 GiB: of a T4's 14.56, CUDA's context takes the rest.) So there is one large thing
-# to take away. First the slow one.
+# to take away. First, though, one that is slow.
 
 # %% [markdown]
 # ## 2 · Attention: which kernel?
@@ -151,9 +150,9 @@ for predicted, world in ((predicted_speedup, "no_mask"), (predicted_speedup_padd
 # %% [markdown]
 # ### Explain
 # Without a mask about twice as fast, padded not at all: there transformers had repeated already. (A
-# row *alone* is the first world, whatever the script says: its mask would hide nothing, and
-# transformers drops it.) So when somebody promises you twice the speed, ask for their batches. (And
-# not a byte is saved, in either world: this peak is the logits'.)
+# row *alone* has no mask, whatever the script says: it would hide nothing, and transformers drops
+# it.) So when somebody promises you twice the speed, ask for their batches. (And not a byte is
+# saved, in either world: this peak is the logits'.)
 
 # %% [markdown]
 # ## 3 · The logits: never all at once
@@ -215,7 +214,9 @@ for predicted, (name, step) in zip((predicted_gib_no_mask, predicted_gib_padded)
 # ### Explain
 # Padded, the run fits: one change, and nothing else was needed. Without a mask there is a second
 # summit behind the first, attention's scores, so two changes are needed and neither is enough
-# alone. Take the highest one, look again: the peak is a *moment*, not a sum.
+# alone. Take the highest one, look again: the peak is a *moment*, not a sum. (TRL's SFTTrainer
+# takes the loss in chunks by itself, from 1.16 on: your peaks are then about these. Padded, little
+# is left to gain; without a mask section 2's repair makes it fit, and faster.)
 
 # %% [markdown]
 # ## 4 · What each lever buys
@@ -225,8 +226,8 @@ for predicted, (name, step) in zip((predicted_gib_no_mask, predicted_gib_padded)
 # adapter dropout, which regularizes.
 #
 # ### Predict
-# Padded rows. How many times as fast as the usual recipe is the step with all levers except
-# checkpoints on the host?
+# Padded rows. How many times as fast as the usual recipe is the step with the two levers so far,
+# PyTorch's RMSNorm, lean pieces and no dropout?
 
 # %% tags=["predict"]
 predicted_all_levers = ...
@@ -252,14 +253,22 @@ show_prediction(predicted_all_levers, show="{:.1f} times".format, forecast=faste
 # bought. Spend it on layers that need not forget (k of n, lesson 02), smaller micro batches if need
 # be. `fitcast fit` tries what counts, one forecast each, and names what should be the fastest.
 # Recorded within a T4's memory, 8 sequences of 2048 behind each step, without a mask (padded rows
-# were not); times are of the usual recipe's speed:
+# were not), with all levers but the host's; times are of the usual recipe's speed. Every layer
+# forgets:
+
+# %% tags=["run"]
+print(ladder.table(ladder.rungs("fit", ["micro batch 4, all layers checkpointed"])))
+
+# %% [markdown]
+# And with the memory spent? Guess how many times the usual recipe's speed, then run:
 
 # %% tags=["run"]
 print(ladder.table(ladder.fastest("fit", 4)))
 
 # %% [markdown]
-# *What fit picks* was its pick on that day: 2 rows at a time, 17 layers forget. It was not the
-# fastest. Today's `fit` calls it *tight*, and picks as in the first row, with more levers; ask it
+# A seventh more speed, for memory that lay idle; little beside what the levers bought. *What fit
+# picks* was its pick on that day: 2 rows at a time, 17 layers forget. It was not the fastest.
+# Today's `fit` calls it *tight*, and picks as in this table's first row, with more levers; ask it
 # (a minute or two): `fitcast fit --model llama-3.1-8b --sequence-length 2048
 # --target-effective-batch 8 --lora-dropout 0`.
 #
@@ -303,10 +312,10 @@ exercises.check_phi(phi_recipe)
 
 # %% [markdown]
 # ## In your script
-# Two lines, on TRL's own trainer; `apply_levers` says what it changed and what it left, and why.
-# From a Trainer it takes the logits away, too; where TRL has done so, section 2's kernel is the
-# gain. (`checkpointed_layers=18` is one of section 5's.) (Where `trl` or `fitcast` is missing, as
-# on Colab: `!pip install trl git+https://github.com/course-authors/fit-the-fine-tune`, and
+# Two lines, on TRL's own trainer; `apply_levers` says what it changed and what it left, and why; it
+# takes `checkpointed_layers=18`, too (section 5). From a Trainer it takes the logits away, too;
+# where TRL has done so, section 2's kernel is the gain. (Where `trl` or `fitcast` is missing, as on
+# Colab: `!pip install trl git+https://github.com/course-authors/fit-the-fine-tune`, and
 # `!pip uninstall -qy torchao`, which is too old for PEFT there.)
 #
 # ```python
@@ -334,7 +343,7 @@ exercises.check_phi(phi_recipe)
 # llama = trainer.model.get_base_model()  # and in a loop of your own, without a trainer:
 # ids = torch.arange(64, device=llama.device).view(1, 64)
 # loss = fitcast.chunked_loss(llama.model(ids).last_hidden_state, llama.lm_head, labels=ids)
-# print(f"the same loss, in chunks: {loss:.2f}")
+# print(f"in chunks {loss:.2f}, the model's own {llama.eval()(ids, labels=ids).loss:.2f}")
 # ```
 #
 # ## And now?
