@@ -115,9 +115,12 @@ print("two steps done, peak", show_bytes(on_a_t4(model).peak_bytes))
 # %% [markdown]
 # It trains. Weights in 16 bits (1), only small *adapters* beside them trained (2: LoRA; 16 is their
 # inner width), what layers computed forgotten and computed again (3). Take any one of the three
-# away (1: back to `float32`; 2, 3: comment it out) and it dies again. Say first where: in a layer,
-# in the head, in the optimizer? The same three lines with numbers in the tensors, on the small
-# model that the course carries:
+# away (1: back to `float32`; 2, 3: comment it out) and it dies again. Guess where each time (in a
+# layer, in the head, in the optimizer?), then try it.
+# <details><summary>Answer</summary>Without 1 in the head, on the way forward; without 2 in the
+# optimizer's step; without 3 in the 19th of the 28 layers, on the way forward.</details>
+#
+# The same three lines with numbers in the tensors, on the small model that the course carries:
 
 # %% tags=["run"]
 small = AutoModelForCausalLM.from_pretrained(data.BUNDLED, use_safetensors=True,
@@ -219,18 +222,18 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # %% [markdown]
 # Read it from left to right. **Forward** climbs: every layer leaves tensors behind. **Backward**
 # descends: it uses them up, last layer first, and leaves gradients. The **optimizer step** creates
-# Adam's two averages, once; they stay. `zero_grad()` lets the gradients go: their orange band ends.
-# So the second step starts higher than the first, and the peak belongs to the *second* step:
-# whoever probes a batch size runs two. *Temporaries*, the thin band on top, live for a few
-# operations. (On a GPU the measured peak is higher: forward and backward each lend the matrix
-# library some work space.)
+# Adam's two averages, once; they stay. `zero_grad()` lets the gradients go: their band, the one
+# above the weights, ends. So the second step starts higher than the first, and the peak belongs to
+# the *second* step: whoever probes a batch size runs two. *Temporaries*, the thin band on top, live
+# for a few operations. (On a GPU both numbers can be higher: its kernels keep other tensors, and
+# its allocator rounds sizes up.)
 
 # %% [markdown]
 # ## 2 · What does one layer keep?
-# Each layer has its own set of kept tensors, a₁ … aₙ, until backward has passed it. A Llama layer,
-# from its input to its output: norm → query, key, value → query and key rotated by position →
-# attention → a linear layer → added to the input; norm → gate and up (two linear layers) → silu of
-# gate, times up → down → added.
+# Layer *i* has its own set of kept tensors, aᵢ in the picture, until backward has passed it. A
+# Llama layer, from its input to its output: norm → query, key, value → query and key rotated by
+# position → attention → a linear layer → added to the input; norm → gate and up (two linear layers)
+# → silu of gate, times up → down → added.
 
 # %% tags=["run"]
 figures.forward_backward(layers=4)
@@ -273,8 +276,8 @@ show_prediction(predicted_ratio, show="{:.2f} x the boundary".format, also="\n".
 #
 # - the two norms keep their input, one number (1 / root mean square: `rsqrt`), the normalised
 #   input, and the result, which is the operand of the linear layers behind them (two `mul`);
-# - attention keeps query and key after rotation (two `add`), and value (key and value are narrow:
-#   two heads serve six queries), its output, and one number for each head;
+# - attention keeps value, query and key (both rotated: two `add`), its output, and one number for
+#   each query head; key and value are narrow, because two of their heads serve six query heads;
 # - the MLP keeps four tensors of its inner width, 384.
 #
 # (`mm` is a matrix product.) An addition itself keeps nothing: `add` in the list names who *made* a
@@ -310,9 +313,9 @@ exercises.check_saved_numbers(numbers_kept)
 # *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
 #
 # ## 3 · Two laws
-# transformers has several **attention kernels**, the code that computes attention. *Eager* is the
-# formula, product by product. SDPA, its default, calls PyTorch's `scaled_dot_product_attention`,
-# one operation for all of it.
+# An **attention kernel** is the code that computes attention. transformers' *eager* is the formula,
+# product by product. Its default, SDPA, is one operation, PyTorch's `scaled_dot_product_attention`,
+# which picks a kernel by GPU, dtype and mask.
 #
 # ### Predict
 # A layer of Llama-2-7B, and twice the text, 4096 tokens in place of 2048. What the layer keeps
@@ -343,8 +346,8 @@ show_prediction(predicted_factor_sdpa, show=times, counted_with_SDPA=factors["SD
 # positions, for every head: a straight part plus a quadratic one, so doubling gives a factor
 # between 2 and 4, the closer to 4 the longer the text. SDPA's line is straight: the kernel that it
 # picks here never writes scores to memory, keeps one number for each query and head, and computes
-# the scores again [FlashAttention, section 3.1]. (A T4 has no FlashAttention; for Llama 3, without
-# a mask, its kernel does write them: lesson 02, section 5, sees the 1B model keep nearly eight
+# the scores again [FlashAttention, section 3.1]. (Not everywhere: for Llama 3 without a mask a T4
+# gets a kernel that does write them. Lesson 02, section 5, sees the 1B model keep nearly eight
 # times as much for four times the tokens.) **Batch: always linear**, because every kept tensor has
 # the batch as a factor.
 #
@@ -359,8 +362,9 @@ figures.layers_explorer()
 
 # %% [markdown]
 # ## 4 · The term that few count
-# The last thing forward computes are the **logits**: for each token one number for each word of the
-# vocabulary. Llama-3.2-1B has a vocabulary of 128 256. In come 4 sequences of 1024 token ids.
+# The last thing that forward computes before the loss are the **logits**: for each token one number
+# for each word of the vocabulary. Llama-3.2-1B has 128 256 words. In come 4 sequences of 1024 token
+# ids.
 #
 # ### Predict
 # How many bytes is *one* float32 copy of the logits? (The ids themselves: 4 x 1024 x 8 bytes, 32
@@ -412,12 +416,18 @@ exercises.check_logits_at_peak(logits_at_peak, full, vocab_size=1280)
 # %% [markdown]
 # ## In your script
 # No course, no `fitcast`: PyTorch's own instruments, for any model. (This one: a download of 1 GB,
-# and 494 million weights at 16 bytes [Qwen2.5-0.5B].) Two steps, because of Adam. What the peak has
-# beyond those three holders follows the data. The snapshot shows who held what, and which
-# line of yours allocated it: drop the file on
+# and 494 million weights at 16 bytes [Qwen2.5-0.5B].) Two steps, because of Adam. The snapshot
+# shows who held what, and which line of yours allocated it: drop the file on
 # [pytorch.org/memory_viz](https://pytorch.org/memory_viz). (`nvidia-smi` shows more than the peak:
 # CUDA's context, and memory that PyTorch keeps for later. `torch.cuda.empty_cache()` hands that to
 # other processes; for your own it makes no room. [PyTorch: CUDA semantics])
+#
+# Guess before you run it: how far above the first three holders is the peak, and who is there?
+# <details><summary>What to expect</summary>The three are 7.36 GiB; the peak on a T4 is above 9 GiB,
+# by forecast. This time it is not the data: 512 tokens are few, and the peak is in the optimizer's
+# step, where PyTorch's AdamW takes all weights at once and holds a temporary of their size.
+# <code>AdamW(..., fused=True)</code> needs none and stays below 9 GiB. With 2048 tokens the data
+# win, and a T4 is too small.</details>
 #
 # ```python
 # import torch
@@ -452,7 +462,7 @@ exercises.QUESTIONS.score(before, after)
 # %% [markdown]
 # ## To lesson 02
 # A layer keeps some seventeen times its boundary (in float32; one of Llama-2-7B in 16 bits 22.8),
-# and LoRA alone leaves 64 % of section 1's peak (Go further). What if we kept *only* the
+# and LoRA alone leaves well over half of section 1's peak (Go further). What if we kept *only* the
 # boundaries, and computed the rest again when backward asks for it? Lesson 02 asks: what if we
 # forget on purpose?
 

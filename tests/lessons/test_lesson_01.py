@@ -10,14 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config
 
 from course_utils.exercises import lesson_01
 from course_utils.exercises.lesson_01 import FULL
-from fitcast import gpus, models
+from fitcast import fake_model, forecast_step, gpus, models
 from fitcast.forecasting.fake import fake_tensors, meta_model, on_fake_tensors
 from fitcast.memory.ledger import MemoryLedger
 from fitcast.step import qlora
-from fitcast.units import MIB
+from fitcast.units import GIB, MIB
 from tests.lessons.exercises import complaints
 from tools.notebooks import lesson_scripts
 
@@ -156,6 +157,42 @@ def test_each_of_the_three_lines_is_needed(lines, where):
 @pytest.mark.slow
 def test_the_three_lines_together_are_enough():
     assert whole_game({1, 2, 3}) < gpus.T4.usable_bytes
+
+
+QWEN = {  # Qwen2.5-0.5B, as its config.json and model card have it
+    "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def script_on_a_t4(folder, tokens: int, **options):
+    """The forecast of the steps of "In your script", and the model's number of weights."""
+    model = fake_model(str(folder))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, **options)
+
+    def step(model):
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="cuda")
+        for _ in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return forecast_step(model, step, gpus.T4), model.num_parameters()
+
+
+@pytest.mark.slow
+def test_what_the_script_is_expected_to_show(tmp_path):
+    """Few tokens: three holders of 7.36 GiB, and the optimizer's temporary above them."""
+    Qwen2Config(**QWEN).save_pretrained(tmp_path)
+    short, weights = script_on_a_t4(tmp_path, 512)
+    fused, _ = script_on_a_t4(tmp_path, 512, fused=True)
+    long, _ = script_on_a_t4(tmp_path, 2048)
+    assert weights == 494_032_768
+    assert short.fits and 9 * GIB < short.peak_allocated_bytes < 9.5 * GIB
+    assert short.composition["temporaries"] >= 4 * weights
+    assert 16 * weights < fused.peak_allocated_bytes < 9 * GIB
+    assert not long.fits and long.composition["activations"] > 4 * GIB
 
 
 def test_what_the_lessons_hooks_saw_is_gone_afterwards():

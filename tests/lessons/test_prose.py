@@ -37,6 +37,7 @@ CALCULATED = {
     "01_where_does_the_memory_go": {
         "512 MiB": "32 * 1 * 2048 * 4096 * 2 / MIB",  # the formula of the sentence
         "4 KiB": "4 * 128 * 8 / KIB",  # token ids, 8 bytes each
+        "7.36 GiB": "16 * 494_032_768 / GIB",  # counted in test_lesson_01.py
     },
     "03_how_big_is_my_batch": {
         "125 TFLOP/s": "A10.matmul_flops / 1e12",
@@ -57,7 +58,10 @@ CALCULATED = {
 }
 # ... or the reason why nobody need: they state nothing that could be measured.
 GIVEN = {
-    "01_where_does_the_memory_go": {"2 GiB": "an example of how to type an answer"},
+    "01_where_does_the_memory_go": {
+        "2 GiB": "an example of how to type an answer",
+        "9 GiB": "the script's own steps are forecast in test_lesson_01.py",
+    },
     "03_how_big_is_my_batch": {"24 GB": "the vendor's name for the card"},
     "README.md": {
         "1 GB": "what set-up downloads, about, as the Makefile says while it does",
