@@ -234,11 +234,12 @@ show_prediction(predicted_fraction, show="{:.0%}".format, counted=ours / theirs,
 # %% [markdown]
 # ### Explain
 # Forward hardly climbs: only boundaries stay, and the logits at its end. In backward each layer
-# comes back for a moment (one tooth of the saw), and is gone again. So there are two summits. At
-# the end of forward the logits, which no layer owns, stand beside the boundaries (the 0.18 above).
-# In backward, when they are gone, it is *all boundaries plus one whole layer*, which is more here;
-# with a large vocabulary it is the logits. Both shares belong to *four layers*: the more layers,
-# the smaller.
+# comes back for a moment (one tooth of the saw), and is gone again. So the activations have two
+# summits. At the end of forward: *all boundaries plus the logits*, which no layer owns (the share
+# after `model.train()` above). At the first tooth, the logits gone: *all boundaries plus one whole
+# layer*, which is more here; with a large vocabulary the logits are more. The dot, the peak of the
+# whole step, stands on the last tooth: fewer boundaries are left there, but the other layers'
+# gradients have come. Both shares belong to *four layers*: the more layers, the smaller.
 
 # %% [markdown]
 # ## 4 · What does it cost?
@@ -280,14 +281,14 @@ for predicted, rank in ((predicted_more_full, None), (predicted_more_lora, 16)):
 # | run again | 0.69 |
 # | a third of that (all weights), a half (LoRA) | 0.23, 0.34 |
 #
-# Counted are 22 % and 32 %, because backward is a little more than two forwards, or one. A big
-# model has a smaller head, and pays a little more.
+# Counted (on a CPU) are 22 % and 32 %, because backward is a little more than two forwards, or one.
+# Other models have other shares of head and last product: count yours.
 
 # %% [markdown]
 # ## 5 · When is it needed, and how much of it?
-# From which size on does a T4 need it, 3B? Such a rule would have a size in it and no length. Three
-# verdicts: **fits**, the forecast's upper bound lies within the card; **tight**, it runs if the
-# allocator is lucky with the gaps between its pieces; **does not fit**.
+# From which size on does a T4 need it: 1B, 3B, 8B? See whether size alone can say. Three verdicts:
+# **fits**, the forecast's upper bound lies within the card; **tight**, it runs if the allocator is
+# lucky with the gaps between its pieces; **does not fit**.
 #
 # ### Predict
 # One sequence of 2048 tokens, and one of 512. Llama-3.2-1B and Llama-3.1-8B, by **QLoRA**: the
@@ -314,8 +315,8 @@ show_prediction(predicted_cases, forecast=needs,
 # ### Explain
 # The 8B model does without it, at 512 tokens; the 1B model needs it, at 2048. What forgetting saves
 # are activations, and they follow micro batch, *length* and the layers' width. Length counts most:
-# without a mask a T4's kernel keeps the scores of every pair (lesson 06), so the 1B model has room
-# for the same tokens as 4 x 512, and as 2 x 1024.
+# for Llama 3 without a mask, a T4's kernel keeps the scores of every pair (lesson 06). So the 1B
+# model has room for these 2048 tokens as 4 x 512 or 2 x 1024, and not as 1 x 2048.
 #
 # If a T4 has room to spare with every layer forgetting, that room is speed not bought. Let only the
 # first *k* of *n* layers forget (**k of n layers**): each of the others costs the same memory and
@@ -326,9 +327,10 @@ show_prediction(predicted_cases, forecast=needs,
 # Move the controls (with the mouse, or Tab and the arrow keys). **Task:** Llama-3.2-3B on a T4,
 # micro batch 1. Which share of the layers must forget at 2048 tokens? And at 1024? What does each
 # layer that remembers cost at 2048?
-# <details><summary>Answer</summary>Of these, three quarters (02.3 finds the smallest number): with
-# half of them the tensors alone are too many for the card. At 1024 tokens none: the upper bar says
-# "fits". A layer: <code>(23.53 - 5.45) / 28</code> GiB.</details>
+# <details><summary>Answer</summary>Of the control's choices three quarters: with half of them the
+# tensors alone are too many for the card (02.3 shows how to find the smallest number). At 1024
+# tokens none: the upper bar says "fits". A layer costs <code>(23.53 - 5.45) / 28 = 0.65</code>
+# GiB.</details>
 
 # %% tags=["run"]
 figures.forgetting_explorer()
@@ -337,8 +339,9 @@ figures.forgetting_explorer()
 # ## In your script
 # The switch, pulled by hand, so that some layers can remember (Trainer's own,
 # `gradient_checkpointing=True`, turns all of them on when training begins). And the line that every
-# loop with adapters should have once: does *each* trained tensor get a gradient? (`use_cache =
-# False`, since a layer that runs twice would fill the cache twice.)
+# loop with adapters should have once: does *each* trained tensor get a gradient? You should see 12
+# layers and an empty list. (`use_cache = False`, since a layer that runs twice would fill the cache
+# twice.)
 # On Colab, `!pip uninstall -qy torchao` before: PEFT refuses the old one there.
 #
 # ```python
@@ -545,7 +548,7 @@ for moment in checkpointing.trace_chain(6, kept=[1, 4]):
 # %% [markdown]
 # The core formula, with one case: N layers, each keeping r boundaries inside. Everything kept: N ·
 # r. Each layer a checkpoint: N + r. With N = 4 and r = 17, that is 68 against 21. Halve the
-# layers: 34 against 19. Who gains more from forgetting, the deep model or the shallow one?
+# layers: 34 against 19. Divide: who gains more from forgetting, the deep model or the shallow one?
 #
 # ### Open questions
 # - **Forget less, cleverly.** Keep attention's output too, one more boundary a layer, and

@@ -40,7 +40,7 @@ QUESTIONS = SelfCheck(
     ),
     Question(
         "All weights are trained, every layer forgets. How much more work is a step?",
-        ("half as much again", "twice as much", "between a fifth and a third", "nothing"),
+        ("half as much again", "twice as much", "some, but less than a third", "nothing"),
         "c",
         "Backward is about two forwards, so a second forward would be a third more; and not all of "
         "forward is asked for again.",

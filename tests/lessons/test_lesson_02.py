@@ -282,12 +282,12 @@ def test_two_long_sequences_of_3b_are_safe_on_a_t4_and_three_are_not():
 
 @pytest.mark.slow
 def test_rule_of_three_billion_is_wrong_on_both_sides():
-    def fits(model, length):
-        return forecast(
-            replace(EIGHT, model=model, sequence_length=length, checkpointed_layers=0)
-        ).fits
+    def fits(model, rows, length):
+        shape = {"micro_batch_size": rows, "sequence_length": length}
+        return forecast(replace(EIGHT, model=model, checkpointed_layers=0, **shape)).fits
 
-    assert fits("llama-3.1-8b", 512) and not fits("llama-3.2-1b", 2048)
+    assert fits("llama-3.1-8b", 1, 512) and not fits("llama-3.2-1b", 1, 2048)
+    assert fits("llama-3.2-1b", 4, 512) and fits("llama-3.2-1b", 2, 1024)  # the same tokens
 
 
 def adapted(forget, layers, recipe=RECIPE):
