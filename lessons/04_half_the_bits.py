@@ -9,9 +9,8 @@
 #
 # Checkpointing shrank what layers keep (lesson 02), small micro batches shrank it again (03), and
 # neither changed a single gradient. One factor is still untouched: every number has 4 bytes. Mixed
-# precision gives most of them 2. It is sold with three promises, half the memory, twice the speed,
-# the same quality. You will measure quality in section 2, memory in 3; speed, which large products
-# gain and small models do not, in "Go further".
+# precision gives many of them 2. It is sold with three promises, half the memory, twice the speed,
+# the same quality. You will measure quality in section 2, memory in 3, and speed in "Go further".
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -113,11 +112,11 @@ model = training.build_model(recipe)
 with precision.watch_linears(model) as watched:
     qlora.compute_loss(model, batch, recipe).backward()
 figures.magnitudes({"weights": list(model.parameters()), "activations": watched.activations,
-                           "gradients": watched.gradients}, say_landing=False)
+                    "gradients": watched.gradients}, say_landing=False)
 
 # %% [markdown]
 # The pale part of float16's bar is *subnormal*: numbers there lose a fraction bit with each power
-# of two. Weights and activations sit comfortably in all three formats. Gradients do not: they are a
+# of two. Weights and activations sit comfortably in all three formats. Gradients do not: most are a
 # thousand to a million times smaller, and the smallest number that float16 holds with full
 # precision lies in the middle of them.
 #
@@ -144,19 +143,21 @@ show_prediction(predicted_lost, show="{:.2f}".format, **lost)
 # %% [markdown]
 # ## 2 · Who decides? Autocast
 # `torch.autocast` changes no weight and no line of the model. It looks at each *operation*, and
-# casts what goes in. Here is one of our own: PyTorch shows a `TorchFunctionMode` each call before
-# it runs, and this one casts the operands of products.
+# casts what goes in. Here is one of our own. Inside a `TorchFunctionMode` each call of a function
+# comes to `__torch_function__` first. Ours casts the arguments of products, lets those of all else
+# be, and then makes the call.
 
 # %% tags=["run"]
 import torch.nn.functional as F
-class MyAutocast(torch.overrides.TorchFunctionMode):
-    products = {F.linear, F.scaled_dot_product_attention}
+PRODUCTS = {F.linear, F.scaled_dot_product_attention}
 
+def cast(x):
+    is_float = torch.is_tensor(x) and x.is_floating_point()
+    return x.to(FORMATS[sixteen]) if is_float else x
+
+class MyAutocast(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        def cast(x):
-            is_float = torch.is_tensor(x) and x.is_floating_point()
-            return x.to(FORMATS[sixteen]) if is_float else x
-        if function in self.products:
+        if function in PRODUCTS:
             args = [cast(x) for x in args]
         return function(*args, **kwargs or {})
 
@@ -168,8 +169,8 @@ for ours_or_theirs in (MyAutocast(), torch.autocast(gpus.device(), FORMATS[sixte
 print("the same loss under torch.autocast:", losses[0] == losses[1])
 
 # %% [markdown]
-# Theirs knows more operations, and what `fp16=True` in Trainer means is this, plus a scale for the
-# loss (lesson 05). Which operations?
+# Trainer's `fp16=True` is theirs, plus a scale for the loss (lesson 05). Theirs knows more
+# operations than ours. Which?
 #
 # ### Predict
 # Twelve operations are each given a float32 matrix under float16 autocast: linear, matmul, softmax,
@@ -211,12 +212,12 @@ additions = {kind: count for (name, kind), count in log.counts.items() if name =
 print("additions:            ", additions)
 
 # %% [markdown]
-# All products with weights (seven in each of four layers, and the head) in 16 bits; the boundaries
-# between layers, sums of float32 embeddings
-# and what layers add, still in float32.
+# All products with weights (seven in each of four layers, and the head) run in 16 bits. What passes
+# from layer to layer is still in float32: a float32 embedding, to which each layer adds.
 #
 # Does it learn the same? Fifteen steps on the four examples, in float32 and under autocast, and the
-# difference of the losses after them. (The argument `stored` waits for section 4.)
+# difference of the losses after them. (Before each step, `stored` rounds the weights to what a
+# format can hold. Here that is float32, which rounds nothing; section 4 tries the others.)
 
 # %% tags=["setup"]
 def fifteen_steps(recipe, model=None, stored="float32", learning_rate=5e-4):
@@ -226,7 +227,7 @@ def fifteen_steps(recipe, model=None, stored="float32", learning_rate=5e-4):
     losses = []
     for _ in range(15):
         for weight in weights:
-            weight.data = weight.data.to(FORMATS[stored]).float()  # what this format can hold
+            weight.data = weight.data.to(FORMATS[stored]).float()  # rounded, if 16 bits
         losses.append(qlora.training_step(model, optimizer, [batch], recipe).item())
     return losses
 
@@ -237,8 +238,8 @@ print("they differ by less than 0.05:", abs(last[0] - last[1]) < 0.05)
 figures.losses(curves, "all weights trained, learning rate 5e-4")
 
 # %% [markdown]
-# The curves lie on each other: the promise about quality holds, *for products in 16 bits with sums
-# in float32 and float32 weights*. This is what "mixed" means.
+# The curves lie on each other: here the promise about quality holds, *for products in 16 bits, with
+# sums in float32 and float32 weights*. This is what "mixed" means.
 
 # %% [markdown]
 # ## 3 · "Mixed precision halves memory"
@@ -327,10 +328,8 @@ show_prediction(predicted_times, show="{:.2f} x".format, forecast=with_autocast 
 # %% [markdown]
 # ## Exercise 04.1 · Count the copies
 # *Medium, 6 minutes.* Given a float32 model, how many bytes of 16-bit copies does autocast make in
-# one forward pass? (The 2 + 2 + 12 bytes a parameter that you may have read count another scheme,
-# 16-bit weights and gradients beside a float32 copy. [ZeRO, section 3.1]) Write the function; the
-# check asks the ledger, for our model and for the shapes of Llama-3.2-1B and Llama-2-7B, and wants
-# every byte.
+# one forward pass? Write the function; the check asks the ledger, for our model and for the shapes
+# of Llama-3.2-1B and Llama-2-7B, and wants every byte.
 #
 # <details><summary>Hint 1</summary>Which operations went down to 16 bits in section 2? Whose
 # weights do they read?</details>
@@ -379,10 +378,10 @@ show_prediction(predicted_weight, show="{:.4f}".format, computed=ended["float16"
 
 # %% tags=["run"]
 figures.smallest_updates(2e-5, list(training.build_model(recipe).parameters()),
-                                "the base's weights")
+                         "the base's weights")
 
 # %% [markdown]
-# In bfloat16, of a hundred weights only a few move. Is that enough to learn?
+# In bfloat16 8 % of the weights move, the smallest ones. Is that enough to learn?
 
 # %% tags=["run"]
 stored = {f"stored in {name}": fifteen_steps(recipe, stored=name, learning_rate=2e-5)
@@ -424,7 +423,7 @@ for name in ("T4", "L4", "A10", "A100-40", "H100", "H200"):
 # cores know no bfloat16, so no product of such a run uses them. Trainer asks this function, and so
 # accepts `bf16=True` on a T4. [T4 data sheet; transformers, `is_torch_bf16_gpu_available`] So ask
 # for the compute capability, or say `including_emulation=False`, which asks for it. The recipe
-# asks, too, and refuses; read the last line:
+# asks, too, and refuses. Its `amp_dtype="bfloat16"` is Trainer's `bf16=True`; read the last line:
 
 # %% tags=["raises-exception"]
 replace(recipe, amp_dtype="bfloat16").check_on(gpus.T4)
@@ -443,8 +442,8 @@ for name, value in published.items():
 # %% [markdown]
 # ### Predict
 # Run one training step with it. Each of four layers has seven 4-bit weights, and a product with
-# each forward and another one backward: 56. How many of them get their operands in bfloat16, and
-# cast them to float16 first?
+# each forward and another one backward: 56. In how many do the operands arrive in one 16-bit
+# format, to be cast to the other?
 
 # %% tags=["predict"]
 predicted_products = ...
@@ -480,7 +479,7 @@ exercises.check_published(corrected)
 # %% [markdown]
 # ## In your script
 # Ask for the capability, load the frozen base in 16 bits, leave the adapters in float32, and let
-# one variable decide every format. (On Colab run `!pip uninstall -qy torchao` before: PEFT
+# one answer, `bf16`, decide every format. (On Colab run `!pip uninstall -qy torchao` before: PEFT
 # refuses the old one that is there, and nothing here uses it.)
 #
 # ```python
@@ -522,8 +521,8 @@ smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float1
 print(f"{smallest:.2e}")
 
 # %% [markdown]
-# A T4 has no other 16 bits, and section 1 showed gradients below that. Where did they go, and how
-# do we get them back? Lesson 05 asks: where did my gradient go?
+# On a T4 you have no other 16 bits, and section 1 showed gradients below that. Where did they go,
+# and how do we get them back? Lesson 05 asks: where did my gradient go?
 
 # %% [markdown]
 # ## Go further (optional)
@@ -585,7 +584,7 @@ figures.updates_explorer({"base weights": list(training.build_model(recipe).para
                           "trained adapters": adapters["trained"]})
 
 # %% [markdown]
-# ### Three more switches
+# ### Two more switches
 # Such recipes often have a line `warmup_ratio=0.03` too. That one at least fails loudly: today's
 # Trainer has `warmup_steps`, where a number below 1 is a share.
 
@@ -644,10 +643,10 @@ recorded.show("matmul", lambda row: f"{row['name']:9} {row['flops'] / 1e12:6.1f}
 # %% [markdown]
 # The factor belongs to *products* that are large enough, and to the card. (The recorded one is an
 # H200; pretending to be a T4 changes its memory and kernels, not its speed.) float16 and bfloat16
-# run at one speed where both have tensor cores; on a T4 only float16 has. A step also has norms,
-# softmax, casts and an optimizer, which wait for memory and gain at most the factor 2 of smaller
-# numbers. So a step never gains the factor of its products, and a small one can lose: only a
-# measurement of *your* step tells.
+# run at about one speed where both have tensor cores; on a T4 only float16 has. A step also has
+# norms, softmax, casts and an optimizer, which wait for memory and gain at most the factor 2 of
+# smaller numbers. So a step never gains the factor of its products, and a small one can lose: only
+# a measurement of *your* step tells.
 
 # %% [markdown]
 # ### For those who struggle
@@ -692,10 +691,11 @@ for name, step in steps.items():
 
 # %% [markdown]
 # ## What this lesson left out
-# float8 and TF32 (neither on a T4); dynamic range tricks such as stochastic rounding, which makes
-# 16-bit weights learn again; bf16 optimizers with a compensation term; what CUDA's own operations
-# keep (a GPU's norms and softmax go to float32, so it keeps more in float32 than the CPU does
-# here).
+# The 2 + 2 + 12 bytes a parameter that you may have read: they count another scheme, 16-bit weights
+# and gradients beside a float32 copy [ZeRO, section 3.1]. float8 and TF32 (neither on a T4);
+# dynamic range tricks such as stochastic rounding, which makes 16-bit weights learn again; bf16
+# optimizers with a compensation term; what CUDA's own operations keep (a GPU's norms and softmax go
+# to float32, so it keeps more in float32 than the CPU does here).
 #
 # ## Sources
 # - IEEE 754-2019: formats; Kalamkar et al. 2019, [A study of

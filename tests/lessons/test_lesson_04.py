@@ -103,7 +103,7 @@ EXERCISES = {
             ),
             "bf16 on a T4": (
                 PUBLISHED | {"fp16": False, "bf16": True},
-                "must be 'float16' on a T4",
+                "bf16 must be False on a T4",
             ),
             "float32 compute dtype": (
                 PUBLISHED | {"bnb_4bit_compute_dtype": "float32"},
@@ -133,6 +133,14 @@ def test_check_knows_right_from_wrong(name, monkeypatch):
     for slow in ("fake_model", "copies"):  # of the same three models for each answer
         monkeypatch.setattr(lesson_04, slow, functools.cache(getattr(lesson_04, slow)))
     assert complaints(getattr(lesson_04, name), name, *EXERCISES[name]) == []
+
+
+def test_of_the_third_questions_weights_only_the_small_one_moves():
+    weights = torch.tensor([4.0, 0.1], dtype=torch.float16)
+    before = weights.clone()
+    for _ in range(1000):
+        weights += 0.0001
+    assert (weights != before).tolist() == [False, True]
 
 
 def test_a_compute_dtype_of_its_own_is_a_detour_of_forward():
