@@ -67,8 +67,8 @@ before = ...  # for example "abcda"
 # *The usual recipe* is that of PEFT's guide, without its k-bit preparation, which costs more ("Go
 # further"): a base in 4 bits (NF4, quantized twice), adapters of rank 16 on q, k, v and o with
 # dropout 0.05, and, as in Hugging Face's own notebook, 8-bit paged Adam and float16. [PEFT,
-# "Quantization"; Hugging Face, "4-bit QLoRA"] Every layer forgets. The model is Llama-3.1-8B, the
-# batch is ours: 4 rows of 2048 tokens.
+# "Quantization"; Hugging Face, "4-bit QLoRA"] Every layer forgets (gradient checkpointing). The
+# model is Llama-3.1-8B, the batch is ours: 4 rows of 2048 tokens.
 #
 # There are two worlds. Rows of different length are **padded** to the longest, and a *mask* hides
 # the padding from attention. Rows that are **packed** (cut from one long text), of equal length, or
@@ -134,7 +134,8 @@ print("all scores of a layer, float32:", show_bytes(4 * 32 * 2048**2 * 4))
 # %% [markdown]
 # ### Predict
 # Repeating costs two tensors of the query's size. On a T4 with room enough, how many times as fast
-# would the whole training step of the usual recipe be, without a mask? And padded?
+# would the whole training step of the usual recipe be, without a mask? And padded? (Ten forecasts:
+# the cell takes a while.)
 
 # %% tags=["predict"]
 predicted_speedup = ...
