@@ -631,7 +631,7 @@ print(ledger.report().saved_activation_bytes, "bytes kept for backward")
 # > what it leaves out, and say what changes with FlashAttention and with LoRA on q, k, v, o.
 #
 # A right answer says that layers x batch x sequence x hidden x 2 bytes counts only the boundaries,
-# asks or states which attention kernel runs, says that LoRA hardly changes it, mentions the logits,
+# asks or states which attention kernel runs, says that LoRA changes it little, mentions the logits,
 # and comes close to these numbers:
 
 # %% tags=["run"]

@@ -475,8 +475,8 @@ for layers in (8, 16, 32):
 # %% [markdown]
 # ### The adapters that did not train
 # The default, `use_reentrant=False`, is safe. But an older script may say `True`, and an older loop
-# may switch layers on by hand. From the outside a layer is then *one* function of *one* tensor, its
-# input; the adapters inside it are out of autograd's sight. Our base is frozen, so the input of the
+# may switch layers on by hand. With `True` a layer is, to autograd, *one* function of *one* tensor,
+# its input; the adapters inside it are out of sight. Our base is frozen, so the input of the
 # first layer, the embeddings, needs no gradient, and autograd concludes: neither does the output.
 # (transformers' switch also calls `enable_input_require_grads()`, which marks the embeddings'
 # output: with it, either kind trains everything.)
@@ -571,8 +571,9 @@ for moment in checkpointing.trace_chain(6, kept=[1, 4]):
 #
 # A right answer says that activations are stored, not gradients; that transformers checkpoints
 # every layer, which at 32 layers holds less than √N segments do; asks about, or states, the kernel
-# of attention; says that the extra work is less than one forward pass, but a larger share of a
-# LoRA step than of full fine-tuning; and comes close to these numbers:
+# of attention, on which it depends whether you need it; says that the extra work is less than one
+# forward pass, but a larger share of a LoRA step than of full fine-tuning; and comes close to these
+# numbers, for rows without a mask:
 
 # %% tags=["run"]
 for k in (0, 32):
