@@ -8,7 +8,8 @@
 #
 # You have a model, a file of examples and a free T4. You want a folder that other tools load, and a
 # reason to believe that what is in it was learned. This is the whole run; you try to break it on
-# the way.
+# the way. On a GPU we ran it with the small Llama and with a billion random weights, not yet with a
+# pretrained model of that size: yours may be the first.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -66,14 +67,17 @@ before = ...  # for example "abcda"
 
 # %% [markdown]
 # ## 1 · Your model, your data
-# This cell decides everything. `MODEL`: an instruct model's id on the hub
-# (`"Qwen/Qwen2.5-1.5B-Instruct"`), or a folder. `DATA`: a file (`"my.jsonl"`), a data set's id, or
-# a list of dicts. A row is `{"prompt": ..., "completion": ...}` or `{"messages": [...]}` with as
-# many turns as you like. `"auto"` is, without a GPU, the course's small Llama and 900 customers'
-# messages, each answered by a ticket of six fields; with one, Llama-3.2-1B and dolly. (Without a
-# GPU, data of your own try out the file and the way; the result comes on a GPU.) On Colab drag your
-# file into the *Files* pane. If the run shall outlive the session, mount a Drive now: `from
-# google.colab import drive`, `drive.mount("/content/drive")`.
+# This cell decides everything.
+#
+# - `MODEL`: an instruct model's id on the hub (`"Qwen/Qwen2.5-1.5B-Instruct"`), or a folder.
+# - `DATA`: a file (`"my.jsonl"`), a data set's id, or a list of dicts. A row is `{"prompt": ...,
+#   "completion": ...}` or `{"messages": [...]}` with as many turns as you like.
+# - `"auto"`: without a GPU the course's small Llama and 900 customers' messages, each answered by a
+#   ticket of six fields (data of your own try out the file and the way); with one, Llama-3.2-1B and
+#   dolly.
+#
+# On Colab drag your file into the *Files* pane. If the run shall outlive the session, mount a Drive
+# now: `from google.colab import drive`, `drive.mount("/content/drive")`.
 #
 # Beside the model that is forecast, sections 6 and 7 hold a second one, and section 8 one in 16
 # bits, at 2 bytes a weight: on a T4 3B should go, by arithmetic, and 8B does not. The script at the
@@ -129,16 +133,17 @@ predicted_gib = ...
 from fitcast import GIB, forecast
 from fitcast.forecasting.search import tokens_per_second
 usual = replace(recipe, model="llama-3.2-1b", **sources.settings_of("llama-3.2-1b"))
+plans = {"this run": recipe, "llama-3.2-1b": usual,
+         "llama-3.2-1b, no layer forgets": replace(usual, checkpointed_layers=0)}
+needs = {name: forecast(one.for_gpu(gpus.T4), gpus.T4) for name, one in plans.items()}
 table = []
-for name, one in {"this run": recipe, "llama-3.2-1b, no layer forgets":
-                  replace(usual, checkpointed_layers=0), "llama-3.2-1b": usual}.items():
-    planned = forecast(one.for_gpu(gpus.T4), gpus.T4)
-    slow, fast = (one.max_steps * one.tokens_per_step / 60 / tokens_per_second(one, planned, part)
-                  for part in gpus.T4.sustained)
-    minutes = f"{fast:.0f} to {slow:.0f} minutes" if slow > 1 else "under a minute"
-    table.append(f"{name}: {planned}\n  {one.max_steps} steps on a T4: {minutes}")
+for name, one in plans.items():
+    minutes = [one.max_steps * one.tokens_per_step / 60 / tokens_per_second(one, needs[name], part)
+               for part in gpus.T4.sustained]
+    table.append(f"{name}: {needs[name]}\n  {one.max_steps} steps on a T4: "
+                 f"{min(minutes):.0f} to {max(minutes):.0f} minutes")
 show_prediction(predicted_gib, show="{:.2f} GiB".format, also="\n".join(table),
-                forecast=planned.peak_allocated_bytes / GIB)
+                forecast=needs["llama-3.2-1b"].peak_allocated_bytes / GIB)
 
 # %% [markdown]
 # ### Explain
@@ -282,6 +287,9 @@ print(f"held-out loss {sum(losses_before) / len(losses_before):.1f} nats a token
 print(f"{questions[0][-1]['content']}\n  -> {answers[0]}")
 
 # %% [markdown]
+# Worse than a blind guess among 1280 tokens (ln 1280 = 7.2 nats)? The small Llama is sure of
+# another kind of answer, as you see.
+#
 # A **gate** is a question that costs a minute now, or a night later. Five of them:
 
 # %% tags=["run"]
@@ -329,14 +337,17 @@ assert evaluation.largest_shift(rest.losses, run.losses[:5]) < 0.05
 # %% [markdown]
 # ### Explain
 # Steps 1 to 3 come from the killed run's log, 4 and 5 are done again; on a CPU equal to the last
-# bit. (A GPU adds up attention's gradients in no fixed order.) It takes adapters, optimizer state,
-# schedule, gradient scaler, random state and the position in the data: with the weights alone the
-# curve would look right and be another run. An **atomic checkpoint** is written into a hidden
-# folder, flushed, listed with checksums, and then renamed, which a file system does entirely or not
-# at all: a kill in the middle of a save leaves the one before it whole. On a mounted Drive (section
-# 1) each has a copy, and a new session goes on from it; another run wants another name in
-# `on_drive`. A *restarted* runtime makes a folder of its own: write the old one's name in place of
-# section 1's `mkdtemp`, `os.chdir("lesson_07_...")`, and `run` goes on.
+# bit. (A GPU adds up attention's gradients in no fixed order.) The same run needs adapters,
+# optimizer state, schedule, gradient scaler, random state and the position in the data: with the
+# weights alone the curve would look right and be another run.
+#
+# An **atomic checkpoint** is written into a hidden folder, flushed, listed with checksums, and then
+# renamed, which a file system does entirely or not at all: a kill in the middle of a save leaves
+# the one before it whole.
+#
+# On a mounted Drive (section 1) each has a copy, and a new session goes on from it; another run
+# wants another name in `on_drive`. A *restarted* runtime makes a folder of its own: write the old
+# one's name in place of section 1's `mkdtemp`, `os.chdir("lesson_07_...")`, and `run` goes on.
 #
 # ## 7 · Did it learn?
 # The loss fell. Of what? A **control** answers: the same recipe on the same questions, where every
@@ -377,18 +388,17 @@ show_prediction(predicted_gain, show="{:.2f} nats".format, measured=gain.mean, a
 
 # %% [markdown]
 # ### Explain
-# The control's training loss falls a long way too: it learns how an answer looks, which all answers
-# share. Whoever measures only that the loss fell believes the control. The interval: draw the
-# held-out examples again and again, with replacement, and look at the mean difference of each draw;
-# in pairs, because a hard question is hard for both. Far from zero, it is not luck of the draw.
-# Near zero, your answers taught nothing that any answers would not have: look at the data first.
-# With fewer than thirty rows held out it is a hint, no more. And better than the control is not yet
-# good: read ten answers, and count those that you would send.
+# Both training losses fell a long way: all answers share a look, and the control learns that. Only
+# the gap to the control is your answers' doing. The interval: draw the held-out examples again and
+# again, with replacement, and look at the mean difference of each draw; in pairs, because a hard
+# question is hard for both. Far from zero, it is not luck of the draw. Near zero, your answers
+# taught nothing that any answers would not have: look at the data first. With fewer than thirty
+# rows held out it is a hint, no more. And better than the control is not yet good: read ten
+# answers, and count those that you would send.
 #
 # We ran all this on a GPU twice [recorded: NVIDIA H200 as a T4, 2026-11-30]. The small Llama ended
 # at 0.06 on held-out answers, its control at 0.52; of its answers 88 % were right, of the control's
-# none. Random weights in the shape of Llama-3.2-1B stayed level with their control, as they must. A
-# *pretrained* model of that size we have not run: yours may be the first.
+# none. Random weights in the shape of Llama-3.2-1B stayed level with their control, as they must.
 
 # %% tags=["run"]
 before_and_after = evaluation.paired_bootstrap(losses_before, losses_after)
@@ -440,8 +450,8 @@ for way, (folder, more) in ways.items():
     del chat  # or it lies beside the next one
 
 # %% [markdown]
-# Eight answers that the model is sure of agree in all three. A model that is less sure says
-# something else beside other weights; how far its losses move, Go further measures.
+# All three agree here, because the model is sure of these eight. Its losses do move; Go further
+# lets you guess how far.
 #
 # For a program on a laptop, llama.cpp's script makes one GGUF file of the merged folder, and Ollama
 # runs it (look at `ollama show mine --template`: of a template that it does not know, the bare
@@ -457,19 +467,24 @@ for way, (folder, more) in ways.items():
 
 # %% [markdown]
 # ## In your script
-# The training, without this course (`pip install trl bitsandbytes` on Colab); started again, it
-# goes on from the last checkpoint in `out` (torn by a kill: delete it; other data: another folder;
-# on Colab one on the Drive). Two steps are for a try: `num_train_epochs=3` takes the *place* of
-# `max_steps=2`, which would win. Left out: held-out rows, the control, the merge, the levers. 8B
-# peaks at 7.1 GiB by forecast: `fitcast forecast
-# --model llama-3.1-8b --micro-batch-size 2 --sequence-length 1024 --padded --lora-dropout 0
-# --lora-targets all-linear --loss chunked --optimizer adamw`. Your file:
-# `load_dataset("json", data_files="my.jsonl", split="train")`, with lists of messages as here. TRL
-# gives plain strings no chat template, and of `messages` it learns the questions too, unless you
-# say `assistant_only_loss=True` (which Llama 3.1's template refuses: split them as here);
-# `max_length`, 1024 tokens, cuts the end of a long row, which is the answer. Its own learning rate
-# would be a tenth of this one. It also makes adapters beside 4 bits bfloat16, which a T4's loss
-# scaler refuses (lesson 05), so they are made float32 again. [TRL, sft_config.py, sft_trainer.py]
+# The training, without this course:
+#
+# - **Start:** `pip install trl bitsandbytes` on Colab. Started again, it goes on from the last
+#   checkpoint in `out` (torn by a kill: delete it; other data: another folder; on Colab one on the
+#   Drive).
+# - **Length:** two steps are for a try; `num_train_epochs=3` takes the *place* of `max_steps=2`.
+# - **Your file:** `load_dataset("json", data_files="my.jsonl", split="train")`, prompt and
+#   completion as lists of messages, as here. TRL gives plain strings no chat template, and of
+#   `messages` it learns the questions too, unless you say `assistant_only_loss=True` (which Llama
+#   3.1's template refuses: split them as here). `max_length`, 1024 tokens, cuts the end of a long
+#   row, which is the answer.
+# - **TRL's defaults** would be a tenth of this learning rate, and adapters beside 4 bits in
+#   bfloat16, which a T4's loss scaler refuses (lesson 05): the loop makes them float32 again. [TRL,
+#   sft_config.py, sft_trainer.py]
+# - **8B** peaks at 7.1 GiB by forecast: `fitcast forecast --model llama-3.1-8b --micro-batch-size 2
+#   --sequence-length 1024 --padded --lora-dropout 0 --lora-targets all-linear --loss chunked
+#   --optimizer adamw`.
+# - **Left out:** held-out rows, the control, the levers.
 #
 # ```python
 # import os
@@ -496,6 +511,13 @@ for way, (folder, more) in ways.items():
 # trainer.train(resume_from_checkpoint=any(Path("out").glob("checkpoint-*")))
 # trainer.save_model("adapter")  # with tokenizer and chat template
 # ```
+#
+# To merge it into the weights that it was trained beside, where 16 bits a weight have room: a new
+# process, `model` loaded as above, and
+#
+#     from peft import PeftModel
+#     model = PeftModel.from_pretrained(model.dequantize(), "adapter").merge_and_unload()
+#     model.save_pretrained("merged")  # the tokenizer lies in "adapter"
 #
 # ## And now?
 # The same five questions.

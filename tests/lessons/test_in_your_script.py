@@ -14,8 +14,8 @@ import warnings
 
 import pytest
 import torch
-from peft import import_utils
-from transformers import TrainingArguments
+from peft import LoraConfig, PeftModel, get_peft_model, import_utils
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 
 from course_utils.data import bundled_model_dir
 from tools.minutes import code_lines
@@ -113,3 +113,31 @@ def test_it_runs(number, tmp_path, monkeypatch, capsys):
     if "trainer" in made:  # fp16's scaler takes no other gradients, and TRL casts adapters
         weights = made["trainer"].model.parameters()
         assert {weight.dtype for weight in weights if weight.requires_grad} == {torch.float32}
+
+
+def test_what_07_trained_is_merged_into_the_weights_it_was_trained_beside(tmp_path, monkeypatch):
+    """In 4 bits with its adapter, and merged: the same logits. In the original weights: others."""
+    (path,) = lesson_scripts(["07"])
+    (merge,) = re.findall(
+        r"((?:^#     .*\n)*#     model.save_pretrained\(.*\n)", path.read_text("utf-8"), re.M
+    )
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    load = functools.partial(
+        AutoModelForCausalLM.from_pretrained, bundled_model_dir(), dtype=torch.float32
+    )
+    torch.manual_seed(0)
+    lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    ids = torch.arange(1, 17).unsqueeze(0)
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # PEFT's own, as above
+        trained = get_peft_model(load(quantization_config=quantized), lora).eval()
+        trained.save_pretrained(tmp_path / "adapter")
+        expected = trained(input_ids=ids).logits
+        monkeypatch.chdir(tmp_path)
+        lines = "".join(f"{line[6:]}\n" for line in merge.splitlines())
+        exec(lines, {"model": load(quantization_config=quantized)})
+        merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)(
+            input_ids=ids
+        ).logits
+        other = PeftModel.from_pretrained(load(), "adapter")(input_ids=ids).logits
+    apart, far = ((one - expected).abs().max() for one in (merged, other))
+    assert apart < 1e-3 < 0.1 < far
