@@ -35,8 +35,9 @@ ifdef ARGS
 	@$(PYTEST) -m "not slow" $(ARGS)
 else
 	@echo "Testing the packages, the lessons and the house (make test-all: what takes longer, too)"
-	@$(PYTEST) --quiet $(QUICK)
-	@$(PYTEST) -m "not slow" --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(QUICK:%=--ignore=%)
+	@$(PYTEST) --quiet $(QUICK) & quick=$$!; \
+	$(PYTEST) -m "not slow" --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(QUICK:%=--ignore=%); \
+	wait $$quick
 endif
 
 test-all: $(READY) ## every test: all recorded rows, kills and planted faults; prints the coverage

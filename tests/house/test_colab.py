@@ -177,6 +177,7 @@ def test_an_old_past_runtime_is_told_what_to_choose(runtime, tmp_path):
     assert remark.startswith("This runtime is older") and "version > Latest" in remark
 
 
+@pytest.mark.slow
 def test_elsewhere_it_fetches_nothing():
     environment = {k: v for k, v in os.environ.items() if k != welcome.COLAB_VARIABLE}
     done = subprocess.run([sys.executable, "-c", NOW.setup], cwd=LESSONS, env=environment,

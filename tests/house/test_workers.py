@@ -6,12 +6,15 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from tests.conftest import pytest_collection_modifyitems
 from tools.notebooks import ROOT
 
 MODULES = ("tests/fitcast/test_units.py", "tests/house/test_verbs.py")
 
 
+@pytest.mark.slow
 def test_a_module_stays_on_one_worker():
     command = [sys.executable, "-m", "pytest", "--verbose", "-p", "no:cacheprovider", *MODULES]
     command += ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]

@@ -113,6 +113,7 @@ def test_other_code_other_secret_are_asked_again(graded, monkeypatch):
         grade(TINY, arguments[0], arguments[1], other, arguments[3])
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes(tmp_path):
     """Killed without a warning, then run again: same bytes, and only what was missing is asked."""
     students = [student(TINY, i) for i in range(25)]

@@ -294,6 +294,7 @@ def test_a_title_that_is_too_long_is_found(monkeypatch):
     assert seen == [title]
 
 
+@pytest.mark.slow
 def test_each_models_own_layers_get_the_adapters(forecasts):
     """PEFT finds a target by the end of a module's name; phi-4-mini has no `q_proj`."""
     for make in (widgets.levers_explorer, ranks_explorer):

@@ -66,7 +66,7 @@ def test_reserved_memory_lies_in_its_interval():
     assert sum(inside) >= 0.95 * len(inside)
 
 
-@pytest.mark.one_fast
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row", sampled([row for row in ROWS if "largest" in row["name"]], name=ids)
 )

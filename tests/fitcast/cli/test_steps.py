@@ -49,6 +49,7 @@ def objects():
     }
 
 
+@pytest.mark.slow
 def test_generation(capsys):
     told = asked(capsys, "--step", "generation", "--prompt-tokens", "32", "--new-tokens", "8",
                  "--prompts", "2")  # fmt: skip

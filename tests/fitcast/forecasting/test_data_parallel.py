@@ -117,6 +117,7 @@ def test_each_process_of_several_holds_its_gradients_twice(lora_rank):
     assert "wrap" in of_two.phase_peaks and "wrap" not in alone.phase_peaks
 
 
+@pytest.mark.slow
 def test_weights_are_sent_in_the_models_own_order(tmp_path, monkeypatch):
     """As PyTorch groups the model's named parameters and buffers, the head behind the layers."""
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))

@@ -374,6 +374,7 @@ frobnicate: 3
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 asks
 def test_a_file_is_forecast_as_the_objects_that_it_says(tmp_path, capsys):
     from peft import LoraConfig

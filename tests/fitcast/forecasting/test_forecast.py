@@ -327,6 +327,7 @@ def test_fits_is_the_question_of_the_gpu():
     assert forecast(usual, gpus.A100).fits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -120,6 +120,7 @@ def with_adapters_inside(model):
     loop(adapted(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("inside", "real"),
     [

@@ -16,6 +16,7 @@ CONFIG = LlamaConfig(
 ADAPTERS = LoraConfig(r=8, target_modules="all-linear")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 def test_a_merge_takes_what_it_takes_on_real_tensors():
     model = get_peft_model(LlamaForCausalLM(CONFIG), ADAPTERS).eval()

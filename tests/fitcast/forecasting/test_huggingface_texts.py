@@ -22,6 +22,7 @@ TEXTS = dict(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_is_said_of_texts_changes_no_byte():
     """Reported: `assistant_only_loss` and `eos_token` ended in "please report it"."""
     arguments = trl.SFTConfig(**SFT, **TEXTS)

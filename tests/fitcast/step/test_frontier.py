@@ -214,14 +214,10 @@ def test_few_layers_stand_for_all_of_them():
 
 
 ROWS = json.loads((DATA / "h200_frontier.json").read_text("utf-8"))["rows"]
-FAST = "24B, 1 x 2048"
 
 
-@pytest.mark.parametrize(
-    "row",
-    [pytest.param(r, id=r["name"], marks=[] if r["name"] == FAST else pytest.mark.slow)
-     for r in ROWS],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])
 def test_a_measured_frontier_is_forecast(row, monkeypatch):
     monkeypatch.chdir(DATA.parents[1])  # configs are said from there
     said = forecasting.forecast(

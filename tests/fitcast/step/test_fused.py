@@ -247,6 +247,7 @@ def test_few_layers_stand_for_all_of_them(fields):
     assert said.operations == counted.operations
 
 
+@pytest.mark.slow
 def test_a_compiled_part_is_one_operation_and_makes_nothing_in_between():
     """Forward and backward: stock takes silu, product and their gradients one by one."""
     plain = dict(SHORT, model="llama-3.2-1b", checkpointed_layers=0, loss="lean")

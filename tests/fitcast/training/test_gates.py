@@ -107,6 +107,7 @@ def test_written_scores_shut_the_fourth_gate(recipe, rows, quick):
     assert "set attention='explicit_kv'" in repr(verdicts(model, recipe, rows)[1])
 
 
+@pytest.mark.slow
 def test_the_longest_rows_run_out_of_memory_in_the_first_minute(recipe, rows, quick):
     """Under a ledger that refuses what a small card would refuse."""
     model = trainer.build_model(recipe)

@@ -37,6 +37,7 @@ def train(recipe, output_dir, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_back_behind_its_later_checkpoints(recipe, tmp_path):
     train(recipe, tmp_path)
     with pytest.raises(ValueError, match="resume must not go back behind .*checkpoint-4, got .*-2"):

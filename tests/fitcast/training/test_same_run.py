@@ -84,6 +84,7 @@ def test_what_changes_the_run_may_not(recipe, tmp_path, field, value):
         train(dataclasses.replace(recipe, **{field: value}), tmp_path)
 
 
+@pytest.mark.slow
 def test_other_rows_are_another_run(recipe, tmp_path):
     train(recipe, tmp_path, stop_at=2)
     shorter = ROWS.map(lambda row: {name: values[:12] for name, values in row.items()})

@@ -223,6 +223,7 @@ def test_a_half_written_checkpoint_is_refused_by_name(recipe, tmp_path):
     assert train(recipe, tmp_path, resume=half).resumed_from.name == "checkpoint-8"
 
 
+@pytest.mark.slow
 def test_the_drive_has_what_the_machine_lost(recipe, tmp_path):
     here, drive = tmp_path / "here", tmp_path / "drive"
     whole = train(recipe, here, drive=drive)
