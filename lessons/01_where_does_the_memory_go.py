@@ -120,7 +120,9 @@ print("two steps done, peak", show_bytes(on_a_t4(model).peak_bytes))
 # <details><summary>Answer</summary>Without 1 in the head, on the way forward; without 2 in the
 # optimizer's step; without 3 in the 19th of the 28 layers, on the way forward.</details>
 #
-# The same three lines with numbers in the tensors, on the small model that the course carries:
+# The same three lines with numbers in the tensors, on the small model that the course carries. Its
+# first loss is worse than a blind guess among its 1280 tokens (ln 1280 = 7.2): it learned on
+# customers' talk, in prose, and is *sure* of that; these texts are filled-in forms.
 
 # %% tags=["run"]
 small = AutoModelForCausalLM.from_pretrained(data.BUNDLED, use_safetensors=True,
@@ -206,7 +208,8 @@ show_prediction(predicted_kept, counted_by_your_hooks=kept, also=share)
 # and this lesson takes it apart.
 #
 # Your dozen lines add up one moment. The `MemoryLedger` does the same for every operation: it books
-# each storage from its first byte to its last reference. Two whole steps:
+# each storage from its first byte to its last reference. Two whole steps. Guess first: in which of
+# the two is the peak, and in forward, in backward or in the optimizer's step?
 
 # %% tags=["run"]
 optimizer = None
@@ -319,11 +322,13 @@ exercises.check_saved_numbers(numbers_kept)
 #
 # ### Predict
 # A layer of Llama-2-7B, and twice the text, 4096 tokens in place of 2048. What the layer keeps
-# grows by which factor with eager attention? And with SDPA?
+# grows by which factor with eager attention? And with SDPA? And, eager again, with twice the
+# *sequences*, two of 2048 tokens in place of one?
 
 # %% tags=["predict"]
 predicted_factor_eager = ...
 predicted_factor_sdpa = ...
+predicted_factor_batch = ...
 
 # %% tags=["setup"]
 seven = TrainRecipe(model="llama-2-7b", base="float16", lora_rank=None, lora_dropout=0,
@@ -337,8 +342,11 @@ kept = {name: [count_block(replace(seven, attention=kind, sequence_length=length
 factors = {name: line[3] / line[2] for name, line in kept.items()}
 figure = figures.curves(lengths, kept, "tokens in the sequence", "What a layer of Llama-2-7B keeps")
 times = "{:.2f} x".format
+twice = count_block(replace(seven, attention="eager", micro_batch_size=2)).saved_activation_bytes
 show_prediction(predicted_factor_eager, show=times, counted_with_eager=factors["eager"])
-show_prediction(predicted_factor_sdpa, show=times, counted_with_SDPA=factors["SDPA"], also=figure)
+show_prediction(predicted_factor_sdpa, show=times, counted_with_SDPA=factors["SDPA"])
+show_prediction(predicted_factor_batch, show=times, also=figure,
+                counted_with_two_sequences=twice / kept["eager"][2])
 
 # %% [markdown]
 # ### Explain
@@ -348,8 +356,8 @@ show_prediction(predicted_factor_sdpa, show=times, counted_with_SDPA=factors["SD
 # picks here never writes scores to memory, keeps one number for each query and head, and computes
 # the scores again [FlashAttention, section 3.1]. (Not everywhere: for Llama 3 without a mask a T4
 # gets a kernel that does write them. Lesson 02, section 5, sees the 1B model keep nearly eight
-# times as much for four times the tokens.) **Batch: always linear**, because every kept tensor has
-# the batch as a factor.
+# times as much for four times the tokens.) **Batch: always linear**, because every tensor in the
+# list of section 2 has the batch as a factor.
 #
 # Move the controls (with the mouse, or Tab and the arrow keys). **Task:** Llama-2-7B at 1 x 2048
 # tokens, eager. How many sequences can SDPA take before it keeps more than that? (The control knows
@@ -386,10 +394,11 @@ show_prediction(predicted_logits, counted=big.largest[0].n_bytes,
 
 # %% [markdown]
 # ### Explain
-# 32 KiB went in. The loss turns the 16-bit logits into float32 for safety, its softmax keeps a copy
-# for backward, and backward makes two more before the first can go: three copies. (Most of what
-# else stands at the peak is what its 16 layers keep.) This is the **logits term**. Whoever counts
-# "layers x something" misses it, because the output head, `lm_head`, is none of the layers.
+# 32 KiB went in. The loss turns the 16-bit logits into float32 for safety (a copy that is soon
+# freed), its log-softmax keeps one for backward, and backward makes two more before that one can
+# go: three copies. (Most of what else stands at the peak is what its 16 layers keep.) This is the
+# **logits term**. Whoever counts "layers x something" misses it, because the output head,
+# `lm_head`, is none of the layers.
 # [transformers: `ForCausalLMLoss` in loss/loss_utils.py]
 
 # %% tags=["run"]
@@ -416,7 +425,8 @@ exercises.check_logits_at_peak(logits_at_peak, full, vocab_size=1280)
 # %% [markdown]
 # ## In your script
 # No course, no `fitcast`: PyTorch's own instruments, for any model. (This one: a download of 1 GB,
-# and 494 million weights at 16 bytes [Qwen2.5-0.5B].) Two steps, because of Adam. The snapshot
+# which takes a while, and 494 million weights at 16 bytes [Qwen2.5-0.5B]; without a GPU its tensors
+# take over 8 GiB of the computer's own memory.) Two steps, because of Adam. The snapshot
 # shows who held what, and which line of yours allocated it: drop the file on
 # [pytorch.org/memory_viz](https://pytorch.org/memory_viz). (`nvidia-smi` shows more than the peak:
 # CUDA's context, and memory that PyTorch keeps for later. `torch.cuda.empty_cache()` hands that to
@@ -449,6 +459,9 @@ exercises.check_logits_at_peak(logits_at_peak, full, vocab_size=1280)
 # if on_gpu:
 #     torch.cuda.memory._dump_snapshot("two_steps.pickle")
 # ```
+#
+# Now put in your own model's id and length. Before you look, write down which of the four holders
+# leads at the peak.
 #
 # ## And now?
 # The same five questions.

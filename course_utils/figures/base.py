@@ -55,6 +55,7 @@ STYLE: dict[Any, Any] = {  # keys of matplotlib.rcParams
     "legend.frameon": False,
 }
 DPI = 110
+COLUMNS = 360  # of a line over many moments: each wider than two pixels, so none is blurred away
 styled = matplotlib.rc_context(STYLE)  # decorates a function that draws
 
 
@@ -107,6 +108,8 @@ def _parts(composition: Mapping[str, int]) -> str:
 def memory_over_time(report: Any, title: str = "") -> Figure:
     """Bytes alive after each allocation and free, stacked by holder; the peak with its cause.
 
+    Where several moments share a column of pixels the highest is drawn, so that no spike is lost.
+
     Args:
         report: A `fitcast.MemoryReport`, or a forecast with the same timeline, phases and peak.
         title: What ran.
@@ -134,9 +137,12 @@ def memory_over_time(report: Any, title: str = "") -> Figure:
                 va="top",
                 fontsize=12,
             )
+    width = -(-len(totals) // COLUMNS)
+    runs = [range(len(totals))[start : start + width] for start in range(0, len(totals), width)]
+    drawn = [max(run, key=totals.__getitem__) for run in runs]
     ax.stackplot(
-        range(len(totals)),
-        [[n / size for n in line] for line in series.values()],
+        [*(run.start for run in runs), len(totals)],  # a step is drawn up to where the next begins
+        [[line[at] / size for at in (*drawn, drawn[-1])] for line in series.values()],
         colors=[COLOURS[name] for name in series],
         labels=series,
         step="post",

@@ -193,6 +193,16 @@ def test_what_the_script_is_expected_to_show(tmp_path):
     assert short.composition["temporaries"] >= 4 * weights
     assert 16 * weights < fused.peak_allocated_bytes < 9 * GIB
     assert not long.fits and long.composition["activations"] > 4 * GIB
+    with fake_tensors():  # a CPU's, where AdamW goes from one weight to the next
+        on_a_cpu = on_fake_tensors(meta_model(Qwen2Config(**QWEN), torch.float32))
+        ids = torch.zeros(1, 512, dtype=torch.long)
+        optimizer = torch.optim.AdamW(on_a_cpu.parameters())
+        with MemoryLedger(on_a_cpu, inputs=ids) as ledger:
+            for _ in range(2):
+                on_a_cpu(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert 8 * GIB < ledger.report().peak_bytes < 8.5 * GIB
 
 
 def test_what_the_lessons_hooks_saw_is_gone_afterwards():

@@ -130,6 +130,21 @@ def test_timeline_areas_are_in_proportion():
     assert heights[1] / heights[0] == pytest.approx(3, rel=0.1)
 
 
+def test_a_spike_of_one_moment_among_thousands_is_drawn_to_its_top():
+    base_line, spike = [MIB] * 5000, [0] * 5000
+    spike[2501] = 3 * MIB
+    one = SimpleNamespace(
+        timeline={"inputs": base_line, "temporaries": spike}, phases=["forward"] * 5000,
+        peak_operation="cat", peak_module="", peak_phase="forward",
+    )  # fmt: skip
+    figure = base.memory_over_time(one)
+    above_legend = slice(0, int(0.87 * len(pixels(figure))))
+    heights = [
+        painted(figure, name)[above_legend].sum(axis=0).max() for name in ("inputs", "temporaries")
+    ]
+    assert heights[1] / heights[0] == pytest.approx(3, rel=0.1)
+
+
 def test_bars_are_in_proportion():
     rows = {"a": {"weights": 5 * GIB}, "b": {"weights": 15 * GIB, "activations": 0}}
     figure = base.compare(rows, gpus.T4)
