@@ -15,7 +15,7 @@
 # |---|---|---|
 # | *recognise* gradients that flush to zero, *predict* the best scale | B1 | exercise 05.1 |
 # | *implement* a dynamic loss scaler, equal to PyTorch's | B2 | exercise 05.2 |
-# | *recognise* a mistake by a number, *order* a scaled step | B2 | section 4, 05.3 (Go further) |
+# | *recognise* a mistake by a number (*order* a step: Go further) | B2 | section 4 |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
@@ -363,10 +363,13 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # %% [markdown]
 # ### Explain
 # Clipping compared 65 536 times the norm with 1. Adam half *hides* the bug (it divides by the
-# gradient's own size: Go further); the norm that `clip_grad_norm_` returned shows it. Call
-# `scaler.unscale_(optimizer)` before you clip.
+# gradient's own size: 0.6 of the learning rate in its first step, where 1.0 is right; Go further);
+# the norm that `clip_grad_norm_` returned shows it. Call `scaler.unscale_(optimizer)` before you
+# clip.
 #
 # ### The other three
+# A log has the loss, norm, scale and learning rate of each step. Where would you see each of these?
+#
 # (b) **Step despite infinity**, as in section 3. `scaler.step(optimizer)` looks first,
 # `optimizer.step()` does not.
 #
@@ -376,12 +379,17 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 #
 # (d) **The schedule moves on in skipped steps.** The warm-up may be over before training has begun.
 # (Numbers, and a step for you to put in order: Go further.)
+#
+# <details><summary>Where you see them</summary>(b) Loss and norm are NaN from one step on, for
+# good. (c) The scale jumps at the resume; if up, norms are not finite for some steps. (d) The rate
+# rises before the first finite norm.</details>
 
 # %% [markdown]
 # ## In your script
-# A loop of your own, in the right order. (A norm of `inf` or `nan` at first is the scaler, finding
-# its level. `last.pt` takes 5.5 GiB: 494 million weights, 12 bytes each with Adam's state
-# [Qwen2.5-0.5B].)
+# A loop of your own, in the right order. (A norm of `inf` or `nan` in the first steps is the
+# scaler, finding its level. A scale that keeps falling is not: then forward itself makes the
+# infinity, and no scale mends that. `last.pt` takes 5.5 GiB: 494 million weights, 12 bytes each
+# with Adam's state [Qwen2.5-0.5B].)
 #
 # Trainer's `fp16=True` does the same, with two surprises: its `global_step` and `max_steps` count
 # skipped steps, and where every loss is NaN its log says 0.0. Watch `grad_norm`. (Both are run in
@@ -396,7 +404,7 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)  # what is trained is float32
 # scaler = torch.amp.GradScaler(device)
 # ids = torch.randint(0, 1000, (2, 64), device=device)
-# for step in range(4):  # accumulation: scale and backward each micro batch, the rest once
+# for step in range(4):  # accumulating: scale, backward each one's share (lesson 03); the rest once
 #     with torch.autocast(device, torch.float16):
 #         loss = model(input_ids=ids, labels=ids).loss
 #     scaler.scale(loss).backward()
@@ -464,8 +472,8 @@ for name, weight in {"clip first": wrong, "unscale first": right}.items():
 # ### (c) The scaler is not in the checkpoint
 # ### Predict
 # The single layer of section 3, its gradient 0.25, starts at scale 2²⁴, finds its level, and is
-# interrupted after 30 steps. You resume with model, optimizer and schedule, and a *new* scaler. How
-# many steps are lost again?
+# interrupted after 30 steps. You resume with model, optimizer and schedule, and a *new* scaler, at
+# 2²⁴ again. How many steps are lost again?
 
 # %% tags=["predict"]
 predicted_lost_again = ...
