@@ -124,7 +124,7 @@ def peaks(pairs: Sequence[Twin]) -> str:
     return "\n".join([*(line.rstrip() for line in head), *lines, _stamp_of(pairs)])
 
 
-_HALF = f"{'forecast':>11}{'measured':>11}  {'on a T4':12}"
+_HALF = f"{'forecast':>11}{'measured':>11}  {'verdict':12}"
 
 
 def speeds(pairs: Sequence[Twin]) -> str:
@@ -183,7 +183,7 @@ def table(rows: Sequence[Rung]) -> str:
     base = usual(rows[0].recipe.model)
     first = base.measured["tokens_per_second"]
     width = max(len(row.name) for row in rows)
-    lines = [f"{'':{width}}  {'forecast':>9}{'measured':>11}  {'on a T4':12} tokens/s"]
+    lines = [f"{'':{width}}  {'forecast':>9}{'measured':>11}  {'verdict':12} tokens/s"]
     for row in rows:
         speed = row.measured["tokens_per_second"]
         lines.append(
