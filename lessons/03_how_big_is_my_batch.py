@@ -111,8 +111,8 @@ figures.updates(events, "two updates of 2 x 4 sequences")
 # in a notebook with two). Trainer has an argument for two of them, and none for the product.
 #
 # ### Predict
-# 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`. How many lines does
-# Trainer log? (It trains twice for the answer: give it some seconds.)
+# 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`. How many lines
+# with a loss does Trainer log? (It trains twice for the answer: give it some seconds.)
 
 # %% tags=["predict"]
 predicted_lines = ...
@@ -185,14 +185,17 @@ print("labelled tokens:", [batching.labelled_tokens(one) for one in micro_batche
 predicted_error = ...
 
 # %% tags=["run"]
-whole = gradient_of(model, all_at_once, uneven)
-means = gradient_of(model, add_means, micro_batches)
+def error_of_means(batch):
+    means = gradient_of(model, add_means, batching.split(batch, 2))
+    return relative_error(means, gradient_of(model, all_at_once, batch))
+
 figure = figures.token_shares([batching.labelled_tokens(one) for one in micro_batches],
                               "28 short answers, 4 long ones")
-uncut = relative_error(gradient_of(model, add_means, batching.split(batch, 2)),
-                       gradient_of(model, all_at_once, batch))
-show_prediction(predicted_error, show="{:.2f}".format, mean_of_means=relative_error(means, whole),
-                also=[figure, f"no answer cut: {uncut:.2f}"])
+by_chance = data.to_batch(exercises.cut_by_chance(rows[:32]))
+milder = (f"no answer cut: {error_of_means(batch):.2f}, each cut to a random length, more short "
+          f"than long: {error_of_means(by_chance):.2f}")
+show_prediction(predicted_error, show="{:.2f}".format, mean_of_means=error_of_means(uneven),
+                also=[figure, milder])
 
 # %% [markdown]
 # ### Explain
@@ -200,7 +203,8 @@ show_prediction(predicted_error, show="{:.2f}".format, mean_of_means=relative_er
 # A mean of micro batches' means gives each *micro batch* the same say, so a token of a short answer
 # counts dozens of times as much as a token of a long one: fourteen of sixteen shares go to
 # first words. Uncut, our answers are about equally long, and the error is 0.00: nobody would notice
-# this bug. How far apart are the lengths of yours?
+# this bug. Random lengths lie between. Yours? `from fitcast.training import batching`, then run
+# `batching.labelled_tokens` on a few micro batches.
 #
 # The right way is **token weighting**: sum over a micro batch's tokens, divide by the labelled
 # tokens of *all* micro batches, which must be counted before the first backward. The bug was
@@ -235,11 +239,9 @@ exercises.check_accumulation(add_gradients)
 # %% [markdown]
 # Trainer counts an update's labelled tokens first and hands them to the loss as
 # **`num_items_in_batch`**. If your own `compute_loss` does not hand that argument on, Trainer still
-# believes that the loss is divided already, and no longer divides. (Many heads for *classification*
-# take the argument and ignore it: with plain Trainer BERT's loss is 16 times too large at 16 steps
-# of accumulation [transformers issue 47688]. Set `trainer.model_accepts_loss_kwargs = False`.) The
-# usual override, and the repaired one. It asks Trainer's own `compute_loss`, which hands the count
-# on, and on several GPUs multiplies by their number (Go further says why):
+# believes that the loss is divided already, and no longer divides. The usual override, and the
+# repaired one. It asks Trainer's own `compute_loss`, which hands the count on, and on several GPUs
+# multiplies by their number (Go further says why):
 
 # %% tags=["run"]
 class Forgetful(Trainer):
@@ -261,6 +263,10 @@ for name, log in logs.items():
 # Sixteen times, once for each accumulation step. The update hardly shows it: Trainer shortens a
 # gradient that is longer than 1 (*clipping*, lesson 05), and Adam divides by its size. The log
 # does: if its first loss is not that of an evaluation on the same rows, look here first.
+#
+# (Many heads for *classification* take `num_items_in_batch` and ignore it: with plain Trainer
+# BERT's loss is 16 times too large at 16 steps of accumulation [transformers issue 47688]. Set
+# `trainer.model_accepts_loss_kwargs = False`.)
 
 # %% [markdown]
 # *A good place to stop. When you come back: run all cells above, then go on.*
@@ -348,6 +354,9 @@ plan = {"micro_batch_size": ...,
 exercises.check_effective_batch(plan, three, gpus.T4)
 
 # %% [markdown]
+# On a real card time two plans, yours and 2 x 16 with all layers forgetting: these seconds hardly
+# see what a small micro batch costs.
+#
 # Move the controls (with the mouse, or Tab and the arrow keys); they begin with two at a time,
 # every layer forgetting. **Task:** at which lengths does a micro batch of 4 fit? And of 8?
 # <details><summary>Answer</summary>4 up to 1024 tokens, 8 up to 512: each needs what 2 x 2048
@@ -433,7 +442,7 @@ exercises.check_schedule(what_it_counts)
 # %% [markdown]
 # ### How many fit?
 # Fewer, larger matrix products are faster, so one looks for the largest micro batch. As one writes
-# it in a hurry, with four faults:
+# it in a hurry, with five faults:
 
 # %% tags=["run"]
 def usual_search(model, tokenizer):
@@ -487,6 +496,7 @@ show_prediction(predicted_largest, show="{:.0f} sequences".format, found=found.m
 #    FAQ]
 # 4. **It labels the padding.** No question of memory; but copied into training, it teaches the
 #    model to write padding.
+# 5. **It only doubles.** Sizes between two powers of 2 are never tried.
 #
 # *Probing for memory* means: whole updates, the worst data, the failure left before the next
 # attempt.
@@ -770,7 +780,7 @@ asked = replace(recipe, gradient_accumulation_steps=16, world_size=2)
 per_epoch = math.ceil(10_000 / (asked.micro_batch_size * asked.world_size))
 steps = 3 * math.ceil(per_epoch / asked.gradient_accumulation_steps)
 print("effective batch:", asked.effective_batch_size, "· optimizer steps:", steps)
-print("warm-up steps:", math.ceil(0.03 * steps), "· log lines:", steps // 16)
+print("warm-up steps:", math.ceil(0.03 * steps), "· log lines with a loss:", steps // 16)
 
 # %% [markdown]
 # ## What this lesson left out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import random
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -157,13 +158,31 @@ def keep_first_token(rows: Sequence[Mapping[str, Any]], of_answers: int) -> list
         rows: Encoded examples; they stay as they are.
         of_answers: How many of the rows lose the rest of their labels.
     """
-    found = [dict(row) for row in rows]
-    for row in found[:of_answers]:
-        first = next(at for at, label in enumerate(row["labels"]) if label != IGNORED)
-        row["labels"] = [
-            label if at <= first else IGNORED for at, label in enumerate(row["labels"])
-        ]
-    return found
+    cut = [_keep_tokens(row, 1) for row in rows[:of_answers]]
+    return cut + [dict(row) for row in rows[of_answers:]]
+
+
+def cut_by_chance(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose answers are cut to random lengths, many short and few long.
+
+    A length's logarithm is uniform, from one token to the whole answer; the same in each call.
+
+    Args:
+        rows: Encoded examples; they stay as they are.
+    """
+    chance = random.Random(0)
+    lengths = [sum(label != IGNORED for label in row["labels"]) for row in rows]
+    return [
+        _keep_tokens(row, round(length ** chance.random()))
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
+def _keep_tokens(row: Mapping[str, Any], number_of: int) -> dict[str, Any]:
+    """The row with the first labels that are not -100, so many of them, and no others."""
+    learned = [at for at, label in enumerate(row["labels"]) if label != IGNORED][:number_of]
+    labels = [label if at in learned else IGNORED for at, label in enumerate(row["labels"])]
+    return {**row, "labels": labels}
 
 
 def small_model() -> torch.nn.Module:

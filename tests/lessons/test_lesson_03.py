@@ -215,6 +215,18 @@ def test_only_the_first_label_is_kept():
     assert second == rows[1] == rows[0]
 
 
+def test_chance_cuts_answers_from_their_end_and_more_of_them_short():
+    rows = [{"input_ids": [7] * 65, "labels": [-100, *range(64)]} for _ in range(200)]
+    found = lesson_03.cut_by_chance(rows)
+    lengths = [sum(label >= 0 for label in row["labels"]) for row in found]
+    assert all(
+        row["labels"] == [-100, *range(n), *[-100] * (64 - n)]
+        for row, n in zip(found, lengths, strict=True)
+    )
+    assert min(lengths) == 1 and max(lengths) > 56 and 6 <= sorted(lengths)[100] <= 11  # of 64
+    assert rows[0]["labels"][-1] == 63 and found == lesson_03.cut_by_chance(rows)
+
+
 def half_done_search(train, upper):
     good, bad = 0, upper + 1
     while bad - good > 1:
