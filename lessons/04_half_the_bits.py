@@ -14,9 +14,9 @@
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
-# | *explain* what a format's bits buy: range, and spacing | B1 | section 1 |
+# | *explain* what a format's bits buy: range, and spacing | B1 | question 1 |
 # | *predict* what autocast runs in 16 bits, and *find* the copies it makes | B2 | exercise 04.1 |
-# | *explain* why trained weights stay in float32 | B1 | section 4 |
+# | *explain* why trained weights stay in float32 | B1 | question 3 |
 # | *choose* formats for a GPU, and *find* the mistake in a published recipe | B2 | exercise 04.2 |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
@@ -213,7 +213,8 @@ print("additions:            ", additions)
 
 # %% [markdown]
 # All products with weights (seven in each of four layers, and the head) run in 16 bits. What passes
-# from layer to layer is still in float32: a float32 embedding, to which each layer adds.
+# from layer to layer is still in float32: a float32 embedding, to which each layer adds twice. (So
+# eight of the 25 are these; the rest are rotary embeddings and norms.)
 #
 # Does it learn the same? Fifteen steps on the four examples, in float32 and under autocast, and the
 # difference of the losses after them. (Before each step, `stored` rounds the weights to what a
@@ -293,11 +294,11 @@ for name, report in {"float32": full, f"autocast {sixteen}": half}.items():
     print(f"{name:19}", ", ".join(f"{show_bytes(n)} {kind}" for kind, n in kept.items() if n))
 
 # %% [markdown]
-# Norms, loss and boundaries stay in float32. The rest is in 16 bits, but a norm's output, kept once
-# in float32, is now kept once for *each* product that reads it: three times for query, key and
-# value, twice for gate and up. And there is a new kind: each float32 weight that a product reads
-# needs a **16-bit copy**, alive until backward has used it. That is 2 bytes *more* for a weight,
-# not 2 instead of 4. It can be worse.
+# Norms, loss and boundaries stay in float32. The rest is in 16 bits, but a norm's output, which the
+# float32 run keeps once, is now kept as a 16-bit copy for *each* product that reads it: three times
+# for query, key and value, twice for gate and up. And there is a new kind: each float32 weight that
+# a product reads needs a **16-bit copy**, alive until backward has used it. That is 2 bytes *more*
+# for a weight, not 2 instead of 4. It can be worse.
 #
 # ### Predict
 # Llama-3.2-1B in float32, frozen, adapters beside it, 512 tokens without checkpointing, on a T4.
@@ -327,9 +328,9 @@ show_prediction(predicted_times, show="{:.2f} x".format, forecast=with_autocast 
 
 # %% [markdown]
 # ## Exercise 04.1 · Count the copies
-# *Medium, 6 minutes.* Given a float32 model, how many bytes of 16-bit copies does autocast make in
-# one forward pass? Write the function; the check asks the ledger, for our model and for the shapes
-# of Llama-3.2-1B and Llama-2-7B, and wants every byte.
+# *Medium, 6 minutes.* Given a float32 model, how many bytes of 16-bit copies *of its weights* does
+# autocast make in one forward pass? Write the function; the check asks the ledger, for our model
+# and for the shapes of Llama-3.2-1B and Llama-2-7B, and wants every byte.
 #
 # <details><summary>Hint 1</summary>Which operations went down to 16 bits in section 2? Whose
 # weights do they read?</details>
@@ -390,13 +391,14 @@ figures.losses(stored, "all weights trained, learning rate 2e-5")
 
 # %% [markdown]
 # Stored in bfloat16 the model hardly learns: no error, no NaN, a loss that looks a little tired.
-# Did range not matter more than precision (section 1)? For gradients it does: they are summed and
-# thrown away. A stored weight needs spacing, because what is rounded off is gone. bfloat16 makes
-# the better gradient and the worse weight. (float16 loses less here, its steps being eight times
-# finer; but loss scaling refuses weights stored in it, lesson 05.) So: **what is frozen, in 16 bits
-# or fewer; what is trained, in float32.** [Micikevicius et al., section 3.1] With adapters, which
-# are small (in section 3, 13.00 MiB beside 4.60 GiB of weights), that costs next to nothing, and
-# PEFT does it by default.
+# (How many weights move depends on their size and your rate: measure yours with
+# `precision.moved_share`.) Did range not matter more than precision (section 1)? For gradients it
+# does: they are summed and thrown away. A stored weight needs spacing, because what is rounded off
+# is gone. bfloat16 makes the better gradient and the worse weight. (float16 loses less here, its
+# steps being eight times finer; but loss scaling refuses weights stored in it, lesson 05.) So:
+# **what is frozen, in 16 bits or fewer; what is trained, in float32.** [Micikevicius et al.,
+# section 3.1] With adapters, which are small (in section 3, 13.00 MiB beside 4.60 GiB of weights),
+# that costs next to nothing, and PEFT does it by default.
 
 # %% [markdown]
 # ## 5 · Which 16 bits, on which card?
@@ -423,7 +425,8 @@ for name in ("T4", "L4", "A10", "A100-40", "H100", "H200"):
 # cores know no bfloat16, so no product of such a run uses them. Trainer asks this function, and so
 # accepts `bf16=True` on a T4. [T4 data sheet; transformers, `is_torch_bf16_gpu_available`] So ask
 # for the compute capability, or say `including_emulation=False`, which asks for it. The recipe
-# asks, too, and refuses. Its `amp_dtype="bfloat16"` is Trainer's `bf16=True`; read the last line:
+# asks, too, and refuses. Its `amp_dtype="bfloat16"` is Trainer's `bf16=True`; the next cell fails
+# on purpose, read its last line:
 
 # %% tags=["raises-exception"]
 replace(recipe, amp_dtype="bfloat16").check_on(gpus.T4)
@@ -441,9 +444,9 @@ for name, value in published.items():
 
 # %% [markdown]
 # ### Predict
-# Run one training step with it. Each of four layers has seven 4-bit weights, and a product with
-# each forward and another one backward: 56. In how many do the operands arrive in one 16-bit
-# format, to be cast to the other?
+# Run one training step with it. Four layers with seven 4-bit weights each, one product forward and
+# one backward: 56. In how many do the operands arrive in one 16-bit format, to be cast to the
+# other?
 
 # %% tags=["predict"]
 predicted_products = ...
@@ -456,9 +459,9 @@ show_prediction(predicted_products, show="{:.0f}".format, counted=products.detou
 # %% [markdown]
 # ### Explain
 # Forward's. The layer turns its input into the compute dtype, and the unpacked weight with it;
-# autocast turns both into float16 for the product. Two casts more for every weight, and three bits
-# less. Backward takes the gradient's format, which is float16: no detour. [bitsandbytes,
-# nn/modules.py, autograd/\_functions.py]
+# autocast turns both into float16 for the product. Two casts more for every product, its input's
+# and its weight's, and three bits less. Backward takes the gradient's format, which is float16: no
+# detour. [bitsandbytes, nn/modules.py, autograd/\_functions.py]
 #
 # ## Exercise 04.2 · Find the mistake
 # *Easy, 3 minutes.* Change **one** setting so that the recipe is right for a T4. The check runs a
