@@ -3,9 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/02_what_if_we_forget_on_purpose.ipynb)
 #
-# **45 min** for those who have fine-tuned a transformer (55 if `autograd.Function` is new), 60 to
-# 75 for others; a place to stop comes after some 40 of those · runs anywhere; a GPU fills in the
-# lines that say "measured".
+# **45 min** for those who have fine-tuned a transformer and written an `autograd.Function`, 55 for
+# those who have not written one, 60 to 75 for others; a place to stop comes after some 40 of those
+# · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # Lesson 01 found who had the memory: each layer keeps some seventeen times its boundary, the tensor
 # that it hands to the next layer, until backward comes by. **Gradient checkpointing** keeps the
@@ -71,9 +71,10 @@ before = ...  # for example "abcda"
 # %% [markdown]
 # ## 1 · A chain of six, by hand
 # Six steps, one after the other. Step *i* turns its input aᵢ into the next one, and its backward
-# needs aᵢ again. The usual way: keep all six. The other way: keep a₁, a₃ and a₅. When backward
-# wants to pass step 6, a₆ is gone; a₅ is not, so run step 5 once more. a₃ leads to a₄ in the same
-# way, a₁ to a₂. Either way, an input is freed as soon as its own backward step is through.
+# needs aᵢ again. (In lesson 01 aᵢ was all that layer *i* keeps; here it is one tensor.) The usual
+# way: keep all six. The other way: keep a₁, a₃ and a₅. When backward wants to pass step 6, a₆ is
+# gone; a₅ is not, so run step 5 once more. a₃ leads to a₄ in the same way, a₁ to a₂. Either way, an
+# input is freed as soon as its own backward step is through.
 #
 # ## Exercise 02.1 · Two traces
 # *Easy, 5 minutes.* Take a pencil. How many inputs are in memory *while* backward runs step 6,
@@ -127,14 +128,14 @@ show_prediction(predicted_steps, show="{} forward steps".format, counted=runs["k
 #
 # ## Exercise 02.2 · A checkpoint of your own
 # *Hard, 12 minutes* (20, if you never saw an `autograd.Function`). `Forget.apply(function, x)` is
-# `function(x)`, but of all that the function computes only `x` waits for backward. Write both
-# methods. What an `autograd.Function` gives you: inside both methods no graph (autograd's record of
-# what was computed) is built, so nothing else is kept. `ctx` is an object that both share:
-# `ctx.save_for_backward(x)` keeps a tensor, `(x,) = ctx.saved_tensors` is it again,
-# `ctx.anything = ...` keeps any object. `grad` is the gradient of your output; return one gradient
-# for each argument of `forward`, `None` for those that have none. (Hints are there to be opened.)
-# The check wants gradients equal **to the bit**, **and** no more bytes waiting for backward than
-# `x`.
+# `function(x)`, but nothing that the function computes waits for backward, only its input `x`.
+# Write both methods. What an `autograd.Function` gives you: inside both methods no graph
+# (autograd's record of what was computed) is built, so nothing else is kept. `ctx` is an object
+# that both share: `ctx.save_for_backward(x)` keeps a tensor, `(x,) = ctx.saved_tensors` is it
+# again, `ctx.anything = ...` keeps any object. `grad` is the gradient of your output; return one
+# gradient for each argument of `forward`, `None` for those that have none. (Hints are there to be
+# opened.) The check wants gradients equal **to the bit**, **and** no more bytes waiting for
+# backward than `x`.
 #
 # <details><summary>Hint 1</summary>Forward keeps the function and <code>x</code>. Backward runs the
 # function once more, this time with a graph, and then backward through that graph.</details>
@@ -239,7 +240,8 @@ show_prediction(predicted_fraction, show="{:.0%}".format, counted=ours / theirs,
 # after `model.train()` above). At the first tooth, the logits gone: *all boundaries plus one whole
 # layer*, which is more here; with a large vocabulary the logits are more. The dot, the peak of the
 # whole step, stands on the last tooth: fewer boundaries are left there, but the other layers'
-# gradients have come. Both shares belong to *four layers*: the more layers, the smaller.
+# gradients have come. (The two pictures differ in scale: compare the numbers at their dots.) Both
+# shares belong to *four layers*: the more layers, the smaller.
 
 # %% [markdown]
 # ## 4 · What does it cost?
@@ -263,10 +265,12 @@ def work(recipe):
         model(input_ids=ids, labels=ids).loss.backward()
     return counter.flops
 
-for predicted, rank in ((predicted_more_full, None), (predicted_more_lora, 16)):
+for name, predicted, rank in (("all weights", predicted_more_full, None),
+                              ("LoRA", predicted_more_lora, 16)):
     keeps, forgets = (work(replace(recipe, lora_rank=rank, checkpointed_layers=k))
                       for k in (0, "all"))
-    show_prediction(predicted, show="+{:.0f} %".format, counted=100 * (forgets / keeps - 1))
+    show_prediction(predicted, show="+{:.0f} %".format,
+                    **{f"counted, {name}": 100 * (forgets / keeps - 1)})
 
 # %% [markdown]
 # ### Explain
@@ -313,10 +317,11 @@ show_prediction(predicted_cases, forecast=needs,
 
 # %% [markdown]
 # ### Explain
-# The 8B model does without it, at 512 tokens; the 1B model needs it, at 2048. What forgetting saves
-# are activations, and they follow micro batch, *length* and the layers' width. Length counts most:
-# for Llama 3 without a mask, a T4's kernel keeps the scores of every pair (lesson 06). So the 1B
-# model has room for these 2048 tokens as 4 x 512 or 2 x 1024, and not as 1 x 2048.
+# On a T4, one sequence at a time, the 8B model does without it at 512 tokens; the 1B model needs it
+# at 2048. What forgetting saves are activations, and they follow micro batch, *length* and the
+# layers' width. Length counts most: for Llama 3 without a mask (one row alone needs none), a T4's
+# kernel keeps the scores of every pair (lesson 06). So the 1B model has room for these 2048 tokens
+# as 4 x 512 or 2 x 1024, and not as 1 x 2048.
 #
 # If a T4 has room to spare with every layer forgetting, that room is speed not bought. Let only the
 # first *k* of *n* layers forget (**k of n layers**): each of the others costs the same memory and
@@ -364,6 +369,14 @@ figures.forgetting_explorer()
 # model(**batch).loss.backward()
 # missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 # print(sum(x.gradient_checkpointing for x in layers), "layers forget; no gradient ([]?):", missing)
+# ```
+#
+# And your own model? Guess the verdict with k = 0 and with k = "all", and the k that you would set;
+# then ask, in a cell here:
+#
+# ```python
+# forecast(replace(usual, model="Qwen/Qwen2.5-0.5B", sequence_length=2048,
+#                  checkpointed_layers=0), gpus.T4).verdict
 # ```
 #
 # ## And now?
@@ -458,8 +471,8 @@ for layers in (16, 32, 64, 80):
           "boundaries at", ", ".join(f"k = {k}: {n:.1f}" for k, n in held.items()))
 
 # %% [markdown]
-# Up to some 40 layers one checkpoint a layer, which is what transformers does, is best; at 64 and
-# 80 segments of two already hold less. Counted, not estimated, for stacks of our small layers:
+# Up to 45 layers (2 · r) one checkpoint a layer, which is what transformers does, is best; at 64
+# and 80 segments of two already hold less. Counted, not estimated, for stacks of our small layers:
 
 # %% tags=["run"]
 narrow, held = replace(recipe, micro_batch_size=1), {}
