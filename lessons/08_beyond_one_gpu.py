@@ -7,7 +7,7 @@
 # **30 min**, 40 if you read every line · optional, runs anywhere; two GPUs fill in section 5.
 #
 # Kaggle lends you two T4s. Does lesson 07's run go twice as fast on them, or may the model be twice
-# as large? Nearly either, not both, and the price goes over the bus between the cards. Two
+# as large? Neither quite, and not both; the price goes over the bus between the cards. Two
 # processes on your CPU train, and you count each byte between them.
 #
 # | objectives: you will be able to | level | assessed by |
@@ -90,11 +90,10 @@ def by_hand(model, batches):
 
 # %% [markdown]
 # PyTorch's wrapper does that while backward still runs, many gradients at a time; `no_sync` keeps
-# it quiet until a step's last micro batch (Trainer does so).
+# it quiet until a step's last micro batch.
 #
 # **FSDP2**, fully sharded data parallel, gives each rank a *part* of every parameter, gradient and
-# optimizer state. Before a layer computes, its parts are gathered; then the whole is dropped. Each
-# layer is a unit:
+# optimizer state. A layer's parts are gathered before it computes; then the whole is dropped:
 
 # %% tags=["run"]
 with open("three_ways.py", "a") as file:
@@ -164,8 +163,8 @@ show_prediction(predicted_fsdp2, show="{:g} KiB".format, counted=told[0]["fsdp2"
 # ### Explain
 # Four layers, gathered for forward, dropped, gathered again for backward, in both micro batches:
 # sixteen gathers of a whole layer, frozen matrix included. Then a reduce-scatter of each layer's
-# gradients, in the last micro batch. So accumulation, which costs DDP nothing, costs FSDP2 all its
-# weights twice a micro batch: prefer large ones.
+# gradients, in the last micro batch (`bus.backward` waits, as accelerate does). So accumulation,
+# which costs DDP nothing, costs FSDP2 all its weights twice a micro batch: prefer large ones.
 #
 # ## Exercise 08.1 · Bytes over the bus
 # *Medium, 5 minutes.* What does a rank send in a step? `frozen` and `trained` are bytes of the
@@ -199,6 +198,7 @@ exercises.check_sent(sent_bytes)
 predicted_gib = ...
 
 # %% tags=["run"]
+from fitcast.forecasting.search import tokens_per_second
 recipe = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", lora_dropout=0.0, loss="lean",
                      attention="explicit_kv", norm="native", adapters="lean", optimizer="adamw",
                      micro_batch_size=2, sequence_length=2048)
@@ -206,17 +206,20 @@ with bus.Bus() as seen:  # only FSDP2's code talks
     steps = {"one card": forecast(recipe, T4)} | {
         f"{strategy} on 2": forecast(recipe, T4, strategy=strategy, world_size=2)
         for strategy in ("ddp", "fsdp2")}
+seconds = [4096 / tokens_per_second(recipe, steps["one card"], part) for part in T4.sustained]
 show_prediction(predicted_gib, show="{:.2f} GiB".format, also=[
-    f"sent by a rank of fsdp2, one micro batch: {seen.sent_bytes / GIB:.2f} GiB",
+    f"sent by a rank of fsdp2, one micro batch: {seen.sent_bytes / GIB:.2f} GiB; at 16 GB/s "
+    f"{seen.sent_bytes / 16e9:.1f} s, beside {min(seconds):.0f} to {max(seconds):.0f} s of work",
     figures.compare(steps, T4, "Llama-3.1-8B, 2 x 2048 tokens, what each rank holds")],
     **{name: step.peak_allocated_bytes / GIB for name, step in steps.items()})
 
 # %% [markdown]
 # ### Explain
 # DDP saves nothing: a rank holds the whole model, and the buckets. FSDP2 halves what lies still
-# (adapters, optimizer state, all weights but the head) and pays part of it back: the layer at work
-# and the next one lie there whole. Nobody halves activations. So **FSDP2 pays when weights are what
-# is large**. Its price: 4.31 GiB a micro batch, where DDP sends the adapters' 52.00 MiB a step.
+# (adapters, optimizer state, weights; not the head, which the loss reads whole) and pays part of
+# it back: the layer at work and the next one lie there whole. Nobody halves activations. So **FSDP2
+# pays when weights are what is large**. Its price: 4.31 GiB a micro batch, where DDP sends the
+# adapters' 52.00 MiB a step.
 #
 # Measured, on two cards held to a T4's memory; speeds are both cards' together, without a mask:
 
@@ -225,10 +228,9 @@ from course_utils.topics import recorded
 recorded.show("cards", bus.card)
 
 # %% [markdown]
-# On T4s cuBLAS takes 0.05 GiB less; speeds differ there, even their ratios. *Offload*: parts wait
-# on the host. 32 billion weights need it, or the embedding there. Both ranks' checkpoints there
-# take 16 GiB at 32 768 tokens; at 98 304 (MLP in tiles of tokens, lesson 06) 48, which Kaggle
-# lacks.
+# These two talk over NVLink. T4s have PCIe, 16 GB/s at best [NVIDIA, T4]: 0.3 s, little beside the
+# work above; at 512 tokens a micro batch it may be a quarter of it. *Offload*: parts wait on the
+# host.
 #
 # So: DDP for lesson 07's run, FSDP2 for what one card cannot hold. For yours, put another `model=`
 # and your rows into the cell above.
@@ -237,7 +239,7 @@ recorded.show("cards", bus.card)
 # ## 4 · Three things that must be right, and a trap
 # **One GPU each, before anything is loaded**: `torchrun` tells each process its number as
 # `LOCAL_RANK`; `torch.cuda.set_device` of it is the first line that touches a GPU, or every rank
-# loads its model onto GPU 0. That raises an error. The other two do not.
+# loads its model onto GPU 0. That raises; the other two do not.
 #
 # **The loss inside the wrapper's forward.** DDP and FSDP2 do their work around *their* forward. A
 # chunked loss likes to call the model inside, for its hidden states:
@@ -271,15 +273,14 @@ show_prediction(predicted_beside, show="{:g} KiB".format, counted=beside[0]["sen
 
 # %% [markdown]
 # ### Explain
-# Nothing, and no word about it. Two gradients, two models, and rank 0's is saved, which has seen
+# Nothing, and no word. Two gradients, two models, and rank 0's is saved, which has seen
 # half of your data. In your own loop under DDP print once, on each rank,
-# `torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)`: it must be one number.
+# `torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))`: it must be one number.
 #
 # **Tokens, not means.** DDP takes the mean of the ranks' gradients. Where each divided by its own
 # labelled tokens, an answer counts more on the rank with the short ones (lesson 03).
 #
-# Trainer and SFTTrainer are right on both: they call the wrapper and count all ranks' tokens
-# (`average_tokens_across_devices`, the default).
+# Trainer and SFTTrainer do both right (`average_tokens_across_devices`, the default).
 #
 # ## Exercise 08.2 · A loss for each rank
 # *Medium, 4 minutes.* A rank has the *sum* of its tokens' losses. `all_reduce(tensor)` adds up over
@@ -308,7 +309,7 @@ exercises.check_loss(loss_of_rank)
 # forecast to fit may not. (TRL's trainers refuse.)
 #
 # Hide one: `CUDA_VISIBLE_DEVICES=0` before torch is imported (restart a notebook that has imported
-# it). Or start a process for each. `fitcast doctor` tells.
+# it). Or start a process for each.
 
 # %% [markdown]
 # ## 5 · On two T4s
@@ -325,14 +326,13 @@ bus.on_two_gpus(
 )
 
 # %% [markdown]
-# What it says, recorded on one GPU, then on two under DDP (shape of Llama-3.2-1B, random weights,
-# short padded rows):
+# Recorded on one GPU, then on two under DDP (shape of Llama-3.2-1B, random weights, short rows):
 
 # %% tags=["recorded"]
 recorded.show("gpus", bus.launched)
 
 # %% [markdown]
-# Accumulation is divided by the processes: one batch, one loss; faster, but not twice.
+# Accumulation is divided by the processes: one batch, one loss; faster, but not twice, over NVLink.
 #
 # ## In your script
 # Saved as `mine.py`: `python mine.py` takes one card, `torchrun --nproc-per-node 2 mine.py` two. In
@@ -400,7 +400,10 @@ for n in (1, 2):
 
 # %% [markdown]
 # ### FSDP2's options, and checkpoints
-# (`configs/fsdp2_offload_2xt4.yaml` with `--strategy fsdp2 --offload` lets parts wait on the host.)
+# (`configs/fsdp2_offload_2xt4.yaml` with `--strategy fsdp2 --offload` lets parts wait on the host.
+# 32 billion weights need it, or the embedding there. Both ranks' checkpoints there take 16 GiB at
+# 32 768 tokens; at 98 304 (MLP in tiles, lesson 06) 48, which Kaggle lacks.)
+#
 # For FSDP2, which cuts floating numbers, 4-bit weights are stored as float16, two bytes in each,
 # and the optimizer is plain AdamW: bitsandbytes' takes no parts. Checkpoints are whole or not there
 # (lesson 07): kill a rank, start again, with two processes or with one.
@@ -455,6 +458,7 @@ for name, one in asked.items():
 #   [PERFORMANCE.md](https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md): what a
 #   rank sends in each collective
 # - Rajbhandari et al. 2020, [ZeRO](https://arxiv.org/abs/1910.02054): why shard what lies still
+# - NVIDIA, [T4](https://www.nvidia.com/en-us/data-center/tesla-t4/): its interconnect bandwidth
 # - bitsandbytes, [FSDP-QLoRA](https://huggingface.co/docs/bitsandbytes/fsdp_qlora); PEFT,
 #   [FSDP](https://huggingface.co/docs/peft/accelerate/fsdp)
 # - transformers,
