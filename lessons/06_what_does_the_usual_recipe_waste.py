@@ -72,7 +72,7 @@ before = ...  # for example "abcda"
 #
 # There are two worlds. Rows of different length are **padded** to the longest, and a *mask* hides
 # the padding from attention. Rows that are **packed** (cut from one long text), of equal length, or
-# alone need no mask. Keep both in sight: it matters. Which is yours? Where
+# alone need no mask, if nothing is filled up. Keep both in sight: it matters. Which is yours? Where
 # `batch["attention_mask"].all()` is true, nothing is masked. (But TRL's `packing=True` keeps
 # examples apart by a mask of its own: for attention that is the padded world, in one long row;
 # `packing_strategy="wrapped"` is what we call packed.) [TRL, sft_config.py; transformers,
@@ -115,7 +115,7 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also=[where, logits, fi
 # that to PyTorch's SDPA (`enable_gqa=True`). Three of its kernels matter here (cuDNN's needs a
 # newer card):
 #
-# - *FlashAttention* takes groups; a T4 has none.
+# - *FlashAttention* takes groups, but does not run on a T4.
 # - The *memory-efficient* one runs on a T4; it takes no groups.
 # - *Math* runs on a T4 and takes groups, but writes out a score for each pair of tokens.
 #
@@ -152,9 +152,9 @@ for predicted, world in ((predicted_speedup, "no_mask"), (predicted_speedup_padd
 # %% [markdown]
 # ### Explain
 # Without a mask about twice as fast, padded not at all: there transformers had repeated already. (A
-# row *alone* has no mask, whatever the script says: it would hide nothing, and transformers drops
-# it.) So when somebody promises you twice the speed, ask for their batches. (And not a byte is
-# saved, in either world: this peak is the logits'.)
+# row *alone* has no mask, unless it is filled up, to a `max_length` or a multiple of 8: one that
+# hides nothing transformers drops.) So when somebody promises you twice the speed, ask for their
+# batches. (And not a byte is saved, in either world: this peak is the logits'.)
 
 # %% [markdown]
 # ## 3 · The logits: never all at once
@@ -254,8 +254,8 @@ show_prediction(predicted_all_levers, show="{:.1f} times".format, forecast=faste
 # Padded, the levers bring the run from "does not fit" to "fits" and little speed; without a mask,
 # both. Forecast and measured bytes agree to a hundredth of a GiB. Speeds are ranges, since a T4's
 # cooling and power cap decide: the forecast takes what T4s were seen to sustain, the measured ones
-# are a larger card's with a T4's kernels, and only their ratios carry over, roughly. Host
-# checkpoints buy the last GiBs and trade the bus for it: when you need them.
+# are a larger card's with a T4's kernels and without its memory limit, and only their ratios carry
+# over, roughly. Host checkpoints buy the last GiBs and trade the bus for it: when you need them.
 
 # %% [markdown]
 # ## 5 · Memory that is left
@@ -263,25 +263,39 @@ show_prediction(predicted_all_levers, show="{:.1f} times".format, forecast=faste
 # bought. Spend it on layers that need not forget (k of n, lesson 02), smaller micro batches if need
 # be. `fitcast fit` tries what counts, one forecast each, and names what should be the fastest.
 # Recorded within a T4's memory, 8 sequences of 2048 behind each step, without a mask (padded rows
-# were not), with all levers but the host's (the lean MLP of Go further, too, and gradients wait for
-# the next micro batch: 8.99 GiB, not 9.16); times are of the usual recipe's speed. Every layer
-# forgets:
+# were not), with all levers but the host's, and a lean MLP (so 8.99 GiB, not 9.16). The last column
+# is times the usual recipe's speed. First, every layer forgets:
 
 # %% tags=["run"]
 print(ladder.table(ladder.rungs("fit", ["micro batch 4, all layers checkpointed"])))
 
 # %% [markdown]
-# And with the memory spent? Guess how many times the usual recipe's speed, then run:
+# ### Predict
+# And with the memory spent: how many times the usual recipe's speed has the fastest?
+
+# %% tags=["predict"]
+predicted_spent = ...
+
+# %% tags=["run"]
+spent, base = ladder.fastest("fit", 1)[0].measured, ladder.usual("llama-3.1-8b").measured
+faster = spent["tokens_per_second"] / base["tokens_per_second"]
+show_prediction(predicted_spent, show="{:.2f} times".format, measured=faster)
+
+# %% [markdown]
+# The four fastest:
 
 # %% tags=["run"]
 print(ladder.table(ladder.fastest("fit", 4)))
 
 # %% [markdown]
-# A seventh more speed, for memory that lay idle; little beside what the levers bought. *What fit
-# picks* was its pick on that day: 2 rows at a time, 17 layers forget. It was not the fastest.
-# Today's `fit` calls it *tight*, and picks as in this table's first row, with more levers; ask it
-# (a minute or two): `fitcast fit --model llama-3.1-8b --sequence-length 2048
-# --target-effective-batch 8 --lora-dropout 0`.
+# A seventh more speed, for memory that lay idle: little beside the 2.5 times that the levers bought
+# without a mask. Padded they bought 1.1 times (section 4), so there this may be as much again.
+# (13.16 GiB *fits* where section 3's 12.40 was *tight*: the verdict counts the allocator's gaps,
+# and these recipes leave fewer.)
+#
+# (The second row is what `fit` picked on that day; today it picks as in the first, with more
+# levers.) Ask it, a minute or two: `fitcast fit --model llama-3.1-8b --sequence-length 2048
+# --target-effective-batch 8 --lora-dropout 0`; `--padded` for padded rows.
 #
 # A small model makes it plain. Llama-3.2-1B, 8 padded rows of 512 tokens, with the levers: should
 # its layers forget? And how many times the work is a step in which all do? Guess before you look.
@@ -313,8 +327,8 @@ figures.levers_explorer()
 # <details><summary>Hint 1</summary>Which term is the largest at the peak? It need not exist at
 # once.</details>
 # <details><summary>Hint 2</summary>Without a mask, speed hangs on the attention kernel.</details>
-# <details><summary>Hint 3</summary><code>replace(exercises.PHI, attention="explicit_kv",
-# loss="chunked", norm=..., lora_dropout=...)</code></details>
+# <details><summary>Hint 3</summary>Two are enough: <code>replace(exercises.PHI, attention=...,
+# loss=...)</code>, with values as in section 5's <code>levers</code>.</details>
 
 # %% tags=["exercise"]
 phi_recipe = ...  # replace(exercises.PHI, ...)
@@ -326,7 +340,8 @@ exercises.check_phi(phi_recipe)
 # And yours? Print `batch["attention_mask"].all()` of your own run, then say which two levers you
 # would pull first, and why. <details><summary>On a T4</summary>`False`: the loss in chunks, for the
 # peak, then what section 5 buys with the memory. `True`: the loss, and section 2's kernel where
-# heads are grouped.</details>
+# heads are grouped. (On a card from 8.0 on FlashAttention takes groups: expect nothing from that
+# kernel; the logits stay.)</details>
 #
 # ## In your script
 # Two lines, on TRL's own trainer; `apply_levers` says what it changed and what it left, and why; it
@@ -363,6 +378,10 @@ exercises.check_phi(phi_recipe)
 # loss = fitcast.chunked_loss(base.model(ids).last_hidden_state, base.lm_head, labels=ids)
 # print(f"in chunks {loss:.2f}, the model's own {base.eval()(ids, labels=ids).loss:.2f}")
 # ```
+#
+# What `apply_levers` says of this model, a lever a line: `attention: explicit_kv`, `norm: native`,
+# `mlp: lean`, `adapters: lean`, `rotary: lean`, and `loss: TRL's own where its trainer asks for it,
+# else lean where the head is frozen, else chunked`.
 #
 # ## And now?
 # The same five questions.
@@ -465,9 +484,8 @@ for name, change in changes.items():
           f"reserved up to {show_bytes(step.unlimited_reserved_bytes[1])}, {step.verdict}")
 
 # %% [markdown]
-# *Tight* with a peak of 12.35 GiB, where section 5's 13.16 *fits*? The verdict is about what is
-# *reserved*: the gaps between the allocator's pieces count, and section 5's recipes leave fewer
-# (`expandable_segments=True`).
+# *Tight* with a peak of 12.35 GiB: the gaps are in what is *reserved*. Section 5's recipes leave
+# fewer by `expandable_segments=True`.
 
 # %% [markdown]
 # ## What this lesson left out
