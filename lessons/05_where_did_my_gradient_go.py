@@ -6,7 +6,7 @@
 # **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; half-way there is a
 # place to stop · runs anywhere; a GPU runs the same cells faster.
 #
-# A part of a step's gradients is below half of float16's smallest number, 5.96e-08 (lesson 04), and
+# A part of a step's gradients is below 2.98e-08, half of float16's smallest number (lesson 04), and
 # becomes zero. In this lesson you find out how many vanish, get them back with one multiplication,
 # and write the machine that does it in every fp16 run. People break it in four ways: two you run,
 # the other two in "Go further".
@@ -136,10 +136,10 @@ for name, state in states.items():
 
 # %% [markdown]
 # ### Explain
-# The small ones come back long before the large ones overflow. And the right scale *moves*: as the
-# loss falls, the largest gradients get smaller, leaving room for more: see both states at 2²¹. (The
-# layers' and the adapters' gradients are counted together here.) Your own number waits until you
-# have calculated it:
+# The small ones come back long before the large ones overflow. And the right scale *moves*: here,
+# as the loss falls, the largest gradients get smaller, leaving room for more (see both states at
+# 2²¹); a hard batch makes them grow again. (The layers' and the adapters' gradients are counted
+# together here.) Your own number waits until you have calculated it:
 #
 # ## Exercise 05.1 · The best scale
 # *Easy, 5 minutes.* `trained_gradients` below has all of them, after training. Which is the largest
@@ -192,7 +192,7 @@ predicted_error = ...
 # %% tags=["run"]
 def scaled_gradient(scale=1.0, amp=None, model=trained):
     model.zero_grad()
-    dtype = precision.FORMATS[amp or "float16"]  # without amp nobody uses it
+    dtype = precision.FORMATS[amp or "float16"]  # autocast is off without amp
     with torch.autocast(gpus.device(), dtype, enabled=amp is not None):
         loss = qlora.compute_loss(model, batch, recipe, num_items)
     (loss * scale).backward()      # scale, backward
@@ -220,7 +220,8 @@ show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0
 # The grey window is many powers of two wide. Scale 1 stands just left of it; its right edge, 2²³,
 # is the answer to exercise 05.1. The 0.3 % that are left inside are float16's rounding: no scale
 # mends that. Loss scaling means: stay in it, near the right edge, whatever the model does.
-# [Micikevicius et al., section 3.2]
+# [Micikevicius et al., section 3.2] (bfloat16 needs none of this: it has float32's
+# exponent. Lesson 04.)
 
 # %% [markdown]
 # *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
@@ -339,7 +340,7 @@ exercises.check_scaler(next_state)
 # %% [markdown]
 # ## 4 · Four ways to get it wrong
 # A step now has nine parts: scale, backward, unscale, look, clip, step, schedule, clear, adjust the
-# scale. Loops go wrong in four ways, and none raises an error.
+# scale. Loops go wrong in four ways, and none raises an error (one may warn, once).
 #
 # ### (a) Clip before unscale
 # ### Predict
@@ -387,9 +388,9 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # %% [markdown]
 # ## In your script
 # A loop of your own, in the right order. (A norm of `inf` or `nan` in the first steps is the
-# scaler, finding its level. A scale that keeps falling is not: then forward itself makes the
-# infinity, and no scale mends that. `last.pt` takes 5.5 GiB: 494 million weights, 12 bytes each
-# with Adam's state [Qwen2.5-0.5B].)
+# scaler, finding its level. A scale that keeps falling is not: then it is not the scale that
+# makes it (forward, a derivative at 0, or a weight that is NaN does), and no scale mends that.
+# `last.pt` takes 5.5 GiB: 494 million weights, 12 bytes each with Adam's state [Qwen2.5-0.5B].)
 #
 # Trainer's `fp16=True` does the same, with two surprises: its `global_step` and `max_steps` count
 # skipped steps, and where every loss is NaN its log says 0.0. Watch `grad_norm`. (Both are run in
@@ -416,6 +417,11 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 #     print(f"step {step}: norm {norm:.2f}, scale {scaler.get_scale():.0f}")
 # torch.save([part.state_dict() for part in (model, optimizer, scaler)], "last.pt")
 # ```
+#
+# And yours? Print `scaler.get_scale()` (Trainer's is `trainer.accelerator.scaler`) at steps 0, 100
+# and 1000 of your own run: which way does it move, and why? <details><summary>Answer</summary>By
+# step 1000 it has stayed or fallen, never risen: to double takes 2000 good steps in a row. If it
+# fell, 65 536 was too high for your loss.</details>
 #
 # ## And now?
 # The same five questions.
@@ -645,7 +651,8 @@ for scale in (1, 1024, 262144):
     print(f"{scale:7}  ", *(f"{number:9.2e}" for number in stored.tolist()))
 
 # %% [markdown]
-# Which powers of two are good for all three? Try, then compare with 65 504 / 0.5.
+# Which powers of two are good for all three? Try. (2¹¹ to 2¹⁶: above, 0.5 overflows; below, 3e-8
+# lacks bits.)
 #
 # ### An open question
 # *Two losses, one scaler.* Add a second loss whose gradients are a million times smaller (multiply
