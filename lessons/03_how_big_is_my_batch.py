@@ -14,7 +14,7 @@
 # |---|---|---|
 # | *write* an accumulation whose gradient equals the full batch's | B2 | exercise 03.1 |
 # | *design* an effective batch of 32 that fits a T4 and loses little time | B2 | exercise 03.2 |
-# | *calculate* optimizer steps, warm-up and log lines of a run | B1 | exercise 03.3 (Go further) |
+# | *calculate* a run's steps, warm-up and log lines | B1 | question 1; exercise 03.3 (Go further) |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
@@ -107,8 +107,8 @@ figures.updates(events, "two updates of 2 x 4 sequences")
 # comment `optimizer.step()` out and see.) Forget *clear*, and the second update contains the first
 # one's gradient again. The sequences behind an update are the **effective batch**: micro batch
 # (`per_device_train_batch_size`) x accumulation steps (`gradient_accumulation_steps`) x world size,
-# the number of processes that share the work (or of cards, where one process takes all it sees, as
-# in a notebook with two). Trainer has an argument for two of them, and none for the product.
+# the number of processes that share the work. Trainer has an argument for two of them, and none for
+# the product.
 #
 # ### Predict
 # 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`. How many lines
@@ -131,9 +131,9 @@ show_prediction(predicted_lines, show="{:.0f} lines".format, logged=len(log),
 # 32 micro batches make 8 optimizer steps, and those are what Trainer counts: `logging_steps`,
 # `save_steps`, `eval_steps`, `warmup_steps` and `max_steps` alike. Only
 # `gradient_accumulation_steps` counts micro batches. The *learning rate* moves once an update, too:
-# it rises through the *warm-up*, here half of the run, 4 steps, then it falls. It starts at
-# **zero**, so the first update changes nothing at all. (Go further has the rest: what is left at
-# the end of an epoch.) [transformers: `get_linear_schedule_with_warmup`]
+# it rises through the *warm-up*, here half of the run, 4 steps, then it falls. With a warm-up it
+# starts at **zero**, so the first update changes nothing at all. (Go further has the rest: what is
+# left at the end of an epoch.) [transformers: `get_linear_schedule_with_warmup`]
 
 # %% [markdown]
 # ## 2 · The same gradient?
@@ -310,8 +310,13 @@ show_prediction(predicted_fraction, show="{:.3f} of the peak".format, also=[meas
 # **Activations follow the micro batch.** Weights and optimizer state do not care. Gradients do, the
 # other way round: 32 x 1 has none yet at its peak, at 2 x 16 they lie, 5.82 MiB, beside every later
 # forward. These three are more than half of what 2 x 16 needs, so the peak falls by less than a
-# factor of 16. The timeline shows why the *number* of micro batches costs nothing: each one's
-# tensors are gone before the next one's come.
+# factor of 16. The timeline shows that the second micro batch costs the gradients, and every
+# further one nothing: each one's tensors are gone before the next one's come.
+#
+# **Task:** read off the bars what 4 x 8 needs. To check it, count:
+# `two_updates(replace(recipe, micro_batch_size=4, gradient_accumulation_steps=8))`.
+# <details><summary>Answer</summary>Weights, gradients and Adam's two averages stay, four times 5.82
+# MiB; the rest of the 40.18 MiB doubles: <code>2 * 40.18 - 4 * 5.82</code>, which is 57.</details>
 
 # %% [markdown]
 # ## 4 · Thirty-two on a T4
@@ -360,7 +365,8 @@ exercises.check_effective_batch(plan, three, gpus.T4)
 # Move the controls (with the mouse, or Tab and the arrow keys); they begin with two at a time,
 # every layer forgetting. **Task:** at which lengths does a micro batch of 4 fit? And of 8?
 # <details><summary>Answer</summary>4 up to 1024 tokens, 8 up to 512: each needs what 2 x 2048
-# needs. Memory follows the tokens of a micro batch.</details>
+# needs. Up to 2048 tokens a sequence, memory follows the tokens of a micro batch. Beyond, a T4's
+# attention writes every score, and 1 x 8192 needs nearly twice what 4 x 2048 needs.</details>
 
 # %% tags=["run"]
 figures.split_explorer()
@@ -380,6 +386,7 @@ figures.split_explorer()
 #     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
 #         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
 #         # here: what you do with them
+#         # try loss = model(**inputs).loss here: the second line is 16 times the first
 #         return (loss, outputs) if return_outputs else loss
 #
 # model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.float32)
@@ -572,7 +579,8 @@ exercises.check_search(largest_that_trains)
 # ### Two processes, one update
 # The third factor. With two GPUs you start two processes, **ranks**, each with the whole model and
 # half of the batch; `DistributedDataParallel` (DDP) averages their gradients before the optimizer
-# steps. Their number is the **world size**. `torchrun` starts them:
+# steps. Their number is the **world size**. (A notebook with two GPUs is one process, which takes
+# both: there the factor is their number.) `torchrun` starts them:
 #
 #     torchrun --nproc-per-node 2 your_script.py
 #

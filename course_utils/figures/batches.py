@@ -16,7 +16,7 @@ EVENTS = {"accumulate": COLOURS["gradients"], "update": COLOURS["weights"], "cle
 
 @styled
 def updates(events: Sequence[tuple[str, float]], title: str = "") -> Figure:
-    """Length of the summed gradient after each event, and who counts on which.
+    """Length of the summed gradient after each event; updates are counted.
 
     Args:
         events: ("accumulate", "update" or "clear", length of the gradient afterwards), in order.
@@ -50,7 +50,7 @@ def updates(events: Sequence[tuple[str, float]], title: str = "") -> Figure:
         )
         if event == "update":
             ax.annotate(
-                f"optimizer step {optimizer_steps}:\nlog, warm-up and\nschedule count it",
+                f"optimizer step {optimizer_steps}",
                 (x, length),
                 xytext=(0, 6),
                 textcoords="offset points",
@@ -62,7 +62,7 @@ def updates(events: Sequence[tuple[str, float]], title: str = "") -> Figure:
     ax.set(
         title=title,
         ylabel="length of .grad",
-        ylim=(-0.24 * highest, 1.42 * highest),
+        ylim=(-0.24 * highest, 1.18 * highest),
         yticks=[0],
         xticks=[],
     )

@@ -18,13 +18,19 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from course_utils import data
 from course_utils.data import BUNDLED
 from course_utils.exercises import lesson_03
 from course_utils.figures import widgets
 from course_utils.topics import trainer_log
 from fitcast import gpus
+from fitcast.forecasting.forecast import forecast
+from fitcast.memory.ledger import MemoryLedger
 from fitcast.recipe import TrainRecipe
+from fitcast.step import qlora
+from fitcast.training import batching
 from fitcast.training.batching import labelled_tokens
+from fitcast.units import MIB
 from tests.lessons.exercises import complaints
 from tools.notebooks import lesson_scripts
 
@@ -493,6 +499,41 @@ def test_trainer_log_has_trainers_own_lines():
         replace(recipe, max_steps=1), rows, padding, Doubled, logging_steps=1
     )
     assert one[0]["loss"] == pytest.approx(2 * log[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_4_x_8_needs_what_the_bars_of_2_x_16_say():
+    """The Task of section 3, by its own formula and the lesson's own function."""
+    (path,) = lesson_scripts(["03"])
+    lesson = path.read_text("utf-8")
+    (two_updates,) = re.findall(r"^def two_updates.*?report\(\)$", lesson, re.M | re.S)
+    (recipe,) = re.findall(r"^recipe = TrainRecipe\(.*?\)$", lesson, re.M | re.S)
+    names = {
+        "TrainRecipe": TrainRecipe, "data": data, "qlora": qlora, "torch": torch, "gpus": gpus,
+        "batching": batching, "MemoryLedger": MemoryLedger,
+    }  # fmt: skip
+    exec(f"{recipe}\n{two_updates}", names)
+    four = replace(names["recipe"], micro_batch_size=4, gradient_accumulation_steps=8)
+    (said,) = re.findall(r"<code>(2 \* 40\.18 - 4 \* 5\.82)</code>, which is 57", lesson)
+    assert names["two_updates"](four).peak_bytes / MIB == pytest.approx(eval(said), abs=0.1)
+
+
+@pytest.mark.slow
+def test_memory_follows_tokens_up_to_2048_a_sequence():
+    """What the explorer's answer says of a T4, where longer rows pay for their scores."""
+
+    def peak(micro_batch_size, sequence_length):
+        recipe = TrainRecipe(
+            model="llama-3.2-3b",
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+            gradient_accumulation_steps=2,
+        )
+        return forecast(recipe.for_gpu(gpus.T4), gpus.T4).peak_bytes
+
+    for shape in ((4, 1024), (8, 512)):
+        assert peak(*shape) == pytest.approx(peak(2, 2048), rel=0.01)
+    assert 1.75 < peak(1, 8192) / peak(4, 2048) < 1.95  # nearly twice
 
 
 @pytest.mark.slow
