@@ -157,6 +157,13 @@ def test_a_compute_dtype_of_its_own_is_a_detour_of_forward():
     assert mixed.detours == half and one.seen == {("float16", "float16"): 2 * half}
 
 
+def test_on_an_l4_two_other_settings_leave_one_format():
+    """The Task after exercise 04.2; bfloat16 is that card's by its capability."""
+    assert gpus.L4.has_bfloat16
+    l4 = lesson_04.run_published(PUBLISHED | {"fp16": False, "bf16": True})
+    assert l4.detours == 0 and set(l4.seen) == {("bfloat16", "bfloat16")}
+
+
 def test_a_gpu_gets_more_tokens_than_bitsandbytes_multiplies_packed():
     """On an H200 sixteen tokens of the published recipe had no detour, and it passed unchanged."""
     source = Path(bitsandbytes.__file__).with_name("backends") / "cuda" / "ops.py"
