@@ -113,10 +113,11 @@ model.gradient_checkpointing_enable()                                           
 print("two steps done, peak", show_bytes(on_a_t4(model).peak_bytes))
 
 # %% [markdown]
-# It trains. Weights in 16 bits (1), only small *adapters* beside them trained (2: LoRA; 16 is their
-# inner width), what layers computed forgotten and computed again (3). Take any one of the three
-# away (1: back to `float32`; 2, 3: comment it out) and it dies again. Guess where each time (in a
-# layer, in the head, in the optimizer?), then try it.
+# It trains (on a real T4, whose allocator leaves gaps, *tightly*: lesson 02). Weights in 16 bits
+# (1), only small *adapters* beside them trained (2: LoRA; 16 is their inner width), what layers
+# computed forgotten and computed again (3). Take any one of the three away (1: back to `float32`;
+# 2, 3: comment it out) and it dies again. Guess where each time (in a layer, in the head, in the
+# optimizer?), then try it.
 # <details><summary>Answer</summary>Without 1 in the head, on the way forward; without 2 in the
 # optimizer's step; without 3 in the 19th of the 28 layers, on the way forward.</details>
 #
@@ -227,9 +228,9 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # descends: it uses them up, last layer first, and leaves gradients. The **optimizer step** creates
 # Adam's two averages, once; they stay. `zero_grad()` lets the gradients go: their band, the one
 # above the weights, ends. So the second step starts higher than the first, and the peak belongs to
-# the *second* step: whoever probes a batch size runs two. *Temporaries*, the thin band on top, live
-# for a few operations. (On a GPU both numbers can be higher: its kernels keep other tensors, and
-# its allocator rounds sizes up.)
+# the *second* step, at the first moment of its backward, in the loss (section 4): whoever probes a
+# batch size runs two. *Temporaries*, the thin band on top, live for a few operations. (On a GPU
+# both numbers can be higher: its kernels keep other tensors, and its allocator rounds sizes up.)
 
 # %% [markdown]
 # ## 2 · What does one layer keep?
@@ -359,9 +360,10 @@ show_prediction(predicted_factor_batch, show=times, also=figure,
 # times as much for four times the tokens.) **Batch: always linear**, because every tensor in the
 # list of section 2 has the batch as a factor.
 #
-# Move the controls (with the mouse, or Tab and the arrow keys). **Task:** Llama-2-7B at 1 x 2048
-# tokens, eager. How many sequences can SDPA take before it keeps more than that? (The control knows
-# 1, 2, 4; the line between them is straight.)
+# (The bar "usual estimate" counts one boundary a layer: Go further.) Move the controls (with the
+# mouse, or Tab and the arrow keys). **Task:** Llama-2-7B at 1 x 2048 tokens, eager. How many
+# sequences can SDPA take before it keeps more than that? (The control knows 1, 2, 4; the line
+# between them is straight.)
 # <details><summary>Answer</summary>Three: three times SDPA's 11.38 GiB is less than eager's 35.38
 # GiB. Of the control's choices 2 keep less, 4 more.</details>
 
@@ -390,7 +392,8 @@ big = ledger.report()
 rows = "\n".join(f"{show_bytes(t.n_bytes):>11}  {t.dtype}  {t.shape}  {t.operation}"
                  for t in big.largest[:6])
 show_prediction(predicted_logits, counted=big.largest[0].n_bytes,
-                peak_of_the_step=big.peak_bytes, also=["The largest at the peak:", rows])
+                peak_of_forward_and_backward=big.peak_bytes,
+                also=["The largest at the peak:", rows])
 
 # %% [markdown]
 # ### Explain
@@ -409,7 +412,8 @@ print(len(tensors), "tensors were alive at the peak of section 1, the largest fi
 # ## Exercise 01.2 · The logits at the peak
 # *Easy, 5 minutes.* Each of `tensors` has `n_bytes`, `shape`, `category` and `operation`. How many
 # bytes of section 1's peak, in all, have the shape of the logits, the vocabulary (1280) as their
-# last dimension?
+# last dimension? And how many copies is that, made by which operations? (The check names them when
+# you are right.)
 #
 # <details><summary>Hint 1</summary>Print the shapes of <code>tensors[:6]</code> first.</details>
 # <details><summary>Hint 2</summary>The embedding matrix is (1280, 192): its <em>last</em> dimension
@@ -569,18 +573,18 @@ steps_of(replace(recipe, micro_batch_size=32), budget_bytes=120 * MIB)
 
 # %% [markdown]
 # How many sequences of 128 tokens fit on that card, when all weights are trained for two steps or
-# more? Two runs are enough to know; you need no search. The check *runs* your answer within 120
-# MiB, and one more.
+# more? Two runs are enough to know; you need no search. (Not from batch 1: on a GPU its peak is in
+# the optimizer's step.) The check *runs* your answer within 120 MiB, and one more.
 
 # %% tags=["run"]
-one, two = (steps_of(replace(recipe, micro_batch_size=size)) for size in (1, 2))
-print("micro batch 1:", show_bytes(one.peak_bytes))
+two, four = (steps_of(replace(recipe, micro_batch_size=size)) for size in (2, 4))
 print("micro batch 2:", show_bytes(two.peak_bytes))
+print("micro batch 4:", show_bytes(four.peak_bytes))
 
 # %% [markdown]
-# <details><summary>Hint 1</summary>Memory is linear in the batch: a part that is always there,
-# and a part for each sequence.</details>
-# <details><summary>Hint 2</summary>The difference of the two runs is one sequence. Subtract it from
+# <details><summary>Hint 1</summary>As long as the peak is in backward, memory is linear in the
+# batch: a part that is always there, and a part for each sequence.</details>
+# <details><summary>Hint 2</summary>The difference of the two runs is two sequences. Take it from
 # the first run: what is left is there for any batch.</details>
 # <details><summary>Hint 3</summary><code>(120 * MIB - fixed) // (...)</code></details>
 

@@ -167,9 +167,9 @@ def check_largest_batch(
     if fit and not fits(size + 1):
         return right(f"{size} fits, {size + 1} does not. Memory is linear in the batch.")
     said = f"{size + 1} fits as well" if fit else "that runs out of memory"
-    one, two = report(1), report(2)
-    each = two.peak_bytes - one.peak_bytes  # what one more sequence costs
-    fixed = one.peak_bytes - each  # what is there whatever the batch
+    two, four = report(2), report(4)  # not 1: its peak may be in the optimizer's step
+    each = (four.peak_bytes - two.peak_bytes) // 2  # what one more sequence costs
+    fixed = two.peak_bytes - 2 * each  # what is there whatever the batch
     megabytes = budget_bytes // MIB * (GB // 1000)  # the same number of MB, 10**6 bytes each
     mistakes = [
         Mistake(
@@ -180,7 +180,7 @@ def check_largest_batch(
         Mistake(
             "the weights are subtracted and the optimizer state, which stays from step to step, "
             "is not",
-            (budget_bytes - one.composition["weights"]) // each,
+            (budget_bytes - two.composition["weights"]) // each,
         ),
         Mistake(
             "MB (10**6) are used where the budget is in MiB (2**20)",
@@ -188,7 +188,11 @@ def check_largest_batch(
         ),
         Mistake(
             "the whole peak is scaled, where only activations and temporaries grow with the batch",
-            budget_bytes // one.peak_bytes,
+            4 * budget_bytes // four.peak_bytes,
+        ),
+        Mistake(
+            "the difference of the two runs, which is two sequences, is taken for one",
+            (budget_bytes - fixed) // (2 * each),
         ),
     ]
     if sentence := name_mistake(size, mistakes):  # near the right one there are other reasons, too
@@ -201,6 +205,7 @@ def check_logits_at_peak(answer: float, report: MemoryReport, vocab_size: int) -
     """Exercise 01.2: bytes of logits-shaped tensors alive at the peak of a ledger's report."""
     logits = [block for block in report.largest if block.shape[-1:] == (vocab_size,)]
     held = sum(block.n_bytes for block in logits)
+    makers = ", ".join(block.operation.split(".")[0] for block in logits)
     return judge_number(
         answer,
         held,
@@ -220,6 +225,6 @@ def check_logits_at_peak(answer: float, report: MemoryReport, vocab_size: int) -
                 report.peak_bytes,
             ),
         ],
-        takeaway=f"{len(logits)} copies, {held / report.peak_bytes:.0%} of the peak of a model "
-        f"with a vocabulary of only {vocab_size:,}.",
+        takeaway=f"{len(logits)} copies ({makers}), {held / report.peak_bytes:.0%} of the peak of "
+        f"a model with a vocabulary of only {vocab_size:,}.",
     )
