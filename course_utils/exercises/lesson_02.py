@@ -63,10 +63,11 @@ QUESTIONS = SelfCheck(
             "the rank of the adapters",
         ),
         "b",
-        "It saves activations, and those follow all three, on a T4 the length most.",
+        "It saves activations, and those follow all three, on a T4, for Llama 3 without a mask, "
+        "the length most.",
     ),
     Question(
-        "12 of 32 layers may remember. Which ones?",
+        "12 of 32 layers may remember; the peak is in a recomputed layer. Which ones?",
         ("any: it makes no difference", "the first", "every third", "the last"),
         "d",
         "Backward frees the last ones first, before a recomputed layer needs room.",
