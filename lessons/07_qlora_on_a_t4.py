@@ -117,6 +117,7 @@ recipe = TrainRecipe(
     optimizer="paged_adamw_8bit", warmup_fraction=0.05, save_steps=32, seed=1,
     **source.settings,
 ).for_gpu(gpu)
+stock = dict(attention="stock", loss="full", norm="stock", adapters="stock")  # no levers
 print(source.settings)
 print(recipe.effective_batch_size, "sequences a step")
 
@@ -133,16 +134,16 @@ predicted_gib = ...
 from fitcast import GIB, forecast
 from fitcast.forecasting.search import tokens_per_second
 usual = replace(recipe, model="llama-3.2-1b", **sources.settings_of("llama-3.2-1b"))
-plans = {"this run": recipe, "llama-3.2-1b": usual,
-         "llama-3.2-1b, no layer forgets": replace(usual, checkpointed_layers=0)}
+plans = {"this run": recipe, "llama-3.2-1b": usual}
+plans |= {"no layer forgets": replace(usual, checkpointed_layers=0),
+          "that, without levers": replace(usual, checkpointed_layers=0, **stock)}
 needs = {name: forecast(one.for_gpu(gpus.T4), gpus.T4) for name, one in plans.items()}
 table = []
 for name, one in plans.items():
     minutes = [one.max_steps * one.tokens_per_step / 60 / tokens_per_second(one, needs[name], part)
                for part in gpus.T4.sustained]
-    fast, slow = min(minutes), max(minutes)
-    said = f"{fast:.0f} to {slow:.0f} minutes" if slow > 1 else "under a minute"
-    table.append(f"{name}: {needs[name]}\n  {one.max_steps} steps on a T4: {said}")
+    table.append(f"{name}: {needs[name]}\n  {one.max_steps} steps on a T4: "
+                 f"{min(minutes):.1f} to {max(minutes):.1f} minutes")
 show_prediction(predicted_gib, show="{:.2f} GiB".format, also="\n".join(table),
                 forecast=needs["llama-3.2-1b"].peak_allocated_bytes / GIB)
 
@@ -156,11 +157,12 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also="\n".join(table),
 # max_steps=5)`.
 #
 # If it fits without forgetting, and faster, why does every layer forget? Section 6 starts this run
-# a second time beside the notebook, and section 7 loads a second model. Alone on the card, a script
-# of yours says `checkpointed_layers=0` (Trainer: `gradient_checkpointing=False`).
+# a second time beside the notebook, and section 7 loads a second model. Alone on the card, and
+# with these levers, it goes. Trainer as it comes has none: there, without
+# `gradient_checkpointing`, halve the rows until it fits.
 #
 # Most runs that die, die of something that was known before they started. So look first; no
-# download has begun:
+# weights have been downloaded yet:
 
 # %% tags=["run"]
 from fitcast import preflight
@@ -220,11 +222,12 @@ print("learned:", tokenizer.decode([label for label in labels if label != data.I
 print(len(rows), "to train on,", len(heldout_rows), "held out")
 
 # %% [markdown]
-# What is held out, one in ten (of few examples, more), is decided by a hash of the question: no
-# question is on both sides. Rows of different lengths are *padded*, which is skipped by the loss
-# and paid for in time; `data.pack(rows, ...)` lays whole examples side by side instead (each sees
-# those before it). Packing costs tokens where rows are alike, as the tickets are (two fit into a
-# packed row, and its rest stays empty); where most are short and a few long, it saves them:
+# What is held out, one in ten (of few examples, more; 64 at most are kept), is decided by a hash of
+# the question: no question is on both sides. Rows of different lengths are *padded*, which is
+# skipped by the loss and paid for in time; `data.pack(rows, ...)` lays whole examples side by side
+# instead (each sees those before it). Packing costs tokens where rows are alike, as the tickets are
+# (two fit into a packed row, and its rest stays empty); where most are short and a few long, it
+# saves them:
 
 # %% tags=["run"]
 read = [len(row["input_ids"]) for row in rows]
@@ -241,9 +244,9 @@ figures.lengths(read, [sum(label != data.IGNORED for label in row["labels"])
 # ## 4 · Load and adapt
 # **NF4** stores each weight as one of 16 values, placed where normally distributed weights are
 # dense; a scale for every 64 weights says how large they are, and double quantization keeps the
-# scales in 8 bits. Products are computed in float16, the 16 bits that a T4 has. 4-bit numbers
-# cannot be trained: the base is frozen, and thin float32 matrices beside its linear layers are
-# trained, LoRA's adapters.
+# scales in 8 bits. Products are computed in float16, the 16 bits that a T4 has (without a GPU in
+# float32). 4-bit numbers cannot be trained: the base is frozen, and thin float32 matrices beside
+# its linear layers are trained, LoRA's adapters.
 
 # %% tags=["run"]
 import warnings
@@ -393,8 +396,8 @@ show_prediction(predicted_gain, show="{:.2f} nats".format, measured=gain.mean, a
 # ### Explain
 # Both training losses fell a long way: all answers share a look, and the control learns that. So
 # look at two gaps. Below the control: your answers taught more than their look. Below the baseline:
-# the model had it not before. (Shuffled answers can also make a model forget what it knew, which
-# widens the first gap alone.)
+# the model could not do it before. (Shuffled answers can also make a model forget what it knew,
+# which widens the first gap alone.)
 #
 # The interval: draw the held-out examples again and again, with replacement, and look at the mean
 # difference of each draw; in pairs, because a hard question is hard for both. Far from zero, it is
@@ -492,12 +495,6 @@ for way, (folder, more) in ways.items():
 #   `messages` it learns the questions too, unless you say `assistant_only_loss=True` (which Llama
 #   3.1's template refuses: split them as here). `max_length`, 1024 tokens, cuts the end of a long
 #   row, which is the answer.
-# - **TRL's defaults** would be a tenth of this learning rate, and adapters beside 4 bits in
-#   bfloat16, which a T4's loss scaler refuses (lesson 05): the loop makes them float32 again. [TRL,
-#   sft_config.py, sft_trainer.py]
-# - **8B** peaks at 7.1 GiB by forecast: `fitcast forecast --model llama-3.1-8b --micro-batch-size 2
-#   --sequence-length 1024 --padded --lora-dropout 0 --lora-targets all-linear --loss chunked
-#   --optimizer adamw`.
 # - **Left out:** held-out rows, the control, the levers, 8-bit Adam, the warm-up.
 #
 # ```python
@@ -526,12 +523,24 @@ for way, (folder, more) in ways.items():
 # trainer.save_model("adapter")  # with tokenizer and chat template
 # ```
 #
+# - **TRL's defaults** would be a tenth of this learning rate, and adapters beside 4 bits in
+#   bfloat16, which a T4's loss scaler refuses (lesson 05): the loop makes them float32 again. [TRL,
+#   sft_config.py, sft_trainer.py]
+# - **8B** peaks at 7.1 GiB by forecast: `fitcast forecast --model llama-3.1-8b --micro-batch-size 2
+#   --sequence-length 1024 --padded --lora-dropout 0 --lora-targets all-linear --loss chunked
+#   --optimizer adamw`.
+#
 # To merge it into the weights that it was trained beside, where 16 bits a weight have room: a new
-# process, `model` loaded as above, and
+# process, `model` loaded as above (on Colab first `!pip uninstall -qy torchao`: beside unquantized
+# weights PEFT refuses the old one), and
 #
 #     from peft import PeftModel
 #     model = PeftModel.from_pretrained(model.dequantize(), "adapter").merge_and_unload()
 #     model.save_pretrained("merged")  # the tokenizer lies in "adapter"
+#
+# 8B on a T4 has no room. There this course's `shards.merge_shards(TrainRecipe(model=...,
+# base="nf4", double_quant=True), "adapter", "merged")` does it file by file, with the id that you
+# trained.
 #
 # ## And now?
 # The same five questions.

@@ -112,7 +112,7 @@ def fsdp2(model, batches):
 
 # %% [markdown]
 # The model has four layers, each with a frozen matrix of 256 KiB and a trained adapter of 32 KiB. A
-# step has two micro batches. `bus.Bus()` notes a rank's collectives, with their bytes.
+# step has two micro batches. `bus.Bus()` notes a rank's collectives.
 
 # %% tags=["run"]
 with open("three_ways.py", "a") as file:
@@ -145,7 +145,7 @@ show_prediction(predicted_ddp, show="{:g} KiB".format, counted=told[0]["ddp"][0]
 # ### Explain
 # The adapters' gradients, once. The frozen matrices have none, the first micro batch sends
 # nothing. By hand: the same, in eight calls for eight tensors; DDP fills one *bucket*. Both
-# ranks now hold one gradient, take the same step and stay alike.
+# ranks now hold one gradient, and stay alike.
 
 # %% [markdown]
 # ## 2 · A part of each layer
@@ -163,7 +163,7 @@ show_prediction(predicted_fsdp2, show="{:g} KiB".format, counted=told[0]["fsdp2"
 # ### Explain
 # Four layers, gathered for forward, dropped, gathered again for backward, in both micro batches:
 # sixteen gathers of a whole layer, frozen matrix included. Then a reduce-scatter of each layer's
-# gradients, in the last micro batch (`bus.backward` waits, as accelerate does). So accumulation,
+# gradients, in the last micro batch. So accumulation,
 # which costs DDP nothing, costs FSDP2 all its weights twice a micro batch: prefer large ones.
 #
 # ## Exercise 08.1 · Bytes over the bus
@@ -188,7 +188,7 @@ exercises.check_sent(sent_bytes)
 
 # %% [markdown]
 # ## 3 · What does each save?
-# Llama-3.1-8B, the levers of lesson 06, 2 rows of 2048 tokens on each card. `forecast` adds DDP's
+# Llama-3.1-8B, lesson 06's levers, 2 rows of 2048 tokens a card. `forecast` adds DDP's
 # buckets, and runs FSDP2's own code as one of two ranks that only pretend to talk.
 #
 # ### Predict
@@ -206,40 +206,43 @@ with bus.Bus() as seen:  # only FSDP2's code talks
     steps = {"one card": forecast(recipe, T4)} | {
         f"{strategy} on 2": forecast(recipe, T4, strategy=strategy, world_size=2)
         for strategy in ("ddp", "fsdp2")}
-seconds = [4096 / tokens_per_second(recipe, steps["one card"], part) for part in T4.sustained]
+tokens = recipe.micro_batch_size * recipe.sequence_length
+seconds = [tokens / tokens_per_second(recipe, steps["one card"], part) for part in T4.sustained]
 show_prediction(predicted_gib, show="{:.2f} GiB".format, also=[
     f"sent by a rank of fsdp2, one micro batch: {seen.sent_bytes / GIB:.2f} GiB; at 16 GB/s "
     f"{seen.sent_bytes / 16e9:.1f} s, beside {min(seconds):.0f} to {max(seconds):.0f} s of work",
-    figures.compare(steps, T4, "Llama-3.1-8B, 2 x 2048 tokens, what each rank holds")],
+    figures.compare(steps, T4, f"{recipe.model}, {tokens} tokens, what each rank holds")],
     **{name: step.peak_allocated_bytes / GIB for name, step in steps.items()})
 
 # %% [markdown]
 # ### Explain
 # DDP saves nothing: a rank holds the whole model, and the buckets. FSDP2 halves what lies still
 # (adapters, optimizer state, weights; not the head, which the loss reads whole) and pays part of
-# it back: the layer at work and the next one lie there whole. Nobody halves activations. So **FSDP2
+# it back: the layer at work and the next lie there whole. Nobody halves activations. So **FSDP2
 # pays when weights are what is large**. Its price: 4.31 GiB a micro batch, where DDP sends the
 # adapters' 52.00 MiB a step.
 #
-# Measured, on two cards held to a T4's memory; speeds are both cards' together, without a mask:
+# Measured on two cards held to a T4's memory (speeds: both together, no mask):
 
 # %% tags=["recorded"]
 from course_utils.topics import recorded
 recorded.show("cards", bus.card)
 
 # %% [markdown]
-# These two talk over NVLink. T4s have PCIe, 16 GB/s at best [NVIDIA, T4]: 0.3 s, little beside the
-# work above; at 512 tokens a micro batch it may be a quarter of it. *Offload*: parts wait on the
-# host.
+# DDP is 1.76 times as fast as one card, FSDP2 1.39, over NVLink. T4s have PCIe, 16
+# GB/s at best [NVIDIA, T4]: 0.3 s, little beside the work above; at 512 tokens a micro batch it may
+# be a quarter of it. *Offload*: parts wait on the host.
 #
-# So: DDP for lesson 07's run, FSDP2 for what one card cannot hold. For yours, put another `model=`
-# and your rows into the cell above.
+# DDP, FSDP2, or neither? (i) 14B at 1 x 4096. (ii) Lesson 07's run. (iii) 8B, out of memory at
+# 4 x 2048 with the usual loss. Yours: another `model=` in the cell under *Predict*.
+# <details><summary>Answer</summary>(i) FSDP2, for what one card cannot hold. (ii) DDP. (iii)
+# Neither: first the levers.</details>
 
 # %% [markdown]
 # ## 4 · Three things that must be right, and a trap
 # **One GPU each, before anything is loaded**: `torchrun` tells each process its number as
 # `LOCAL_RANK`; `torch.cuda.set_device` of it is the first line that touches a GPU, or every rank
-# loads its model onto GPU 0. That raises; the other two do not.
+# loads its model onto GPU 0. A slip here raises; in the other two, not.
 #
 # **The loss inside the wrapper's forward.** DDP and FSDP2 do their work around *their* forward. A
 # chunked loss likes to call the model inside, for its hidden states:
@@ -273,14 +276,14 @@ show_prediction(predicted_beside, show="{:g} KiB".format, counted=beside[0]["sen
 
 # %% [markdown]
 # ### Explain
-# Nothing, and no word. Two gradients, two models, and rank 0's is saved, which has seen
-# half of your data. In your own loop under DDP print once, on each rank,
+# Nothing, and no word. Two gradients, two models; rank 0's is saved, which saw half of
+# your data. In your own loop under DDP print once, on each rank,
 # `torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))`: it must be one number.
 #
 # **Tokens, not means.** DDP takes the mean of the ranks' gradients. Where each divided by its own
 # labelled tokens, an answer counts more on the rank with the short ones (lesson 03).
 #
-# Trainer and SFTTrainer do both right (`average_tokens_across_devices`, the default).
+# Trainer and SFTTrainer do both right.
 #
 # ## Exercise 08.2 · A loss for each rank
 # *Medium, 4 minutes.* A rank has the *sum* of its tokens' losses. `all_reduce(tensor)` adds up over
@@ -309,7 +312,7 @@ exercises.check_loss(loss_of_rank)
 # forecast to fit may not. (TRL's trainers refuse.)
 #
 # Hide one: `CUDA_VISIBLE_DEVICES=0` before torch is imported (restart a notebook that has imported
-# it). Or start a process for each.
+# it).
 
 # %% [markdown]
 # ## 5 · On two T4s
@@ -326,13 +329,13 @@ bus.on_two_gpus(
 )
 
 # %% [markdown]
-# Recorded on one GPU, then on two under DDP (shape of Llama-3.2-1B, random weights, short rows):
+# Recorded on one GPU, then two under DDP (Llama-3.2-1B's shape, random weights, short rows):
 
 # %% tags=["recorded"]
 recorded.show("gpus", bus.launched)
 
 # %% [markdown]
-# Accumulation is divided by the processes: one batch, one loss; faster, but not twice, over NVLink.
+# Accumulation is divided by the processes: one batch, one loss; faster, not twice.
 #
 # ## In your script
 # Saved as `mine.py`: `python mine.py` takes one card, `torchrun --nproc-per-node 2 mine.py` two. In
