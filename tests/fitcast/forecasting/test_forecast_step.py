@@ -107,6 +107,7 @@ def adapted(model):
     )
 
 
+@pytest.mark.slow
 def test_autocast_on_cuda_is_autocast_without_a_gpu(recwarn):
     """As the recipe has it, whose forecasts are held against measured runs."""
     recipe = dataclasses.replace(RECIPE, amp_dtype="float16")

@@ -38,6 +38,7 @@ def real_peaks():
     return peaks
 
 
+@pytest.mark.slow
 def test_generation_is_that_of_a_real_model():
     seen = forecast_generation(CONFIG, **ASKED)
     prefill, whole = real_peaks()

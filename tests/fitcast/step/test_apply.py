@@ -75,6 +75,7 @@ def trainer(folder, model, **more):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("peft", "accumulated", "levers"),
     [
