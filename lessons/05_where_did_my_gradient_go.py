@@ -388,13 +388,13 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # %% [markdown]
 # ## In your script
 # A loop of your own, in the right order. (A norm of `inf` or `nan` in the first steps is the
-# scaler, finding its level. A scale that keeps falling is not: then it is not the scale that
-# makes it (forward, a derivative at 0, or a weight that is NaN does), and no scale mends that.
+# scaler, finding its level. A scale that keeps falling, below 1, is not: then it is not the scale
+# that makes it (forward, a derivative at 0, or a weight that is NaN does), and no scale mends that.
 # `last.pt` takes 5.5 GiB: 494 million weights, 12 bytes each with Adam's state [Qwen2.5-0.5B].)
 #
-# Trainer's `fp16=True` does the same, with two surprises: its `global_step` and `max_steps` count
-# skipped steps, and where every loss is NaN its log says 0.0. Watch `grad_norm`. (Both are run in
-# Go further.)
+# On a GPU, Trainer's `fp16=True` does the same, with two surprises: its `global_step` and
+# `max_steps` count skipped steps, and where every loss is NaN its log says 0.0. Watch `grad_norm`.
+# (Both are run in Go further.)
 #
 # ```python
 # import torch
@@ -418,10 +418,12 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # torch.save([part.state_dict() for part in (model, optimizer, scaler)], "last.pt")
 # ```
 #
-# And yours? Print `scaler.get_scale()` (Trainer's is `trainer.accelerator.scaler`) at steps 0, 100
-# and 1000 of your own run: which way does it move, and why? <details><summary>Answer</summary>By
-# step 1000 it has stayed or fallen, never risen: to double takes 2000 good steps in a row. If it
-# fell, 65 536 was too high for your loss.</details>
+# And yours? Print `scaler.get_scale()` (Trainer's is `trainer.accelerator.scaler`; `None` with bf16
+# or without a GPU: nothing to watch) at steps 0, 100 and 1000 of your own run: which way does it
+# move, and why?
+# <details><summary>Answer</summary>By step 1000 it has stayed or fallen, never
+# risen: to double takes 2000 good steps in a row. If it fell, 65 536 was too high for your
+# loss.</details>
 #
 # ## And now?
 # The same five questions.

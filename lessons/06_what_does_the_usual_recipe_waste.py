@@ -219,8 +219,8 @@ for predicted, (name, step) in zip((predicted_gib_no_mask, predicted_gib_padded)
 # %% [markdown]
 # ### Explain
 # Padded, the run fits: one change, and nothing else was needed. (Halve the micro batch instead, and
-# accumulate? 12.40 GiB, *tight*, and nearly half of it still logits. The lever leaves that memory
-# to section 5.)
+# accumulate? 12.40 GiB, *tight*, and nearly half of it still logits. The loss in chunks takes that
+# half away, and section 5 spends it.)
 #
 # Without a mask there is a second summit behind the first, attention's scores: 2.00 GiB a copy, and
 # one layer's backward holds four. At this micro batch, then, two changes are needed and neither is
@@ -259,19 +259,20 @@ show_prediction(predicted_all_levers, show="{:.1f} times".format, forecast=faste
 
 # %% [markdown]
 # ## 5 · Memory that is left
-# Nine GiB of fourteen: is that better than fourteen? Memory that is left over is speed that was not
-# bought. Spend it on layers that need not forget (k of n, lesson 02), smaller micro batches if need
-# be. `fitcast fit` tries what counts, one forecast each, and names what should be the fastest.
-# Recorded within a T4's memory, 8 sequences of 2048 behind each step, without a mask (padded rows
-# were not), with all levers but the host's, and a lean MLP (so 8.99 GiB, not 9.16). The last column
-# is times the usual recipe's speed. First, every layer forgets:
+# Nine GiB of fourteen: is that better than fourteen? Memory that is left over is often speed that
+# was not bought. Spend it on layers that need not forget (k of n, lesson 02), smaller micro batches
+# if need be. `fitcast fit` tries what counts, one forecast each, and names what should be the
+# fastest. Recorded within a T4's memory, 8 sequences of 2048 behind each step, without a mask
+# (padded rows were not), with all levers but the host's, and a lean MLP (so 8.99 GiB, not 9.16).
+# The last column is times the usual recipe's speed. First, every layer forgets:
 
 # %% tags=["run"]
 print(ladder.table(ladder.rungs("fit", ["micro batch 4, all layers checkpointed"])))
 
 # %% [markdown]
 # ### Predict
-# And with the memory spent: how many times the usual recipe's speed has the fastest?
+# And with the memory spent: how many times the usual recipe's speed has the fastest, on the larger
+# card?
 
 # %% tags=["predict"]
 predicted_spent = ...
@@ -311,8 +312,9 @@ print(f"forgetting: {every.flops / none.flops:.1f} times the work")
 
 # %% [markdown]
 # No: it fits either way, and 1.3 times the work would be paid for nothing. Move the levers
-# (mouse, or Tab and the arrow keys). **Task:** 8B, padded rows, `loss` full. Which of the other
-# levers makes it fit at 4 x 2048? <details><summary>Answer</summary>None: the logits stand at the
+# (mouse, or Tab and the arrow keys). **Task:** 8B, set to padded, `loss` full. Which of the other
+# levers makes it fit at 4 x 2048?
+# <details><summary>Answer</summary>None: the logits stand at the
 # peak whatever else you pull, and the rank moves megabytes.</details>
 
 # %% tags=["run"]
@@ -338,9 +340,11 @@ exercises.check_phi(phi_recipe)
 
 # %% [markdown]
 # And yours? Print `batch["attention_mask"].all()` of your own run, then say which two levers you
-# would pull first, and why. <details><summary>On a T4</summary>`False`: the loss in chunks, for the
-# peak, then what section 5 buys with the memory. `True`: the loss, and section 2's kernel where
-# heads are grouped. (On a card from 8.0 on FlashAttention takes groups: expect nothing from that
+# would pull first, and why.
+# <details><summary>On a T4</summary>If the logits, tokens of a micro
+# batch x vocabulary x 12 bytes, are your largest term: the loss in chunks (TRL from 1.16 on has
+# done it). Then, `True`: section 2's kernel, where heads are grouped; `False`: what section 5 buys
+# with the memory. (On a card from 8.0 on FlashAttention takes groups: expect nothing from that
 # kernel; the logits stay.)</details>
 #
 # ## In your script

@@ -73,8 +73,8 @@ before = ...  # for example "abcda"
 # - `DATA`: a file (`"my.jsonl"`), a data set's id, or a list of dicts. A row is `{"prompt": ...,
 #   "completion": ...}` or `{"messages": [...]}` with as many turns as you like.
 # - `"auto"`: without a GPU the course's small Llama and 900 customers' messages, each answered by a
-#   ticket of six fields (data of your own try out the file and the way); with one, Llama-3.2-1B and
-#   dolly.
+# ticket of six fields (there, data of your own only test your file and the way through: this model
+# knows 1280 tokens); with one, Llama-3.2-1B-Instruct and dolly.
 #
 # On Colab drag your file into the *Files* pane. If the run shall outlive the session, mount a Drive
 # now: `from google.colab import drive`, `drive.mount("/content/drive")`.
@@ -125,7 +125,7 @@ print(recipe.effective_batch_size, "sequences a step")
 # ## 2 · What will it need, and how long will it take?
 # ### Predict
 # Not your run yet, but what "auto" trains on a T4: Llama-3.2-1B in 4 bits, 8 rows of 1024 tokens at
-# a time, every layer forgets. How high is the peak, in GiB?
+# a time, every layer forgets, with lesson 06's levers. How high is the peak, in GiB?
 
 # %% tags=["predict"]
 predicted_gib = ...
@@ -149,8 +149,9 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also="\n".join(table),
 
 # %% [markdown]
 # ### Explain
-# The forecast runs this very step on tensors without numbers, as a T4 would allocate them. Minutes
-# are a range: between the highest and the lowest part of its peak rates that a T4 has been seen to
+# The forecast runs this very step on tensors without numbers, as a T4 would allocate them. It is so
+# low because the logits never exist as a whole (lesson 06); without levers they do. Minutes are a
+# range: between the highest and the lowest part of its peak rates that a T4 has been seen to
 # sustain (public readings; this project has not timed one); rows are taken as padded. The control
 # of section 7 is a second run: take the minutes twice, and evaluation on top, about an hour for
 # "auto". A CPU takes far longer: without a GPU, try long rows of your own with `replace(recipe,
@@ -350,9 +351,10 @@ assert evaluation.largest_shift(rest.losses, run.losses[:5]) < 0.05
 # renamed, which a file system does entirely or not at all: a kill in the middle of a save leaves
 # the one before it whole.
 #
-# On a mounted Drive (section 1) each has a copy, and a new session goes on from it; another run
-# wants another name in `on_drive`. A *restarted* runtime makes a folder of its own: write the old
-# one's name in place of section 1's `mkdtemp`, `os.chdir("lesson_07_...")`, and `run` goes on.
+# On a mounted Drive (section 1) each checkpoint of `run` has a copy, and a new session goes on from
+# it; another run wants another name in `on_drive`. A *restarted* runtime makes a folder of its own:
+# write the old one's name in place of section 1's `mkdtemp`, `os.chdir("lesson_07_...")`, and `run`
+# goes on.
 #
 # ## 7 · Did it learn?
 # The loss fell. Because of what? A **control** answers: the same recipe on the same questions,
@@ -428,11 +430,11 @@ print("adapters off is the baseline:    ", again == losses_before)
 
 # %% [markdown]
 # ## 8 · Take it home
-# Two folders. The adapter is small, and names its base. Merged, B A is added to the weights, shard
-# by shard: what has to fit into memory is one file of the result, so that 8B is merged on Colab's
-# 12 GB of RAM. Tokenizer and chat template lie beside both. On Colab and Kaggle the cell says where
-# they are. Colab forgets that folder with the session (a Drive, if mounted, has a copy); Kaggle
-# keeps it with a saved version of the notebook. Elsewhere `os.getcwd()` says it.
+# Two folders. The adapter is small, and names its base. Merged, (alpha / rank) B A is added to the
+# weights, shard by shard: what has to fit into memory is one file of the result, so that 8B is
+# merged on Colab's 12 GB of RAM. Tokenizer and chat template lie beside both. On Colab and Kaggle
+# the cell says where they are. Colab forgets that folder with the session (a Drive, if mounted, has
+# a copy); Kaggle keeps it with a saved version of the notebook. Elsewhere `os.getcwd()` says it.
 
 # %% tags=["run"]
 from fitcast import show_bytes
@@ -594,7 +596,7 @@ print(f"[recorded: {recorded.stamp(recorded.rows('budgets'))}]")
 figures.adapters_explorer()
 
 # %% [markdown]
-# ## Exercise 07.2 · Count the adapters
+# ### Exercise 07.2 · Count the adapters
 # *Easy, 6 minutes.* How many parameters do adapters of rank `r` add on q, k, v and o? `q` and `o`
 # are hidden x hidden; `k` and `v` go from hidden to kv. The check counts three real models.
 #

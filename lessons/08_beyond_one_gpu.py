@@ -163,8 +163,8 @@ show_prediction(predicted_fsdp2, show="{:g} KiB".format, counted=told[0]["fsdp2"
 # ### Explain
 # Four layers, gathered for forward, dropped, gathered again for backward, in both micro batches:
 # sixteen gathers of a whole layer, frozen matrix included. Then a reduce-scatter of each layer's
-# gradients, in the last micro batch. So accumulation,
-# which costs DDP nothing, costs FSDP2 all its weights twice a micro batch: prefer large ones.
+# gradients, in the last micro batch. So accumulation, which costs DDP nothing, makes FSDP2 gather
+# all its weights twice a micro batch: prefer large ones.
 #
 # ## Exercise 08.1 · Bytes over the bus
 # *Medium, 5 minutes.* What does a rank send in a step? `frozen` and `trained` are bytes of the
@@ -217,10 +217,10 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also=[
 # %% [markdown]
 # ### Explain
 # DDP saves nothing: a rank holds the whole model, and the buckets. FSDP2 halves what lies still
-# (adapters, optimizer state, weights; not the head, which the loss reads whole) and pays part of
-# it back: the layer at work and the next lie there whole. Nobody halves activations. So **FSDP2
-# pays when weights are what is large**. Its price: 4.31 GiB a micro batch, where DDP sends the
-# adapters' 52.00 MiB a step.
+# (adapters, optimizer state, weights; not the head, which the loss reads whole), less the layer at
+# work and the next, which lie there whole. Activations follow a card's rows. So **FSDP2 pays when
+# weights are what is large**. Its price: 4.31 GiB a micro batch, where DDP sends the adapters'
+# 52.00 MiB a step.
 #
 # Measured on two cards held to a T4's memory (speeds: both together, no mask):
 
@@ -233,10 +233,10 @@ recorded.show("cards", bus.card)
 # GB/s at best [NVIDIA, T4]: 0.3 s, little beside the work above; at 512 tokens a micro batch it may
 # be a quarter of it. *Offload*: parts wait on the host.
 #
-# DDP, FSDP2, or neither? (i) 14B at 1 x 4096. (ii) Lesson 07's run. (iii) 8B, out of memory at
-# 4 x 2048 with the usual loss. Yours: another `model=` in the cell under *Predict*.
-# <details><summary>Answer</summary>(i) FSDP2, for what one card cannot hold. (ii) DDP. (iii)
-# Neither: first the levers.</details>
+# DDP, FSDP2, or neither? (i) 32B at 1 x 1024. (ii) Lesson 07's run. (iii) 8B, out of memory at 4 x
+# 2048 with the usual loss. Yours: `model=` under *Predict*.
+# <details><summary>Answer</summary>(i) FSDP2, a part on the host: its weights fit no card. (ii)
+# DDP. (iii) Neither: first the levers.</details>
 
 # %% [markdown]
 # ## 4 · Three things that must be right, and a trap
@@ -277,7 +277,7 @@ show_prediction(predicted_beside, show="{:g} KiB".format, counted=beside[0]["sen
 # %% [markdown]
 # ### Explain
 # Nothing, and no word. Two gradients, two models; rank 0's is saved, which saw half of
-# your data. In your own loop under DDP print once, on each rank,
+# your data. In your own loop under DDP print after the step's last backward, on each rank,
 # `torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))`: it must be one number.
 #
 # **Tokens, not means.** DDP takes the mean of the ranks' gradients. Where each divided by its own

@@ -46,14 +46,11 @@ QUESTIONS = SelfCheck(
         "one on a T4 that can do it writes out all scores. With a mask it repeats them first.",
     ),
     Question(
-        "You sum the loss over chunks of rows, in a plain loop. What is saved?",
-        (
-            "all logits but one chunk's",
-            "nothing: each chunk waits for backward",
-            "half of the logits",
-        ),
+        "You sum the loss over chunks of rows, in a plain loop. Whose logits wait for backward?",
+        ("one chunk's", "every chunk's", "those of half the chunks"),
         "b",
-        "Autograd keeps every chunk's logits; the chunk must forget them, as a checkpoint does.",
+        "Autograd keeps a copy of each chunk's logits (of the usual three copies two are gone); the "
+        "chunk must forget it, as a checkpoint does.",
     ),
     Question(
         "Padded rows, a T4, 8B. Which single change makes the usual recipe fit?",
