@@ -4,7 +4,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/01_where_does_the_memory_go.ipynb)
 #
 # **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; a place to stop comes
-# after some 40 of those · runs anywhere; a GPU fills in the lines that say "measured".
+# half-way, after some 25 minutes (others: 40) · runs anywhere; a GPU fills in the lines that say
+# "measured".
 #
 # "CUDA out of memory", and the weights alone would have fitted. Who took the rest? In this lesson
 # you guess, then count every byte of a training step, and see which guesses were off, and by how
@@ -117,9 +118,10 @@ print("two steps done, peak", show_bytes(on_a_t4(model).peak_bytes))
 # (1), only small *adapters* beside them trained (2: LoRA; 16 is their inner width), what layers
 # computed forgotten and computed again (3). Take any one of the three away (1: back to `float32`;
 # 2, 3: comment it out) and it dies again. Guess where each time (in a layer, in the head, in the
-# optimizer?), then try it.
+# optimizer?), then try it. (Two minutes; put the line back.)
 # <details><summary>Answer</summary>Without 1 in the head, on the way forward; without 2 in the
-# optimizer's step; without 3 in the 19th of the 28 layers, on the way forward.</details>
+# optimizer's step; without 3 in the 19th of the 28 layers, on the way forward. (Counted with the
+# CPU's attention kernel: a real T4's keeps more, section 3, and dies earlier.)</details>
 #
 # The same three lines with numbers in the tensors, on the small model that the course carries. Its
 # first loss is worse than a blind guess among its 1280 tokens (ln 1280 = 7.2): it learned on
@@ -399,10 +401,11 @@ show_prediction(predicted_logits, counted=big.largest[0].n_bytes,
 # ### Explain
 # 32 KiB went in. The loss turns the 16-bit logits into float32 for safety (a copy that is soon
 # freed), its log-softmax keeps one for backward, and backward makes two more before that one can
-# go: three copies. (Most of what else stands at the peak is what its 16 layers keep.) This is the
-# **logits term**. Whoever counts "layers x something" misses it, because the output head,
-# `lm_head`, is none of the layers.
-# [transformers: `ForCausalLMLoss` in loss/loss_utils.py]
+# go: three copies; keep `out = model(...)` alive during backward, as many loops do, and the 16-bit
+# logits stay too. (Most of what else stands at the peak is what its 16 layers keep, with the CPU's
+# kernel; on a T4 it is far more.) This is the **logits term**. Whoever counts "layers x something"
+# misses it, because the output head, `lm_head`, is none of the layers. [transformers:
+# `ForCausalLMLoss` in loss/loss_utils.py]
 
 # %% tags=["run"]
 tensors = [tensor for tensor in full.largest if tensor.shape]  # without single numbers

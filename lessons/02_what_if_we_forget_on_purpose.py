@@ -4,8 +4,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/02_what_if_we_forget_on_purpose.ipynb)
 #
 # **45 min** for those who have fine-tuned a transformer and written an `autograd.Function`, 55 for
-# those who have not written one, 60 to 75 for others; a place to stop comes after some 40 of those
-# · runs anywhere; a GPU fills in the lines that say "measured".
+# those who have not written one, 60 to 75 for others; a place to stop comes after some 25 minutes
+# (others: 40) · runs anywhere; a GPU fills in the lines that say "measured".
 #
 # Lesson 01 found who had the memory: each layer keeps some seventeen times its boundary, the tensor
 # that it hands to the next layer, until backward comes by. **Gradient checkpointing** keeps the
@@ -242,8 +242,10 @@ show_prediction(predicted_fraction, show="{:.0%}".format, counted=ours / theirs,
 # after `model.train()` above). At the first tooth, the logits gone: *all boundaries plus one whole
 # layer*, which is more here; with a large vocabulary the logits are more. The dot, the peak of the
 # whole step, stands on the last tooth: fewer boundaries are left there, but the other layers'
-# gradients have come. (The two pictures differ in scale: compare the numbers at their dots.) Both
-# shares belong to *four layers*: the more layers, the smaller.
+# gradients have come. (The two pictures differ in scale: compare the numbers at their dots.) The
+# hint alone gives 21 of 68; the layer's own input is counted twice there, and the run that keeps
+# all has logits and the last norm, too. Both shares belong to *four layers*: the more layers, the
+# smaller.
 
 # %% [markdown]
 # ## 4 · What does it cost?
@@ -322,9 +324,9 @@ show_prediction(predicted_cases, forecast=needs,
 # On a T4, one sequence at a time, the 8B model does without it at 512 tokens; the 1B model needs it
 # at 2048. What forgetting saves are activations, and they follow micro batch, *length* and the
 # layers' width. Length counts most: for Llama 3 without a mask (one row alone needs none), a T4's
-# kernel keeps the scores of every pair (lesson 06): four times the tokens, 12.51 GiB of activations
-# in place of 1.63. So the 1B model has room for these 2048 tokens as 4 x 512 or 2 x 1024, and not
-# as 1 x 2048:
+# kernel keeps the scores of every pair (lesson 06): four times the tokens, and in the 1B model
+# 12.51 GiB of activations in place of 1.63. So the 1B model has room for these 2048 tokens as
+# 4 x 512 or 2 x 1024, and not as 1 x 2048:
 
 # %% tags=["run"]
 for rows in (4, 2, 1):
@@ -356,11 +358,13 @@ figures.forgetting_explorer()
 # %% [markdown]
 # ## In your script
 # The switch, pulled by hand, so that some layers can remember (Trainer's own,
-# `gradient_checkpointing=True`, in 5.23 `activation_checkpointing=True`, turns all of them on when
-# training begins). And the line that every loop with adapters should have once: does *each* trained
-# tensor get a gradient? You should see 12 layers and an empty list. (`use_cache = False`, since a
-# layer that runs twice would fill the cache twice.)
-# On Colab, `!pip uninstall -qy torchao` before: PEFT refuses the old one there.
+# `gradient_checkpointing=True`, in 5.23 `activation_checkpointing=True`, turns on all of them when
+# training begins, or in 5.23 every n-th, with
+# `activation_checkpointing_kwargs={"every_n_layers": 2}`; "the first k" needs the loop). And the
+# line that every loop with adapters should have once: does *each* trained tensor get a gradient?
+# (Lesson 01's model: a download of 1 GB if you skipped it [Qwen2.5-0.5B].) You should see 12 layers
+# and an empty list. (`use_cache = False`, since a layer that runs twice would fill the cache
+# twice.) On Colab, `!pip uninstall -qy torchao` before: PEFT refuses the old one there.
 #
 # ```python
 # import torch
@@ -384,8 +388,8 @@ figures.forgetting_explorer()
 # print(sum(x.gradient_checkpointing for x in layers), "layers forget; no gradient ([]?):", missing)
 # ```
 #
-# And your own model? Guess the verdict with k = 0 and with k = "all", and the k that you would set;
-# then ask, in a cell here:
+# And your own model, *by QLoRA, as in section 5*? Guess the verdict with k = 0 and with k = "all",
+# and the k that you would set; then ask, in a cell here:
 #
 # ```python
 # forecast(replace(usual, model="Qwen/Qwen2.5-0.5B", sequence_length=2048,
@@ -502,9 +506,9 @@ for layers in (8, 16, 32):
 # ### The adapters that did not train
 # The default, `use_reentrant=False`, is safe. But an older script may say `True`, and an older loop
 # may switch layers on by hand. With `True` a layer is, to autograd, *one* function of *one* tensor,
-# its input; the adapters inside it are out of sight. Our base is frozen, so the input of the
-# first layer, the embeddings, needs no gradient, and autograd concludes: neither does the output.
-# (transformers' switch also calls `enable_input_require_grads()`, which marks the embeddings'
+# its input; the adapters inside it are out of sight. Our base is frozen, so the input of the first
+# layer, the embeddings, needs no gradient, and autograd concludes: neither does the output. (The
+# switch of transformers 5 also calls `enable_input_require_grads()`, which marks the embeddings'
 # output: with it, either kind trains everything.)
 
 # %% tags=["run"]
@@ -573,7 +577,7 @@ for moment in checkpointing.trace_chain(6, kept=[1, 4]):
 
 # %% [markdown]
 # The core formula, with one case: N layers, each keeping r boundaries inside. Everything kept: N ·
-# r. Each layer a checkpoint: N + r. With N = 4 and r = 17, that is 68 against 21. Halve the
+# r. Each layer a checkpoint: N + r. With N = 4 and r = 17, that is 68 against some 21. Halve the
 # layers: 34 against 19. Divide: who gains more from forgetting, the deep model or the shallow one?
 #
 # ### Open questions

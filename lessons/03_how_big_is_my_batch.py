@@ -107,8 +107,8 @@ figures.updates(events, "two updates of 2 x 4 sequences")
 # comment `optimizer.step()` out and see.) Forget *clear*, and the second update contains the first
 # one's gradient again. The sequences behind an update are the **effective batch**: micro batch
 # (`per_device_train_batch_size`) x accumulation steps (`gradient_accumulation_steps`) x world size,
-# the number of processes that share the work. Trainer has an argument for two of them, and none for
-# the product.
+# the number of processes that share the work (torchrun: one a GPU; a notebook is one process: there
+# count its GPUs). Trainer has an argument for two of them, and none for the product.
 #
 # ### Predict
 # 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`. How many lines
@@ -179,7 +179,7 @@ print("labelled tokens:", [batching.labelled_tokens(one) for one in micro_batche
 # %% [markdown]
 # ### Predict
 # `add_means` again, against the whole batch at once. What is the relative error of its gradient? (0
-# is equal; 1 is as far off as a gradient of zero; there is no upper end.)
+# is equal; 1 is as far off as a gradient of zero.)
 
 # %% tags=["predict"]
 predicted_error = ...
@@ -201,10 +201,10 @@ show_prediction(predicted_error, show="{:.2f}".format, mean_of_means=error_of_me
 # ### Explain
 # The error is longer than the gradient itself. The loss of the whole batch is a mean over *tokens*.
 # A mean of micro batches' means gives each *micro batch* the same say, so a token of a short answer
-# counts dozens of times as much as a token of a long one: fourteen of sixteen shares go to
-# first words. Uncut, our answers are about equally long, and the error is 0.00: nobody would notice
-# this bug. Random lengths lie between. Yours? `from fitcast.training import batching`, then run
-# `batching.labelled_tokens` on a few micro batches.
+# counts dozens of times as much as a token of a long one: fourteen of sixteen shares go to first
+# tokens. Uncut, our answers are about equally long, and the error is 0.00: nobody would notice this
+# bug. Random lengths lie between. Yours? In your script `from fitcast.training import batching`,
+# then run `batching.labelled_tokens` on a few micro batches.
 #
 # The right way is **token weighting**: sum over a micro batch's tokens, divide by the labelled
 # tokens of *all* micro batches, which must be counted before the first backward. The bug was
@@ -213,11 +213,11 @@ show_prediction(predicted_error, show="{:.2f}".format, mean_of_means=error_of_me
 
 # %% [markdown]
 # ## Exercise 03.1 · Gradients that add up
-# *Medium, 7 minutes.* Write the accumulation.
-# `model(**micro_batch).loss` is the *mean* over the micro batch's labelled tokens. (Each token is
-# predicted from those before it, so a row's first one counts for nobody.) The check
-# compares with the full batch's gradient, in float64 to 1e-12, **and** wants the peak of a single
-# micro batch (a quarter more is granted).
+# *Medium, 7 minutes.* Write the accumulation. `model(**micro_batch).loss` is the *mean* over the
+# micro batch's labelled tokens. (Each token is predicted from those before it, so nothing predicts
+# a row's first one, and its label does not count.) The check compares with the full batch's
+# gradient, in float64 to 1e-12, **and** wants the peak of a single micro batch (a quarter more is
+# granted).
 #
 # <details><summary>Hint 1</summary>Mean times number is sum. Which number do you divide by, and
 # when do you know it?</details>
@@ -260,7 +260,8 @@ for name, log in logs.items():
     print(f"{name:9} gradient {factor:4.1f} x, loss {log['loss'] / logs['Trainer']['loss']:4.1f} x")
 
 # %% [markdown]
-# Sixteen times, once for each accumulation step. The update hardly shows it: Trainer shortens a
+# Sixteen times, once for each accumulation step (8 by our reading of Trainer in a notebook with two
+# GPUs, which takes twice the rows at a time). The update hardly shows it: Trainer shortens a
 # gradient that is longer than 1 (*clipping*, lesson 05), and Adam divides by its size. The log
 # does: if its first loss is not that of an evaluation on the same rows, look here first.
 #
@@ -316,14 +317,15 @@ show_prediction(predicted_fraction, show="{:.3f} of the peak".format, also=[meas
 # **Task:** read off the bars what 4 x 8 needs. To check it, count:
 # `two_updates(replace(recipe, micro_batch_size=4, gradient_accumulation_steps=8))`.
 # <details><summary>Answer</summary>Weights, gradients and Adam's two averages stay, four times 5.82
-# MiB; the rest of the 40.18 MiB doubles: <code>2 * 40.18 - 4 * 5.82</code>, which is 57.</details>
+# MiB; the rest of the bar doubles; on a CPU, of 40.18 MiB: <code>2 * 40.18 - 4 * 5.82</code>, which
+# is 57.</details>
 
 # %% [markdown]
 # ## 4 · Thirty-two on a T4
-# Llama-3.2-3B by QLoRA, 2048 tokens, a T4. Three numbers are yours: micro batch, accumulation
-# steps, and how many of the 28 layers forget. ("At best" are the seconds at the card's peak rates,
-# which no step reaches. They are fair to what forgetting costs, and hardly see that larger micro
-# batches run faster: Go further measures that.)
+# Llama-3.2-3B by QLoRA, rows of 2048 tokens without padding, a T4 (padded rows: lesson 06). Three
+# numbers are yours: micro batch, accumulation steps, and how many of the 28 layers forget. ("At
+# best" are the seconds at the card's peak rates, which no step reaches. They are fair to what
+# forgetting costs, and hardly see that larger micro batches run faster: Go further measures that.)
 
 # %% tags=["run"]
 three = TrainRecipe(model="llama-3.2-3b", sequence_length=2048, amp_dtype="float16")
@@ -365,8 +367,9 @@ exercises.check_effective_batch(plan, three, gpus.T4)
 # Move the controls (with the mouse, or Tab and the arrow keys); they begin with two at a time,
 # every layer forgetting. **Task:** at which lengths does a micro batch of 4 fit? And of 8?
 # <details><summary>Answer</summary>4 up to 1024 tokens, 8 up to 512: each needs what 2 x 2048
-# needs. Up to 2048 tokens a sequence, memory follows the tokens of a micro batch. Beyond, a T4's
-# attention writes every score, and 1 x 8192 needs nearly twice what 4 x 2048 needs.</details>
+# needs. Up to 2048 tokens a sequence, memory follows the tokens of a micro batch. Beyond, the
+# scores outgrow the logits: in rows without a mask a T4's attention writes one for every pair of
+# tokens (lesson 06), and 1 x 8192 needs nearly twice what 4 x 2048 needs.</details>
 
 # %% tags=["run"]
 figures.split_explorer()
@@ -730,8 +733,9 @@ show_prediction(predicted_speedup, show="{:.1f} x".format,
 
 # %% [markdown]
 # **Which is faster?** The A10, by what the data sheets promise, if both run the same kernels. With
-# the usual recipe the T4 falls far behind: it has no FlashAttention, and what replaces it writes
-# every score to memory. That is a kernel's doing, not accumulation's.
+# the usual recipe and rows without a mask the T4 would fall far behind, if the A10's 8 x 4 fitted:
+# it has no FlashAttention, and what replaces it there writes every score. That is a kernel's doing,
+# not accumulation's.
 #
 # **What differs in memory?** Four times the sequences in a micro batch, four times the activations
 # and logits; and with the usual loss the A10's 8 x 4 does not even fit its 24 GB. "Larger card,

@@ -3,14 +3,15 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/course-authors/fit-the-fine-tune/blob/v0.1.0/lessons/04_half_the_bits.ipynb)
 #
-# **45 min** for those who have fine-tuned a transformer (the longest of seven: some take 55), 60 to
+# **45 min** for those who have fine-tuned a transformer (the longest lesson: many take 55), 60 to
 # 75 for others; two thirds in is a place to stop · runs anywhere; a GPU fills in the lines that say
 # "measured".
 #
 # Checkpointing shrank what layers keep (lesson 02), small micro batches shrank it again (03), and
-# neither changed a single gradient. One factor is still untouched: every number has 4 bytes. Mixed
-# precision gives many of them 2. It is sold with three promises, half the memory, twice the speed,
-# the same quality. You will measure quality in section 2, memory in 3, and speed in "Go further".
+# neither, done right, changed a gradient. One factor is still untouched: every number of our small
+# model has 4 bytes. Mixed precision gives many of them 2. It is sold with three promises, half the
+# memory, twice the speed, the same quality. You will measure quality in section 2, memory in 3, and
+# speed in "Go further".
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -116,9 +117,10 @@ figures.magnitudes({"weights": list(model.parameters()), "activations": watched.
 
 # %% [markdown]
 # The pale part of float16's bar is *subnormal*: numbers there lose a fraction bit with each power
-# of two. Weights and activations sit comfortably in all three formats. Gradients do not: most are a
-# thousand to a million times smaller, and the smallest number that float16 holds with full
-# precision lies in the middle of them.
+# of two. This model's weights and activations sit comfortably in all three formats (in some larger
+# ones single activations overflow float16). Gradients do not: most are a thousand to a million
+# times smaller, and the smallest number that float16 holds with full precision lies in the middle
+# of them.
 #
 # ### Predict
 # Which share of the gradients, the third histogram, becomes exactly zero in float16? (0.5 for half.
@@ -281,7 +283,8 @@ show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
 # %% [markdown]
 # ### Explain
 # Weights, gradients, optimizer state: float32 as before (section 4 says why). Only activations can
-# shrink, and they have lost far less than half. See what is kept for backward, by format:
+# shrink, and they have lost far less than half. (On a GPU even less is in 16 bits: its norms and
+# softmax go to float32.) See what is kept for backward, by format:
 
 # %% tags=["run"]
 weights = {block.shape for block in full.largest if block.category == "weights"}
@@ -298,7 +301,7 @@ for name, report in {"float32": full, f"autocast {sixteen}": half}.items():
 # float32 run keeps once, is now kept as a 16-bit copy for *each* product that reads it: three times
 # for query, key and value, twice for gate and up. And there is a new kind: each float32 weight that
 # a product reads needs a **16-bit copy**, alive until backward has used it. That is 2 bytes *more*
-# for a weight, not 2 instead of 4. It can be worse.
+# for a weight, not 2 instead of 4.
 #
 # ### Predict
 # Llama-3.2-1B in float32, frozen, adapters beside it, 512 tokens without checkpointing, on a T4.
@@ -329,8 +332,8 @@ show_prediction(predicted_times, show="{:.2f} x".format, forecast=with_autocast 
 # copies of *frozen* weights live at a time, or the head's, which here is larger than a layer. (The
 # figure books the copies under activations.) What does save memory is something else, the third
 # bar: **loading the frozen base in 16 bits** (`dtype=torch.float16`) halves *the weights*, and
-# leaves only the adapters to copy. Autocast is for speed; the storage format is for memory. Lesson
-# 07 stores the base in 4 bits.
+# leaves only the adapters to copy. Autocast is for speed, and shrinks part of what follows the
+# tokens; the storage format shrinks what follows the weights. Lesson 07 stores the base in 4 bits.
 
 # %% [markdown]
 # ## Exercise 04.1 · Count the copies
@@ -396,15 +399,15 @@ show_prediction(predicted_loss, show="{:.1f}".format, bfloat16=stored["stored in
 # %% [markdown]
 # ### Explain
 # Stored in bfloat16 the model hardly learns: no error, no NaN, only a loss that falls about a sixth
-# as far.
-# (How many weights move depends on their size and your rate: measure yours with
+# as far. (How many weights move depends on their size and your rate: measure yours with
 # `precision.moved_share`.) Did range not matter more than precision (section 1)? For gradients it
 # does: they are summed and thrown away. A stored weight needs spacing, because what is rounded off
 # is gone. bfloat16 makes the better gradient and the worse weight. (float16 loses less here, its
 # steps being eight times finer; but loss scaling refuses weights stored in it, lesson 05.) So:
 # **what is frozen, in 16 bits or fewer; what is trained, in float32.** [Micikevicius et al.,
-# section 3.1] With adapters, which are small (for the third bar of section 3, 13.00 MiB beside 2.30
-# GiB of frozen weights), that costs next to nothing, and PEFT does it by default.
+# section 3.1] (Stochastic rounding or a compensation term are the exceptions.) With adapters, which
+# are small (for the third bar of section 3, 13.00 MiB beside 2.30 GiB of frozen weights), that
+# costs next to nothing, and PEFT does it by default.
 
 # %% [markdown]
 # ## 5 · Which 16 bits, on which card?
@@ -587,8 +590,8 @@ for name in FORMATS:
     print(f"adapters stored in {name:9} the loss falls by {losses[0] - losses[-1]:.2f}")
 
 # %% [markdown]
-# In bfloat16 that is the run that stops learning; and float16 adapters cannot use loss scaling at
-# all (lesson 05).
+# In bfloat16 that is the run that stops learning (a small effect here); and float16 adapters cannot
+# use loss scaling at all (lesson 05).
 #
 # Move the rate. Where does each format stop?
 
@@ -621,8 +624,8 @@ print("afterwards:", {precision.name_of(weight.dtype) for weight in adapters["fr
 # %% [markdown]
 # It calls `model.to(torch.float16)`, **in place**, and nobody turns it back: evaluated before or
 # between training, the run goes on with 16-bit adapters. With fp16 it then dies in the gradient
-# scaler (lesson 05); without, it is the run of section 4. Evaluate under autocast instead.
-# [transformers/trainer.py, `evaluation_loop`]
+# scaler (lesson 05); without, it is the run of section 4. (An evaluation *inside* `train()` casts
+# nothing.) Evaluate under autocast instead. [transformers/trainer.py, `evaluation_loop`]
 
 # %% [markdown]
 # ### "Twice as fast"
