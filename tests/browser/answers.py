@@ -8,8 +8,9 @@ from tests.lessons.test_lesson_05 import CAREFUL
 # lesson: {what the exercise's cell defines: its source}
 ANSWERS = {
     "01": {
-        "largest_batch": "per_sequence = two.peak_bytes - one.peak_bytes\n"
-                         "largest_batch = 1 + (120 * MIB - one.peak_bytes) // per_sequence",
+        "largest_batch": "two_sequences = four.peak_bytes - two.peak_bytes\n"
+                         "fixed = two.peak_bytes - two_sequences\n"
+                         "largest_batch = 2 * (120 * MIB - fixed) // two_sequences",
         "logits_at_peak": "logits_at_peak = sum(block.n_bytes for block in full.largest\n"
                           "                     if block.shape[-1:] == (1280,))",
     },
