@@ -260,10 +260,10 @@ for name, log in logs.items():
     print(f"{name:9} gradient {factor:4.1f} x, loss {log['loss'] / logs['Trainer']['loss']:4.1f} x")
 
 # %% [markdown]
-# Sixteen times, once for each accumulation step (8 by our reading of Trainer in a notebook with two
-# GPUs, which takes twice the rows at a time). The update hardly shows it: Trainer shortens a
-# gradient that is longer than 1 (*clipping*, lesson 05), and Adam divides by its size. The log
-# does: if its first loss is not that of an evaluation on the same rows, look here first.
+# Sixteen times, once for each accumulation step (8 in a notebook with two GPUs, which takes twice
+# the rows at a time: run on two H200s). The update hardly shows it: Trainer shortens a gradient
+# that is longer than 1 (*clipping*, lesson 05), and Adam divides by its size. The log does: if its
+# first loss is not that of an evaluation on the same rows, look here first.
 #
 # (Many heads for *classification* take `num_items_in_batch` and ignore it: with plain Trainer
 # BERT's loss is 16 times too large at 16 steps of accumulation [transformers issue 47688]. Set
