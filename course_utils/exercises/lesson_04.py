@@ -32,8 +32,8 @@ from fitcast.units import show_bytes
 
 NUMBERS = (1.0, 1.25, 1.5, 2.0, 0.75, 100.0, 1024.0, 3e-3, 2e-4)
 COPIED = (BUNDLED, "llama-3.2-1b", "llama-2-7b")  # two with a tied head, one without
-# Up to 1536 tokens bitsandbytes may, by the card, multiply in a kernel of its own that autocast does
-# not reach: on an H200 the published recipe then has no detour. More are unpacked on every card.
+# Up to 1536 tokens bitsandbytes may, by the card, multiply in a kernel of its own that autocast
+# does not reach: on an H200 the published recipe then has no detour. More are unpacked on all.
 ON_A_GPU = 1600  # tokens of a row [bitsandbytes 0.50.2, backends/cuda/ops.py]
 # Formats and optimizer as in Hugging Face's 4-bit notebook (the lesson's sources), the rest usual.
 PUBLISHED = {

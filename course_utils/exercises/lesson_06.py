@@ -49,8 +49,8 @@ QUESTIONS = SelfCheck(
         "You sum the loss over chunks of rows, in a plain loop. Whose logits wait for backward?",
         ("one chunk's", "every chunk's", "those of half the chunks"),
         "b",
-        "Autograd keeps a copy of each chunk's logits (of the usual three copies two are gone); the "
-        "chunk must forget it, as a checkpoint does.",
+        "Autograd keeps a copy of each chunk's logits (of the usual three copies two are gone); "
+        "the chunk must forget it, as a checkpoint does.",
     ),
     Question(
         "Padded rows, a T4, 8B. Which single change makes the usual recipe fit?",
