@@ -164,7 +164,7 @@ def test_its_learning_rate_is_the_small_models_alone():
 @pytest.mark.slow
 def test_its_script_holds_8b_as_it_says(capsys):
     peak, line = re.search(
-        r"8B peaks at ([\d.]+) GiB by forecast: `fitcast (.*?)`", prose()
+        r"\*\*8B\*\* peaks at ([\d.]+) GiB by forecast: `fitcast (.*?)`", prose()
     ).groups()
     assert cli.main([*line.split(), "--gpu", "T4"]) == 0
     found = re.search(r"peak ([\d.]+) GiB in tensors", capsys.readouterr().out)
