@@ -98,7 +98,8 @@ def on_a_t4(model):
 shape = models.config("llama-3.2-3b")  # its sizes, no weights
 
 # %% [markdown]
-# The next cell fails on purpose. Read its last line only.
+# The next cell fails on purpose. Read its last line only. (If "run all" stops here, run the cells
+# after it.)
 
 # %% tags=["raises-exception"]
 model = meta_model(shape, torch.float32)
@@ -293,10 +294,10 @@ show_prediction(predicted_ratio, show="{:.2f} x the boundary".format, also="\n".
 
 # %% [markdown]
 # ## Exercise 01.1 · Bytes of a given layer
-# *Medium, 8 minutes.* Complete the formula: how many numbers does a layer keep for each token,
-# given its widths? (Ours has `hidden` 192, `kv` 64 for key and for value each, `intermediate` 384,
-# `heads` 6.) The check counts three layers with the ledger, from ours to one of Llama-2-7B,
-# and wants **every byte**.
+# *Medium, 8 minutes.* Complete the formula: how many numbers does a layer keep for each token, all
+# in float32, given its widths? (In 16 bits the norms keep more: Go further.) (Ours has `hidden`
+# 192, `kv` 64 for key and for value each, `intermediate` 384, `heads` 6.) The check counts three
+# layers with the ledger, from ours to one of Llama-2-7B, and wants **every byte**.
 #
 # <details><summary>Hint 1</summary>Group the list of section 2: which lines have the width 192, 64,
 # 6?</details>

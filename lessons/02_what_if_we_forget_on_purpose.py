@@ -407,8 +407,8 @@ exercises.QUESTIONS.score(before, after)
 
 # %% [markdown]
 # ## To lesson 03
-# With every layer forgetting, a T4 takes two sequences of 2048 tokens at a time of Llama-3.2-3B; a
-# third is *tight* (`forecast` says so). The recipe that you copied says "batch size 32". Is
+# With every layer forgetting, a T4 takes two sequences of 2048 tokens at a time of Llama-3.2-3B by
+# QLoRA; a third is *tight* (`forecast` says so). The recipe that you copied says "batch size 32". Is
 # training on two at a time, often enough, the same? Lesson 03 asks: how big is my batch, really?
 
 # %% [markdown]
@@ -589,8 +589,8 @@ for moment in checkpointing.trace_chain(6, kept=[1, 4]):
 #   section 5]
 # - **Dice.** Put a `torch.nn.Dropout(0.5)` into a block and train it through your `Forget`. Its
 #   gradients are now wrong, and nothing says so. Repair it: `torch.get_rng_state()` in forward,
-#   `torch.set_rng_state(...)` before the second run. PyTorch does it for you
-#   (`preserve_rng_state`).
+#   `torch.set_rng_state(...)` before the second run (both from `torch.cuda` for tensors on
+#   a GPU). PyTorch does it for you (`preserve_rng_state`).
 #
 # ### Try with AI
 # Ask an assistant:

@@ -260,8 +260,8 @@ for name, log in logs.items():
     print(f"{name:9} gradient {factor:4.1f} x, loss {log['loss'] / logs['Trainer']['loss']:4.1f} x")
 
 # %% [markdown]
-# Sixteen times, once for each accumulation step (8 in a notebook with two GPUs, which takes twice
-# the rows at a time: run on two H200s). The update hardly shows it: Trainer shortens a gradient
+# Sixteen times, once for each accumulation step (8 in a notebook with two GPUs, where our 32 rows
+# are used up after 8: run on two H200s). The update hardly shows it: Trainer shortens a gradient
 # that is longer than 1 (*clipping*, lesson 05), and Adam divides by its size. The log does: if its
 # first loss is not that of an evaluation on the same rows, look here first.
 #
@@ -389,7 +389,7 @@ figures.split_explorer()
 #     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
 #         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
 #         # here: what you do with them
-#         # try loss = model(**inputs).loss here: the second line is 16 times the first
+#         # try loss = model(**inputs).loss here: the second line is 16 times the first (2 GPUs: 8)
 #         return (loss, outputs) if return_outputs else loss
 #
 # model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.float32)

@@ -283,8 +283,9 @@ show_prediction(predicted_fraction, show="{:.2f} of the peak".format,
 # %% [markdown]
 # ### Explain
 # Weights, gradients, optimizer state: float32 as before (section 4 says why). Only activations can
-# shrink, and they have lost far less than half. (On a GPU even less is in 16 bits: its norms and
-# softmax go to float32.) See what is kept for backward, by format:
+# shrink, and they have lost far less than half. (The share depends on the attention kernel, too:
+# 0.94 with a T4's [recorded: an H200 as a T4, 2026-11-30].) See what is kept for backward, by
+# format:
 
 # %% tags=["run"]
 weights = {block.shape for block in full.largest if block.category == "weights"}
@@ -402,7 +403,7 @@ show_prediction(predicted_loss, show="{:.1f}".format, bfloat16=stored["stored in
 # as far. (How many weights move depends on their size and your rate: measure yours with
 # `precision.moved_share`.) Did range not matter more than precision (section 1)? For gradients it
 # does: they are summed and thrown away. A stored weight needs spacing, because what is rounded off
-# is gone. bfloat16 makes the better gradient and the worse weight. (float16 loses less here, its
+# is gone. bfloat16 makes the safer gradient and the worse weight. (float16 loses less here, its
 # steps being eight times finer; but loss scaling refuses weights stored in it, lesson 05.) So:
 # **what is frozen, in 16 bits or fewer; what is trained, in float32.** [Micikevicius et al.,
 # section 3.1] (Stochastic rounding or a compensation term are the exceptions.) With adapters, which
@@ -711,8 +712,8 @@ for name, step in steps.items():
 # The 2 + 2 + 12 bytes a parameter that you may have read: they count another scheme, 16-bit weights
 # and gradients beside a float32 copy [ZeRO, section 3.1]. float8 and TF32 (neither on a T4);
 # dynamic range tricks such as stochastic rounding, which makes 16-bit weights learn again; bf16
-# optimizers with a compensation term; what CUDA's own operations keep (a GPU's norms and softmax go
-# to float32, so it keeps more in float32 than the CPU does here).
+# optimizers with a compensation term; what CUDA's own attention kernels keep (a T4's keeps more
+# than the CPU's does here).
 #
 # ## Sources
 # - IEEE 754-2019: formats; Kalamkar et al. 2019, [A study of

@@ -549,8 +549,9 @@ scaler.scale(weight.sum()).backward()
 scaler.unscale_(torch.optim.SGD([weight], lr=0.1))
 
 # %% [markdown]
-# This is what a run says, at its first step, after `fp16_full_eval` or a careless `model.half()`.
-# The cure: `.float()` for everything that is trained.
+# This is what a run says, at its first step, after an evaluation before training with
+# `fp16_full_eval`, or a careless `model.half()`. The cure: `.float()` for everything that is
+# trained.
 #
 # And bfloat16, without any scaling? Three things: how many of the layers' gradients it flushes; the
 # adapters' gradient's error beside that of float16 at a scale of 2⁸; and its error at 2²⁰ beside

@@ -73,10 +73,10 @@ before = ...  # for example "abcda"
 # There are two worlds. Rows of different length are **padded** to the longest, and a *mask* hides
 # the padding from attention. Rows that are **packed** (cut from one long text), of equal length, or
 # alone need no mask, if nothing is filled up. Keep both in sight: it matters. Which is yours? Where
-# `batch["attention_mask"].all()` is true, nothing is masked. (But TRL's `packing=True` keeps
-# examples apart by a mask of its own: for attention that is the padded world, in one long row;
-# `packing_strategy="wrapped"` is what we call packed.) [TRL, sft_config.py; transformers,
-# masking_utils.py]
+# `batch["attention_mask"].all()` is true, nothing is masked. (But TRL's `packing=True` has no such
+# key: it keeps examples apart by their positions, from which a mask is made: for attention that is
+# the padded world, in one long row; `packing_strategy="wrapped"` is what we call packed.) [TRL,
+# sft_config.py; transformers, masking_utils.py]
 
 # %% tags=["setup"]
 no_mask = TrainRecipe(model="llama-3.1-8b", amp_dtype="float16", lora_rank=16, lora_dropout=0.05,
@@ -170,9 +170,9 @@ for predicted, world in ((predicted_speedup, "no_mask"), (predicted_speedup_padd
 #
 # <details><summary>Hint 1</summary>Position i predicts label i + 1, within its row: the last
 # position of a row and the first label have no partner. Then flatten both.</details>
-# <details><summary>Hint 2</summary>A chunk's share is a <em>sum</em>
-# (<code>F.cross_entropy(..., reduction="sum")</code>); divide once, by the labels that are not
-# -100. A plain loop would keep each chunk's logits for backward.</details>
+# <details><summary>Hint 2</summary>A chunk's share is a <em>sum</em> (<code>F.cross_entropy(...,
+# reduction="sum")</code>); divide once, by the targets that are not -100. A plain loop would keep
+# each chunk's logits for backward.</details>
 # <details><summary>Hint 3</summary><code>rows = hidden[:, :-1].flatten(0, 1)</code>; in the loop
 # <code>total + checkpoint(summed, chunk, wanted, use_reentrant=False)</code>, with
 # <code>summed(chunk, wanted)</code>, a function that calls head and cross entropy.</details>
@@ -295,7 +295,8 @@ print(ladder.table(ladder.fastest("fit", 4)))
 # and these recipes leave fewer.)
 #
 # (The second row is what `fit` picked on that day; today it picks as in the first, with more
-# levers.) Ask it, a minute or two: `fitcast fit --model llama-3.1-8b --sequence-length 2048
+# levers.) Ask it, a minute or two, in a terminal (on Colab and Kaggle first the install of "In your
+# script", then `!` before it): `fitcast fit --model llama-3.1-8b --sequence-length 2048
 # --target-effective-batch 8 --lora-dropout 0`; `--padded` for padded rows.
 #
 # A small model makes it plain. Llama-3.2-1B, 8 padded rows of 512 tokens, with the levers: should
@@ -341,11 +342,11 @@ exercises.check_phi(phi_recipe)
 # %% [markdown]
 # And yours? Print `batch["attention_mask"].all()` of your own run, then say which two levers you
 # would pull first, and why.
-# <details><summary>On a T4</summary>If the logits, tokens of a micro
-# batch x vocabulary x 12 bytes, are your largest term: the loss in chunks (TRL from 1.16 on has
-# done it). Then, `True`: section 2's kernel, where heads are grouped; `False`: what section 5 buys
-# with the memory. (On a card from 8.0 on FlashAttention takes groups: expect nothing from that
-# kernel; the logits stay.)</details>
+# <details><summary>On a T4</summary>If the logits, tokens of a micro batch x vocabulary x 12 bytes,
+# are your largest term: the loss in chunks (TRL from 1.16 on has done it). Then, `True`: section
+# 2's kernel, where heads are grouped; `False`, or no such key (TRL's `packing=True`): what section
+# 5 buys with the memory. (On a card from 8.0 on FlashAttention takes groups: expect nothing from
+# that kernel; the logits stay.)</details>
 #
 # ## In your script
 # Two lines, on TRL's own trainer; `apply_levers` says what it changed and what it left, and why; it

@@ -142,20 +142,20 @@ table = []
 for name, one in plans.items():
     minutes = [one.max_steps * one.tokens_per_step / 60 / tokens_per_second(one, needs[name], part)
                for part in gpus.T4.sustained]
-    table.append(f"{name}: {needs[name]}\n  {one.max_steps} steps on a T4: "
-                 f"{min(minutes):.1f} to {max(minutes):.1f} minutes")
+    table.append(f"{name}: {needs[name].verdict}, {needs[name].peak_allocated_bytes / GIB:.2f} "
+                 f"GiB, {one.max_steps} steps {min(minutes):.1f} to {max(minutes):.1f} minutes")
 show_prediction(predicted_gib, show="{:.2f} GiB".format, also="\n".join(table),
                 forecast=needs["llama-3.2-1b"].peak_allocated_bytes / GIB)
 
 # %% [markdown]
 # ### Explain
-# The forecast runs this very step on tensors without numbers, as a T4 would allocate them. It is so
-# low because the logits never exist as a whole (lesson 06); without levers they do. Minutes are a
-# range: between the highest and the lowest part of its peak rates that a T4 has been seen to
-# sustain (public readings; this project has not timed one); rows are taken as padded. The control
-# of section 7 is a second run: take the minutes twice, and evaluation on top, about an hour for
-# "auto". A CPU takes far longer: without a GPU, try long rows of your own with `replace(recipe,
-# max_steps=5)`.
+# The forecast runs this very step on tensors without numbers, as a T4 would allocate them. Two
+# things keep it so low, and the table takes them away one by one: every layer forgets, and, with
+# the levers, the logits never exist as a whole (lesson 06). Minutes are a range: between the
+# highest and the lowest part of its peak rates that a T4 has been seen to sustain (public readings;
+# this project has not timed one); rows are taken as padded. The control of section 7 is a second
+# run: take the minutes twice, and evaluation on top, about an hour for "auto". A CPU takes far
+# longer: without a GPU, try long rows of your own with `replace(recipe, max_steps=5)`.
 #
 # If it fits without forgetting, and faster, why does every layer forget? Section 6 starts this run
 # a second time beside the notebook, and section 7 loads a second model. Alone on the card, and
@@ -358,8 +358,8 @@ assert evaluation.largest_shift(rest.losses, run.losses[:5]) < 0.05
 #
 # ## 7 · Did it learn?
 # The loss fell. Because of what? A **control** answers: the same recipe on the same questions,
-# where every question got another one's answer. What the control learns as well, your answers did
-# not teach.
+# where every question got another one's answer. What the control learns as well, it learned without
+# the right answers: their look, not what they say.
 
 # %% tags=["run"]
 shuffled = data.encode(data.shuffled_answers(train_set, seed=0), tokenizer,
@@ -404,10 +404,10 @@ show_prediction(predicted_gain, show="{:.2f} nats".format, measured=gain.mean, a
 # The interval: draw the held-out examples again and again, with replacement, and look at the mean
 # difference of each draw; in pairs, because a hard question is hard for both. Far from zero, it is
 # not the luck of which examples were held out; another seed of the training it does not cover:
-# where the gap is small, train both again with `seed=2`. Near zero, your answers taught nothing
-# that any answers would not have: look at the data first. With fewer than thirty rows held out it
-# is a hint, no more. And better than the control is not yet good: read ten answers, and count those
-# that you would send.
+# where the gap is small, train both again with `seed=2`. Near zero, your answers taught their look
+# and no more: look at the data first. With fewer than thirty rows held out it is a hint, no more.
+# And better than the control is not yet good: read ten answers, and count those that you would
+# send.
 #
 # Ship it? (i) Before 1.40, after 0.90, control 0.91, interval [-0.02, +0.04]. (ii) Before 0.60,
 # after 0.61, control 1.90.
@@ -581,10 +581,10 @@ for one in ladder.rungs("budgets"):
 print(f"[recorded: {recorded.stamp(recorded.rows('budgets'))}]")
 
 # %% [markdown]
-# The rows for small things are right, or too small to matter. The largest is *missing*: at the peak
-# stand the logits, tokens x vocabulary, in float32 copies (lesson 01). (Calculators forget them
-# too: EleutherAI's has no line for them.) A batch of token ids is kilobytes. Base weights are not
-# parameters x 0.5: embeddings and head stay at 16 bits.
+# The rows for adapters, gradients and optimizer are right, or too small to matter. The largest is
+# *missing*: at the peak stand the logits, tokens x vocabulary, in float32 copies (lesson 01).
+# (Calculators forget them too: EleutherAI's has no line for them.) A batch of token ids is
+# kilobytes. Base weights are not parameters x 0.5: embeddings and head stay at 16 bits.
 #
 # Move the controls: what adapters need for themselves, with their gradients and the optimizer's
 # averages. **Task:** 8B, adapters on attention. How much does rank 8 save, instead of 16?

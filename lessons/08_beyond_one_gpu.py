@@ -7,7 +7,7 @@
 # **30 min**, 40 if you read every line · optional, runs anywhere; two GPUs fill in section 5.
 #
 # Kaggle lends you two T4s. Does lesson 07's run go twice as fast on them, or may the model be twice
-# as large? Neither quite, and not both; the price goes over the bus between the cards. Two
+# as large? Neither quite, and not both; part of the price goes over the bus between the cards. Two
 # processes on your CPU train, and you count each byte between them.
 #
 # | objectives: you will be able to | level | assessed by |
@@ -229,9 +229,9 @@ from course_utils.topics import recorded
 recorded.show("cards", bus.card)
 
 # %% [markdown]
-# DDP is 1.76 times as fast as one card, FSDP2 1.39, over NVLink. T4s have PCIe, 16
-# GB/s at best [NVIDIA, T4]: 0.3 s, little beside the work above; at 512 tokens a micro batch it may
-# be a quarter of it. *Offload*: parts wait on the host.
+# DDP is 1.76 times as fast as one card, FSDP2 1.39, over NVLink; ranks wait, too. PCIe, 16 GB/s at
+# best [NVIDIA, T4], takes 0.3 s, little beside the work above; at 512 tokens a micro batch perhaps
+# a quarter. T4s were not timed. *Offload*: parts wait on the host.
 #
 # DDP, FSDP2, or neither? (i) 32B at 1 x 1024. (ii) Lesson 07's run. (iii) 8B, out of memory at 4 x
 # 2048 with the usual loss. Yours: `model=` under *Predict*.
@@ -242,7 +242,7 @@ recorded.show("cards", bus.card)
 # ## 4 · Three things that must be right, and a trap
 # **One GPU each, before anything is loaded**: `torchrun` tells each process its number as
 # `LOCAL_RANK`; `torch.cuda.set_device` of it is the first line that touches a GPU, or every rank
-# loads its model onto GPU 0. A slip here raises; in the other two, not.
+# loads its model onto GPU 0. A slip here raises; the others, under DDP, do not.
 #
 # **The loss inside the wrapper's forward.** DDP and FSDP2 do their work around *their* forward. A
 # chunked loss likes to call the model inside, for its hidden states:
@@ -288,7 +288,7 @@ show_prediction(predicted_beside, show="{:g} KiB".format, counted=beside[0]["sen
 # ## Exercise 08.2 · A loss for each rank
 # *Medium, 4 minutes.* A rank has the *sum* of its tokens' losses. `all_reduce(tensor)` adds up over
 # ranks in place and returns nothing, as `dist.all_reduce` does. Return what this rank calls
-# `backward()` on, so that DDP's mean is the gradient of the mean over *all* tokens.
+# `backward()` on, so that DDP's mean is that over *all* tokens.
 #
 # <details><summary>Hint 1</summary>The first line is a call: afterwards <code>tokens</code> is
 # everybody's.</details>
@@ -404,8 +404,8 @@ for n in (1, 2):
 # %% [markdown]
 # ### FSDP2's options, and checkpoints
 # (`configs/fsdp2_offload_2xt4.yaml` with `--strategy fsdp2 --offload` lets parts wait on the host.
-# 32 billion weights need it, or the embedding there. Both ranks' checkpoints there take 16 GiB at
-# 32 768 tokens; at 98 304 (MLP in tiles, lesson 06) 48, which Kaggle lacks.)
+# 32 billion weights need it, or the embedding there. The 8B's checkpoints there take 16 GiB for
+# both ranks at 32 768 tokens; at 98 304 (MLP in tiles, lesson 06) 48, which Kaggle lacks.)
 #
 # For FSDP2, which cuts floating numbers, 4-bit weights are stored as float16, two bytes in each,
 # and the optimizer is plain AdamW: bitsandbytes' takes no parts. Checkpoints are whole or not there
