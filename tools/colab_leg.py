@@ -59,8 +59,6 @@ OTHERWISE = {
         "5 of 13 just work": "6 of 13 just work",
     },
     "07_qlora_on_a_t4": {
-        # transformers 5.15 makes its rotary table by a matrix product, which costs 4 MiB more.
-        "2.95 GiB to 3.32 GiB of the device": "2.96 GiB to 3.32 GiB of the device",
         # What a hosted lesson leaves behind is to be found again.
         "chat_template.jinja ...\nmerged":
         "chat_template.jinja ...\nin /content/lesson_07_xxxxxxxx/adapter\nmerged",
