@@ -596,7 +596,7 @@ print(f"[recorded: {recorded.stamp(recorded.rows('budgets'))}]")
 figures.adapters_explorer()
 
 # %% [markdown]
-# ### Exercise 07.2 · Count the adapters
+# ## Exercise 07.2 · Count the adapters
 # *Easy, 6 minutes.* How many parameters do adapters of rank `r` add on q, k, v and o? `q` and `o`
 # are hidden x hidden; `k` and `v` go from hidden to kv. The check counts three real models.
 #
