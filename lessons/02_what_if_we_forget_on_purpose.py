@@ -408,8 +408,8 @@ exercises.QUESTIONS.score(before, after)
 # %% [markdown]
 # ## To lesson 03
 # With every layer forgetting, a T4 takes two sequences of 2048 tokens at a time of Llama-3.2-3B by
-# QLoRA; a third is *tight* (`forecast` says so). The recipe that you copied says "batch size 32". Is
-# training on two at a time, often enough, the same? Lesson 03 asks: how big is my batch, really?
+# QLoRA; a third is *tight* (`forecast` says so). The recipe that you copied says "batch size 32".
+# Is training on two at a time, often enough, the same? Lesson 03 asks: how big is my batch, really?
 
 # %% [markdown]
 # ## Go further (optional)
