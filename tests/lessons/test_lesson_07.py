@@ -61,9 +61,7 @@ def test_data_that_teach_nothing_are_refused_with_their_place(shown):
 
 def test_a_t4_is_told_minutes_as_a_range(shown):
     said = printed_by(shown, "predicted_gib, show=")
-    low, high = map(
-        float, re.search(r"60 steps ([\d.]+) to ([\d.]+) minutes", said).groups()
-    )
+    low, high = map(float, re.search(r"60 steps ([\d.]+) to ([\d.]+) minutes", said).groups())
     assert 1.3 * low < high < 3 * low
 
 
