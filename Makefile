@@ -12,8 +12,10 @@ LOCK ?= requirements.lock
 HASHES ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PYTEST := $(BIN)/python -m pytest
-# The tests that need no torch: they start at once, and find what is out of place.
-QUICK := tests/fitcast/test_units.py tests/house/test_verbs.py
+# The tests that need no torch run beside the others: some find at once what is out of place, and
+# some wait for a child of the grader, with nothing to do.
+BESIDE := tests/fitcast/test_units.py tests/house/test_verbs.py \
+	tests/instructor/test_sandbox.py tests/instructor/test_stalls.py
 AXE := 4.14.1
 # The stamp's name is a checksum of the pins: set-up runs again when they change, and only then.
 READY := .venv/ready-$(shell (cat requirements.txt $(LOCK) pyproject.toml; echo "$(HASHES)") | cksum | tr ' ' -)
@@ -35,9 +37,9 @@ ifdef ARGS
 	@$(PYTEST) -m "not slow" $(ARGS)
 else
 	@echo "Testing the packages, the lessons and the house (make test-all: what takes longer, too)"
-	@$(PYTEST) --quiet $(QUICK) & quick=$$!; \
-	$(PYTEST) -m "not slow" --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(QUICK:%=--ignore=%); \
-	wait $$quick
+	@$(PYTEST) -m "not slow" --quiet $(BESIDE) & beside=$$!; \
+	$(PYTEST) -m "not slow" --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(BESIDE:%=--ignore=%); \
+	wait $$beside
 endif
 
 test-all: $(READY) ## every test: all recorded rows, kills and planted faults; prints the coverage

@@ -191,6 +191,7 @@ def test_child_that_waited_for_a_stopped_grader_is_asked_again(box):
     assert second.reply["value"] == 2
 
 
+@pytest.mark.one_fast  # it waits, at every level as long
 def test_child_that_takes_long_to_end_has_ended_itself(box):
     """As on a busy machine: seconds between its last descriptor and its end, and no CPU time."""
     (job,) = ask(box, "import os, time\ndef f():\n    os.closerange(3, 64)\n    time.sleep(3)\n"
@@ -198,6 +199,7 @@ def test_child_that_takes_long_to_end_has_ended_itself(box):
     assert (job.reply, job.end) == (None, End("left", "3"))
 
 
+@pytest.mark.one_fast  # it waits, at every level as long
 def test_child_that_hangs_up_and_stays_is_killed(box):
     (job,) = ask(
         box, "import os, time\ndef f():\n    os.close(4)\n    os.close(3)\n    time.sleep(1000)"
