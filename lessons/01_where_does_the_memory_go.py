@@ -230,7 +230,8 @@ figures.memory_over_time(full, "two training steps, all weights trained")
 # Read it from left to right. **Forward** climbs: every layer leaves tensors behind. **Backward**
 # descends: it uses them up, last layer first, and leaves gradients. The **optimizer step** creates
 # Adam's two averages, once; they stay. `zero_grad()` lets the gradients go: their band, the one
-# above the weights, ends. So the second step starts higher than the first, and the peak belongs to
+# above the weights, ends. Adam's averages stay: the second step starts higher than the first, and
+# the peak belongs to
 # the *second* step, at the first moment of its backward, in the loss (section 4): whoever probes a
 # batch size runs two. *Temporaries*, the thin band on top, live for a few operations. (On a GPU
 # both numbers can be higher: its kernels keep other tensors, and its allocator rounds sizes up.)
@@ -284,7 +285,7 @@ show_prediction(predicted_ratio, show="{:.2f} x the boundary".format, also="\n".
 # - the two norms keep their input, one number (1 / root mean square: `rsqrt`), the normalised
 #   input, and the result, which is the operand of the linear layers behind them (two `mul`);
 # - attention keeps value, query and key (both rotated: two `add`), its output, and one number for
-#   each query head; key and value are narrow, because two of their heads serve six query heads;
+#   each query head; key and value are narrow: two heads of theirs serve six of the query;
 # - the MLP keeps four tensors of its inner width, 384.
 #
 # (`mm` is a matrix product.) An addition itself keeps nothing: `add` in the list names who *made* a
@@ -468,8 +469,10 @@ exercises.check_logits_at_peak(logits_at_peak, full, vocab_size=1280)
 #     torch.cuda.memory._dump_snapshot("two_steps.pickle")
 # ```
 #
-# Now put in your own model's id and length. Before you look, write down which of the four holders
-# leads at the peak.
+# Now put in your own model's id and length. (First its weights times 16 bytes: of a model of 1B not
+# even the first three fit a T4. Where it runs out of memory, it does not come to the snapshot: put
+# the loop into `try:`, the last two lines into `finally:`.) Before you look, write down which of
+# the four holders leads at the peak.
 #
 # ## And now?
 # The same five questions.

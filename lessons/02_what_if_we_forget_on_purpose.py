@@ -321,11 +321,12 @@ show_prediction(predicted_cases, forecast=needs,
 
 # %% [markdown]
 # ### Explain
-# On a T4, one sequence at a time, the 8B model does without it at 512 tokens; the 1B model needs it
-# at 2048. What forgetting saves are activations, and they follow micro batch, *length* and the
-# layers' width. Length counts most: for Llama 3 without a mask (one row alone needs none), a T4's
-# kernel keeps the scores of every pair (lesson 06): four times the tokens, and in the 1B model
-# 12.51 GiB of activations in place of 1.63. So the 1B model has room for these 2048 tokens as
+# On a T4, one sequence at a time, the 8B model does without it at 512 tokens; the 1B model, with
+# the usual attention, needs it at 2048. What forgetting saves are activations, and they follow
+# micro batch, *length*, and the layers' width and number. Length counts most: for Llama 3 without a
+# mask (one row alone needs none), a T4's kernel keeps the scores of every pair: four times the
+# tokens, and in the 1B model 12.51 GiB of activations in place of 1.63. (Lesson 06 mends that
+# kernel, and with it nothing need forget here.) So the 1B model has room for these 2048 tokens as
 # 4 x 512 or 2 x 1024, and not as 1 x 2048:
 
 # %% tags=["run"]
@@ -348,9 +349,9 @@ for rows in (4, 2, 1):
 # micro batch 1. Which share of the layers must forget at 2048 tokens? And at 1024? What does each
 # layer that remembers cost at 2048?
 # <details><summary>Answer</summary>Of the control's choices three quarters: with half of them the
-# tensors alone are too many for the card (02.3 shows how to find the smallest number). At 1024
-# tokens none: the upper bar says "fits". A layer costs <code>(23.53 - 5.45) / 28 = 0.65</code>
-# GiB.</details>
+# tensors alone are too many for the card. At 1024 tokens none: the upper bar says "fits". A layer
+# costs <code>(23.53 - 5.45) / 28 = 0.65</code> GiB. So for any number: leave 2 of the 14 GiB for
+# gaps; 12 less 5.45 is room for ten layers that remember, and 18 must forget.</details>
 
 # %% tags=["run"]
 figures.forgetting_explorer()
@@ -358,13 +359,11 @@ figures.forgetting_explorer()
 # %% [markdown]
 # ## In your script
 # The switch, pulled by hand, so that some layers can remember (Trainer's own,
-# `gradient_checkpointing=True`, in 5.23 `activation_checkpointing=True`, turns on all of them when
-# training begins, or in 5.23 every n-th, with
-# `activation_checkpointing_kwargs={"every_n_layers": 2}`; "the first k" needs the loop). And the
-# line that every loop with adapters should have once: does *each* trained tensor get a gradient?
-# (Lesson 01's model: a download of 1 GB if you skipped it [Qwen2.5-0.5B].) You should see 12 layers
-# and an empty list. (`use_cache = False`, since a layer that runs twice would fill the cache
-# twice.) On Colab, `!pip uninstall -qy torchao` before: PEFT refuses the old one there.
+# `gradient_checkpointing=True`, turns on all of them when training begins.) And the line that every
+# loop with adapters should have once: does *each* trained tensor get a gradient? (Lesson 01's
+# model: a download of 1 GB if you skipped it [Qwen2.5-0.5B].) You should see 12 layers and an empty
+# list. (`use_cache = False`, since a layer that runs twice would fill the cache twice.) On Colab,
+# `!pip uninstall -qy torchao` before: PEFT refuses the old one there.
 #
 # ```python
 # import torch
@@ -387,6 +386,9 @@ figures.forgetting_explorer()
 # missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 # print(sum(x.gradient_checkpointing for x in layers), "layers forget; no gradient ([]?):", missing)
 # ```
+#
+# (In transformers 5.23 Trainer's switch is `activation_checkpointing=True`, and takes every n-th
+# layer with `activation_checkpointing_kwargs={"every_n_layers": 2}`; "the first k" needs the loop.)
 #
 # And your own model, *by QLoRA, as in section 5*? Guess the verdict with k = 0 and with k = "all",
 # and the k that you would set; then ask, in a cell here:

@@ -6,15 +6,15 @@
 # **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; two thirds in is a
 # place to stop · runs anywhere; a GPU fills in the lines that say "measured".
 #
-# A T4 trains a 3B model on two sequences at a time if every layer forgets; a third is *tight*
-# (lesson 02). You want 32 behind each update, so you add up sixteen times two. Is that the same as
-# 32 at once? It is, if you divide by the right number. Many loops do not.
+# A T4 trains a 3B model on two sequences of 2048 tokens at a time if every layer forgets; a third
+# is *tight* (lesson 02). You want 32 behind each update, so you add up sixteen times two. Is that
+# the same as 32 at once? It is, if you divide by the right number. Many loops do not.
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
 # | *write* an accumulation whose gradient equals the full batch's | B2 | exercise 03.1 |
 # | *design* an effective batch of 32 that fits a T4 and loses little time | B2 | exercise 03.2 |
-# | *calculate* a run's steps, warm-up and log lines | B1 | question 1; exercise 03.3 (Go further) |
+# | *calculate* a run's steps and log lines | B1 | section 1; ends of epochs: 03.3 (Go further) |
 #
 # (B1: you can use it. B2: you can take it apart and build with it.)
 #
@@ -111,8 +111,9 @@ figures.updates(events, "two updates of 2 x 4 sequences")
 # count its GPUs). Trainer has an argument for two of them, and none for the product.
 #
 # ### Predict
-# 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`. How many lines
-# with a loss does Trainer log? (It trains twice for the answer: give it some seconds.)
+# 64 sequences, as 32 micro batches of 2, accumulation 4, `logging_steps=4`. How many lines with a
+# loss does Trainer log? And what is the learning rate of the first update? (It trains twice for the
+# answer: give it some seconds.)
 
 # %% tags=["predict"]
 predicted_lines = ...
@@ -203,8 +204,8 @@ show_prediction(predicted_error, show="{:.2f}".format, mean_of_means=error_of_me
 # A mean of micro batches' means gives each *micro batch* the same say, so a token of a short answer
 # counts dozens of times as much as a token of a long one: fourteen of sixteen shares go to first
 # tokens. Uncut, our answers are about equally long, and the error is 0.00: nobody would notice this
-# bug. Random lengths lie between. Yours? In your script `from fitcast.training import batching`,
-# then run `batching.labelled_tokens` on a few micro batches.
+# bug. Random lengths lie between. Yours? In your script print
+# `(batch["labels"][:, 1:] != -100).sum()` for a few batches of `trainer.get_train_dataloader()`.
 #
 # The right way is **token weighting**: sum over a micro batch's tokens, divide by the labelled
 # tokens of *all* micro batches, which must be counted before the first backward. The bug was
@@ -361,15 +362,17 @@ plan = {"micro_batch_size": ...,
 exercises.check_effective_batch(plan, three, gpus.T4)
 
 # %% [markdown]
-# On a real card time two plans, yours and 2 x 16 with all layers forgetting: these seconds hardly
-# see what a small micro batch costs.
+# So: the largest micro batch that fits *comfortably*, unless its room buys more as layers that need
+# not forget; accumulation for the rest. Which of the two wins, a clock says: these seconds hardly
+# see what a small micro batch costs, so time yours and 2 x 16 with all layers forgetting.
 #
 # Move the controls (with the mouse, or Tab and the arrow keys); they begin with two at a time,
 # every layer forgetting. **Task:** at which lengths does a micro batch of 4 fit? And of 8?
 # <details><summary>Answer</summary>4 up to 1024 tokens, 8 up to 512: each needs what 2 x 2048
 # needs. Up to 2048 tokens a sequence, memory follows the tokens of a micro batch. Beyond, the
 # scores outgrow the logits: in rows without a mask a T4's attention writes one for every pair of
-# tokens (lesson 06), and 1 x 8192 needs nearly twice what 4 x 2048 needs.</details>
+# tokens (lesson 06), and 1 x 8192, beyond this slider, needs nearly twice what 4 x 2048
+# needs.</details>
 
 # %% tags=["run"]
 figures.split_explorer()

@@ -216,7 +216,8 @@ print("additions:            ", additions)
 
 # %% [markdown]
 # All products with weights (seven in each of four layers, and the head) run in 16 bits. What passes
-# from layer to layer is still in float32: a float32 embedding, to which each layer adds twice.
+# from layer to layer is still in float32: a float32 embedding, to which each layer adds twice
+# (8 of the 25; norms and positions have the others).
 #
 # Does it learn the same? Fifteen steps on the four examples, in float32 and under autocast, and the
 # difference of the losses after them. (Before each step, `stored` rounds the weights to what a
@@ -330,11 +331,12 @@ show_prediction(predicted_times, show="{:.2f} x".format, forecast=with_autocast 
 # Mixed precision made it *larger*: 16-bit copies of every frozen weight that a product reads, on
 # top of the float32 originals, to save a part of the activations. (Copies follow the weights, what
 # they save follows the tokens: at 2048 tokens it is 1.04 x.) With checkpointing only one layer's
-# copies of *frozen* weights live at a time, or the head's, which here is larger than a layer. (The
-# figure books the copies under activations.) What does save memory is something else, the third
-# bar: **loading the frozen base in 16 bits** (`dtype=torch.float16`) halves *the weights*, and
-# leaves only the adapters to copy. Autocast is for speed, and shrinks part of what follows the
-# tokens; the storage format shrinks what follows the weights. Lesson 07 stores the base in 4 bits.
+# copies live at a time, or the head's, which here is larger than a layer; those of *trained*
+# weights autocast keeps until it ends. (The figure books copies under activations.) What does save
+# memory is something else, the third bar: **loading the frozen base in 16 bits**
+# (`dtype=torch.float16`) halves *the weights*, and leaves only the adapters to copy. Autocast is
+# for speed, and shrinks part of what follows the tokens; the storage format shrinks what follows
+# the weights. Lesson 07 stores the base in 4 bits.
 
 # %% [markdown]
 # ## Exercise 04.1 · Count the copies
@@ -408,13 +410,14 @@ show_prediction(predicted_loss, show="{:.1f}".format, bfloat16=stored["stored in
 # **what is frozen, in 16 bits or fewer; what is trained, in float32.** [Micikevicius et al.,
 # section 3.1] (Stochastic rounding or a compensation term are the exceptions.) With adapters, which
 # are small (for the third bar of section 3, 13.00 MiB beside 2.30 GiB of frozen weights), that
-# costs next to nothing, and PEFT does it by default.
+# costs next to nothing, and PEFT does it by default (TRL, beside a 4-bit base, makes them bfloat16:
+# lesson 07).
 
 # %% [markdown]
 # ## 5 · Which 16 bits, on which card?
 # PyTorch has a function for this question: `torch.cuda.is_bf16_supported()`. It says True on a T4.
-# [torch/cuda/\_\_init\_\_.py] Does a T4 compute in bfloat16? Ask the function about the GPU here,
-# if there is one, and then this course about six cards. The course goes by the *compute
+# [torch/cuda/\_\_init\_\_.py] Does a T4 compute in bfloat16? First ask the function (if there is
+# a GPU here); the second cell says what this course answers for six cards. It goes by the *compute
 # capability*, the version number of what an NVIDIA GPU's hardware can do. [NVIDIA, CUDA GPUs]
 
 # %% tags=["run"]
@@ -470,7 +473,9 @@ show_prediction(predicted_products, show="{:.0f}".format, counted=products.detou
 # Forward's. The layer turns its input into the compute dtype, and the unpacked weight with it;
 # autocast turns both into float16 for the product. Two casts more for every product, its input's
 # and its weight's, and three bits less. Backward takes the gradient's format, which is float16: no
-# detour. [bitsandbytes, nn/modules.py, autograd/\_functions.py]
+# detour. (From 8.0 on bitsandbytes multiplies some short micro batches in a kernel of its own that
+# autocast does not reach; a T4 for fewer than 8 tokens only.) [bitsandbytes, nn/modules.py,
+# autograd/\_functions.py, backends/cuda/ops.py]
 #
 # ## Exercise 04.2 · Find the mistake
 # *Easy, 3 minutes.* Change **one** setting so that the recipe is right for a T4. The check runs a
@@ -520,6 +525,9 @@ exercises.check_published(corrected)
 # if on_gpu:  # once more with dtype=torch.float32 in from_pretrained: what does the peak do?
 #     print(f"peak: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 # ```
+#
+# <details><summary>Answer</summary>It rises by 2 bytes for each frozen number, and by up to 2 more
+# for the 16-bit copies that a float32 base needs (section 3).</details>
 #
 # ## And now?
 # The same five questions.

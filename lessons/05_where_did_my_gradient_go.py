@@ -6,10 +6,11 @@
 # **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; half-way there is a
 # place to stop · runs anywhere; a GPU runs the same cells faster.
 #
-# A part of a step's gradients is below 2.98e-08, half of float16's smallest number (lesson 04), and
-# becomes zero. In this lesson you find out how many vanish, get them back with one multiplication,
-# and write the machine that does it in every fp16 run. People break it in four ways: two you run,
-# the other two in "Go further".
+# An fp16 gradient can be wrong by more than its own length, without an error or a warning: its small
+# parts, below 2.98e-08, half of float16's smallest number (lesson 04), become zero. In this lesson
+# you find out how many vanish, get them back with one multiplication, and write the machine that
+# does it in every fp16 run. People break it in four ways: two you run, the other two in "Go
+# further".
 #
 # | objectives: you will be able to | level | assessed by |
 # |---|---|---|
@@ -118,8 +119,8 @@ figures.magnitudes(groups, ("float16",), title="after 20 steps, scale 1")
 # Multiplying by a power of two shifts it back, and costs no precision.
 #
 # ### Predict
-# How far? Which power of two is best after these 20 steps: as large as it can be, and nothing
-# overflows? (Write 10 for a scale of 2¹⁰ = 1024.)
+# How far? Read it off the picture: which power of two is best after these 20 steps: as large as it
+# can be, and nothing overflows? (Write 10 for a scale of 2¹⁰ = 1024.)
 
 # %% tags=["predict"]
 predicted_power = ...
@@ -217,11 +218,11 @@ show_prediction(predicted_error, show="{:.0f} %".format, measured=100 * errors[0
 # one is large and negative, the others small and positive. The small ones vanish, and nothing
 # balances the large one.)
 #
-# The grey window is many powers of two wide. Scale 1 stands just left of it; its right edge, 2²³,
-# is the answer to exercise 05.1. The 0.3 % that are left inside are float16's rounding: no scale
-# mends that. Loss scaling means: stay in it, near the right edge, whatever the model does.
-# [Micikevicius et al., section 3.2] (bfloat16 needs none of this: it has float32's
-# exponent. Lesson 04.)
+# The grey window (an error of at most 2 %) is many powers of two wide. Scale 1 stands just left of
+# it; its right edge, 2²³, is the answer to exercise 05.1. The 0.3 % that are left inside are
+# float16's rounding: no scale mends that. Loss scaling means: stay in it, near the right edge,
+# whatever the model does. [Micikevicius et al., section 3.2] (bfloat16 needs none of this: it has
+# float32's exponent. Lesson 04.)
 
 # %% [markdown]
 # *Half-way, and a good place to stop. When you come back: run all cells above, then go on.*
@@ -340,7 +341,7 @@ exercises.check_scaler(next_state)
 # %% [markdown]
 # ## 4 · Four ways to get it wrong
 # A step now has nine parts: scale, backward, unscale, look, clip, step, schedule, clear, adjust the
-# scale. Loops go wrong in four ways, and none raises an error (one may warn, once).
+# scale. Four mistakes are common, and none raises an error (one may warn, once).
 #
 # ### (a) Clip before unscale
 # ### Predict
@@ -388,8 +389,8 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # %% [markdown]
 # ## In your script
 # A loop of your own, in the right order. (A norm of `inf` or `nan` in the first steps is the
-# scaler, finding its level. A scale that keeps falling, below 1, is not: then it is not the scale
-# that makes it (forward, a derivative at 0, or a weight that is NaN does), and no scale mends that.
+# scaler, finding its level. A scale that keeps falling, below 1, is not: the infinities then come
+# from forward, from a derivative at 0 or from a weight that is NaN, and no scale mends those.
 # `last.pt` takes 5.5 GiB: 494 million weights, 12 bytes each with Adam's state [Qwen2.5-0.5B].)
 #
 # On a GPU, Trainer's `fp16=True` does the same, with two surprises: its `global_step` and
@@ -405,7 +406,7 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)  # what is trained is float32
 # scaler = torch.amp.GradScaler(device)
 # ids = torch.randint(0, 1000, (2, 64), device=device)
-# for step in range(4):  # accumulating: scale, backward each one's share (lesson 03); the rest once
+# for step in range(4):  # accumulating: autocast to backward for each share (03), the rest once
 #     with torch.autocast(device, torch.float16):
 #         loss = model(input_ids=ids, labels=ids).loss
 #     scaler.scale(loss).backward()
@@ -421,7 +422,7 @@ show_prediction(predicted_norm, show="{:.1e}".format, clip_first=wrong.grad.norm
 # And yours? Print `scaler.get_scale()` (Trainer's is `trainer.accelerator.scaler`; `None` with bf16
 # or without a GPU: nothing to watch) at steps 0, 100 and 1000 of your own run: which way does it
 # move, and why?
-# <details><summary>Answer</summary>By step 1000 it has stayed or fallen, never
+# <details><summary>Answer</summary>By step 1000 of a fresh run it has stayed or fallen, never
 # risen: to double takes 2000 good steps in a row. If it fell, 65 536 was too high for your
 # loss.</details>
 #

@@ -152,9 +152,9 @@ for predicted, world in ((predicted_speedup, "no_mask"), (predicted_speedup_padd
 # %% [markdown]
 # ### Explain
 # Without a mask about twice as fast, padded not at all: there transformers had repeated already. (A
-# row *alone* has no mask, unless it is filled up, to a `max_length` or a multiple of 8: one that
-# hides nothing transformers drops.) So when somebody promises you twice the speed, ask for their
-# batches. (And not a byte is saved, in either world: this peak is the logits'.)
+# row *alone* counts as "no mask": transformers drops one that hides nothing. Filled up to a
+# `max_length` or a multiple of 8, it is padded.) So when somebody promises you twice the speed, ask
+# for their batches. (And not a byte is saved, in either world: this peak is the logits'.)
 
 # %% [markdown]
 # ## 3 · The logits: never all at once
@@ -220,13 +220,14 @@ for predicted, (name, step) in zip((predicted_gib_no_mask, predicted_gib_padded)
 # ### Explain
 # Padded, the run fits: one change, and nothing else was needed. (Halve the micro batch instead, and
 # accumulate? 12.40 GiB, *tight*, and nearly half of it still logits. The loss in chunks takes that
-# half away, and section 5 spends it.)
+# half away; section 5 spends what is free.)
 #
 # Without a mask there is a second summit behind the first, attention's scores: 2.00 GiB a copy, and
 # one layer's backward holds four. At this micro batch, then, two changes are needed and neither is
 # enough alone. Take the highest one, look again: the peak is a *moment*, not a sum. (TRL's
 # SFTTrainer takes the loss in chunks by itself, from 1.16 on: your peaks are then about these.
-# Padded, little is left to gain; without a mask section 2's repair makes it fit, and faster.)
+# Padded, it fits already, and sections 4 and 5 gain some speed; without a mask section 2's repair
+# makes it fit, and faster.)
 
 # %% [markdown]
 # ## 4 · What each lever buys
@@ -262,9 +263,10 @@ show_prediction(predicted_all_levers, show="{:.1f} times".format, forecast=faste
 # Nine GiB of fourteen: is that better than fourteen? Memory that is left over is often speed that
 # was not bought. Spend it on layers that need not forget (k of n, lesson 02), smaller micro batches
 # if need be. `fitcast fit` tries what counts, one forecast each, and names what should be the
-# fastest. Recorded within a T4's memory, 8 sequences of 2048 behind each step, without a mask
-# (padded rows were not), with all levers but the host's, and a lean MLP (so 8.99 GiB, not 9.16).
-# The last column is times the usual recipe's speed. First, every layer forgets:
+# fastest. Recorded within a T4's memory, 8 sequences of 2048 behind each step: all without a mask
+# (padded rows were not recorded here), with every lever except checkpoints on the host, and a lean
+# MLP (hence 8.99 GiB, not 9.16). The last column is times the usual recipe's speed. First, every
+# layer forgets:
 
 # %% tags=["run"]
 print(ladder.table(ladder.rungs("fit", ["micro batch 4, all layers checkpointed"])))
@@ -292,15 +294,17 @@ print(ladder.table(ladder.fastest("fit", 4)))
 # A seventh more speed, for memory that lay idle: little beside the 2.5 times that the levers bought
 # without a mask. Padded they bought 1.1 times (section 4), so there this may be as much again.
 # (13.16 GiB *fits* where section 3's 12.40 was *tight*: the verdict counts the allocator's gaps,
-# and these recipes leave fewer.)
+# and these recipes leave fewer. And lesson 02's 8B at 1 x 2048 did *not* fit with nothing
+# forgotten: the levers took the scores and the logits.)
 #
-# (The second row is what `fit` picked on that day; today it picks as in the first, with more
-# levers.) Ask it, a minute or two, in a terminal (on Colab and Kaggle first the install of "In your
-# script", then `!` before it): `fitcast fit --model llama-3.1-8b --sequence-length 2048
+# ("What fit picks" is what it picked on that day; today it picks the first row's setting, with more
+# levers.) Ask it yourself if you like, a minute or two, in a terminal (on Colab and Kaggle first
+# the install of "In your script", then `!` before it): `fitcast fit --model llama-3.1-8b
+# --sequence-length 2048
 # --target-effective-batch 8 --lora-dropout 0`; `--padded` for padded rows.
 #
 # A small model makes it plain. Llama-3.2-1B, 8 padded rows of 512 tokens, with the levers: should
-# its layers forget? And how many times the work is a step in which all do? Guess before you look.
+# its layers forget? And how many times the work is a step in which all do?
 
 # %% tags=["run"]
 levers = dict(attention="explicit_kv", loss="lean", norm="native", lora_dropout=0.0)
@@ -325,7 +329,10 @@ figures.levers_explorer()
 # ## Exercise 06.2 · Phi-4-mini in 6 GiB
 # *Medium, 4 minutes.* Phi-4-mini, 32 packed sequences of 2048 tokens a step: the usual recipe does
 # not fit a T4. Write one that learns **the same** (dropout may go), peaks at 6 GiB or less, and is
-# at least **twice** as fast, both by forecast. One lever is not enough.
+# at least **twice** as fast, both by forecast. One lever is not enough. Then say: were the rows
+# padded, which of yours would do nothing for speed?
+# <details><summary>Answer</summary>The attention: with a mask, transformers repeats already.
+# </details>
 #
 # <details><summary>Hint 1</summary>Which term is the largest at the peak? It need not exist at
 # once.</details>
@@ -351,10 +358,10 @@ exercises.check_phi(phi_recipe)
 # ## In your script
 # Two lines, on TRL's own trainer; `apply_levers` says what it changed and what it left, and why; it
 # takes `checkpointed_layers=18`, too (section 5). With transformers' Trainer it puts the loss in
-# chunks as well; TRL (1.16 on) has done that already, and what you gain there is section 2's
-# kernel. (Where `trl` or `fitcast` is missing, as on Colab:
-# `!pip install trl git+https://github.com/course-authors/fit-the-fine-tune`, and
-# `!pip uninstall -qy torchao`, which is too old for PEFT there.)
+# chunks as well; TRL (1.16 on) has done that already: what you gain there is section 2's kernel
+# where nothing is masked, and otherwise a tenth or so (section 4). (Where `trl` or `fitcast` is
+# missing, as on Colab: `!pip install trl git+https://github.com/course-authors/fit-the-fine-tune`,
+# and `!pip uninstall -qy torchao`, which is too old for PEFT there.)
 #
 # ```python
 # import os

@@ -144,8 +144,8 @@ show_prediction(predicted_ddp, show="{:g} KiB".format, counted=told[0]["ddp"][0]
 # %% [markdown]
 # ### Explain
 # The adapters' gradients, once. The frozen matrices have none, the first micro batch sends
-# nothing. By hand: the same, in eight calls for eight tensors; DDP fills one *bucket*. Both
-# ranks now hold one gradient, and stay alike.
+# nothing. By hand: the same, in eight calls; DDP fills one *bucket*. Both
+# ranks now hold one gradient.
 
 # %% [markdown]
 # ## 2 · A part of each layer
@@ -192,7 +192,8 @@ exercises.check_sent(sent_bytes)
 # buckets, and runs FSDP2's own code as one of two ranks that only pretend to talk.
 #
 # ### Predict
-# One T4 alone needs 7.36 GiB. How many does each of two need under FSDP2?
+# One T4 alone needs 7.36 GiB, 5.32 of them weights, 1.52 activations. How many
+# does each of two need under FSDP2?
 
 # %% tags=["predict"]
 predicted_gib = ...
@@ -217,10 +218,10 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also=[
 # %% [markdown]
 # ### Explain
 # DDP saves nothing: a rank holds the whole model, and the buckets. FSDP2 halves what lies still
-# (adapters, optimizer state, weights; not the head, which the loss reads whole), less the layer at
-# work and the next, which lie there whole. Activations follow a card's rows. So **FSDP2 pays when
-# weights are what is large**. Its price: 4.31 GiB a micro batch, where DDP sends the adapters'
-# 52.00 MiB a step.
+# (adapters, optimizer state, weights; not the head, which a loss in chunks reads whole), less the
+# layer at work and the next, which are whole. Activations follow a card's rows. So **FSDP2
+# pays when weights are what is large**. Its price: 4.31 GiB a micro batch, where DDP sends the
+# adapters' 52.00 MiB a step.
 #
 # Measured on two cards held to a T4's memory (speeds: both together, no mask):
 
@@ -229,12 +230,12 @@ from course_utils.topics import recorded
 recorded.show("cards", bus.card)
 
 # %% [markdown]
-# DDP is 1.76 times as fast as one card, FSDP2 1.39, over NVLink; ranks wait, too. PCIe, 16 GB/s at
-# best [NVIDIA, T4], takes 0.3 s, little beside the work above; at 512 tokens a micro batch perhaps
-# a quarter. T4s were not timed. *Offload*: parts wait on the host.
+# Over NVLink DDP is 1.76 times as fast as one card, FSDP2 1.39. A T4's PCIe, 16 GB/s at best
+# [NVIDIA, T4], takes 0.3 s for what FSDP2 sends: little beside the work above; at 512 tokens a
+# micro batch perhaps a quarter. T4s were not timed. *Offload*: parts wait on the host.
 #
 # DDP, FSDP2, or neither? (i) 32B at 1 x 1024. (ii) Lesson 07's run. (iii) 8B, out of memory at 4 x
-# 2048 with the usual loss. Yours: `model=` under *Predict*.
+# 2048 with the usual loss. Yours: `model=` below *Predict*.
 # <details><summary>Answer</summary>(i) FSDP2, a part on the host: its weights fit no card. (ii)
 # DDP. (iii) Neither: first the levers.</details>
 
@@ -307,12 +308,11 @@ exercises.check_loss(loss_of_rank)
 
 # %% [markdown]
 # **The trap: `DataParallel`.** Where plain `python`, or a Kaggle notebook, sees two GPUs, `Trainer`
-# counts both in *one* process. Your batch doubles, and threads share it, with a copy of the model
-# each. A model in 4 bits is not copied: one card computes all of the doubled batch, and what was
-# forecast to fit may not. (TRL's trainers refuse.)
+# counts both in *one* process. Your batch doubles, and threads share it, a copy of the model each.
+# A model in 4 bits is not copied: one card computes all of it, and what was forecast to fit may
+# not. (TRL's trainers refuse.)
 #
-# Hide one: `CUDA_VISIBLE_DEVICES=0` before torch is imported (restart a notebook that has imported
-# it).
+# Hide one: `CUDA_VISIBLE_DEVICES=0` before torch is imported (in a notebook: restart it).
 
 # %% [markdown]
 # ## 5 · On two T4s

@@ -59,11 +59,11 @@ QUESTIONS = SelfCheck(
         "What decides whether a QLoRA run on a T4 needs checkpointing?",
         (
             "the number of weights alone",
-            "micro batch, sequence length and the layers' widths",
+            "micro batch, sequence length, the layers' width and number",
             "the rank of the adapters",
         ),
         "b",
-        "It saves activations, and those follow all three, on a T4, for Llama 3 without a mask, "
+        "It saves activations, and those follow all of these, on a T4, for Llama 3 without a mask, "
         "the length most.",
     ),
     Question(

@@ -77,8 +77,8 @@ QUESTIONS = SelfCheck(
         "Its compute capability is 7.5; bfloat16 products came with 8.0.",
     ),
     Question(
-        "fp16=True and a 4-bit base with bnb_4bit_compute_dtype=bfloat16. In which format do "
-        "forward's products with the base run?",
+        "On a T4, fp16=True and a 4-bit base with bnb_4bit_compute_dtype=bfloat16. In which format "
+        "do forward's products with the base run?",
         ("bfloat16", "float16", "float32", "none: it is an error"),
         "b",
         "The layer casts to the compute dtype, autocast casts back: time, and three bits.",

@@ -57,9 +57,13 @@ QUESTIONS = SelfCheck(
     ),
     Question(
         "The training loss fell from 7 to 1. The model learned what your answers say",
-        ("certainly", "if it fell below 1", "unless a control fell as far on held-out answers"),
+        (
+            "certainly",
+            "if it fell below 1",
+            "if held-out answers got better than before, and than a control's",
+        ),
         "c",
-        "Shuffled answers teach layout and words, too: the loss falls for them as well.",
+        "The look alone lowers it, too; and what the base had already, it did not learn.",
     ),
     Question(
         "A resumed run has the right weights, and a fresh optimizer. It is",
