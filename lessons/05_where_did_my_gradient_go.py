@@ -6,7 +6,7 @@
 # **45 min** for those who have fine-tuned a transformer, 60 to 75 for others; half-way there is a
 # place to stop · runs anywhere; a GPU runs the same cells faster.
 #
-# An fp16 gradient can be wrong by more than its own length, without an error or a warning: its small
+# An fp16 gradient can be wrong by more than its own length, without an error or a warning: small
 # parts, below 2.98e-08, half of float16's smallest number (lesson 04), become zero. In this lesson
 # you find out how many vanish, get them back with one multiplication, and write the machine that
 # does it in every fp16 run. People break it in four ways: two you run, the other two in "Go
