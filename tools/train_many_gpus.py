@@ -130,7 +130,7 @@ def main() -> None:
             source,
             f"{world_size} x {recipe.micro_batch_size} x "
             f"{recipe.gradient_accumulation_steps} = {recipe.effective_batch_size} sequences of "
-            f"{recipe.sequence_length} tokens a step",
+            f"at most {recipe.sequence_length} tokens a step",
             flush=True,
         )
     extra = {"ddp_find_unused_parameters": False} if world_size > 1 else {}
