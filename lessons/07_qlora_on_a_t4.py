@@ -106,8 +106,8 @@ sources.choose(None, data=[{"messages": [{"role": "user", "content": "Where is o
 # %% [markdown]
 # The run as one object, with the levers of lesson 06, and what suits model and data in
 # `source.settings`. (A learning rate of 0.007 suits the small Llama's 1.5 M weights only: any other
-# model gets 2e-4.) One very long row makes all rows long: a line below, `recipe =
-# replace(recipe, sequence_length=256)`, cuts it, and section 3 says what was lost.
+# model gets 2e-4.) One very long row raises the forecast, and the peak of its micro batch: a line
+# below, `recipe = replace(recipe, sequence_length=256)`, cuts it, and section 3 says what was lost.
 
 # %% tags=["run"]
 recipe = TrainRecipe(
@@ -152,12 +152,12 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also="\n".join(table),
 # ### Explain
 # The forecast runs this very step on tensors without numbers, as a T4 would allocate them. Two
 # things keep it so low, and the table takes them away one by one: every layer forgets, and, with
-# the levers, the logits never exist as a whole (lesson 06). Minutes are a range: between the
-# highest and the lowest part of its peak rates that a T4 has been seen to sustain (public readings;
-# this project has not timed one); rows are taken as padded, and starting kernels, most of a tiny
-# model's time, is left out. The control of section 7 is a second run: take the minutes twice, and
-# evaluation on top, about an hour for "auto". A CPU takes far longer: without a GPU, try long rows
-# of your own with `replace(recipe, max_steps=5)`.
+# the levers, the logits never exist as a whole (lesson 06; nearly all that the last row takes
+# more). Minutes are a range: between the highest and the lowest part of its peak rates that a T4
+# has been seen to sustain (public readings; this project has not timed one); rows are taken as
+# padded, and starting kernels, most of a tiny model's time, is left out. The control of section 7
+# is a second run: take the minutes twice, and evaluation on top, about an hour for "auto". A CPU
+# takes far longer: without a GPU, try long rows of your own with `replace(recipe, max_steps=5)`.
 #
 # If it fits without forgetting, and faster, why does every layer forget? Section 6 starts this run
 # a second time beside the notebook, and section 7 loads a second model. Alone on the card, and
@@ -353,10 +353,12 @@ assert evaluation.largest_shift(rest.losses, run.losses[:5]) < 0.05
 # renamed, which a file system does entirely or not at all: a kill in the middle of a save leaves
 # the one before it whole.
 #
-# On a mounted Drive (section 1) each checkpoint of `run` has a copy, and a new session goes on from
-# it; another run wants another name in `on_drive`. A *restarted* runtime makes a folder of its own:
-# write the old one's name in place of section 1's `mkdtemp`, `os.chdir("lesson_07_...")`, and `run`
-# goes on.
+# And when it happens to you:
+#
+# - *A new session*, with a Drive mounted (section 1): each checkpoint of `run` has a copy, and the
+#   training cell goes on from it. (Another run wants another name in `on_drive`.)
+# - *A restarted runtime* makes a folder of its own: write the old one's name in place of section
+#   1's `mkdtemp`, `os.chdir("lesson_07_...")`, and `run` goes on.
 #
 # ## 7 · Did it learn?
 # The loss fell. Because of what? A **control** answers: the same recipe on the same questions,
@@ -366,7 +368,8 @@ assert evaluation.largest_shift(rest.losses, run.losses[:5]) < 0.05
 #
 # ### Predict
 # By how many nats a token will the loss on held-out answers lie below the control's? And how many
-# of the control's tickets will look right, how many be right?
+# of the control's tickets will look right, how many be right? (Of free text the table says the
+# words in common.)
 
 # %% tags=["predict"]
 predicted_gain = ...
@@ -399,10 +402,11 @@ show_prediction(predicted_gain, show="{:.2f} nats".format, measured=gain.mean, a
 
 # %% [markdown]
 # ### Explain
-# Both training losses fell a long way: all answers share a look, and the control learns that. So
-# look at two gaps. Below the control: your answers taught more than their look. Below the baseline:
-# the model could not do it before. (Shuffled answers can also make a model forget what it knew,
-# which widens the first gap alone.)
+# With the tickets both training losses fall a long way: all answers share a look, and the control
+# learns that. (An instruct model on free text starts low, and falls little.) So how far it fell
+# says nothing; look at two gaps. Below the control: your answers taught more than their look. Below
+# the baseline: the model could not do it before. (Shuffled answers can also make a model forget
+# what it knew, which widens the first gap alone.)
 #
 # The interval: draw the held-out examples again and again, with replacement, and look at the mean
 # difference of each draw; in pairs, because a hard question is hard for both. Far from zero, it is
@@ -453,9 +457,9 @@ for folder, size in sizes.items():
 
 # %% [markdown]
 # Whichever you ship, ask **that file**. The adapter was trained beside NF4 weights. Beside others
-# it is not what you evaluated: `pipeline("adapter")` alone loads the unquantized base. Say
-# `quantization_config`, or ship the merged folder, which has the dequantized ones. Nothing of this
-# course loads these folders:
+# it is not what you evaluated: `pipeline("text-generation", model="adapter")` alone loads the
+# unquantized base. Say `quantization_config`, or ship the merged folder, which has the dequantized
+# ones. Nothing of this course loads these folders:
 
 # %% tags=["run"]
 from transformers import GenerationConfig, pipeline
@@ -473,7 +477,7 @@ for way, (folder, more) in ways.items():
 
 # %% [markdown]
 # With the small Llama all three agree: it is sure of these eight. Yours may not be. Losses do move:
-# merged hardly, beside the original weights hundreds of times as far (Go further).
+# merged hardly, beside the original weights much farther (Go further).
 #
 # For a program on a laptop, llama.cpp's script makes one GGUF file of the merged folder, and Ollama
 # runs it (look at `ollama show mine --template`: of a template that it does not know, the bare
@@ -544,9 +548,9 @@ for way, (folder, more) in ways.items():
 #     model = PeftModel.from_pretrained(model.dequantize(), "adapter").merge_and_unload()
 #     model.save_pretrained("merged")  # the tokenizer lies in "adapter"
 #
-# 8B on a T4 has no room. There this course's `shards.merge_shards(TrainRecipe(model=...,
-# base="nf4", double_quant=True), "adapter", "merged")` does it file by file, with the id that you
-# trained.
+# 8B on a T4 has no room. There this course's
+# `fitcast.training.shards.merge_shards(TrainRecipe(model=..., base="nf4", double_quant=True),
+# "adapter", "merged")` does it file by file, with the id that you trained.
 #
 # ## And now?
 # The same five questions.

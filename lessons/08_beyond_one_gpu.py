@@ -218,10 +218,10 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also=[
 # %% [markdown]
 # ### Explain
 # DDP saves nothing: a rank holds the whole model, and the buckets. FSDP2 halves what lies still
-# (adapters, optimizer state, weights; not the head, which a loss in chunks reads whole), less the
-# layer at work and the next, which are whole. Activations follow a card's rows. So **FSDP2
-# pays when weights are what is large**. Its price: 4.31 GiB a micro batch, where DDP sends the
-# adapters' 52.00 MiB a step.
+# (adapters, optimizer state, weights; not the head, which a loss in chunks reads whole). On top
+# come the layer at work and the next, whole. Activations follow a card's rows. So **FSDP2 pays when
+# weights are what is large**. Its price: 4.31 GiB a micro batch, where DDP sends the adapters'
+# 52.00 MiB a step.
 #
 # Measured on two cards held to a T4's memory (speeds: both together, no mask):
 
@@ -232,7 +232,7 @@ recorded.show("cards", bus.card)
 # %% [markdown]
 # Over NVLink DDP is 1.76 times as fast as one card, FSDP2 1.39. A T4's PCIe, 16 GB/s at best
 # [NVIDIA, T4], takes 0.3 s for what FSDP2 sends: little beside the work above; at 512 tokens a
-# micro batch perhaps a quarter. T4s were not timed. *Offload*: parts wait on the host.
+# micro batch a sixth to a quarter. T4s were not timed. *Offload*: parts wait on the host.
 #
 # DDP, FSDP2, or neither? (i) 32B at 1 x 1024. (ii) Lesson 07's run. (iii) 8B, out of memory at 4 x
 # 2048 with the usual loss. Yours: `model=` below *Predict*.
@@ -309,8 +309,8 @@ exercises.check_loss(loss_of_rank)
 # %% [markdown]
 # **The trap: `DataParallel`.** Where plain `python`, or a Kaggle notebook, sees two GPUs, `Trainer`
 # counts both in *one* process. Your batch doubles, and threads share it, a copy of the model each.
-# A model in 4 bits is not copied: one card computes all of it, and what was forecast to fit may
-# not. (TRL's trainers refuse.)
+# A model in 4 bits is not copied: one card computes the doubled batch, and what was forecast to fit
+# may not. (TRL's trainers refuse.)
 #
 # Hide one: `CUDA_VISIBLE_DEVICES=0` before torch is imported (in a notebook: restart it).
 
