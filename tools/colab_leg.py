@@ -57,6 +57,8 @@ OTHERWISE = {
         "renamed  gradient_checkpointing=True                activation_checkpointing=True":
         "works    gradient_checkpointing=True",
         "5 of 13 just work": "6 of 13 just work",
+        # The same peak; other temporaries of PyTorch 2.11 leave another gap.
+        "12.40 GiB, reserved up to 15.47 GiB": "12.40 GiB, reserved up to 15.52 GiB",
     },
     "07_qlora_on_a_t4": {
         # What a hosted lesson leaves behind is to be found again.
