@@ -159,11 +159,20 @@ def test_its_learning_rate_is_the_small_models_alone():
     assert "A learning rate of 0.007 suits" in prose() and "any other model gets 2e-4" in prose()
 
 
+def what_is_said_of_8b() -> tuple[str, str]:
+    """The peak in GiB, and what stands behind `fitcast` in the command that gives it."""
+    said = re.search(r"\*\*8B\*\* peaks at ([\d.]+) GiB by .*?`fitcast (forecast .*?)`", prose())
+    return said[1], said[2]
+
+
+def test_its_script_says_what_8b_needs_and_who_says_so():
+    peak, line = what_is_said_of_8b()
+    assert float(peak) < 14 and line.split()[:3] == ["forecast", "--model", "llama-3.1-8b"]
+
+
 @pytest.mark.slow
 def test_its_script_holds_8b_as_it_says(capsys):
-    peak, line = re.search(
-        r"\*\*8B\*\* peaks at ([\d.]+) GiB by forecast: `fitcast (.*?)`", prose()
-    ).groups()
+    peak, line = what_is_said_of_8b()
     assert cli.main([*line.split(), "--gpu", "T4"]) == 0
     found = re.search(r"peak ([\d.]+) GiB in tensors", capsys.readouterr().out)
     assert f"{float(found[1]):.1f}" == peak
