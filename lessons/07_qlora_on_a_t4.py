@@ -152,12 +152,13 @@ show_prediction(predicted_gib, show="{:.2f} GiB".format, also="\n".join(table),
 # ### Explain
 # The forecast runs this very step on tensors without numbers, as a T4 would allocate them. Two
 # things keep it so low, and the table takes them away one by one: every layer forgets, and, with
-# the levers, the logits never exist as a whole (lesson 06; nearly all that the last row takes
-# more). Minutes are a range: between the highest and the lowest part of its peak rates that a T4
-# has been seen to sustain (public readings; this project has not timed one); rows are taken as
-# padded, and starting kernels, most of a tiny model's time, is left out. The control of section 7
-# is a second run: take the minutes twice, and evaluation on top, about an hour for "auto". A CPU
-# takes far longer: without a GPU, try long rows of your own with `replace(recipe, max_steps=5)`.
+# the levers, the logits never exist as a whole (lesson 06; they are nearly all that the last row
+# takes beyond the one above it). Minutes are a range: between the highest and the lowest part of
+# its peak rates that a T4 has been seen to sustain (public readings; this project has not timed
+# one); rows are taken as padded, and starting kernels, most of a tiny model's time, is left out.
+# The control of section 7 is a second run: take the minutes twice, and evaluation on top, about an
+# hour for "auto". A CPU takes far longer: without a GPU, try long rows of your own with
+# `replace(recipe, max_steps=5)`.
 #
 # If it fits without forgetting, and faster, why does every layer forget? Section 6 starts this run
 # a second time beside the notebook, and section 7 loads a second model. Alone on the card, and
@@ -313,7 +314,8 @@ gates.check_gates(model, rows, recipe, tokenizer.pad_token_id).require()
 #
 # ## 6 · Train, be killed, go on
 # `transformers.Trainer` with four changes: the lean loss, refusal of what would fail silently,
-# speed and memory in every step's log, whole checkpoints. On a T4 the bar and the curve move.
+# speed and memory in every step's log, whole checkpoints. On a T4 the bar and the curve move for a
+# quarter of an hour or more: read *In your script*, below, meanwhile.
 
 # %% tags=["run"]
 from fitcast.training import checkpoints, trainer
@@ -403,18 +405,21 @@ show_prediction(predicted_gain, show="{:.2f} nats".format, measured=gain.mean, a
 # %% [markdown]
 # ### Explain
 # With the tickets both training losses fall a long way: all answers share a look, and the control
-# learns that. (An instruct model on free text starts low, and falls little.) So how far it fell
-# says nothing; look at two gaps. Below the control: your answers taught more than their look. Below
-# the baseline: the model could not do it before. (Shuffled answers can also make a model forget
-# what it knew, which widens the first gap alone.)
+# learns that: its tickets look right, and none is. (An instruct model on free text starts low, and
+# falls little.) So how far it fell says nothing; look at two gaps. Below the control: your answers
+# did more than teach their look. Below the baseline: the model did worse before, in look or in
+# substance. (Shuffled answers can also make a model forget what it knew, the more so over many
+# epochs, which widens the first gap. Were the base's answers of section 5 right, in another look?
+# Then both gaps are there, and only a look was learned.)
 #
 # The interval: draw the held-out examples again and again, with replacement, and look at the mean
 # difference of each draw; in pairs, because a hard question is hard for both. Far from zero, it is
 # not the luck of which examples were held out; another seed of the training it does not cover:
-# where the gap is small, train both again with `seed=2`. Near zero, your answers taught their look
-# and no more: look at the data first. With fewer than thirty rows held out it is a hint, no more.
-# And better than the control is not yet good: read ten, `print(*new_answers[:10], sep="\n\n")` (cut
-# after 64 tokens here), and count those that you would send.
+# where the gap is small, train both again with `seed=2`. Near zero, your answers have taught their
+# look and no more, so far: look at the data first, then at the number of steps. With fewer than
+# thirty rows held out it is a hint, no more. And better than the control is not yet good: read ten,
+# `print(*new_answers[:10], sep="\n\n")` (cut after 64 tokens here), and count those that you would
+# send.
 #
 # Ship it? (i) Before 1.40, after 0.90, control 0.91, interval [-0.02, +0.04]. (ii) Before 0.60,
 # after 0.61, control 1.90. (iii) Before 2.10, after 0.80, control 1.30, interval [+0.42, +0.58].
@@ -476,8 +481,9 @@ for way, (folder, more) in ways.items():
     del chat  # or it lies beside the next one
 
 # %% [markdown]
-# With the small Llama all three agree: it is sure of these eight. Yours may not be. Losses do move:
-# merged hardly, beside the original weights much farther (Go further).
+# With the small Llama all three agree: it is sure of these eight. Yours may not be; eight greedy
+# answers may not show it. Losses do move: merged hardly, beside the original weights much farther
+# (Go further).
 #
 # For a program on a laptop, llama.cpp's script makes one GGUF file of the merged folder, and Ollama
 # runs it (look at `ollama show mine --template`: of a template that it does not know, the bare
@@ -496,8 +502,8 @@ for way, (folder, more) in ways.items():
 # The training, without this course:
 #
 # - **Start:** `pip install trl bitsandbytes` on Colab. Started again, it goes on from the last
-#   checkpoint in `out` (torn by a kill: delete it; other data: another folder; on Colab one on the
-#   Drive).
+#   checkpoint in `out` (torn by a kill: delete it; on Colab take a folder on the Drive). After this
+#   try, with data of your own, take another folder than `out`.
 #
 # ```python
 # import os
@@ -526,7 +532,7 @@ for way, (folder, more) in ways.items():
 # ```
 #
 # - **Length:** two steps are for a try; `num_train_epochs=3` takes the *place* of `max_steps=2`.
-# - **Your file:** `load_dataset("json", data_files="my.jsonl", split="train")`, prompt and
+# - **Your file:** `datasets.load_dataset("json", data_files="my.jsonl", split="train")`, prompt and
 #   completion as lists of messages, as here. TRL gives plain strings no chat template, and of
 #   `messages` it learns the questions too, unless you say `assistant_only_loss=True` (which Llama
 #   3.1's template refuses: split them as here). `max_length`, 1024 tokens, cuts the end of a long
