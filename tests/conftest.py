@@ -13,7 +13,7 @@ BROWSER_TESTS = Path(__file__).parent / "browser"
 # The modules that take longest start first, so that no worker is left alone with one at the end.
 LONGEST = (
     "test_notebooks", "test_forecast", "test_attacks", "test_levers", "test_cli", "test_trainer",
-    "test_lesson_03", "test_forecast_step", "test_search", "test_fairness",
+    "test_lesson_03", "test_forecast_step", "test_search", "test_fairness", "test_sandbox",
     "test_colab", "test_tools", "test_grade", "test_families", "test_lesson_02",
 )  # fmt: skip
 os.environ.update({name: value for name, value in ENVIRONMENT.items() if "PYTEST" not in name})

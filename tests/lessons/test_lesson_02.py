@@ -243,7 +243,7 @@ def test_smallest_k():
         "half a layer": (17.5, "a whole number"),
         "text": ("18 layers", "a whole number"),
     }
-    assert complaints(check_smallest_k, "check_smallest_k", [np.int64(18)], wrong) == []
+    assert complaints(check_smallest_k, "check_smallest_k", [18, np.int64(18)], wrong) == []
 
 
 @pytest.mark.slow

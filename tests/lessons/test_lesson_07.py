@@ -161,7 +161,9 @@ def test_its_learning_rate_is_the_small_models_alone():
 
 def what_is_said_of_8b() -> tuple[str, str]:
     """The peak in GiB, and what stands behind `fitcast` in the command that gives it."""
-    said = re.search(r"\*\*8B\*\* peaks at ([\d.]+) GiB by .*?`fitcast (forecast .*?)`", prose())
+    said = re.search(
+        r"\*\*8B\*\* peaks at ([\d.]+) GiB by forecast .*?`fitcast (forecast .*?)`", prose()
+    )
     return said[1], said[2]
 
 
