@@ -1,10 +1,11 @@
-"""The lessons' exercises as learners meet them, and what is wrong with a check that judges them."""
+"""A lesson's words and exercises as learners meet them; what is wrong with a check that judges."""
 
 import ast
 import functools
 import io
 import linecache
 import math
+import re
 import tokenize
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,13 @@ import torch
 from tools.notebooks import lesson_scripts
 
 EARLIER = {"math": math, "torch": torch, "states": {"trained": []}}  # what cells before it define
+
+
+def prose(number: str) -> str:
+    """A lesson's script in one line, without the marks of comments: sentences break anywhere."""
+    (script,) = lesson_scripts([number])
+    text = re.sub(r"^# ?", "", script.read_text("utf-8"), flags=re.MULTILINE)
+    return " ".join(text.split())
 
 
 class Cell(NamedTuple):

@@ -31,7 +31,7 @@ from fitcast.step import qlora
 from fitcast.training import batching
 from fitcast.training.batching import labelled_tokens
 from fitcast.units import MIB
-from tests.lessons.exercises import complaints
+from tests.lessons.exercises import complaints, prose
 from tools.notebooks import lesson_scripts
 
 
@@ -514,9 +514,7 @@ def test_4_x_8_needs_what_the_bars_of_2_x_16_say():
     }  # fmt: skip
     exec(f"{recipe}\n{two_updates}", names)
     four = replace(names["recipe"], micro_batch_size=4, gradient_accumulation_steps=8)
-    (said,) = re.findall(
-        r"<code>(2 \* 40\.18 - 4 \* 5\.82)</code>,[\s#]+which[\s#]+is[\s#]+57", lesson
-    )
+    (said,) = re.findall(r"<code>(2 \* 40\.18 - 4 \* 5\.82)</code>, which is 57", prose("03"))
     assert names["two_updates"](four).peak_bytes / MIB == pytest.approx(eval(said), abs=0.1)
 
 

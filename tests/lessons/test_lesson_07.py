@@ -17,7 +17,7 @@ from course_utils.exercises import lesson_07 as exercises
 from course_utils.topics import recorded, sources
 from fitcast.cli import main as cli
 from fitcast.training.data import labelled
-from tests.lessons.exercises import complaints
+from tests.lessons.exercises import complaints, prose
 from tools.notebooks import LESSONS
 
 
@@ -126,12 +126,6 @@ def test_the_budgets_on_paper_are_judged(shown):
 # --- what the prose says -------------------------------------------------------------------------
 
 
-def prose() -> str:
-    """The lesson's script in one line, without the marks of comments."""
-    text = (LESSONS / "07_qlora_on_a_t4.py").read_text("utf-8")
-    return " ".join(re.sub(r"^# ?", "", text, flags=re.MULTILINE).split())
-
-
 def test_what_it_says_of_its_runs_on_a_gpu_is_recorded():
     printed = {
         row.get("model"): "\n".join(one["printed"] for one in row["measured"])
@@ -140,7 +134,7 @@ def test_what_it_says_of_its_runs_on_a_gpu_is_recorded():
     }
     said = re.search(
         r"ended at ([\d.]+) on held-out answers, its control at ([\d.]+); of its answers (\d+) %",
-        prose(),
+        prose("07"),
     )
     after, control, right = said.groups()
     assert (
@@ -156,13 +150,15 @@ def test_its_learning_rate_is_the_small_models_alone():
     assert sources.SETTINGS[sources.BUNDLED_NAME]["learning_rate"] == 0.007
     others = {*sources.SETTINGS, "llama-3.2-1b", "someone/else"} - {sources.BUNDLED_NAME}
     assert {sources.settings_of(name)["learning_rate"] for name in others} == {2e-4}
-    assert "A learning rate of 0.007 suits" in prose() and "any other model gets 2e-4" in prose()
+    assert "A learning rate of 0.007 suits" in prose("07") and "any other model gets 2e-4" in prose(
+        "07"
+    )
 
 
 def what_is_said_of_8b() -> tuple[str, str]:
     """The peak in GiB, and what stands behind `fitcast` in the command that gives it."""
     said = re.search(
-        r"\*\*8B\*\* peaks at ([\d.]+) GiB by forecast .*?`fitcast (forecast .*?)`", prose()
+        r"\*\*8B\*\* peaks at ([\d.]+) GiB by forecast .*?`fitcast (forecast .*?)`", prose("07")
     )
     return said[1], said[2]
 
