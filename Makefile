@@ -32,7 +32,7 @@ lessons: $(READY) ## execute every lesson into build/ and write the report; less
 	@echo "Executing the lessons into build/"
 	@$(BIN)/python -m tools.report
 
-test: $(READY) ## what a change can break, in 5 to 7 minutes; lessons compared strictly (ARGS="-k ledger" for some)
+test: $(READY) ## what a change can break, in 4 to 7 minutes; lessons compared strictly (ARGS="-k ledger" for some)
 ifdef ARGS
 	@$(PYTEST) -m "not slow" $(ARGS)
 else

@@ -1,6 +1,6 @@
 """Measure the memory of real training steps on a CUDA GPU, to hold the forecast against.
 
-    python tools/measure_steps.py OUT.json [--rows look|held] [--minutes 9] [--workers 3]
+    python tools/measure_steps.py OUT.json [--rows look|held|padded] [--minutes 9] [--workers 3]
 
 Each row is a `TrainRecipe` run through `fitcast.step.qlora` in a process of its own: load a
 checkpoint of random weights at the real shapes, add adapters, take three optimizer steps. The file
@@ -194,6 +194,44 @@ HELD = [
     row(LLAMA8, sequence_length=1024, micro_batch_size=2, padded=True),
 ]
 
+LEAN = {"attention": "explicit_kv", "norm": "native", "mlp": "lean", "adapters": "lean",
+        "rotary": "lean", "lora_dropout": 0.0}  # fmt: skip
+COMPILED = LEAN | {"loss": "compiled", "mlp": "compiled", "adapters": "in_place",
+                   "rotary": "compiled", "flat_optimizer": True}  # fmt: skip
+# Batches with a mask, whose losses copy the labelled positions. Predicted before looked at. Of two
+# rows at least: one alone is as long as its batch (`TrainRecipe.has_mask`).
+PADDED = [
+    row(LLAMA1, sequence_length=1024, micro_batch_size=4, padded=True, loss="chunked"),
+    row(QWEN17, micro_batch_size=4, padded=True, loss="chunked", offload_checkpoints=True),
+    row(
+        QWEN06,
+        sequence_length=512,
+        micro_batch_size=4,
+        padded=True,
+        loss="chunked",
+        lora_rank=None,
+        base="float32",
+        optimizer="adamw_8bit",
+    ),
+    row(LLAMA1, micro_batch_size=3, padded=True, **LEAN, loss="lean", checkpointed_layers=0),
+    row(LLAMA3, sequence_length=1024, micro_batch_size=4, padded=True, **LEAN, loss="fused"),
+    row(QWEN17, micro_batch_size=2, padded=True, loss="lean", checkpointed_layers=14),
+    row(LLAMA8, micro_batch_size=2, padded=True, **COMPILED, checkpointed_layers=15),
+    row(LLAMA1, micro_batch_size=8, padded=True, **COMPILED),
+    row(LLAMA3, micro_batch_size=2, padded=True, **COMPILED, checkpointed_layers=0),
+    row(
+        PHI,
+        lora_targets=FUSED,
+        sequence_length=1024,
+        micro_batch_size=2,
+        padded=True,
+        **LEAN,
+        loss="fused",
+        checkpointed_layers=4,
+    ),
+]
+SETS = {"look": LOOK, "held": HELD, "padded": PADDED}
+
 
 def write_checkpoint(folder: Path, model: str, dtype: str) -> Path:
     """A safetensors checkpoint of random weights at the real shapes; returns its folder."""
@@ -345,7 +383,7 @@ def storage(spec: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rows", choices=("look", "held"), default="look")
+    parser.add_argument("--rows", choices=SETS, default="look")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--only", type=int, nargs="*", help="row numbers")
@@ -358,7 +396,7 @@ def main() -> None:
 
     torch.set_num_threads(1)  # a forked child of a parent with OpenMP threads would hang
     context = multiprocessing.get_context("fork")
-    specs = HELD if options.rows == "held" else LOOK
+    specs = SETS[options.rows]
     record = {
         "gpu": answer(*in_child(context, ask_gpu)),
         "versions": versions(),
@@ -416,6 +454,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    for spec in LOOK + HELD:
+    for spec in LOOK + HELD + PADDED:
         dataclasses.replace(TrainRecipe(**spec["recipe"]))  # a typo fails before any GPU time
     main()

@@ -73,10 +73,14 @@ def chunked_loss(
 
 
 def _labelled(rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions with a label; all of them on fake tensors, which have no values to tell."""
+    """A copy of the positions with a label.
+
+    Fake tensors have no values to tell which: then of all positions, the most that a batch needs.
+    """
     if isinstance(targets, FakeTensor):
-        return rows, targets
-    kept = (targets != IGNORED).nonzero().squeeze(1)
+        kept = torch.arange(len(targets), device=targets.device)
+    else:
+        kept = (targets != IGNORED).nonzero().squeeze(1)
     return rows.index_select(0, kept), targets.index_select(0, kept)
 
 

@@ -287,9 +287,6 @@ ROWS_ON_RECORD = json.loads(race.RECORDED.read_text("utf-8"))["rows"]
 RACED = [row for row in ROWS_ON_RECORD if row["group"] == "race" and row["contender"] == "ours"
          and row["peak_allocated_bytes"]]  # fmt: skip
 GUARD = "4x2048, ours, lean, compiled"
-# 28 MB more than forecast at the longest timed batch; the same parts are exact at one length, so
-# kernels compiled for any length are suspected, not known.
-OUTSIDE = ("padded, ours, fit's pick",)
 
 
 @pytest.mark.parametrize(
@@ -297,9 +294,7 @@ OUTSIDE = ("padded, ours, fit's pick",)
     [pytest.param(r, id=r["name"], marks=[] if r["name"] == GUARD else pytest.mark.slow)
      for r in RACED],
 )  # fmt: skip
-def test_a_raced_peak_is_forecast(row, request):
-    if row["name"] in OUTSIDE:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="0.2 % above the forecast"))
+def test_a_raced_peak_is_forecast(row):
     said = forecasting.forecast(
         race.recipe_on_record(row), dataclasses.replace(H200, flash_attention=False)
     )
