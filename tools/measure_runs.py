@@ -1,6 +1,6 @@
 """Measure Hugging Face training runs on a CUDA GPU, to hold the open forecast against.
 
-    python tools/measure_runs.py OUT.json [--rows look|held] [--minutes 9] [--workers 3]
+    python tools/measure_runs.py OUT.json [--rows look|held|sft] [--minutes 9] [--workers 3]
 
 Each row says a run in the names of a script: model, trainer class, its arguments, PEFT and
 quantization. It is made from random weights at the real shapes, in a process of its own, and takes
@@ -51,7 +51,7 @@ def row(name: str, model: str, length: int = 1024, batch: int = 2, **changes: An
     """A run as JSON: a QLoRA of Trainer's, unless the changes say otherwise."""
     arguments = COMMON | {"per_device_train_batch_size": batch} | changes.pop("arguments", {})
     known = {"trainer": "Trainer", "peft": LORA, "quantization": NF4, "dtype": "float16",
-             "padded": False, "layers": None}  # fmt: skip
+             "padded": False, "layers": None, "texts": None}  # fmt: skip
     if unknown := set(changes) - set(known):
         raise ValueError(f"a row must not have {', '.join(unknown)}")
     return {"name": name, "model": model, "sequence_length": length, "arguments": arguments} \
@@ -166,7 +166,47 @@ HELD = [
     row("held: phi-4-mini sft padded", "phi-4-mini", 1024, 2, trainer="SFTTrainer", padded=True,
         peft=LORA | {"target_modules": "all-linear"}),
 ]  # fmt: skip
-ROWS = {"look": LOOK, "held": HELD}
+BF16: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "quantization": NF4 | {"bnb_4bit_compute_dtype": "bfloat16"},
+}
+
+
+def sft(name: str, model: str, length: int, batch: int, **changes: Any) -> dict:
+    """A QLoRA of TRL's in bfloat16: it makes adapters of a 4-bit base so, which fp16 refuses.
+
+    `texts` are the lengths of the texts that TRL packs, as parts of a row's.
+    """
+    own = {"fp16": False, "bf16": True} | changes.pop("arguments", {})
+    return row(name, model, length, batch, trainer="SFTTrainer", arguments=own, **BF16, **changes)
+
+
+def packed(model: str, length: int, batch: int, texts: list[float], **arguments: Any) -> dict:
+    name = f"packed: {model} {batch}x{length} {len(texts)} texts {arguments or ''}".strip()
+    return sft(name, model, length, batch, texts=texts, arguments={"packing": True} | arguments)
+
+
+THREE = [0.5, 0.25, 0.25]
+SFT = [
+    sft("sft, 1B", "llama-3.2-1b", 1024, 4),
+    sft("sft, padded", "qwen3-1.7b", 1280, 3, padded=True),
+    sft("sft, 8B", "llama-3.1-8b", 1536, 2),
+    sft("sft, 8B, padded", "llama-3.1-8b", 1024, 2, padded=True),
+    sft("sft, all-linear", "llama-3.2-3b", 1024, 2, peft=ALL),
+    sft("sft, phi-4-mini, padded", "phi-4-mini", 1024, 2, padded=True, peft=ALL),
+    packed("llama-3.2-1b", 2048, 2, THREE),
+    packed("llama-3.2-1b", 4096, 2, THREE),
+    packed("llama-3.2-1b", 4096, 2, THREE, packing_strategy="wrapped"),
+    packed("qwen3-0.6b", 8192, 2, THREE),
+    packed("qwen3-1.7b", 2048, 4, THREE, gradient_checkpointing=False),
+    packed("llama-3.1-8b", 4096, 1, THREE),
+    packed("llama-3.2-3b", 3072, 2, THREE),
+    packed("llama-3.2-1b", 2048, 2, [1.0]),  # a text a row: two behind each other in a batch
+    packed("llama-3.2-1b", 2048, 1, [1.0]),  # one text alone: nothing to hide
+    packed("gemma-3-1b", 2048, 2, THREE),
+    sft("free of padding", "qwen3-0.6b", 2048, 4, texts=[1.0], arguments={"padding_free": True}),
+]  # fmt: skip
+ROWS = {"look": LOOK, "held": HELD, "sft": SFT}
 
 
 def source_of(spec: dict) -> str:
@@ -220,6 +260,8 @@ def forecast_of(spec: dict, gpu: Any) -> Any:
     """The forecast of a row, from the same objects."""
     from fitcast.forecasting.huggingface import forecast_run
 
+    if spec["arguments"].get("bf16"):  # which TrainingArguments refuses without a GPU
+        spec = spec | {"arguments": spec["arguments"] | {"use_cpu": True}}
     with tempfile.TemporaryDirectory() as folder:
         return forecast_run(
             config_of(spec), gpu=gpu, dtype=spec["dtype"], padded=spec["padded"],
@@ -228,8 +270,13 @@ def forecast_of(spec: dict, gpu: Any) -> Any:
 
 
 def rows_of(spec: dict, count: int = 64) -> Any:
-    """Rows as long as the longest; padded ones hide their last eighth."""
+    """Rows as long as the longest; padded ones hide their last eighth; or texts to be packed."""
     length = spec["sequence_length"]
+    if spec["texts"]:
+        from datasets import Dataset
+
+        lengths = [int(length * part) for part in spec["texts"]] * count * 6
+        return Dataset.from_list([{"input_ids": [7] * n} for n in lengths])
     kept = length - length // 8 if spec["padded"] else length
     if spec["trainer"] != "Trainer":
         from datasets import Dataset
@@ -284,7 +331,8 @@ def measure(spec: dict, folder: Path) -> dict[str, Any]:
     if spec["trainer"] != "Trainer":
         from fitcast.forecasting.stage import tokenizer
 
-        arguments.dataset_kwargs = {"skip_prepare_dataset": True}
+        if not spec["texts"]:
+            arguments.dataset_kwargs = {"skip_prepare_dataset": True}
         options = {"processing_class": tokenizer(), "peft_config": held["peft_config"]}
     elif held["peft_config"] is not None:
         from peft import get_peft_model
