@@ -305,12 +305,14 @@ def _runs(card: Playback, cut: Moments) -> bool:
 
     The second step is another one than the first: the optimizer's state lies where there was room.
     The third may be: what was given back in the second comes again in other pieces. When a step
-    leaves the allocator as it found it, all further ones do the same.
+    leaves the allocator as it found it, all further ones do the same. A reader's own step is taken
+    once, here too: what it leaves (gradients, state) its next call finds or drops, as only that
+    call would show.
     """
     try:
         card.play(cut.before)
         card.play(cut.first)
-        for _ in range(LATER_STEPS):
+        for _ in range(LATER_STEPS if cut.first else 1):
             found = card.allocator.layout()
             card.play(cut.later)
             if card.allocator.layout() == found:

@@ -13,7 +13,7 @@ from fitcast.forecasting.forecast import forecast, forecast_step
 from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
-from fitcast.units import KIB
+from fitcast.units import GIB, KIB
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning"
@@ -180,6 +180,31 @@ def test_a_compute_dtype_apart_from_autocast():
 
     (half, largest), (single, _) = of(torch.float16), of(torch.float32)
     assert single - half >= 2 * largest
+
+
+@pytest.mark.parametrize(
+    ("gib", "verdict"), [(1.2, "fits"), (1.03, "tight"), (0.97, "tight"), (0.95, "does not fit")]
+)
+@pytest.mark.parametrize("made", ["outside", pytest.param("inside", marks=pytest.mark.slow)])
+def test_a_step_of_ones_own_may_be_tight(made, gib, verdict):
+    """Weights, gradients, two averages and a temporary are 0.95 GiB; a card may have little more.
+
+    Its state may go with the step or stay behind it.
+    """
+    model = torch.nn.Sequential(*(torch.nn.Linear(2**12, 2**12, device="meta") for _ in range(3)))
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step(model):
+        ours = optimizer if made == "outside" else torch.optim.AdamW(model.parameters())
+        for _ in range(2):
+            ours.zero_grad()
+            model(torch.zeros(8, 2**12, device="cuda")).sum().backward()
+            ours.step()
+
+    card = dataclasses.replace(T4, total_bytes=int(gib * GIB) + T4.context_bytes)
+    f = forecast_step(model, step, card)
+    assert f.verdict == verdict, (f, f.unlimited_reserved_bytes)
+    assert f.live_bytes >= sum(p.nbytes for p in model.parameters())  # it ends with its model
 
 
 def test_an_output_that_is_kept_holds_its_logits():
