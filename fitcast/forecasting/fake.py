@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fitcast import models
 from fitcast.forecasting.fake_mode import FastFakeMode
@@ -113,11 +114,16 @@ def meta_model(
 
 
 @contextlib.contextmanager
-def faked(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Inside, the model stands on fake tensors; afterwards all of its modules are as they were."""
+def faked(model: torch.nn.Module, made: dict[int, Any] | None = None) -> Iterator[torch.nn.Module]:
+    """Inside, the model stands on fake tensors; afterwards all of its modules are as they were.
+
+    Args:
+        model: Real, fake, or in part each.
+        made: As `on_fake_tensors` takes it.
+    """
     before = [(module, _kept(module)) for module in model.modules()]
     try:
-        yield on_fake_tensors(model)
+        yield on_fake_tensors(model, made)
     finally:
         for module, kept in before:
             vars(module).clear()
@@ -132,21 +138,28 @@ def _kept(module: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def on_fake_tensors(model: torch.nn.Module) -> torch.nn.Module:
+def on_fake_tensors(model: torch.nn.Module, made: dict[int, Any] | None = None) -> torch.nn.Module:
     """The same model with each parameter and buffer replaced by a fake one on the CPU.
 
     On the CPU, because a fake CUDA tensor under autograd aborts a PyTorch built without CUDA.
     Weights that bitsandbytes holds in 4 or 8 bits keep what it knows of them.
+
+    Args:
+        model: Real, or fake already: then its tensors become others all the same.
+        made: id of a tensor -> its fake, of modules before this one; gains this one's. Where it is
+            given, tensors that are fake already stay.
     """
-    made: dict[int, Any] = {}  # tied weights stay one tensor
+    stays = FakeTensor if made is not None else ()
+    made = {} if made is None else made  # tied weights stay one tensor
     with _mode():
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
-                    if tensor is not None and id(tensor) not in made:
+                    if tensor is None or isinstance(tensor, stays):
+                        continue
+                    if id(tensor) not in made:
                         made[id(tensor)] = _fake_copy(tensor)
-                    if tensor is not None:
-                        tensors[name] = made[id(tensor)]
+                    tensors[name] = made[id(tensor)]
             _tell_bitsandbytes(module)
     return model
 

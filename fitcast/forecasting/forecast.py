@@ -23,12 +23,12 @@ from fitcast import models
 from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
 from fitcast.cuda.own_loops import on_the_card
-from fitcast.forecasting import cache, data_parallel, depth, fake, own_step
+from fitcast.forecasting import beside, cache, data_parallel, depth, fake, own_step
 from fitcast.forecasting.load import NotPlain, not_plain
 from fitcast.forecasting.run import fake_run
 from fitcast.forecasting.verdict import Forecast, report
 from fitcast.gpus import T4, Gpu
-from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
+from fitcast.memory.stream import Stream, work_recorder
 from fitcast.recipe import TrainRecipe
 from fitcast.step.overflow import float16_warning
 from fitcast.units import refusal
@@ -188,8 +188,8 @@ def forecast_step(
 
     Args:
         model: A model of `fake.fake_model`, or a real one: all of its modules, and the optimizers
-            over it, are afterwards as they were. Its weights may be in 4 or 8 bits, and it may have
-            adapters.
+            over it, are afterwards as they were, and so are real modules beside it that the step
+            uses. Its weights may be in 4 or 8 bits, and it may have adapters.
         step: Makes its inputs, runs forward, backward, update; twice, if the peak of all later
             steps is asked for: in the first the optimizer has no state yet. It sees fake tensors,
             which have shapes and no numbers. In it `torch.autocast("cuda", ...)`, `device="cuda"`
@@ -201,7 +201,7 @@ def forecast_step(
             said with the line that asks; uses an operation that has no fake version; or an
             optimizer over tensors that are not the model's.
     """
-    ledger = DeviceLedger()
+    ledger = beside.OwnStepLedger()
     kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
     before = dict(model.named_parameters(remove_duplicate=False))
     with contextlib.ExitStack() as stack:
@@ -211,6 +211,7 @@ def forecast_step(
             pretend_cuda(gpu),
             fake.fake_tensors(),
             on_the_card(),
+            beside.Beside(ledger, model, before).faked(),
             ledger,
             kernels,
             own_step.new_parameters_watched(ledger, model),

@@ -83,7 +83,8 @@ def new_parameters_watched(ledger: DeviceLedger, model: torch.nn.Module) -> Iter
     def look(module: torch.nn.Module, _: Any) -> None:
         if len(ledger._modules) > 1:  # within a model that is running
             return
-        new = {id(p) for p in module.parameters() if p.requires_grad} - known
+        watched = {id(parameter()) for parameter in ledger._trainable}  # of modules beside it
+        new = {id(p) for p in module.parameters() if p.requires_grad} - known - watched
         if new:
             known.update(new)
             ledger.watch(module)

@@ -13,7 +13,7 @@ from fitcast.forecasting.forecast import forecast, forecast_step
 from fitcast.gpus import T4
 from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora
-from fitcast.units import GIB, KIB
+from fitcast.units import GIB, KIB, MIB
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning"
@@ -254,6 +254,98 @@ def test_an_optimizer_over_other_tensors_is_refused():
     with pytest.raises(ValueError, match="^step must make its optimizer itself, got one over real"):
         forecast_step(model, step)
     assert model.weight.grad is None
+
+
+def wide():
+    """A module of 4 MiB with gradients that somebody wants to keep."""
+    module = torch.nn.Linear(2**10, 2**10, bias=False)
+    module(torch.ones(1, 2**10)).sum().backward()
+    return module
+
+
+def as_it_is(module):
+    """What a step must leave alone: the tensors themselves, their numbers, their gradients."""
+    gradients = {name: (p.grad, p.grad.clone()) for name, p in module.named_parameters()}
+    return {n: (p, p.dtype, p.detach().clone()) for n, p in module.named_parameters()}, gradients
+
+
+def assert_as_it_was(module, before):
+    tensors, gradients = before
+    for name, p in module.named_parameters():
+        assert p is tensors[name][0] and p.dtype == tensors[name][1]
+        assert torch.equal(p, tensors[name][2])
+        assert p.grad is gradients[name][0] and torch.equal(p.grad, gradients[name][1])
+
+
+X = {"device": "cuda", "dtype": torch.float32}
+USES = {
+    "moved, then run": (lambda m: m.to("cuda")(torch.zeros(4, 2**10, **X)), 1),
+    "run": (lambda m: m(torch.zeros(4, 2**10, **X)), 1),
+    "moved": (lambda m: m.cuda(), 1),
+    "halved": (lambda m: m.half()(torch.zeros(4, 2**10, **X).half()), 0.5),
+    "trained": (lambda m: m.train()(torch.zeros(4, 2**10, **X)).sum().backward(), 2),
+    "averaged": (lambda m: [p.mul_(0.9) for p in m.requires_grad_(False).parameters()], 1),
+    "loaded": (lambda m: m.load_state_dict({"weight": torch.zeros(2**10, 2**10)}), 1),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_real_module_beside_the_model_is_resident_and_left_as_it_was(use):
+    """Its 4 MiB are on the card in backward, too, and a critic's gradients are as many again."""
+    model, other = torch.nn.Linear(8, 8), wide()
+    before = as_it_is(other)
+
+    def step(model, use=use):
+        USES[use][0](other) if use else None
+        model(torch.zeros(4, 8, device="cuda")).sum().backward()
+
+    alone, beside = (
+        forecast_step(model, lambda model, use=use: step(model, use)).phase_peaks["backward"]
+        for use in (None, use)
+    )
+    expected = USES[use][1] * 4 * MIB
+    assert expected <= beside - alone < expected + MIB
+    assert_as_it_was(other, before)
+    assert model.weight.grad is None and type(other.weight) is torch.nn.Parameter
+
+
+def test_two_real_modules_with_optimizers_of_their_own():
+    """As a critic beside its actor; counted as if both stood in one module."""
+    actor, critic = wide(), wide()
+    optimizers = [torch.optim.AdamW(module.parameters()) for module in (actor, critic)]
+    before = as_it_is(critic)
+
+    def turns(actor, critic):
+        x = torch.zeros(4, 2**10, device="cuda")
+        critic(actor(x)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    apart = forecast_step(actor, lambda actor: turns(actor, critic))
+    both = torch.nn.ModuleList([actor, critic])
+    assert apart.peak_bytes == forecast_step(both, lambda both: turns(*both)).peak_bytes
+    assert apart.composition["optimizer state"] > 4 * 4 * MIB - 1
+    assert apart.composition["gradients"] == 2 * 4 * MIB
+    assert_as_it_was(critic, before)
+    assert not any(optimizer.state for optimizer in optimizers)
+
+
+def test_a_weight_that_two_modules_share_is_counted_once():
+    model, head = wide(), torch.nn.Linear(2**10, 2**10, bias=False)
+    head.weight = model.weight
+    x = {"device": "cuda"}
+    one, two = (
+        forecast_step(model, lambda m, h=h: (h or m)(m(torch.zeros(1, 2**10, **x))).sum())
+        for h in (None, head)
+    )
+    assert one.peak_bytes == two.peak_bytes and head.weight is model.weight
+
+
+def test_a_real_parameter_of_no_module_is_refused_before_it_gets_a_gradient():
+    model, prompt = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.zeros(1, 8))
+    with pytest.raises(ValueError, match=r"^step must reach parameters by .* shape \(1, 8\)"):
+        forecast_step(model, lambda model: model(prompt).sum().backward())
+    assert prompt.grad is None
 
 
 ASKED = {
