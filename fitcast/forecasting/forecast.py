@@ -23,7 +23,7 @@ from fitcast import models
 from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
 from fitcast.cuda.own_loops import on_the_card
-from fitcast.forecasting import beside, cache, data_parallel, depth, fake, own_step
+from fitcast.forecasting import beside, cache, data_parallel, depth, fake, loaders, own_step
 from fitcast.forecasting.load import NotPlain, not_plain
 from fitcast.forecasting.run import fake_run
 from fitcast.forecasting.verdict import Forecast, report
@@ -190,11 +190,12 @@ def forecast_step(
         model: A model of `fake.fake_model`, or a real one: all of its modules, and the optimizers
             over it, are afterwards as they were, and so are real modules beside it that the step
             uses. Its weights may be in 4 or 8 bits, and it may have adapters.
-        step: Makes its inputs, runs forward, backward, update; twice, if the peak of all later
-            steps is asked for: in the first the optimizer has no state yet. It sees fake tensors,
-            which have shapes and no numbers. In it `torch.autocast("cuda", ...)`, `device="cuda"`
-            and `.to("cuda")` mean what they mean on the card. It may add adapters and make its
-            optimizer; or use one that was made over the model's parameters before.
+        step: Makes its inputs or takes them from a DataLoader, runs forward, backward, update;
+            twice, if the peak of all later steps is asked for: in the first the optimizer has no
+            state yet. It sees fake tensors, which have shapes and no numbers. In it
+            `torch.autocast("cuda", ...)`, `device="cuda"` and `.to("cuda")` mean what they mean on
+            the card. It may add adapters and make its optimizer; or use one that was made over the
+            model's parameters before.
 
     Raises:
         ValueError: The step asks a tensor for its numbers (`loss.item()`, `if loss > 1`), which is
@@ -206,6 +207,7 @@ def forecast_step(
     before = dict(model.named_parameters(remove_duplicate=False))
     with contextlib.ExitStack() as stack:
         for context in (
+            loaders.real_loaders(),
             fake.faked(model),
             own_step.optimizers_of(model, before),
             pretend_cuda(gpu),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BatchEncoding
 
 from course_utils.data import BUNDLED
 from fitcast.forecasting.fake import fake_model
@@ -346,6 +346,38 @@ def test_a_real_parameter_of_no_module_is_refused_before_it_gets_a_gradient():
     with pytest.raises(ValueError, match=r"^step must reach parameters by .* shape \(1, 8\)"):
         forecast_step(model, lambda model: model(prompt).sum().backward())
     assert prompt.grad is None
+
+
+ROWS = [torch.full((16,), float(row)) for row in range(12)]
+LOADERS = {
+    "a stack": {},
+    "shuffled": {"shuffle": True},
+    "in a dictionary": {"collate_fn": lambda rows: {"x": torch.stack(rows), "n": len(rows)}},
+    "in a BatchEncoding": {"collate_fn": lambda rows: BatchEncoding({"x": torch.stack(rows)})},
+    "made by others": {"num_workers": 1},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] if "others" in k else []) for k in LOADERS]
+)
+def test_batches_come_from_a_loader(kind):
+    """As if each were made of zeros; seeds and collators may read numbers, which stay the run's."""
+    loader = torch.utils.data.DataLoader(ROWS, batch_size=4, **LOADERS[kind])
+    model, shapes = torch.nn.Linear(16, 16), []
+
+    def step(model, batches):
+        for batch in batches:
+            x = (batch if isinstance(batch, torch.Tensor) else batch["x"]).to("cuda")
+            shapes.append(tuple(x.shape))
+            model(x).sum().backward()
+
+    before = torch.random.get_rng_state()
+    loaded = forecast_step(model, lambda model: step(model, loader))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    made = forecast_step(model, lambda m: step(m, (torch.zeros(4, 16) for _ in range(3))))
+    assert loaded.timeline == made.timeline
+    assert shapes == 6 * [(4, 16)]
 
 
 ASKED = {
