@@ -23,7 +23,16 @@ from fitcast import models
 from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
 from fitcast.cuda.own_loops import on_the_card
-from fitcast.forecasting import beside, cache, data_parallel, depth, fake, loaders, own_step
+from fitcast.forecasting import (
+    beside,
+    cache,
+    data_parallel,
+    depth,
+    fake,
+    loaders,
+    own_optimizers,
+    own_step,
+)
 from fitcast.forecasting.load import NotPlain, not_plain
 from fitcast.forecasting.run import fake_run
 from fitcast.forecasting.verdict import Forecast, report
@@ -217,6 +226,7 @@ def forecast_step(
             ledger,
             kernels,
             own_step.new_parameters_watched(ledger, model),
+            own_optimizers.optimizers_on_the_card(),
         ):
             stack.enter_context(context)
         ledger.watch(model)

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import bitsandbytes
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BatchEncoding
 
@@ -346,6 +348,59 @@ def test_a_real_parameter_of_no_module_is_refused_before_it_gets_a_gradient():
     with pytest.raises(ValueError, match=r"^step must reach parameters by .* shape \(1, 8\)"):
         forecast_step(model, lambda model: model(prompt).sum().backward())
     assert prompt.grad is None
+
+
+OPTIMIZERS = {  # and the bytes of state beside 1024 x 8 float32 weights, within their counters
+    "ASGD": (torch.optim.ASGD, 32 * KIB),
+    "Adafactor": (torch.optim.Adafactor, 4 * KIB),
+    "transformers": (transformers.Adafactor, 4 * KIB),
+    "capturable": (lambda p: torch.optim.AdamW(p, capturable=True), 64 * KIB),
+    "LAMB": (lambda p: bitsandbytes.optim.LAMB(p), 64 * KIB),
+    "LAMB8bit": (lambda p: bitsandbytes.optim.LAMB8bit(p), 16 * KIB),
+    "LARS": (lambda p: bitsandbytes.optim.LARS(p, lr=0.1, momentum=0.9), 32 * KIB),
+}
+
+
+def trains_with(make):
+    def step(model):
+        optimizer = make(model.parameters())
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.zeros(4, 8, device="cuda")).sum().backward()
+            optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_that_scale_by_numbers_run(name):
+    """Their state is what their papers say: an average, a row and a column, two bytes a weight."""
+    make, expected = OPTIMIZERS[name]
+    model = torch.nn.Linear(8, 1024, bias=False)
+    item, state = torch.Tensor.item, forecast_step(model, trains_with(make))
+    assert expected <= state.composition["optimizer state"] <= expected + 4 * KIB
+    assert torch.Tensor.item is item and torch.tensor(2.0).item() == 2.0
+
+
+def test_an_optimizer_that_branches_on_numbers_is_refused_by_its_name():
+    def step(model):
+        def closure():
+            loss = model(torch.zeros(4, 8, device="cuda")).sum()
+            loss.backward()
+            return loss
+
+        torch.optim.LBFGS(model.parameters()).step(closure)
+
+    with pytest.raises(ValueError, match="^optimizer must not branch on numbers, got LBFGS"):
+        forecast_step(torch.nn.Linear(8, 8), step)
+
+
+def test_a_closure_s_question_is_refused_by_its_line():
+    def step(model):
+        torch.optim.ASGD(model.parameters()).step(lambda: model(torch.zeros(4, 8)).sum().item())
+
+    with pytest.raises(ValueError, match="^step must not ask a tensor for its numbers.*item"):
+        forecast_step(torch.nn.Linear(8, 8), step)
 
 
 ROWS = [torch.full((16,), float(row)) for row in range(12)]
