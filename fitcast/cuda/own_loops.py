@@ -20,12 +20,20 @@ from torch.overrides import TorchFunctionMode
 from fitcast.cuda.trainers import adapters_on_fake_weights, address
 
 CUDA, HERE = "cuda", torch.device("cpu")
+ON_HOST = (
+    "what the step makes or moves by name to the CPU (device='cpu', .cpu()) is counted as on the "
+    "card: make it before the step if it stays on the host"
+)
 WAITS = ("synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect")
 
 
 @contextlib.contextmanager
-def on_the_card() -> Iterator[None]:
-    """Inside, a device called "cuda" is where fake tensors are. Enter it within fake tensors."""
+def on_the_card(notes: list[str]) -> Iterator[None]:
+    """Inside, a device called "cuda" is where fake tensors are. Enter it within fake tensors.
+
+    Args:
+        notes: Gains a sentence where the step speaks to the CPU.
+    """
     with contextlib.ExitStack() as stack:
         for target, name, stand_in in (
             (torch.amp.autocast, "__init__", _of_the_cpu(torch.amp.autocast.__init__)),
@@ -36,8 +44,10 @@ def on_the_card() -> Iterator[None]:
             stack.enter_context(mock.patch.object(target, name, stand_in))
         for name in WAITS:
             stack.enter_context(mock.patch(f"torch.{CUDA}.{name}", lambda *_, **__: None))
+        for name, answer in (("is_available", True), ("device_count", 1), ("current_device", 0)):
+            stack.enter_context(mock.patch(f"torch.{CUDA}.{name}", lambda said=answer: said))
         stack.enter_context(adapters_on_fake_weights())
-        stack.enter_context(OneDevice())
+        stack.enter_context(OneDevice(notes))
         yield
 
 
@@ -79,7 +89,15 @@ def apply_in_place(self: torch.nn.Module, fn: Callable, recurse: bool = True) ->
 
 
 class OneDevice(TorchFunctionMode):
-    """Every device called "cuda" is the one where fake tensors are."""
+    """Every device called "cuda" is the one where fake tensors are.
+
+    Args:
+        notes: Gains a sentence where a tensor of more than one number is on the CPU by name.
+    """
+
+    def __init__(self, notes: list[str]):
+        super().__init__()
+        self.notes = notes
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -90,7 +108,19 @@ class OneDevice(TorchFunctionMode):
         args = tuple(here(value) for value in args)
         if func is torch.Tensor.cuda:
             return args[0]
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.cpu or _says_cpu((kwargs.get("device"),)) or _says_cpu(args[1:2]):
+            self._note_host(result)
+        return result
+
+    def _note_host(self, result: Any) -> None:
+        # One number may be anywhere; optimizers keep theirs on the host.
+        if isinstance(result, torch.Tensor) and result.numel() > 1 and ON_HOST not in self.notes:
+            self.notes.append(ON_HOST)
+
+
+def _says_cpu(args: tuple) -> bool:
+    return any(isinstance(value, str) and value == "cpu" for value in args)
 
 
 def here(value: Any) -> Any:

@@ -208,10 +208,11 @@ def forecast_step(
 
     Raises:
         ValueError: The step asks a tensor for its numbers (`loss.item()`, `if loss > 1`), which is
-            said with the line that asks; uses an operation that has no fake version; or an
-            optimizer over tensors that are not the model's.
+            said with the line that asks; compiles, saves, or uses an operation that has no fake
+            version; or an optimizer over tensors that are of no module.
     """
-    ledger = beside.OwnStepLedger()
+    own_step.check(model, step, gpu)
+    ledger, notes = beside.OwnStepLedger(), []
     kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
     before = dict(model.named_parameters(remove_duplicate=False))
     with contextlib.ExitStack() as stack:
@@ -221,7 +222,7 @@ def forecast_step(
             own_step.optimizers_of(model, before),
             pretend_cuda(gpu),
             fake.fake_tensors(),
-            on_the_card(),
+            on_the_card(notes),
             beside.Beside(ledger, model, before).faked(),
             ledger,
             kernels,
@@ -242,4 +243,6 @@ def forecast_step(
     stream = ledger.stream()
     # Since the step, the fake weights have gone with their model, which no card would see.
     stream.events = stream.events[: stream.marks["step"]]
-    return report(stream, gpu)
+    if not notes and stream.marks["step"] == stream.marks["ready"]:
+        notes.append(own_step.NOTHING)
+    return dataclasses.replace(report(stream, gpu), notes=tuple(notes))

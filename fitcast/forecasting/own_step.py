@@ -21,6 +21,7 @@ import torch
 from torch._subclasses import fake_tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from fitcast.gpus import Gpu
 from fitcast.memory.stream import DeviceLedger
 from fitcast.units import Said, refusal
 
@@ -38,6 +39,27 @@ NUMBERS = {
     "unsupported format string": "print it after the step",
 }
 OTHERS = "do it after the step"
+NOTHING = (
+    "the step makes no tensor on the card, so this is the model alone: let it run the model that "
+    "it is given, forward, backward and update"
+)
+
+
+def check(model: object, step: object, gpu: object) -> None:
+    """Refuse what is no module, no function or no card, before anything is run.
+
+    Raises:
+        ValueError: One of them is something else; the remedy says how to come by it.
+    """
+    if not isinstance(model, torch.nn.Module):
+        remedy = "make one of a name by fake_model(name)"
+        raise refusal("model", "be a torch.nn.Module", model, remedy)
+    if not callable(step):
+        remedy = "write `def step(model):` with forward, backward and update in it"
+        raise refusal("step", "be a function that takes the model", step, remedy)
+    if not isinstance(gpu, Gpu):
+        remedy = "for example gpu=fitcast.preset('L4')"
+        raise refusal("gpu", "be a card of fitcast", gpu, remedy)
 
 
 @contextlib.contextmanager
@@ -105,6 +127,9 @@ def explained(error: Exception) -> Exception:
         return refusal(
             "step", "use operations with a fake version", Said(error), "write it with PyTorch's own"
         )
+    for applies, rule, remedy in REASONS:
+        if applies(error):
+            return refusal("step", rule, Said(readers_line(error)), remedy)
     kind = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
     text = str(error)
     remedy = next((remedy for part, remedy in NUMBERS.items() if part in text), None)
@@ -114,6 +139,27 @@ def explained(error: Exception) -> Exception:
     return refusal(
         "step", "not ask a tensor for its numbers", Said(readers_line(error)), remedy or OTHERS
     )
+
+
+def _compiles(error: Exception) -> bool:
+    """Whether torch.compile was at work, or about to begin."""
+    calls = traceback.extract_tb(error.__traceback__)
+    return type(error).__module__.startswith("torch._dynamo") or any(
+        call.name == "compile_wrapper" and "_dynamo" in Path(call.filename).parts for call in calls
+    )
+
+
+def _saves(error: Exception) -> bool:
+    """Whether fake tensors were to be written: pickled, or by safetensors."""
+    files = [Path(call.filename) for call in traceback.extract_tb(error.__traceback__)]
+    return "WeakValueDictionary" in str(error) or any("safetensors" in file.parts for file in files)
+
+
+# When it applies, what a step must, and what to change.
+REASONS = (
+    (_compiles, "not compile", "forecast it without torch.compile, whose kernels are not modelled"),
+    (_saves, "not save fake tensors", "save after the step: it takes nothing more of the card"),
+)
 
 
 def readers_line(error: Exception) -> str:

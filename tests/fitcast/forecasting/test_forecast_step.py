@@ -1,9 +1,11 @@
 """A reader's own step is forecast as the recipe's is; what would be counted wrong is refused."""
 
 import dataclasses
+import io
 
 import bitsandbytes
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -401,6 +403,84 @@ def test_a_closure_s_question_is_refused_by_its_line():
 
     with pytest.raises(ValueError, match="^step must not ask a tensor for its numbers.*item"):
         forecast_step(torch.nn.Linear(8, 8), step)
+
+
+def runs(model):
+    model(torch.zeros(4, 8, device="cuda")).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("model", "step", "gpu", "words"),
+    [
+        (
+            "qwen3-0.6b",
+            runs,
+            T4,
+            "^model must be a torch.nn.Module, got 'qwen3-0.6b'; .*fake_model",
+        ),
+        (
+            torch.nn.Linear(8, 8),
+            "train.py",
+            T4,
+            "^step must be a function .* got 'train.py'; .*def",
+        ),
+        (torch.nn.Linear(8, 8), runs, "L4", r"^gpu must be a card .* got 'L4'; .*preset\('L4'\)"),
+        (torch.nn.Linear(8, 8), runs, None, "^gpu must be a card of fitcast, got None; "),
+    ],
+    ids=["name", "file", "card's name", "no card"],
+)
+def test_what_is_no_model_no_step_or_no_card_is_refused(model, step, gpu, words):
+    with pytest.raises(ValueError, match=words):
+        forecast_step(model, step, gpu)
+
+
+def saves(model):
+    torch.save(model.state_dict(), io.BytesIO())
+
+
+def saves_safely(model):
+    safetensors.torch.save(model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
+@pytest.mark.filterwarnings("ignore:.*global hooks:UserWarning")
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (lambda model: runs(torch.compile(model)), "^step must not compile, got `.*compile"),
+        (lambda model: runs(model.compile() or model), "^step must not compile, got `"),
+        (saves, "^step must not save fake tensors, got `torch.save.*; save after the step"),
+        (saves_safely, "^step must not save fake tensors, got `safetensors"),
+    ],
+    ids=["compiles", "compiles in place", "saves", "saves safely"],
+)
+def test_what_a_step_cannot_do_is_refused_by_its_line(step, words):
+    with pytest.raises(ValueError, match=words) as refused:
+        forecast_step(torch.nn.Linear(8, 8), step)
+    assert "\n" not in str(refused.value) and "test_forecast_step.py" in str(refused.value)
+
+
+def test_a_step_that_does_nothing_or_speaks_to_the_cpu_is_told_so():
+    model = torch.nn.Linear(8, 8)
+    assert "makes no tensor" in forecast_step(model, lambda model: None).notes[0]
+    assert forecast_step(model, trains_with(torch.optim.AdamW)).notes == ()
+    for step in (
+        lambda model: model(torch.zeros(4, 8, device="cuda")).cpu(),
+        lambda model: torch.zeros(4, 8, device="cpu"),
+        lambda model: model(torch.zeros(4, 8, device="cuda")).to("cpu"),
+    ):
+        (note,) = forecast_step(model, step).notes
+        assert "CPU" in note
+
+
+def test_a_step_sees_one_card():
+    def step(model):
+        assert torch.cuda.is_available() and torch.cuda.device_count() == 1
+        runs(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+
+    before = torch.cuda.is_available()
+    assert forecast_step(torch.nn.Linear(8, 8), step).notes == ()
+    assert torch.cuda.is_available() == before
 
 
 ROWS = [torch.full((16,), float(row)) for row in range(12)]
