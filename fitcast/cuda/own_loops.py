@@ -2,9 +2,10 @@
 
 `torch.autocast("cuda", ...)`, `device="cuda"`, `model.to("cuda")`, `GradScaler("cuda")` and the
 calls of `torch.cuda` around a step mean what they mean on the card: autocast is on, tensors are on
-the one device that there is, nobody waits. Not modelled: code that asks `x.is_cuda` or
-`x.device.type`, which is told the truth; a device named inside a checkpointed function, which
-backward runs again without this; several devices.
+the one device that there is, nobody waits. Not modelled: tensors that go to the CPU (a note says so
+where they are told by name); code that asks `x.is_cuda` or `x.device.type`, which is told the
+truth; a device named inside a checkpointed function, which backward runs again without this;
+several devices.
 """
 
 from __future__ import annotations
