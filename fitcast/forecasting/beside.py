@@ -86,8 +86,9 @@ class Beside:
             self._busy = False
 
     def _fake(self, module: torch.nn.Module) -> None:
-        # Out of the ledger's sight, and no inference tensors, which could not be trained later.
-        with _disable_current_modes(), torch.inference_mode(False):
+        # Out of sight of what watches the step, and no inference tensors: nobody could train those.
+        functions_unseen = torch._C.DisableTorchFunction()
+        with _disable_current_modes(), functions_unseen, torch.inference_mode(False):
             before = dict(module.named_parameters(remove_duplicate=False))
             self._kept.enter_context(fake.faked(module, self._made))
             if any(parameter.requires_grad for parameter in before.values()):

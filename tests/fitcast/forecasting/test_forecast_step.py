@@ -326,6 +326,7 @@ def test_two_real_modules_with_optimizers_of_their_own():
             optimizer.step()
 
     apart = forecast_step(actor, lambda actor: turns(actor, critic))
+    assert apart.notes == ()
     both = torch.nn.ModuleList([actor, critic])
     assert apart.peak_bytes == forecast_step(both, lambda both: turns(*both)).peak_bytes
     assert apart.composition["optimizer state"] > 4 * 4 * MIB - 1
