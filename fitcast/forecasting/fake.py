@@ -11,7 +11,7 @@ around a step of an 8B model counts its bytes exactly, on a laptop, in about a s
 
 Enter `fake_tensors()` before the ledger: PyTorch asks the mode entered last first. The bytes are
 those of a CPU step; `forecast` adds what CUDA's kernels do differently. Not modelled: values
-(`loss.item()` raises), so nothing that branches on them; texts packed into one row.
+(`loss.item()` raises), so nothing that branches on them.
 
 Source: torch/_subclasses/fake_tensor.py.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -41,15 +41,23 @@ def _mode() -> FastFakeMode:
 
 
 @contextlib.contextmanager
-def fake_tensors() -> Iterator[FastFakeMode]:
+def fake_tensors(packed: Collection[tuple[int, ...]] = ()) -> Iterator[FastFakeMode]:
     """Everything inside makes and takes fake tensors.
 
     transformers asks the values of `position_ids` whether several texts are packed into one row,
-    and answers "yes" when it cannot read them. Here the answer is the one of unpacked batches.
+    and answers "yes" when it cannot read them. Here that answer is for batches said to be packed.
+
+    Args:
+        packed: Shapes of `position_ids`, (rows, tokens), of batches with several texts in a row.
     """
     from transformers import masking_utils
 
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None), _mode():
+    indices = masking_utils.find_packed_sequence_indices
+
+    def answer(position_ids: torch.Tensor) -> torch.Tensor | None:
+        return indices(position_ids) if tuple(position_ids.shape) in packed else None
+
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", answer), _mode():
         yield _mode()
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fitcast.cuda import experts
-from fitcast.forecasting import base, layers
+from fitcast.forecasting import base, checks, layers
 from fitcast.forecasting import images as pictures
 from fitcast.forecasting.refusals import keywords_of, refuse_unknown
 from fitcast.forecasting.stage import (
@@ -36,6 +36,8 @@ from fitcast.forecasting.stage import (
     few_layers,
     is_online,
     is_preference,
+    packs_texts,
+    reads_bounds,
     staged,
     trainer_of,
 )
@@ -44,7 +46,7 @@ from fitcast.gpus import T4, Gpu
 from fitcast.memory.stream import DeviceLedger, Stream
 from fitcast.step.overflow import float16_warning
 from fitcast.step.targets import attention_targets, peft_targets
-from fitcast.units import refusal, show_bytes
+from fitcast.units import refusal, show_bytes, with_article
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -153,7 +155,28 @@ def notes(run: Run, gpu: Gpu) -> tuple[str, ...]:
     said += _about_texts(run.arguments)
     rows = "padded to" if run.padded else "without padding,"
     said.append(f"rows are {rows} {run.sequence_length} tokens, and every token has a label")
-    return (*said, *_about_the_model(run, gpu))
+    return (*said, *_about_attention(run, gpu), *_about_the_model(run, gpu))
+
+
+def _about_attention(run: Run, gpu: Gpu) -> list[str]:
+    """Which kernel stands for FlashAttention, and what keeps packed texts apart."""
+    said, arguments = [], run.arguments
+    if run.flash is not None:
+        said.append(
+            f"attn_implementation: {run.flash} is forecast as PyTorch's own kernel, sdpa"
+            + (", with a mask where rows are padded" if run.padded else "")
+        )
+        if not gpu.has_flash_attention:
+            said.append(f"{with_article(gpu.name)} has no FlashAttention: {run.flash} stops there")
+    rows = arguments.per_device_train_batch_size
+    joined = packs_texts(arguments) or (getattr(arguments, "padding_free", False) and rows > 1)
+    if joined and not reads_bounds(run, gpu):
+        tokens = rows * run.sequence_length
+        said.append(
+            f"a batch is one row of {tokens} tokens, and a mask of {tokens} x {tokens} keeps its "
+            "texts apart: FlashAttention needs none"
+        )
+    return said
 
 
 def _about_texts(arguments: TrainingArguments) -> list[str]:
@@ -285,9 +308,10 @@ def describe_run(
             "sequence_length", "be a whole number of at least 2 tokens", length,
             "TrainingArguments do not say how long a row is: give the longest of yours",
         )  # fmt: skip
+    attention, flash = checks.attention_of(attn_implementation, config)
     kept_dtype = base.dtype_of(dtype, model, config)
     kind = base.kind_of(model)
-    empty = base.meta_base(config, kept_dtype, attn_implementation, kind)
+    empty = base.meta_base(config, kept_dtype, attention, kind)
     _check_length(length, empty)
     peft_config, assumed = with_targets(peft_config, empty)
     return Run(
@@ -301,7 +325,8 @@ def describe_run(
         images=images,
         peft_config=peft_config,
         quantization_config=base.quantization_of(config, quantization_config),
-        attention=attn_implementation,
+        attention=attention,
+        flash=flash,
         reference=_reference(config, arguments, trainer, peft_config, trainer_options),
         trainer_options=trainer_options,
         assumed=assumed,

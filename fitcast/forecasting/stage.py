@@ -13,7 +13,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -67,6 +67,7 @@ class Run:
         padded: Whether masks hide padding.
         images: In each row, for a model with a vision tower.
         reference: Config of the second model that DPO compares with, or `None`.
+        flash: The FlashAttention that was asked for, which `attention` stands for, or `None`.
         routing: Of loops over experts: `experts.EVEN` or `experts.WORST`.
         assumed: Sentences about what the script did not say.
     """
@@ -82,6 +83,7 @@ class Run:
     peft_config: PeftConfig | None = None
     quantization_config: Any = None
     attention: str | None = None
+    flash: str | None = None
     reference: PretrainedConfig | None = None
     trainer_options: dict[str, Any] = field(default_factory=dict)
     routing: str = experts.EVEN
@@ -194,10 +196,13 @@ def staged(
         reference = getattr(trainer, "ref_model", None)
         ledger.layers = _layers(trainer.model, reference, rhythm)
         collated = _collated(run, trainer, model)
+        packed = () if reads_bounds(run, gpu) else packed_shapes(collated)
         with (
             images.unchecked(run.images),
-            card(trainer.model, gpu, ledger, padded=run.padded, routing=run.routing),
-        ):
+            card(
+                trainer.model, gpu, ledger, padded=run.padded, routing=run.routing, packed=packed
+            ),
+        ):  # fmt: skip
             place(trainer.model, run.dtype, ledger)
             ledger.watch(trainer.model)
             if reference is not None:
@@ -209,7 +214,13 @@ def staged(
 
 @contextlib.contextmanager
 def card(
-    model: torch.nn.Module, gpu: Gpu, ledger: DeviceLedger, *, padded: bool, routing: str
+    model: torch.nn.Module,
+    gpu: Gpu,
+    ledger: DeviceLedger,
+    *,
+    padded: bool,
+    routing: str,
+    packed: Collection[tuple[int, ...]] = (),
 ) -> Iterator[None]:
     """Inside, what is computed is computed on `gpu`, on tensors without numbers.
 
@@ -219,11 +230,12 @@ def card(
         ledger: Books what happens.
         padded: Whether masks hide padding.
         routing: Of loops over experts.
+        packed: As `fake_tensors` takes it.
     """
     answers = Answers()
     with contextlib.ExitStack() as stack:
         for context in (padding(padded), trl_kernels(), lists(), experts.grouped_products(gpu),
-            experts.routing(model, routing, answers), pretend_cuda(gpu), fake.fake_tensors(),
+            experts.routing(model, routing, answers), pretend_cuda(gpu), fake.fake_tensors(packed),
             answers,  # below the ledger: how many hold a gradient is counted from the top
             ledger,
             CudaKernels(gpu, on_work=work_recorder(ledger, gpu)),
@@ -393,12 +405,41 @@ def rows_of(run: Run) -> Any:
     row: dict[str, Any] = {"input_ids": [0] * length, "labels": [0] * length}
     if is_online(run.trainer):
         row = {"prompt": "<s>"}
+    if packs_texts(run.arguments):
+        row["seq_lengths"] = [length - length // 2, length // 2]
     if is_preference(run.trainer):
         row = {"prompt_ids": [0], "chosen_ids": [0] * (length - 1)}
         row["rejected_ids"] = row["chosen_ids"]
         if getattr(run.arguments, "precompute_ref_log_probs", False):
             row |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
     return Dataset.from_list([row] * ROWS)
+
+
+def packs_texts(arguments: Any) -> bool:
+    """Whether SFT puts several texts into a row and their bounds into its batches.
+
+    "wrapped" packing cuts rows out of one stream and forgets the bounds. Source:
+    trl/trainer/sft_trainer.py, `padding_free` (TRL 1.16).
+    """
+    strategy = getattr(arguments, "packing_strategy", "")
+    return bool(getattr(arguments, "packing", False)) and strategy.startswith("bfd")
+
+
+def packed_shapes(collated: dict[int, Any]) -> set[tuple[int, ...]]:
+    """Shapes of the batches that hold several texts in a row, by what transformers sees in them.
+
+    Args:
+        collated: As the trainer's collator makes them, with their numbers.
+    """
+    from transformers.masking_utils import find_packed_sequence_indices
+
+    every = [one["position_ids"] for one in collated.values() if "position_ids" in one]
+    return {tuple(ids.shape) for ids in every if find_packed_sequence_indices(ids) is not None}
+
+
+def reads_bounds(run: Run, gpu: Gpu) -> bool:
+    """Whether attention is told where texts end, and needs no mask: FlashAttention's is."""
+    return run.flash is not None and gpu.has_flash_attention
 
 
 def no_reward(completions: list[Any], **_: Any) -> list[float]:

@@ -49,9 +49,6 @@ def script(values: dict[str, Any], gpu: Gpu) -> Script:
     notes = found.notes(SILENT, PATCHED)
     if arguments.get("bf16", not arguments.get("fp16")):  # TRL's default
         refuse_bfloat16(gpu)
-    flash = attention is not None and "flash" in attention
-    if flash:
-        notes.append(f"attn_implementation: {attention} is forecast as PyTorch's own kernel, sdpa")
     return Script(
         tool="TRL",
         model=model,
@@ -60,7 +57,7 @@ def script(values: dict[str, Any], gpu: Gpu) -> Script:
         lora=lora,
         quantization=quantization,
         dtype=dtype,
-        attention="sdpa" if flash else attention,
+        attention=attention,
         notes=notes,
     )
 
