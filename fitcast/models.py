@@ -34,6 +34,14 @@ _QWEN3 = dict(
     rope_theta=1000000.0,
     tie_word_embeddings=True,
 )
+# Fields of a config that decide how many weights there are.
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
 # Each from the config.json of the hub id beside it (ungated copies where the original is gated).
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _LLAMA3
@@ -197,6 +205,29 @@ def config(model: str) -> PretrainedConfig:
             model,
             f"check the spelling and the network, or use one of {', '.join(NAMES)}",
         ) from error
+
+
+def about_sizes(model: object) -> tuple[str, ...]:
+    """A sentence where a config.json leaves sizes to transformers' defaults, else none.
+
+    Args:
+        model: As `config` takes it; what is no file or folder here leaves nothing open.
+    """
+    path = Path(str(model))
+    if not isinstance(model, str | Path) or str(model) in SHAPES or not path.exists():
+        return ()
+    found = json.loads((path if path.is_file() else path / "config.json").read_text("utf-8"))
+    known = config(str(model))
+    whole, names = known.get_text_config(decoder=True), known.attribute_map
+    inner = {**found, **(found.get("text_config") or {})}
+    absent = [
+        f"{name}={getattr(whole, name)}"
+        for name in SIZES
+        if getattr(whole, name, None) is not None and not {name, names.get(name)} & set(inner)
+    ]
+    if not absent:
+        return ()
+    return (f"{path} does not say {', '.join(absent)}: these are transformers' defaults",)
 
 
 def hub_answers(repository: str) -> bool:

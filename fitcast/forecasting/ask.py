@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, overload
 
 from fitcast.forecasting import files
+from fitcast.forecasting.checks import check_card
 from fitcast.gpus import T4, Gpu
 from fitcast.recipe import TrainRecipe
 from fitcast.units import Said, refusal
@@ -74,6 +75,8 @@ def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **optio
         >>> forecast(recipe, T4).fits
         True
     """
+    if gpu is not None or isinstance(arguments, str):
+        check_card(arguments if gpu is None else gpu)
     if isinstance(run, TrainRecipe):
         return _of_recipe(run, arguments if gpu is None else gpu, options)
     if files.names_one(run) and isinstance(arguments, Gpu | None):

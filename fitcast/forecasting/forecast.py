@@ -102,7 +102,7 @@ def _forecast(recipe: TrainRecipe, gpu: Gpu) -> Forecast:
 def _warnings(recipe: TrainRecipe, gpu: Gpu) -> list[str]:
     """What changes no byte and spoils the run: lengths nobody trained, numbers beyond float16."""
     config = models.config(recipe.model)
-    said = []
+    said = list(models.about_sizes(recipe.model))
     limit = getattr(config, "max_position_embeddings", None)
     if limit and recipe.sequence_length > limit:
         said.append(f"{recipe.model} was made for {limit} tokens: more need its RoPE scaled")

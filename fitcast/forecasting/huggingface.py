@@ -18,11 +18,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fitcast import models
 from fitcast.cuda import experts
 from fitcast.forecasting import base, checks, layers
 from fitcast.forecasting import images as pictures
@@ -36,6 +38,7 @@ from fitcast.forecasting.stage import (
     few_layers,
     is_online,
     is_preference,
+    is_reward,
     packs_texts,
     reads_bounds,
     staged,
@@ -46,7 +49,7 @@ from fitcast.gpus import T4, Gpu
 from fitcast.memory.stream import DeviceLedger, Stream
 from fitcast.step.overflow import float16_warning
 from fitcast.step.targets import attention_targets, peft_targets
-from fitcast.units import refusal, show_bytes, with_article
+from fitcast.units import Said, refusal, show_bytes, with_article
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -130,12 +133,19 @@ def forecast_script(
         micro_batches: How many the step has, as `report` takes it.
         expandable: As `report` takes it.
     """
+    checks.check_card(gpu)
+
+    went_back = False
 
     def seen(run: Run) -> Forecast:
+        nonlocal went_back
         stream = run_stream(run, gpu, script)
+        went_back = any(phase == "backward" for _, _, phase in stream.events)
         return report(stream, gpu, micro_batches=micro_batches, expandable=expandable)
 
     even, said = seen(run), (*run.assumed, *notes(run, gpu))
+    if script is train_one_step and not went_back:
+        said += ("the step has no backward pass: nothing trains in it",)
     if experts.expert_loops(bare(run)):
         worst = seen(dataclasses.replace(run, routing=experts.WORST)).peak_allocated_bytes
         said += (
@@ -154,7 +164,12 @@ def notes(run: Run, gpu: Gpu) -> tuple[str, ...]:
     ]
     said += _about_texts(run.arguments)
     rows = "padded to" if run.padded else "without padding,"
-    said.append(f"rows are {rows} {run.sequence_length} tokens, and every token has a label")
+    labels = "every token has a label" if run.target is None else "each has one label"
+    if is_reward(run.trainer):
+        labels = "two of them make a pair"
+    if is_online(run.trainer):
+        said.append("generation is left out of this step: forecast_generation says what it needs")
+    said.append(f"rows are {rows} {run.sequence_length} tokens, and {labels}")
     return (*said, *_about_attention(run, gpu), *_about_the_model(run, gpu))
 
 
@@ -254,6 +269,12 @@ def train(stage: Stage, at_end: Callable[[DeviceLedger], None], *, ready: bool =
     if ready:
         stage.ledger.mark("ready")
     trainer.train()
+    if not trainer.state.global_step:
+        raise refusal(
+            "trainer", "take an optimizer step in its train()",
+            Said(f"none from {stage.run.trainer.__name__}"),
+            "call super().train() in it, or forecast a loop of your own with forecast_step",
+        )  # fmt: skip
 
 
 def _ask_reference(stage: Stage) -> None:
@@ -299,21 +320,22 @@ def describe_run(
         ValueError: No such model or keyword, no length, rows longer than learned positions.
     """
     trainer = trainer or trainer_of(arguments)
+    checks.check_trainer(trainer)
     _check_keywords(trainer, trainer_options)
+    checks.check_objects(arguments, peft_config, trainer_options)
     config = base.read_config(model)
     pictures.check(config, images)
-    length = sequence_length or getattr(arguments, "max_length", None)
-    if not isinstance(length, int) or length < 2:
-        raise refusal(
-            "sequence_length", "be a whole number of at least 2 tokens", length,
-            "TrainingArguments do not say how long a row is: give the longest of yours",
-        )  # fmt: skip
+    length = checks.length_of(sequence_length, arguments)
     attention, flash = checks.attention_of(attn_implementation, config)
     kept_dtype = base.dtype_of(dtype, model, config)
     kind = base.kind_of(model)
+    if kind is None and is_reward(trainer):
+        kind = checks.reward_model(config)
     empty = base.meta_base(config, kept_dtype, attention, kind)
     _check_length(length, empty)
-    peft_config, assumed = with_targets(peft_config, empty)
+    checks.check_labels(empty, trainer, trainer_options)
+    peft_config, targets = with_targets(peft_config, empty)
+    assumed = (*targets, *models.about_sizes(model), *_about_kernels(empty))
     return Run(
         config=config,
         kind=kind,
@@ -322,6 +344,7 @@ def describe_run(
         dtype=kept_dtype,
         sequence_length=length,
         padded=_has_padding(arguments, trainer) if padded is None else padded,
+        target=checks.target_of(empty),
         images=images,
         peft_config=peft_config,
         quantization_config=base.quantization_of(config, quantization_config),
@@ -330,6 +353,16 @@ def describe_run(
         reference=_reference(config, arguments, trainer, peft_config, trainer_options),
         trainer_options=trainer_options,
         assumed=assumed,
+    )
+
+
+def _about_kernels(model: PreTrainedModel) -> tuple[str, ...]:
+    """Whose scan or recurrence is computed by the model's own code here, and by kernels there."""
+    if not hasattr(sys.modules[type(model).__module__], "causal_conv1d_fn"):
+        return ()
+    return (
+        f"{model.config.model_type} runs its own slow code here, as a card does without the "
+        "packages of its kernels (causal_conv1d, mamba_ssm, fla), which keep other tensors",
     )
 
 
@@ -343,9 +376,8 @@ def _check_keywords(trainer: type, given: dict[str, Any]) -> None:
 def _has_padding(arguments: TrainingArguments, trainer: type) -> bool:
     """Whether a batch has rows of several lengths, each in a row of its own."""
     packed = getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)
-    alone = arguments.per_device_train_batch_size == 1 and not (
-        is_preference(trainer) or is_online(trainer)
-    )
+    several = is_preference(trainer) or is_online(trainer) or is_reward(trainer)
+    alone = arguments.per_device_train_batch_size == 1 and not several
     return not (packed or alone)
 
 

@@ -26,6 +26,7 @@ from fitcast.cuda.libraries import pretend_cuda
 from fitcast.cuda.trainers import mixed_precision, padding, pretend_trainer, trl_kernels
 from fitcast.forecasting import base, depth, fake, images, layers
 from fitcast.forecasting.answers import Answers, lists
+from fitcast.forecasting.own_errors import of_reader
 from fitcast.forecasting.place import place, place_weights
 from fitcast.forecasting.refusals import explained
 from fitcast.gpus import Gpu
@@ -65,6 +66,7 @@ class Run:
         dtype: Of the weights that are not quantized, as `from_pretrained(dtype=...)` loads them.
         sequence_length: Tokens in a row of the batch.
         padded: Whether masks hide padding.
+        target: A row's label where it has one for all of it, as for a classifier; else `None`.
         images: In each row, for a model with a vision tower.
         reference: Config of the second model that DPO compares with, or `None`.
         flash: The FlashAttention that was asked for, which `attention` stands for, or `None`.
@@ -79,6 +81,7 @@ class Run:
     dtype: torch.dtype
     sequence_length: int
     padded: bool
+    target: Any = None
     images: int = 0
     peft_config: PeftConfig | None = None
     quantization_config: Any = None
@@ -150,7 +153,7 @@ def few_layers(
                 model = make()
             return play(model, None)
     except Exception as error:  # other people's code, which may do anything
-        raise explained(error, kind) from error
+        raise (of_reader(error) or explained(error, kind)) from error
 
 
 @contextlib.contextmanager
@@ -370,6 +373,11 @@ def is_online(trainer: type) -> bool:
     return any(kind.__name__ == "GRPOTrainer" for kind in trainer.__mro__)
 
 
+def is_reward(trainer: type) -> bool:
+    """Whether it learns which of two texts is better, as TRL's RewardTrainer does."""
+    return any(kind.__name__ == "RewardTrainer" for kind in trainer.__mro__)
+
+
 def trainer_of(arguments: TrainingArguments) -> type:
     """The class that these arguments belong to: Trainer, or TRL's of the same name.
 
@@ -382,8 +390,10 @@ def trainer_of(arguments: TrainingArguments) -> type:
     if kind.__module__.startswith("trl."):
         import trl
 
-        return getattr(trl, kind.__name__.replace("Config", "Trainer"))
-    if isinstance(arguments, transformers.TrainingArguments):
+        found = getattr(trl, kind.__name__.replace("Config", "Trainer"), None)
+        if found is not None:
+            return found
+    elif isinstance(arguments, transformers.TrainingArguments):
         return transformers.Trainer
     raise refusal(
         "arguments", "be TrainingArguments or one of TRL's configs", kind.__name__,
@@ -398,13 +408,16 @@ def rows_of(run: Run) -> Any:
     """A data set of token ids, each row as long as the longest of the reader's."""
     length = run.sequence_length
     if not is_trl(run.trainer):
-        row = {"input_ids": [0] * length, "labels": [0] * length}
+        labels = [0] * length if run.target is None else run.target
+        row = {"input_ids": [0] * length, "labels": labels}
         return [row | {"attention_mask": [1] * length}] * ROWS
     from datasets import Dataset
 
     row: dict[str, Any] = {"input_ids": [0] * length, "labels": [0] * length}
     if is_online(run.trainer):
         row = {"prompt": "<s>"}
+    if is_reward(run.trainer):
+        row = {"chosen_ids": [0] * length, "rejected_ids": [0] * length}
     if packs_texts(run.arguments):
         row["seq_lengths"] = [length - length // 2, length // 2]
     if is_preference(run.trainer):
