@@ -267,9 +267,20 @@ def _config_from_file(path: Path) -> PretrainedConfig:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # transformers lists all the types that it knows: some hundreds
+        reason, unknown, _ = str(error).partition(". Should contain one of")
         raise refusal(
             "model",
             "be a Hugging Face config.json with a known model_type",
-            Said(f"{path} ({error})"),
-            "save one with config.save_pretrained",
+            Said(f"{path} ({reason})"),
+            _nearest_types(path) if unknown else "save one with config.save_pretrained",
         ) from error
+
+
+def _nearest_types(path: Path) -> str:
+    """What to change where transformers does not know the model_type of a config.json."""
+    from transformers import CONFIG_MAPPING
+
+    kind = str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
+    close = difflib.get_close_matches(kind, CONFIG_MAPPING)
+    return f"did you mean {' or '.join(close)}?" if close else "update transformers if it is newer"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import math
 import re
 import shlex
 import typing
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Sequence
 
 import fitcast
 from fitcast import gpus, models
-from fitcast.recipe import CHOICES, TrainRecipe
+from fitcast.recipe import CHOICES, TRAINER_OPTIM, TrainRecipe
 from fitcast.units import GIB, Said, refusal
 
 DESCRIPTION = """\
@@ -102,10 +103,27 @@ NOT_ASKED = (
 )
 # Names by which Trainer, TRL and PEFT know the same thing.
 ALSO = {
-    "micro_batch_size": "per-device-train-batch-size",
-    "sequence_length": "max-length",
-    "lora_rank": "lora-r",
-    "lora_targets": "target-modules",
+    "model": ("model-name-or-path",),
+    "micro_batch_size": ("per-device-train-batch-size",),
+    "sequence_length": ("max-length",),
+    "lora_rank": ("lora-r",),
+    "lora_targets": ("target-modules", "lora-target-modules"),
+    "optimizer": ("optim",),
+}
+# Switches of theirs: the field that says the same, and its value when they are on and off.
+SWITCHES = {
+    "bf16": ("amp_dtype", "bfloat16", None),
+    "fp16": ("amp_dtype", "float16", None),
+    "gradient-checkpointing": ("checkpointed_layers", "all", "0"),
+    "load-in-4bit": ("base", "nf4", None),
+}
+# Trainer's names of optimizers that have another here.
+OPTIM = {theirs: ours for ours, theirs in TRAINER_OPTIM.items()} | {"adamw_bnb_8bit": "adamw_8bit"}
+# What its letters do not tell.
+MEANT = {
+    "--batch-size": "did you mean --micro-batch-size?",
+    "--packing": "rows without padding are --no-padded; SFTConfig's packing, with the mask between "
+    "its texts, is forecast in Python or from TRL's file",
 }
 # Where the docstring speaks to readers of Python, or not at all.
 MODELS = f"{', '.join(models.NAMES)}, a folder with a config.json, or a hub id"
@@ -131,6 +149,19 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+class _Switch(argparse.Action):
+    """One of `SWITCHES`, alone or, as Hugging Face's own parser takes it, with true or false."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        field, on, off = SWITCHES[(option_string or "").removeprefix("--")]
+        wanted = str(values).lower()
+        if wanted not in ("true", "false"):
+            raise refusal(option_string or field, "be true or false", values, "leave it alone")
+        value = on if wanted == "true" else off
+        if value is not None:
+            setattr(namespace, field, value)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -195,6 +226,7 @@ def _add_recipe(verb: argparse.ArgumentParser) -> None:
             else:
                 options["metavar"] = _placeholder(field)
             group.add_argument(*names, **options)
+        _add_switches(group, fields)
         if "micro_batch_size" in fields and verb.prog.endswith(" fit"):
             group.add_argument(
                 "--target-effective-batch",
@@ -207,6 +239,20 @@ def _add_recipe(verb: argparse.ArgumentParser) -> None:
                 metavar="N",
                 help="Pictures in each row, for a model with a vision tower; their tokens are "
                 "among the row's. (default: 0)",
+            )
+
+
+def _add_switches(group: typing.Any, fields: Iterable[str]) -> None:
+    for name, (field, *_) in SWITCHES.items():
+        if field in fields:
+            group.add_argument(
+                f"--{name}",
+                action=_Switch,
+                nargs="?",
+                const="true",
+                default=argparse.SUPPRESS,
+                dest=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
             )
 
 
@@ -250,7 +296,7 @@ def _add_card(verb: argparse.ArgumentParser, name: str) -> None:
 
 
 def _names(field: str) -> list[str]:
-    return [field.replace("_", "-"), *([ALSO[field]] if field in ALSO else [])]
+    return [field.replace("_", "-"), *ALSO.get(field, ())]
 
 
 def _field_docs() -> dict[str, str]:
@@ -380,6 +426,7 @@ def _no_such_option(
     word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
     close = nearest(word, verb._option_string_actions, alike=0.7)  # all share their dashes
     remedy = f"did you mean {close}?" if close else f"see `{verb.prog} --help`"
+    remedy = MEANT.get(word, remedy)
     if not word.startswith("-"):
         lacks = _lacks_model(options)
         remedy = f"write --model {word}" if lacks else "an option begins with --"
@@ -511,8 +558,11 @@ def _value(field: str, typed: str | bool) -> typing.Any:
     if field == "lora_targets":
         names = tuple(name.strip() for name in typed.split(","))
         return typed if typed == "all-linear" else names
+    if field == "optimizer":
+        typed = OPTIM.get(typed.lower(), typed)
     if field in CHOICES:
-        typed = one_of(field, typed, map(as_text, CHOICES[field]))
+        others = "Trainer's others are forecast in Python" if field == "optimizer" else ""
+        typed = one_of(field, typed, map(as_text, CHOICES[field]), others)
     if typed.lower() == "none":
         return None
     try:
@@ -528,7 +578,10 @@ def number(option: str, typed: str, kind: type[int] | type[float], example: str)
         ValueError: It is none; `example` shows one.
     """
     try:
-        return kind(typed)
+        value = kind(typed)
+        if not math.isfinite(value):
+            raise ValueError
+        return value
     except ValueError:
         rule = "be a whole number" if kind is int else "be a number"
         raise refusal(option, rule, typed, f"for example {example}") from None

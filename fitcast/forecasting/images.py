@@ -37,7 +37,12 @@ def check(config: PretrainedConfig, images: int) -> None:
         raise refusal("images", "be a whole number from 0", images, "say how many a row holds")
     if images and _size(config) is None:
         has = getattr(config, "vision_config", None) is not None
-        why = "its tower's grid follows each picture's size" if has else "it has no vision tower"
+        why = "it has no vision tower"
+        if has:
+            why = (
+                "its tower's grid follows each picture's size: write the step with pictures of "
+                "yours and use forecast_step"
+            )
         raise refusal("images", f"be 0 for {config.model_type}", images, why)
 
 

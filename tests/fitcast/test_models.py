@@ -53,6 +53,17 @@ def test_damaged_config_names_the_file(tmp_path, text):
         models.config(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("kind", "remedy"), [("qwen33", "did you mean qwen3"), ("none-such", "update transformers")]
+)
+def test_an_unknown_type_is_one_line_with_the_nearest(tmp_path, kind, remedy):
+    """Reported: it came with transformers' list of all types, 2 kB."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=remedy) as refused:
+        models.config(str(tmp_path))
+    assert kind in str(refused.value) and len(str(refused.value)) < 300 + len(str(tmp_path))
+
+
 def test_folder_without_config(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; .*save_pretrained"):
         models.config(str(tmp_path))

@@ -26,6 +26,10 @@ def refused(capsys, *words: str) -> str:
         (["--gpu", "K80"], "for another card say --memory-gib and --capability"),
         (["--gpu", "A100"], "gpu must be one card, got 'A100'; say A100-40 or A100-80"),
         (["--memory-gib", "some"], "memory_gib must be a number, got 'some'"),
+        (["--memory-gib", "inf"], "memory_gib must be a number, got 'inf'"),
+        (["--memory-gib", "nan"], "memory_gib must be a number, got 'nan'"),
+        (["--bf16", "maybe"], "--bf16 must be true or false, got 'maybe'"),
+        (["--optim", "adafactor"], "Trainer's others are forecast in Python"),
         (["--memory-gib", "0.01"], "memory_gib must be from 0.15 to 1023"),
         (["--memory-gib", "24", "--capability", "86"], "capability must be two numbers such as"),
         (["--sequence-length", "-4"], "sequence_length must be a whole number"),
@@ -60,6 +64,8 @@ def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
         (["forecast", *SMALL, "--sequense-length", "64"], "did you mean --sequence-length?"),
         (["forecast", "--modle", "llama-3.1-8b"], "did you mean --model?"),
         (["forecast", *SMALL, "--micro", "4"], "did you mean --micro-batch-size?"),
+        (["forecast", *SMALL, "--batch_size", "4"], "did you mean --micro-batch-size?"),
+        (["forecast", *SMALL, "--packing"], "rows without padding are --no-padded"),
         (["forecast", *SMALL, "-json"], "did you mean --json?"),
         (["forecast", *SMALL, "--offload-checkpoint=yes"], "mean --offload-checkpoints?"),
         (["forecast", *SMALL, "--target-effective-batch", "8"], "`fitcast forecast` has"),
@@ -73,7 +79,7 @@ def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
         (["forecast", *SMALL, "--gpu", "A100"], "say A100-40 or A100-80"),
         (["forecast", "--model", "lama-3.1-8b"], "did you mean 'llama-3.1-8b'?"),
         (["forecast"], "--model must say what is trained: llama-3.2-1b, "),
-        (["levers", "--model"], "--model: expected one argument; see `fitcast levers --help`"),
+        (["levers", "--model"], "-name-or-path: expected one argument; see `fitcast levers --help`"),
         (["forecast", *SMALL, "--padded=yes"], "see `fitcast forecast --help`"),
         (["fit", *SMALL, "--utilisation", "most"], "utilisation must be a number, got 'most'"),
         (["fit", *SMALL, "--utilisation", "7"], "utilisation must be above 0"),
@@ -147,6 +153,29 @@ def test_names_of_trainer_trl_and_peft_are_understood():
     assert (recipe.micro_batch_size, recipe.gradient_accumulation_steps) == (4, 8)
     assert (recipe.sequence_length, recipe.lora_rank) == (128, 8)
     assert recipe.lora_targets == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (["--bf16", "--gpu", "A100-40"], ["--amp-dtype", "bfloat16"]),
+        (["--fp16", "True"], ["--amp-dtype", "float16"]),
+        (["--fp16", "false"], []),
+        (["--gradient_checkpointing"], ["--checkpointed-layers", "all"]),
+        (["--gradient_checkpointing=False"], ["--checkpointed-layers", "0"]),
+        (["--load_in_4bit"], ["--base", "nf4"]),
+        (["--optim", "adamw_torch"], ["--optimizer", "adamw"]),
+        (["--optimizer", "adamw_bnb_8bit"], ["--optimizer", "adamw_8bit"]),
+        (["--optim", "paged_adamw_8bit"], ["--optimizer", "paged_adamw_8bit"]),
+        (["--lora_target_modules", "q_proj"], ["--lora-targets", "q_proj"]),
+    ],
+)
+def test_switches_and_optimizers_of_trainer_say_the_same(theirs, ours):
+    recipes = [
+        options.recipe_of(options.parse(["forecast", "--model_name_or_path", BUNDLED, *words]))
+        for words in (theirs, ours)
+    ]
+    assert recipes[0] == recipes[1]
 
 
 def test_letter_case_of_choices_does_not_matter():

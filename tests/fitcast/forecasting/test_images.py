@@ -104,7 +104,12 @@ def test_a_step_on_images_is_that_of_a_real_trainer(tmp_path, family, targets, i
     ("config", "images", "message"),
     [
         (LlamaConfig(**TEXT), 1, "images must be 0 for llama, got 1; it has no vision tower"),
-        ("qwen2.5-vl-7b", 1, "images must be 0 for qwen2_5_vl, got 1; its tower's grid follows"),
+        (
+            "qwen2.5-vl-7b",
+            1,
+            "images must be 0 for qwen2_5_vl, got 1; its tower's grid follows each picture's size: "
+            "write the step with pictures of yours and use forecast_step",
+        ),
         (LlamaConfig(**TEXT), -1, "images must be a whole number from 0, got -1"),
     ],
 )
