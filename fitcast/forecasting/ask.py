@@ -75,8 +75,7 @@ def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **optio
         >>> forecast(recipe, T4).fits
         True
     """
-    if gpu is not None or isinstance(arguments, str):
-        check_card(arguments if gpu is None else gpu)
+    _check_card(arguments, gpu)
     if isinstance(run, TrainRecipe):
         return _of_recipe(run, arguments if gpu is None else gpu, options)
     if files.names_one(run) and isinstance(arguments, Gpu | None):
@@ -93,6 +92,12 @@ def forecast(run: Any, arguments: Any = None, *, gpu: Gpu | None = None, **optio
 
     options = with_levers(arguments, options)
     return forecast_run(run, arguments, gpu=T4 if gpu is None else gpu, **options)
+
+
+def _check_card(arguments: Any, gpu: Any) -> None:
+    """A card is no name, neither as `gpu` nor in place of arguments."""
+    if gpu is not None or isinstance(arguments, str):
+        check_card(arguments if gpu is None else gpu)
 
 
 def _of_recipe(recipe: TrainRecipe, gpu: Any, options: dict[str, Any]) -> Forecast:

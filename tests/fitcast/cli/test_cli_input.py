@@ -79,7 +79,7 @@ def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
         (["forecast", *SMALL, "--gpu", "A100"], "say A100-40 or A100-80"),
         (["forecast", "--model", "lama-3.1-8b"], "did you mean 'llama-3.1-8b'?"),
         (["forecast"], "--model must say what is trained: llama-3.2-1b, "),
-        (["levers", "--model"], "-name-or-path: expected one argument; see `fitcast levers --help`"),
+        (["levers", "--model"], "-path: expected one argument; see `fitcast levers --help`"),
         (["forecast", *SMALL, "--padded=yes"], "see `fitcast forecast --help`"),
         (["fit", *SMALL, "--utilisation", "most"], "utilisation must be a number, got 'most'"),
         (["fit", *SMALL, "--utilisation", "7"], "utilisation must be above 0"),
