@@ -39,6 +39,7 @@ from fitcast.forecasting.stage import (
     is_online,
     is_preference,
     is_reward,
+    may_hold_one_text,
     packs_texts,
     reads_bounds,
     staged,
@@ -146,6 +147,9 @@ def forecast_script(
     even, said = seen(run), (*run.assumed, *notes(run, gpu))
     if script is train_one_step and not went_back:
         said += ("the step has no backward pass: nothing trains in it",)
+    if may_hold_one_text(run, gpu):
+        even, sentence = _larger(even, seen(dataclasses.replace(run, texts=1)))
+        said += (sentence,)
     if experts.expert_loops(bare(run)):
         worst = seen(dataclasses.replace(run, routing=experts.WORST)).peak_allocated_bytes
         said += (
@@ -153,6 +157,16 @@ def forecast_script(
             f"peak would be {show_bytes(worst, 'GiB')}",
         )
     return dataclasses.replace(even, notes=said)
+
+
+def _larger(several: Forecast, one: Forecast) -> tuple[Forecast, str]:
+    """Of rows with several texts and with one, the one that needs more; and what both need."""
+    peaks = [show_bytes(f.peak_allocated_bytes, "GiB") for f in (several, one)]
+    said = (
+        f"a row of several texts needs {peaks[0]}, and one that a single text fills, which has no "
+        f"mask, {peaks[1]}: this is the larger"
+    )
+    return max(several, one, key=lambda f: f.peak_allocated_bytes), said
 
 
 def notes(run: Run, gpu: Gpu) -> tuple[str, ...]:

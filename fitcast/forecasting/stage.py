@@ -71,6 +71,7 @@ class Run:
         reference: Config of the second model that DPO compares with, or `None`.
         flash: The FlashAttention that was asked for, which `attention` stands for, or `None`.
         routing: Of loops over experts: `experts.EVEN` or `experts.WORST`.
+        texts: In each row of packed ones whose bounds are kept: 2 for several, or 1.
         assumed: Sentences about what the script did not say.
     """
 
@@ -90,6 +91,7 @@ class Run:
     reference: PretrainedConfig | None = None
     trainer_options: dict[str, Any] = field(default_factory=dict)
     routing: str = experts.EVEN
+    texts: int = 2
     assumed: tuple[str, ...] = ()
 
 
@@ -419,7 +421,8 @@ def rows_of(run: Run) -> Any:
     if is_reward(run.trainer):
         row = {"chosen_ids": [0] * length, "rejected_ids": [0] * length}
     if packs_texts(run.arguments):
-        row["seq_lengths"] = [length - length // 2, length // 2]
+        halves = [length - length // 2, length // 2]
+        row["seq_lengths"] = halves if run.texts > 1 else [length]
     if is_preference(run.trainer):
         row = {"prompt_ids": [0], "chosen_ids": [0] * (length - 1)}
         row["rejected_ids"] = row["chosen_ids"]
@@ -453,6 +456,12 @@ def packed_shapes(collated: dict[int, Any]) -> set[tuple[int, ...]]:
 def reads_bounds(run: Run, gpu: Gpu) -> bool:
     """Whether attention is told where texts end, and needs no mask: FlashAttention's is."""
     return run.flash is not None and gpu.has_flash_attention
+
+
+def may_hold_one_text(run: Run, gpu: Gpu) -> bool:
+    """Whether a batch of packed texts may be one text alone, which has no mask: a long one is."""
+    alone = run.arguments.per_device_train_batch_size == 1
+    return alone and packs_texts(run.arguments) and not reads_bounds(run, gpu)
 
 
 def no_reward(completions: list[Any], **_: Any) -> list[float]:
