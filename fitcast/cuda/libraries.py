@@ -25,7 +25,7 @@ from fitcast.step import compiled, embedding, fused, host
 def pretend_cuda(gpu: Gpu) -> Iterator[None]:
     """Inside, libraries behave as on `gpu`. Enter it before the fake tensors."""
     from bitsandbytes import functional as bnb
-    from bitsandbytes.optim.optimizer import Optimizer8bit
+    from bitsandbytes.optim.optimizer import GlobalOptimManager, Optimizer8bit
     from torch.optim import adam  # pyright: ignore[reportAttributeAccessIssue]  (hidden in stubs)
 
     with contextlib.ExitStack() as stack:
@@ -44,6 +44,9 @@ def pretend_cuda(gpu: Gpu) -> Iterator[None]:
             (bnb, "create_dynamic_map", lambda *_, **__: torch.empty(256)),
             (bnb, "prefetch_tensor", lambda *_, **__: None),
             (Optimizer8bit, "get_state_buffer", bitsandbytes.state_buffer),
+            # as a new process has them: what one run registers is no other's business
+            (GlobalOptimManager, "_instance", None),
+            (bnb.GlobalPageManager, "_instance", None),
         ):
             stack.enter_context(mock.patch.object(target, name, stand_in))
         stack.enter_context(mock.patch.dict(bnb.name2qmap, clear=True))
