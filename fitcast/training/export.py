@@ -219,16 +219,27 @@ def to_drive(folder: str | Path, drive: Path | None) -> Path | None:
         drive: As from `checkpoints.on_drive`; `None` copies nothing.
 
     Raises:
-        OSError: The Drive is full or gone; there is no half copy under the folder's name.
+        OSError: The Drive is full or gone; the copy that was there stays, and no half one.
     """
     if drive is None:
         return None
-    target, staged = drive / Path(folder).name, drive / f".{Path(folder).name}"
-    shutil.rmtree(staged, ignore_errors=True)
+    name = Path(folder).name
+    target, staged, aside = drive / name, drive / f".{name}", drive / f".{name}.before"
+    if aside.exists() and not target.exists():
+        aside.rename(target)  # the last call was killed between its two renames
+    for left in (staged, aside):
+        shutil.rmtree(left, ignore_errors=True)
     shutil.copytree(folder, staged)
     if target.exists():
-        shutil.rmtree(target)
-    return staged.replace(target)
+        target.rename(aside)
+    try:
+        staged.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    return target
 
 
 def load_merged(recipe: TrainRecipe, folder: str | Path) -> torch.nn.Module:

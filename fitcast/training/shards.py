@@ -53,13 +53,18 @@ def merge_shards(
 
     Raises:
         ValueError: An adapter that is not plain LoRA on linear layers, or has no weight in the
-            base's files; a sum that float16 cannot hold.
+            base's files; a sum that float16 cannot hold; the base's own folder. Until then the
+            model that the folder holds stays.
         FileNotFoundError: The base's weights are not on this disk.
     """
     from safetensors.torch import load_file
 
     source, target = _base_folder(recipe), Path(folder)
+    if target.resolve() == source.resolve():
+        raise refusal("folder", "be another one than the base's", target, "say a new folder")
     target.mkdir(parents=True, exist_ok=True)
+    for part in target.glob("part-*.safetensors"):
+        part.unlink()  # of a merge that was killed
     config = _plain_lora(adapter)
     learned = load_file(Path(adapter) / "adapter_model.safetensors")
     pairs = _pairs(learned)
@@ -226,8 +231,9 @@ class _Writer:
         self.waiting.clear()
 
     def close(self) -> int:
-        """Bytes of all files."""
+        """Bytes of all files. An older model goes now: all that takes long has been written."""
         self._write()
+        _remove_model(self.folder)
         count, where, total = len(self.files), {}, 0
         for n, names in enumerate(self.files, start=1):
             name = f"model-{n:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
@@ -238,6 +244,16 @@ class _Writer:
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (self.folder / INDEX).write_text(json.dumps(index, indent=1), "utf-8")
         return total
+
+
+def _remove_model(folder: Path) -> None:
+    """Remove a model's weights, which transformers might read in the place of newer ones.
+
+    Its index first: what a kill leaves in between does not load, rather than load as a mixture.
+    """
+    for pattern in (INDEX, "model*.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def _copy_beside(source: Path, target: Path) -> None:

@@ -174,3 +174,40 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path):
         export.merge(recipe, folder / "adapter", "original", "int8")
     with pytest.raises(FileNotFoundError, match="must hold an adapter, got .*save_adapter"):
         export.merge(recipe, tmp_path, "original")
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_killed_copy_to_the_drive_loses_none(tmp_path, monkeypatch, renames):
+    """Killed before its first rename or between the two, and called again."""
+    folder, drive = tmp_path / "adapter", tmp_path / "drive"
+    for made in (folder, drive):
+        made.mkdir()
+    (folder / "a.txt").write_text("old")
+    export.to_drive(folder, drive)
+    (folder / "a.txt").write_text("new")
+    rename, done = export.Path.rename, []
+
+    def killed(path, target):
+        if len(done) >= renames:
+            raise KeyboardInterrupt
+        done.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(export.Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export.to_drive(folder, drive)
+    monkeypatch.undo()
+    kept = [path.read_text() for path in drive.rglob("a.txt")]
+    assert "old" in kept and "new" in kept
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(export.shutil, "copytree", full)
+    with pytest.raises(OSError, match="no space"):
+        export.to_drive(folder, drive)
+    assert (drive / "adapter" / "a.txt").read_text() == "old"
+    monkeypatch.undo()
+    export.to_drive(folder, drive)
+    assert [path.name for path in drive.iterdir()] == ["adapter"]
+    assert (drive / "adapter" / "a.txt").read_text() == "new"

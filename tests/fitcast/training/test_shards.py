@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fitcast.step import qlora
@@ -51,6 +52,63 @@ def test_every_weight_is_that_of_a_merge_in_memory(trained, tmp_path, base):
             "model.layers.0.self_attn.q_proj.weight"
         ].half(),
     )
+
+
+@pytest.fixture
+def doubled(trained, tmp_path):
+    """The same adapter, with twice the numbers."""
+    folder = tmp_path / "doubled"
+    shutil.copytree(trained[1], folder)
+    path = folder / "adapter_model.safetensors"
+    save_file({name: 2 * weight for name, weight in load_file(path).items()}, path)
+    return folder
+
+
+def first_weight(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return model.model.layers[0].self_attn.q_proj.weight
+
+
+@pytest.mark.parametrize(("before", "after"), [(10**9, 20_000), (20_000, 10**9), (20_000, 40_000)])
+def test_an_older_model_in_the_folder_gives_way(trained, doubled, tmp_path, before, after):
+    """transformers reads model.safetensors before an index, and an index before that."""
+    recipe, adapter = trained
+    for learned, folder, size in (
+        (adapter, "merged", before), (doubled, "merged", after), (doubled, "alone", after)
+    ):  # fmt: skip
+        shards.merge_shards(recipe, learned, tmp_path / folder, "original", shard_bytes=size)
+    assert torch.equal(first_weight(tmp_path / "merged"), first_weight(tmp_path / "alone"))
+    assert not list(tmp_path.glob("merged/part-*"))
+
+
+def test_a_kill_leaves_the_old_model_or_none_but_no_mixture(
+    trained, doubled, tmp_path, monkeypatch
+):
+    recipe, adapter = trained
+    merged = tmp_path / "merged"
+    shards.merge_shards(recipe, adapter, merged, "original", shard_bytes=20_000)
+    whole, done = shards.Path.replace, []
+
+    def killed(path, target):
+        done.append(path)
+        if len(done) > 2:
+            raise KeyboardInterrupt
+        return whole(path, target)
+
+    monkeypatch.setattr(shards.Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        shards.merge_shards(recipe, doubled, merged, "original", shard_bytes=20_000)
+    with pytest.raises(OSError):
+        first_weight(merged)
+    monkeypatch.undo()
+    shards.merge_shards(recipe, doubled, merged, "original", shard_bytes=20_000)
+    assert first_weight(merged) is not None
+
+
+def test_the_bases_own_folder_is_refused(trained):
+    recipe, adapter = trained
+    with pytest.raises(ValueError, match="^folder must be another one than the base's"):
+        shards.merge_shards(recipe, adapter, recipe.model, "original")
 
 
 def test_what_it_cannot_merge_is_refused(trained, tmp_path):
