@@ -7,6 +7,7 @@ transformers' Trainer, with the recipe's levers on its model.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,8 @@ def family_targets(model: str) -> tuple[str, ...]:
     for part in (small, base.text_config(small)):
         part.num_hidden_layers = min(getattr(part, "num_hidden_layers", 4), 4)
         if types := getattr(part, "layer_types", None):
-            part.layer_types = types[: part.num_hidden_layers]
+            with contextlib.suppress(AttributeError):  # Mamba and Jamba work theirs out
+                part.layer_types = types[: part.num_hidden_layers]
     try:
         decoder = layers.decoder(base.meta_base(small, base.dtype_of("float16", model, small)))
     except ValueError:  # said where the whole model is made

@@ -112,7 +112,7 @@ def meta_model(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention
             )
-    except ValueError as error:
+    except Exception as error:  # a model class may do anything with its config
         raise ValueError(
             f"model must be a causal language model of transformers, got a config of "
             f"kind {config.model_type!r}; see models.NAMES ({error})"

@@ -7,22 +7,41 @@ threads place the weights of a 16-bit base; several processes.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from fitcast.cuda.kernels import CudaKernels
 from fitcast.cuda.libraries import pretend_cuda
 from fitcast.forecasting import fake
 from fitcast.forecasting.load import blueprint, place_weights
+from fitcast.forecasting.refusals import explained
 from fitcast.gpus import Gpu
 from fitcast.memory.stream import DeviceLedger, Stream, work_recorder
 from fitcast.recipe import TrainRecipe
 from fitcast.step import levers, qlora
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 MICRO_BATCHES = 2  # of a step; the third does to memory what the second did
 
 
-def fake_run(recipe: TrainRecipe, gpu: Gpu, config) -> Stream:
-    """Load, add adapters, take one optimizer step: `marks` are load, adapters and step."""
+def fake_run(recipe: TrainRecipe, gpu: Gpu, config: PretrainedConfig) -> Stream:
+    """Load, add adapters, take one optimizer step: `marks` are load, adapters and step.
+
+    Raises:
+        ValueError: The model's own code does not run so; the sentence says where.
+    """
+    try:
+        return _run(recipe, gpu, config)
+    except ValueError:  # a sentence already
+        raise
+    except Exception as error:
+        raise explained(error, config.model_type) from error
+
+
+def _run(recipe: TrainRecipe, gpu: Gpu, config: PretrainedConfig) -> Stream:
     ledger = DeviceLedger()
     kernels = CudaKernels(gpu, on_work=work_recorder(ledger, gpu))
     model = blueprint(recipe, config)

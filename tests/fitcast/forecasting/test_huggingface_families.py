@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig
-from transformers import CONFIG_MAPPING, TrainingArguments
+from transformers import CONFIG_MAPPING, AutoConfig, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
+from fitcast.forecasting.by_trainer import family_targets
+from fitcast.forecasting.forecast import forecast
 from fitcast.forecasting.huggingface import forecast_run
+from fitcast.recipe import TrainRecipe
 
 CONFIGS = Path(__file__).parents[2] / "data" / "configs"
 FAST = ("gemma2", "mamba")
@@ -123,3 +126,20 @@ def test_a_config_that_people_have_is_forecast_or_refused_in_one_sentence(folder
         assert "\n" not in str(error) and " must " in str(error)
     else:
         assert seen.peak_allocated_bytes > seen.loaded_bytes > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    ["dbrx", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma-3n-e2b-text", "mamba"))],
+)
+def test_a_recipe_of_what_does_not_run_is_refused_in_one_sentence(name, tmp_path):
+    """Reported: tracebacks of 80 and 202 lines, and one before anything had run."""
+    folder = CONFIGS / name
+    if not folder.is_dir():
+        folder = tmp_path / name
+        AutoConfig.for_model(name).save_pretrained(folder)
+    targets = family_targets(str(folder))
+    with pytest.raises(ValueError, match=" must ") as refused:
+        forecast(TrainRecipe(model=str(folder), sequence_length=64, lora_targets=targets))
+    assert "\n" not in str(refused.value)
