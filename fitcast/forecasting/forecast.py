@@ -105,7 +105,8 @@ def _warnings(recipe: TrainRecipe, gpu: Gpu) -> list[str]:
     said = list(models.about_sizes(recipe.model))
     limit = getattr(config, "max_position_embeddings", None)
     if limit and recipe.sequence_length > limit:
-        said.append(f"{recipe.model} was made for {limit} tokens: more need its RoPE scaled")
+        # without a name: the answer is kept for every folder with this config
+        said.append(f"the model was made for {limit} tokens: more need its RoPE scaled")
     unsafe = float16_warning(config.model_type, gpu) if recipe.amp_dtype == "float16" else None
     return [*said, unsafe] if unsafe else said
 

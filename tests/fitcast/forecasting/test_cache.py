@@ -65,7 +65,6 @@ def test_an_edited_config_is_another_question(tmp_path, recipe):
     assert forecast(recipe).resident_bytes == two_layers
 
 
-@pytest.mark.slow
 def test_an_edited_config_of_as_many_layers_is_another_run(tmp_path, recipe):
     """Both are cut to the same few layers: what is kept of those must not answer for the other."""
     write_config(tmp_path, num_hidden_layers=8)

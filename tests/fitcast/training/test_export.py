@@ -106,7 +106,6 @@ def lost(file: dict, before: dict, exact: dict) -> float:
     return (error / learned).sqrt().item()
 
 
-@pytest.mark.slow
 def test_a_bfloat16_run_keeps_what_it_learned(small_changes, tmp_path):
     """In bfloat16, where an eighth of float16's steps are left, much of it is lost."""
     recipe, folder, before, exact = small_changes
