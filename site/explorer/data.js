@@ -1,6 +1,6 @@
 window.FITCAST_DATA = {
  "stamp": {
-  "engine": "1d776cce614c1dfdb16b7d58bd9f83725c3cd48c3e2329d0854b50a939169288",
+  "engine": "afc30b41a0dd05d0c134ac89f43718648b9c7697d881586b831f695f6d04bfeb",
   "versions": {
    "torch": "2.13.0+cpu",
    "transformers": "5.23.0",
