@@ -45,11 +45,16 @@ def number(answer: object) -> int | float | None:
 
 
 def whole(answer: object, least: int, most: float = math.inf) -> int | None:
-    """An answer as a whole number within bounds, also when it is written as a float."""
+    """An answer as a whole number within bounds, also when it is written, or came out, as a float.
+
+    Example:
+        >>> whole(3.0, 1), whole(0.1 * 3 * 10, 1), whole(3.5, 1), whole(0, 1)
+        (3, 3, None, None)
+    """
     found = number(answer)
-    if found is None or found != int(found) or not least <= found <= most:
+    if found is None or not equal(found, round(found)) or not least <= round(found) <= most:
         return None
-    return int(found)
+    return round(found)
 
 
 def items(answer: object) -> list[Any] | None:

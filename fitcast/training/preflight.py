@@ -104,7 +104,14 @@ def _skeleton(recipe: TrainRecipe, weights: Finding) -> torch.nn.Module | None:
 
 def _gpu(gpu: gpus.Gpu | None, model: torch.nn.Module | None) -> Finding:
     if gpu is not None:
-        return Finding("GPU", f"{gpu.name}, {show_bytes(gpu.total_bytes)}")
+        compiled, fix = gpus.compiled_for(), None
+        if not gpus.has_kernels(gpu.capability, compiled):
+            needed = "sm_{}{}".format(*gpu.capability)
+            fix = (
+                f"this PyTorch has kernels for {', '.join(compiled)} and none for {needed}: "
+                "fitcast doctor says what to install"
+            )
+        return Finding("GPU", f"{gpu.name}, {show_bytes(gpu.total_bytes)}", fix)
     if model is not None and count_parameters(model)[1] <= SMALL_PARAMETERS:
         return Finding("GPU", "none, and none needed for this model")
     return Finding(

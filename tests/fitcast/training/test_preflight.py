@@ -1,5 +1,6 @@
 """Preflight: every obstacle is found before the run, with its fix."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -296,3 +297,11 @@ def test_two_ranks_that_load_need_two_copies(monkeypatch, free_gib, words):
     assert words in copies.found and copies.fix is None
     alone = preflight.preflight(ONE_B, gpus.T4).findings
     assert "host copies" not in [finding.name for finding in alone]
+
+
+def test_a_card_without_kernels_is_no_green_line(tmp_path, monkeypatch):
+    """Reported: a P100 was "ok" under a PyTorch that starts at sm_70; doctor had said no."""
+    monkeypatch.setattr(gpus, "compiled_for", lambda: ("sm_70", "sm_90"))
+    old = dataclasses.replace(gpus.T4, name="P100", capability=(6, 0))
+    assert "none for sm_60" in preflight._gpu(old, None).fix
+    assert preflight._gpu(gpus.T4, None).fix is None
