@@ -254,7 +254,7 @@ def _forward_with_loss(
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     head = self.get_output_embeddings()
-    hidden = self.base_model(*args, **inputs).last_hidden_state  # (B, S, H)
+    hidden = _trunk(self)(*args, **inputs).last_hidden_state  # (B, S, H)
     loss = chunked_loss(
         hidden,
         head,
@@ -264,6 +264,14 @@ def _forward_with_loss(
         lean=HEAD_LOSSES.get(self._loss, self._loss == "auto" and _is_frozen(head)),
     )
     return CausalLMOutputWithPast(loss=loss)  # pyright: ignore[reportArgumentType]
+
+
+def _trunk(base: Any) -> Any:
+    """What gives hidden states: `base_model` is the model itself where its prefix names no part.
+
+    Llama 4's text model has the prefix of the one with images; `odd_head` saw it call `model`.
+    """
+    return base.model if base.base_model is base else base.base_model
 
 
 def _is_frozen(head: Any) -> bool:

@@ -11,6 +11,8 @@ Shapes: B batch, S sequence, H hidden, V vocabulary, T tokens (B x S).
 from __future__ import annotations
 
 import contextlib
+import inspect
+import sys
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
@@ -120,7 +122,8 @@ def use_explicit_kv_attention(model: Any) -> None:
 
     Raises:
         ValueError: transformers runs this model on none of PyTorch's kernels (Gemma 2 caps its
-            scores, gpt-oss has sinks), or lets nobody replace its attention.
+            scores, gpt-oss has sinks, Inkling a bias of positions), or lets nobody replace its
+            attention.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -129,9 +132,18 @@ def use_explicit_kv_attention(model: Any) -> None:
         model.get_correct_attn_implementation("sdpa")
     except ValueError as error:
         raise _not_on_a_kernel(type(model).__name__) from error
+    if _has_position_bias(model):  # transformers says that SDPA runs it, and leaves the bias out
+        raise _not_on_a_kernel(f"{type(model).__name__}, whose attention has position_bias")
     AttentionInterface.register("explicit_kv", explicit_kv_attention)
     AttentionMaskInterface.register("explicit_kv", sdpa_mask)
     set_attention(model, "explicit_kv")
+
+
+def _has_position_bias(model: Any) -> bool:
+    """Whether a model's own attention takes a bias: soft caps and sinks may be given as `None`."""
+    homes = {sys.modules[type(module).__module__] for module in model.modules()}
+    own = [getattr(home, "eager_attention_forward", None) for home in homes]
+    return any("position_bias" in inspect.signature(eager).parameters for eager in own if eager)
 
 
 def use_stock_attention(model: Any) -> None:

@@ -165,6 +165,22 @@ def test_a_loss_that_trl_takes_itself_is_said_to_be_trls():
     assert apply_levers(tiny()).applied["loss"].startswith("lean")
 
 
+@pytest.mark.parametrize(
+    ("kind", "more", "left"),
+    [
+        ("llama4_text", {"intermediate_size_mlp": 64, "num_local_experts": 2}, "mlp"),
+        ("inkling_text", {"moe_intermediate_size": 32, "n_routed_experts": 2, "d_rel": 4,
+                          "num_experts_per_tok": 1}, "attention"),
+    ],
+)  # fmt: skip
+def test_what_was_applied_holds_in_the_first_step(kind, more, left):
+    """Llama 4 names no trunk by its prefix; Inkling's positions are a bias that no kernel takes."""
+    model, ids = tiny(kind, head_dim=16, **more).train(), torch.arange(1, 12)[None]
+    stock = model(input_ids=ids, labels=ids).loss
+    assert left in apply_levers(model).left
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, stock)
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_combined_is_refused_by_name(what):
     make, levers, named = REFUSED[what]
