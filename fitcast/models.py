@@ -162,15 +162,28 @@ def hub_id(model: str) -> str:
         raise refusal(
             "model", "be a folder that exists", model, "check the path, and where it starts from"
         )
-    if os.path.exists(model) or model.count("/") == 1:
+    if os.path.exists(model) or _names_a_repository(model):
         return model
-    close = difflib.get_close_matches(model.lower(), NAMES, n=1, cutoff=0.8)
+    close = difflib.get_close_matches(model.lower().strip("/"), NAMES, n=1, cutoff=0.8)
     hint = (
         f"did you mean {close[0]!r}?"
         if close
         else "or give owner/name as on the hub, or a folder with a config.json"
     )
     raise refusal("model", f"be one of {', '.join(NAMES)}", model, hint)
+
+
+def _names_a_repository(model: str) -> bool:
+    """Whether the hub's client takes it as owner/name; what it refuses, it does not tell apart."""
+    if model.count("/") != 1:
+        return False
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
 
 
 def config(model: str) -> PretrainedConfig:

@@ -177,7 +177,7 @@ class TrainRecipe:
             _check_whole(field, getattr(self, field), *bounds)
         for field, (word, *bounds) in WHOLE_OR.items():
             if getattr(self, field) != word:
-                _check_whole(field, getattr(self, field), *bounds)
+                _check_whole(field, getattr(self, field), *bounds, word=repr(word))
         for field, high in FRACTIONS.items():
             _check_fraction(field, getattr(self, field), high)
         for field in SWITCHES:
@@ -396,10 +396,10 @@ def _check_choice(field: str, value: object, choices: tuple) -> None:
         )
 
 
-def _check_whole(field: str, value: object, low: int, high: int) -> None:
+def _check_whole(field: str, value: object, low: int, high: int, word: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        example = f"for example {field}={min(max(low, 8), high)}"
-        raise refusal(field, f"be a whole number from {low} to {high}", value, example)
+        rule = f"be a whole number from {low} to {high}" + (f" or {word}" if word else "")
+        raise refusal(field, rule, value, f"for example {field}={min(max(low, 8), high)}")
 
 
 def _check_fraction(field: str, value: Any, high: float) -> None:

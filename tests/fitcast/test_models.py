@@ -40,6 +40,16 @@ def test_unknown_name_suggests_the_nearest():
         models.config("lama-3.1-8b")
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("qwen3-0.6b/", "did you mean 'qwen3-0.6b'"), ("a team/model", "or give owner/name")],
+)
+def test_what_no_repository_is_called_gets_our_sentence(name, remedy):
+    """Reported: "Repo id must use alphanumeric chars" of the hub's client, without a field."""
+    with pytest.raises(ValueError, match=f"^model must be one of .*got '{name}'; {remedy}"):
+        models.config(name)
+
+
 def test_config_from_folder_and_file(tmp_path):
     models.config("qwen3-0.6b").save_pretrained(tmp_path)
     assert models.config(str(tmp_path)).hidden_size == 1024

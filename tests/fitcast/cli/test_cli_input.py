@@ -41,10 +41,12 @@ def refused(capsys, *words: str) -> str:
         (["--lora-dropout", "nan"], "lora_dropout must be a number from 0 to 1"),
         (["--amp-dtype", "bfloat16"], "amp_dtype must be 'float16' on a T4"),
         (["--lora-targets", "qkv"], "lora_targets must name linear layers"),
-        (["--checkpointed-layers", "half"], "checkpointed_layers must be a whole number"),
+        (["--checkpointed-layers", "al"], "checkpointed_layers must be a whole number from 0 to "
+         "1000 or 'all', got 'al'"),
+        (["--lora-rank", "0"], "lora_rank must be a whole number from 1 to 4096 or None, got 0"),
         (["--lora-rank", "none"], "lora_rank must be a number when base is 'nf4'"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_exits_2_with_one_sentence(capsys, arguments, message):
     assert message in refused(capsys, "forecast", *SMALL, *arguments)
 
