@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from fitcast import models
+from fitcast.forecasting.checks import check_recipe
 from fitcast.forecasting.fake import fake_tensors, meta_model, on_fake_tensors
 from fitcast.forecasting.load import blueprint
 from fitcast.memory.ledger import MemoryLedger
@@ -50,6 +51,7 @@ def count_block(recipe: TrainRecipe) -> MemoryReport:
     Raises:
         ValueError: A 4-bit base, or a layer that is not called like a Llama's.
     """
+    check_recipe(recipe)
     if recipe.base == "nf4":
         raise ValueError(
             "base must be float16, bfloat16 or float32 here, got 'nf4'; a frozen "

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from fitcast.gpus import PRESETS, Gpu
+from fitcast.recipe import TrainRecipe
 from fitcast.units import Said, refusal
 
 LOOP = "write its step and use forecast_step"
@@ -23,6 +24,16 @@ def check_card(gpu: Any) -> None:
     if not isinstance(gpu, Gpu):
         name = gpu if gpu in PRESETS else "A100-40"
         raise refusal("gpu", "be a Gpu", gpu, f"write gpu=fitcast.preset({name!r})")
+
+
+def check_recipe(recipe: Any) -> None:
+    """A recipe is a `TrainRecipe`, not its model's name.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if not isinstance(recipe, TrainRecipe):
+        raise refusal("recipe", "be a TrainRecipe", recipe, "write TrainRecipe(model=...)")
 
 
 def check_trainer(trainer: Any) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from fitcast.forecasting.checks import check_card, check_recipe
 from fitcast.forecasting.fake import meta_model
 from fitcast.forecasting.forecast import Forecast, checked_config, forecast
 from fitcast.forecasting.launches import launch_rate
@@ -210,6 +211,8 @@ def levers(
     Raises:
         ValueError: The recipe itself cannot run on `gpu`.
     """
+    check_recipe(recipe)
+    check_card(gpu)
     before = forecast(recipe, gpu)
     speed = tokens_per_second(recipe, before)
     found = []

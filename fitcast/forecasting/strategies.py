@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fitcast.forecasting import search
+from fitcast.forecasting.checks import check_card, check_recipe
 from fitcast.forecasting.ranks import forecast_ranks
 from fitcast.forecasting.search import DoesNotFit, Fit
 from fitcast.forecasting.verdict import Forecast
@@ -100,6 +101,8 @@ def fit(
         ValueError: A target that cannot be divided, or an option's value.
         DoesNotFit: Nothing fits, on the host neither.
     """
+    check_recipe(recipe)
+    check_card(gpu)
     if world_size is not None:
         recipe = dataclasses.replace(recipe, world_size=world_size)
     if recipe.world_size < 2:

@@ -39,7 +39,7 @@ from fitcast.step.levers import (
 from fitcast.step.losses import chunked_loss
 from fitcast.step.qlora import HEAD_LOSSES, USES
 from fitcast.step.tiles import use_tiled_mlp
-from fitcast.units import refusal
+from fitcast.units import Said, refusal
 
 # What each lever is called beside the model's own code, and who pulls it.
 BEST: dict[str, tuple[str, Callable[[Any], None]]] = {
@@ -123,6 +123,11 @@ def apply_levers(
             `lora_bias`, an activation other than SiLU, nothing to change; or no such value.
     """
     base, found = unwrap(model), Levers()
+    if not hasattr(base, "get_output_embeddings"):
+        raise refusal(
+            "model", "be a causal language model of transformers, or PEFT's around one",
+            Said(type(base).__name__), "give trainer.model",
+        )  # fmt: skip
     asked = dict(attention=attention, norm=norm, mlp=mlp, adapters=adapters, rotary=rotary)
     for name, value in asked.items():
         _pull(base, name, value, found)

@@ -12,7 +12,7 @@ from transformers import (
     TrainingArguments,
 )  # fmt: skip
 
-from fitcast import TrainRecipe, forecast
+from fitcast import TrainRecipe, count_block, fit, forecast, levers
 from fitcast.gpus import T4
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # deprecated is not gone
@@ -83,6 +83,19 @@ def test_a_card_in_place_of_arguments_is_a_gpu_too():
     for run in ("llama-3.2-1b", TrainRecipe(model="llama-3.2-1b", amp_dtype="float16")):
         with pytest.raises(ValueError, match=r"^gpu must be a Gpu, got 'T4'; .*preset\('T4'\)$"):
             forecast(run, "T4")
+
+
+@pytest.mark.parametrize(
+    ("ask", "field"),
+    [
+        (lambda run: fit(run, None), "gpu"), (lambda run: fit(run, "T4"), "gpu"),
+        (lambda run: levers(run, 3), "gpu"), (lambda run: fit("name"), "recipe"),
+        (lambda run: levers("name"), "recipe"), (lambda run: count_block("x"), "recipe"),
+    ],
+)  # fmt: skip
+def test_a_question_takes_a_recipe_and_a_card(ask, field):
+    with pytest.raises(ValueError, match=f"^{field} must be a (Gpu|TrainRecipe), got .*; write "):
+        ask(TrainRecipe(model="llama-3.2-1b", amp_dtype="float16"))
 
 
 def test_a_trainer_whose_rows_are_not_known_is_refused_by_its_name():

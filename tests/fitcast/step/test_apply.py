@@ -144,6 +144,7 @@ REFUSED = {
     "sinks": (lambda: tiny("gpt_oss", head_dim=16, num_local_experts=2, num_experts_per_tok=1),
               {"attention": "explicit_kv"}, "GptOssForCausalLM"),
     "Gemma's norm": (lambda: tiny("gemma2", head_dim=16), {"norm": "native"}, "Gemma2RMSNorm"),
+    "no language model": (lambda: torch.nn.Linear(2, 2), {}, "model must be a causal language"),
     "no such value": (tiny, {"loss": "small"}, "lean, fused, compiled, got 'small'"),
     "no such attention": (tiny, {"attention": "flash"}, "got 'flash'"),
     "nothing to change": (tiny, {"adapters": "lean"}, "nothing would change"),
