@@ -1,6 +1,6 @@
 window.FITCAST_DATA = {
  "stamp": {
-  "engine": "afc30b41a0dd05d0c134ac89f43718648b9c7697d881586b831f695f6d04bfeb",
+  "engine": "6d15735ecae7e1bfc2327f161366e65e3bac4eb04f7d6036f59e32c3ee1c1911",
   "versions": {
    "torch": "2.13.0+cpu",
    "transformers": "5.23.0",
