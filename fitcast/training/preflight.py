@@ -339,9 +339,9 @@ def refuse_silent_failures(
         overrides: TrainingArguments beyond the recipe's.
 
     Raises:
-        ValueError: Precision that this GPU emulates; an override that the recipe decides, or that
-            would undo its checkpointing; evaluation that makes the adapters 16-bit in place; 16-bit
-            adapters under a gradient scaler; nothing to train.
+        ValueError: Precision that this GPU emulates; an override that the recipe decides, that the
+            loop would not read, or that would undo its checkpointing; evaluation that makes the
+            adapters 16-bit in place; 16-bit adapters under a gradient scaler; nothing to train.
     """
     refuse_precision(recipe, gpus.detect())
     _refuse_overrides(recipe, overrides)
@@ -376,11 +376,27 @@ REFUSED = {
         "the batch would no longer be its own, ask fitcast.fit for one",
     ),
 }
+_ADAM = "leave it out, the optimizer is the recipe's"
+# TrainingArguments that the loop here never reads, since loss, optimizer and number of steps are
+# the recipe's: the only value that is true of the run (`None`: none is), and what to change.
+UNREAD = {
+    "label_smoothing_factor": (0.0, "leave it out, the loss is the recipe's"),
+    "num_train_epochs": (None, "leave it out, set the recipe's max_steps"),
+    "adam_beta1": (0.9, _ADAM),
+    "adam_beta2": (0.999, _ADAM),
+    "adam_epsilon": (1e-8, _ADAM),
+    "optim_args": (None, _ADAM),
+    "optim_target_modules": (None, _ADAM),
+}
 
 
 def _refuse_overrides(recipe: TrainRecipe, overrides: dict[str, Any]) -> None:
     for name, (rule, remedy) in REFUSED.items():
         if overrides.get(name):
+            raise refusal(name, rule, overrides[name], remedy)
+    for name, (value, remedy) in UNREAD.items():
+        if overrides.get(name, value) != value:
+            rule = f"be {value!r}, or left out: nothing here reads it"
             raise refusal(name, rule, overrides[name], remedy)
     for name, value in recipe.trainer_settings().items():
         if name in overrides and overrides[name] != value:

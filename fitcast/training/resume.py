@@ -1,8 +1,9 @@
 """Which checkpoint a run continues: the last whole one of the same run, or none.
 
-The same run has the same rows and every field of the recipe that changes what is learned. Those
-that change only memory, disk or what is printed (`FREE_TO_CHANGE`) may be others: whoever ran out
-of memory goes on with more layers checkpointed.
+The same run has the same rows, every field of the recipe that changes what is learned, and those of
+TrainingArguments that do so beside it (`DECIDING`). Fields of the recipe that change only memory,
+disk or what is printed (`FREE_TO_CHANGE`) may be others: whoever ran out of memory goes on with
+more layers checkpointed.
 
 Not modelled: going on with another recipe than the one that was saved.
 """
@@ -12,11 +13,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fitcast.recipe import TrainRecipe
 from fitcast.training import checkpoints
 from fitcast.units import Said, refusal
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # Fields of a recipe that change no number of a run. sequence_length and padded say what the rows
 # are like, and the rows themselves are compared.
@@ -34,6 +38,28 @@ FREE_TO_CHANGE = frozenset(
     }
 )
 
+# Fields of TrainingArguments beyond the recipe's that change what is learned: the rate of each
+# step, noise, which rows come when. Most others change files and words, so these are listed.
+DECIDING = (
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "neftune_noise_alpha",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "ignore_data_skip",
+    "accelerator_config",
+)
+
+
+def deciding(arguments: TrainingArguments) -> dict[str, Any]:
+    """What a run's arguments have in `DECIDING`, as JSON: an override that is the default is none.
+
+    Args:
+        arguments: Of the run; names that this version of transformers lacks are left out.
+    """
+    values = arguments.to_dict()
+    return _as_json({name: values[name] for name in DECIDING if name in values})
+
 
 def checkpoint_to_resume(
     recipe: TrainRecipe,
@@ -41,6 +67,7 @@ def checkpoint_to_resume(
     drive: Path | None,
     resume: bool | str | Path,
     rows_sha256: str | None = None,
+    arguments: dict[str, Any] | None = None,
 ) -> Path | None:
     """The whole checkpoint that a run continues, or `None` for one that starts.
 
@@ -49,6 +76,7 @@ def checkpoint_to_resume(
         output_dir, drive: Where checkpoints are looked for.
         resume: As for `training.train`.
         rows_sha256: Of the run's rows, as `data.summarize` says; `None` where nobody can.
+        arguments: Of the run, as from `deciding`; `None` compares none.
 
     Raises:
         ValueError: It is not this run's, not the last one, or not asked for.
@@ -70,6 +98,7 @@ def checkpoint_to_resume(
     if resume is not True:
         _refuse_going_back(checkpoint, output_dir, drive)
     _refuse_another_run(checkpoint, saved, recipe, rows_sha256)
+    _refuse_other_arguments(checkpoint, saved.get("arguments", {}), arguments or {})
     print(f"Resuming from {checkpoint.name}.")
     return checkpoint
 
@@ -95,7 +124,7 @@ def _refuse_another_run(
             Said(f"{checkpoint} without a recipe"),
             "name another one",
         )
-    wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    wanted = _as_json(dataclasses.asdict(recipe))
     free = set(FREE_TO_CHANGE)
     if _sequences(wanted) == _sequences(saved["recipe"]):
         free |= {"world_size", "gradient_accumulation_steps"}  # more ranks, fewer micro batches
@@ -116,6 +145,25 @@ def _refuse_another_run(
             "encode the same examples with the same sequence_length, or use another output_dir "
             "(and folder on the Drive)",
         )
+
+
+def _refuse_other_arguments(
+    checkpoint: Path, saved: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    """Only what both know is compared: older checkpoints and versions lack some, or all."""
+    for name, value in arguments.items():
+        if saved.get(name, value) != value:
+            raise refusal(
+                name,
+                f"be {saved[name]!r} to resume {checkpoint}",
+                value,
+                "give train that override, or use another output_dir (and folder on the Drive)",
+            )
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """As a manifest gives them back: tuples are lists, for example."""
+    return json.loads(json.dumps(values))
 
 
 def _sequences(recipe: dict[str, Any]) -> int:

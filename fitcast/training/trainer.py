@@ -30,7 +30,7 @@ from fitcast.recipe import TrainRecipe
 from fitcast.step import qlora, ranks
 from fitcast.training import checkpoints, data, sharded
 from fitcast.training.preflight import refuse_silent_failures
-from fitcast.training.resume import checkpoint_to_resume
+from fitcast.training.resume import checkpoint_to_resume, deciding
 from fitcast.units import Said, refusal
 
 
@@ -93,7 +93,8 @@ def train(
             the whole run.
         drive: A mounted folder that gets a copy of each checkpoint.
         on_step: Called with each step's row.
-        overrides: Further TrainingArguments, but for what the recipe decides.
+        overrides: Further TrainingArguments, but for what the recipe decides and what the loop does
+            not read; a resumed run keeps those of `resume.DECIDING`.
 
     Raises:
         ValueError: The recipe and the GPU, the processes, the rows, the overrides or the checkpoint
@@ -115,7 +116,9 @@ def train(
         on_step=on_step,
         **overrides,
     )
-    checkpoint = checkpoint_to_resume(recipe, output_dir, drive, resume, trainer.rows_sha256)
+    checkpoint = checkpoint_to_resume(
+        recipe, output_dir, drive, resume, trainer.rows_sha256, deciding(trainer.args)
+    )
     if checkpoint and checkpoints.step_of(checkpoint) >= (stop_at or recipe.max_steps):
         trainer._load_from_checkpoint(str(checkpoint))  # done already
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -299,7 +302,11 @@ class QLoRATrainer(Trainer):
         output_dir = Path(cast(str, self.args.output_dir))
         target = output_dir / f"{checkpoints.PREFIX}{self.state.global_step}"
         self._staging = output_dir / checkpoints.STAGING
-        facts = {"recipe": dataclasses.asdict(self.recipe), "rows_sha256": self.rows_sha256}
+        facts = {
+            "recipe": dataclasses.asdict(self.recipe),
+            "rows_sha256": self.rows_sha256,
+            "arguments": deciding(self.args),
+        }
         try:
             with contextlib.ExitStack() as stack:
                 self._together(

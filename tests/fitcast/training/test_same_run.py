@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fitcast.step import qlora, ranks
-from fitcast.training import checkpoints, data
+from fitcast.training import checkpoints, data, preflight
 from fitcast.training import trainer as training
 from fitcast.training.resume import FREE_TO_CHANGE
 from tests.tiny import ROWS, TOKENIZER, tiny_recipe
@@ -105,6 +105,31 @@ def test_a_checkpoint_from_before_rows_were_noted_is_resumed(recipe, tmp_path):
     assert train(recipe, tmp_path, stop_at=3).resumed_from.name == "checkpoint-2"
 
 
+def test_arguments_that_change_the_run_may_not_change_on_the_way(recipe, tmp_path):
+    """Reported: a run went on with another schedule, and said nothing."""
+    cosine = {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.4}}
+    train(recipe, tmp_path, stop_at=2, **cosine)
+    for other, name in (
+        ({}, "lr_scheduler_type must be 'cosine'"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_kwargs must be {'num_cycles': 0.4}"),
+        (cosine | {"dataloader_drop_last": True}, "dataloader_drop_last must be False"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} to resume .*checkpoint-2, got .*override"):
+            train(recipe, tmp_path, **other)
+    same = train(recipe, tmp_path, stop_at=3, **cosine, logging_first_step=True)
+    assert same.resumed_from.name == "checkpoint-2"
+
+
+def test_a_checkpoint_from_before_arguments_were_noted_is_resumed(recipe, tmp_path):
+    train(recipe, tmp_path, stop_at=2)
+    manifest = tmp_path / "checkpoint-2" / checkpoints.MANIFEST
+    facts = json.loads(manifest.read_text())
+    assert facts.pop("arguments")["lr_scheduler_type"] == "linear"
+    manifest.write_text(json.dumps(facts))
+    went_on = train(recipe, tmp_path, stop_at=3, lr_scheduler_type="cosine")
+    assert went_on.resumed_from.name == "checkpoint-2"
+
+
 # --- what trains ---------------------------------------------------------------------------------
 
 
@@ -178,6 +203,35 @@ def test_other_overrides_that_spoil_a_run_are_refused(recipe, tmp_path):
         train(recipe, tmp_path, auto_find_batch_size=True)
     with pytest.raises(ValueError, match="bf16_full_eval must be False in a run that trains"):
         train(recipe, tmp_path, bf16_full_eval=True)
+
+
+UNREAD = {
+    "label_smoothing_factor": 0.1,
+    "num_train_epochs": 3,  # TrainingArguments' default, and yet not what the run would do
+    "adam_beta1": 0.0,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-6,
+    "optim_args": "rank=8",
+    "optim_target_modules": "all-linear",
+}
+
+
+def test_an_override_that_the_loop_would_not_read_is_refused(recipe):
+    """Reported: the losses were the same with and without."""
+    assert set(UNREAD) == set(preflight.UNREAD)
+    for name, value in UNREAD.items():
+        with pytest.raises(ValueError, match=f"^{name} must be .*nothing here reads it, got .*out"):
+            preflight._refuse_overrides(recipe, {name: value})
+    preflight._refuse_overrides(recipe, {"adam_beta1": 0.9, "label_smoothing_factor": 0.0})
+
+
+def test_what_an_unread_override_must_be_is_what_the_optimizer_has(recipe):
+    parameter = torch.nn.Linear(1, 1)
+    for optimizer in ("adamw", "adamw_8bit"):
+        made = qlora.build_optimizer(parameter, dataclasses.replace(recipe, optimizer=optimizer))
+        (beta1, beta2), epsilon = made.defaults["betas"], made.defaults["eps"]
+        said = [preflight.UNREAD[f"adam_{name}"][0] for name in ("beta1", "beta2", "epsilon")]
+        assert said == [beta1, beta2, epsilon]
 
 
 # --- the loss inside a wrapper's forward ---------------------------------------------------------
