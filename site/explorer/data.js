@@ -1,6 +1,6 @@
 window.FITCAST_DATA = {
  "stamp": {
-  "engine": "6d15735ecae7e1bfc2327f161366e65e3bac4eb04f7d6036f59e32c3ee1c1911",
+  "engine": "6eed1f6cf789fccc72483319f7c446819264338d73a8ea12c796063b34e08a4f",
   "versions": {
    "torch": "2.13.0+cpu",
    "transformers": "5.23.0",
