@@ -62,8 +62,14 @@ REFUSED = {
     "an optimizer": (dict(optimizers=(SGD, None)), "^optimizers must .*optimizer_cls_and_kwargs"),
     "a class in quotes": (dict(trainer="MyT"), "^trainer must be a class, got 'MyT'"),
     "no row": (dict(said=arguments(per_device_train_batch_size=0)), "^per_dev.* be at least 1"),
-    "its own error": (dict(trainer=Broken), r"^trainer must .*test_checks.py:\d+ \(mine\); mend"),
-    "a callback's": (dict(callbacks=[BrokenCallback()]), r"^trainer must .*test_checks.py:\d+ \("),
+    "its own error": (
+        dict(trainer=Broken),
+        r"^trainer must .*test_wrong_arguments.py:\d+ \(mine\); mend",
+    ),
+    "a callback's": (
+        dict(callbacks=[BrokenCallback()]),
+        r"^trainer must .*test_wrong_arguments.py:\d+ \(",
+    ),
     "no step": (dict(trainer=Never), r"^trainer must take an optimizer step .* none from Never"),
     "length below 2": (dict(sequence_length=-5), "^sequence_length must .* got -5; for example"),
     "length as text": (dict(sequence_length="512"), "^sequence_length .* got '512'; for example"),
